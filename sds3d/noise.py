@@ -1,0 +1,331 @@
+"""Noise levels, what a diffusion network's output means, and how much each level counts.
+
+``x_t = alpha_t x + sigma_t eps`` with eps ~ N(0, I) and t in [0, 1]. Levels are compared by sigma/alpha,
+never by t. A network may report
+
+    eps      x0      v = alpha eps - sigma x0      flow = alpha' x0 + sigma' eps      score = -eps / sigma
+
+(v: Salimans & Ho, arXiv 2202.00512, app. D; flow: Lipman et al., arXiv 2210.02747, and Liu et al., arXiv 2209.03003,
+whose rectified flow has alpha = 1 - t, sigma = t, alpha' = -1, sigma' = 1; primes are derivatives in t).
+Each is a linear combination of x0 and eps, and so is x_t. Hence any of them is a combination of x_t and the output,
+whose two coefficients ``Prediction`` solves for at once: nothing is derived through a third quantity.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sds3d.ramp import Ramp
+
+KINDS = ("eps", "x0", "v", "flow", "score")
+WEIGHTS = ("sigma2", "x0", "uniform")
+
+
+def _per_sample(value: Tensor, like: Tensor) -> Tensor:
+    """(B,) shaped to broadcast over the samples of ``like`` (B, C, H, W)."""
+    return value.view(-1, *[1] * (like.dim() - 1))
+
+
+class Schedule(ABC):
+    """Noise levels over t in [0, 1]; make one with ``cosine``, ``linear``, ``ve`` or ``flow``."""
+
+    @staticmethod
+    def cosine() -> Schedule:
+        """alpha = cos(pi t / 2), sigma = sin(pi t / 2)."""
+        return _Cosine()
+
+    @staticmethod
+    def linear() -> Schedule:
+        """Stable Diffusion's: beta the square of a linear ramp from 0.00085^0.5 to 0.012^0.5 over 1,000 indices, and
+        t = index / 1000 (so t = 0 is index 0, a little noisy). Between indices, log(sigma/alpha) is linear."""
+        return _Linear()
+
+    @staticmethod
+    def ve(sigma_min: float = 0.01, sigma_max: float = 80.0) -> Schedule:
+        """Variance exploding: alpha = 1, sigma = sigma_min (sigma_max / sigma_min)^t."""
+        return _VE(float(sigma_min), float(sigma_max))
+
+    @staticmethod
+    def flow() -> Schedule:
+        """Rectified flow: alpha = 1 - t, sigma = t."""
+        return _Flow()
+
+    def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """alpha (B,) and sigma (B,) at t (B,), computed in float64, returned in t's dtype (float32 at least)."""
+        dtype = torch.promote_types(t.dtype, torch.float32)
+        alpha, sigma = self._levels(t.double())
+        return alpha.to(dtype), sigma.to(dtype)
+
+    def rates(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """d alpha / dt (B,) and d sigma / dt (B,), as ``alpha_sigma``; what ``flow`` needs."""
+        dtype = torch.promote_types(t.dtype, torch.float32)
+        alpha_rate, sigma_rate = self._rates(t.double())
+        return alpha_rate.to(dtype), sigma_rate.to(dtype)
+
+    def t_of_ratio(self, sigma_over_alpha: Tensor | float) -> Tensor:
+        """The t whose sigma/alpha is the given one, same shape.
+
+        Raises:
+            ValueError: this schedule never gets there.
+        """
+        ratio = torch.as_tensor(sigma_over_alpha)
+        dtype = torch.promote_types(ratio.dtype, torch.float32)
+        t = self._invert(ratio.double())
+        if not bool(((t > -1e-6) & (t < 1 + 1e-6)).all()):
+            alpha, sigma = self._levels(torch.tensor([0.0, 1.0], dtype=torch.float64))
+            low, high = (sigma / alpha.clamp_min(1e-12)).tolist()
+            raise ValueError(f"sigma/alpha {sigma_over_alpha} is outside this schedule's range [{low:.3g}, {high:.3g}]")
+        return t.clamp(0, 1).to(dtype)
+
+    @abstractmethod
+    def _levels(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """alpha, sigma; everything here is float64, shape of t."""
+
+    @abstractmethod
+    def _rates(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Derivatives of alpha and sigma in t."""
+
+    @abstractmethod
+    def _invert(self, ratio: Tensor) -> Tensor:
+        """t of sigma/alpha; outside [0, 1], or NaN, where there is none."""
+
+
+@dataclass(frozen=True)
+class _Cosine(Schedule):
+    def _levels(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        # sin of the distance to the far end: exact 0 at t = 1, which cos(pi / 2) is not
+        return torch.sin(math.pi / 2 * (1 - t)), torch.sin(math.pi / 2 * t)
+
+    def _rates(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        alpha, sigma = self._levels(t)
+        return -math.pi / 2 * sigma, math.pi / 2 * alpha
+
+    def _invert(self, ratio: Tensor) -> Tensor:
+        return torch.atan(ratio) * (2 / math.pi)
+
+
+@dataclass(frozen=True)
+class _Flow(Schedule):
+    def _levels(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        return 1 - t, t
+
+    def _rates(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        return -torch.ones_like(t), torch.ones_like(t)
+
+    def _invert(self, ratio: Tensor) -> Tensor:
+        return 1 / (1 + 1 / ratio)
+
+
+@dataclass(frozen=True)
+class _VE(Schedule):
+    sigma_min: float
+    sigma_max: float
+
+    def __post_init__(self):
+        if not 0 < self.sigma_min < self.sigma_max < math.inf:
+            raise ValueError(f"give 0 < sigma_min < sigma_max, got {self.sigma_min} and {self.sigma_max}")
+
+    def _levels(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.ones_like(t), self.sigma_min * (self.sigma_max / self.sigma_min) ** t
+
+    def _rates(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.zeros_like(t), math.log(self.sigma_max / self.sigma_min) * self._levels(t)[1]
+
+    def _invert(self, ratio: Tensor) -> Tensor:
+        return torch.log(ratio / self.sigma_min) / math.log(self.sigma_max / self.sigma_min)
+
+
+@dataclass(frozen=True)
+class _Linear(Schedule):
+    def _log_ratios(self, device: torch.device) -> Tensor:
+        """log(sigma/alpha) at indices 0 ... 999, and 1000 by going on straight; (1001,) float64."""
+        beta = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64, device=device) ** 2
+        log_alpha_bar = torch.log1p(-beta).cumsum(0)
+        log_ratio = (torch.log(-torch.expm1(log_alpha_bar)) - log_alpha_bar) / 2
+        return torch.cat([log_ratio, 2 * log_ratio[-1:] - log_ratio[-2:-1]])
+
+    def _log_ratio(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """log(sigma/alpha) at t, and its derivative in t."""
+        table = self._log_ratios(t.device)
+        index = (t * 1000).floor().clamp(0, 999).long()
+        slope = (table[index + 1] - table[index]) * 1000
+        return table[index] + slope * (t - index.double() / 1000), slope
+
+    def _levels(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        angle = torch.atan(self._log_ratio(t)[0].exp())
+        return torch.cos(angle), torch.sin(angle)
+
+    def _rates(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        alpha, sigma = self._levels(t)
+        angle_rate = self._log_ratio(t)[1] * alpha * sigma  # d atan(e^l) = e^l / (1 + e^2l) dl
+        return -sigma * angle_rate, alpha * angle_rate
+
+    def _invert(self, ratio: Tensor) -> Tensor:
+        table, wanted = self._log_ratios(ratio.device), torch.log(ratio)
+        index = (torch.searchsorted(table, wanted.contiguous()) - 1).clamp(0, 999)
+        return (index + (wanted - table[index]) / (table[index + 1] - table[index])) / 1000
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A network's output at (x_t, t), and what it says about x0, eps, v, flow and score.
+
+    Args:
+        output: (B, C, H, W), the network's own output (any shape that starts with B).
+        x_t: as output.
+        alpha, sigma: (B,) at t.
+        kind: what the output is, one of ``KINDS``.
+        rates: (alpha', sigma'), each (B,); only flow needs them. None means rectified flow, (-1, 1).
+
+    The five properties have the shape of output, at least float32, and are computed in float64 inside.
+    """
+
+    output: Tensor
+    x_t: Tensor
+    alpha: Tensor
+    sigma: Tensor
+    kind: str
+    rates: tuple[Tensor, Tensor] | None = None
+
+    def __post_init__(self):
+        _check_kind(self.kind)
+        assert self.output.shape == self.x_t.shape, (self.output.shape, self.x_t.shape)
+        assert self.alpha.shape == self.sigma.shape == self.x_t.shape[:1], (self.alpha.shape, self.sigma.shape)
+
+    @property
+    def eps(self) -> Tensor:
+        return self._as("eps")
+
+    @property
+    def x0(self) -> Tensor:
+        return self._as("x0")
+
+    @property
+    def v(self) -> Tensor:
+        return self._as("v")
+
+    @property
+    def flow(self) -> Tensor:
+        return self._as("flow")
+
+    @property
+    def score(self) -> Tensor:
+        return self._as("score")
+
+    def _as(self, wanted: str) -> Tensor:
+        dtype = torch.promote_types(self.output.dtype, torch.float32)
+        if wanted == self.kind:
+            return self.output.to(dtype)
+        from_x_t, from_output = self._coefficients(wanted)
+        x_t, output = self.x_t.double(), self.output.double()
+        return (_per_sample(from_x_t, x_t) * x_t + _per_sample(from_output, output) * output).to(dtype)
+
+    def _coefficients(self, wanted: str) -> tuple[Tensor, Tensor]:
+        """(B,), (B,) float64: wanted = first * x_t + second * output."""
+        alpha, sigma = self.alpha.double(), self.sigma.double()
+        rates = None if self.rates is None else (self.rates[0].double(), self.rates[1].double())
+        # score is eps times a number, so it takes eps's place: then neither needs alpha > 0 to become the other
+        unscore = -sigma if self.kind == "score" else torch.ones_like(sigma)
+        rescore = -1 / sigma if wanted == "score" else torch.ones_like(sigma)
+        k, w = (_plain("eps" if kind == "score" else kind, alpha, sigma, rates) for kind in (self.kind, wanted))
+        if {self.kind, wanted} == {"eps", "score"}:
+            return torch.zeros_like(alpha), unscore * rescore
+        # solve w = p (alpha, sigma) + q k for p and q
+        det = alpha * k[1] - sigma * k[0]
+        p = (w[0] * k[1] - w[1] * k[0]) / det
+        q = (alpha * w[1] - sigma * w[0]) / det
+        return p * rescore, q * rescore * unscore
+
+
+def _check_kind(kind: str) -> None:
+    if kind not in KINDS:
+        raise ValueError(f"unknown kind of prediction {kind!r}; accepted: {', '.join(KINDS)}")
+
+
+def _plain(kind: str, alpha: Tensor, sigma: Tensor, rates: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+    """(coefficient of x0, coefficient of eps) of a kind, each (B,)."""
+    zero, one = torch.zeros_like(alpha), torch.ones_like(alpha)
+    if kind == "eps":
+        return zero, one
+    if kind == "x0":
+        return one, zero
+    if kind == "v":
+        return -sigma, alpha
+    if kind == "score":
+        return zero, -1 / sigma
+    return rates if rates is not None else (-one, one)
+
+
+def noised(x: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+    """x_t = alpha x + sigma eps; x and eps (B, C, H, W), alpha and sigma (B,)."""
+    return _per_sample(alpha, x) * x + _per_sample(sigma, x) * eps
+
+
+def target(
+    kind: str, x: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor, rates: tuple[Tensor, Tensor] | None = None
+) -> Tensor:
+    """What a network of this kind should output for clean x and noise eps, both (B, C, H, W).
+
+    Raises:
+        ValueError: unknown kind.
+    """
+    _check_kind(kind)
+    from_x, from_eps = _plain(kind, alpha, sigma, rates)
+    return _per_sample(from_x, x) * x + _per_sample(from_eps, x) * eps
+
+
+def weight(name: str, alpha: Tensor, sigma: Tensor) -> Tensor:
+    """How much a noise level counts, (B,); a function of sigma/alpha alone, so the same in every schedule.
+
+    ``sigma2``: sigma^2 / (alpha^2 + sigma^2), DreamFusion's 1 - alpha_bar (arXiv 2209.14988, eq. 3);
+    ``x0``: sigma/alpha, which makes an eps residual an x0 residual; ``uniform``: 1.
+
+    Raises:
+        ValueError: unknown name.
+    """
+    if name == "sigma2":
+        return sigma**2 / (alpha**2 + sigma**2)
+    if name == "x0":
+        return sigma / alpha
+    if name == "uniform":
+        return torch.ones_like(sigma)
+    raise ValueError(f"unknown weight {name!r}; accepted: {', '.join(WEIGHTS)}")
+
+
+@dataclass(frozen=True)
+class TimeDraw:
+    """t uniform in [t_min, t_max], which may both move with the step; t is that of the teacher's schedule.
+
+    Numbers and four-number sequences are taken as ``Ramp.parse`` takes them.
+
+    Raises:
+        ValueError: a bound outside [0, 1], or t_min above t_max at some step.
+    """
+
+    t_min: Ramp
+    t_max: Ramp
+
+    def __post_init__(self):
+        for name in ("t_min", "t_max"):
+            ramp = Ramp.parse(getattr(self, name))
+            object.__setattr__(self, name, ramp)
+            if not (0 <= ramp.v0 <= 1 and 0 <= ramp.v1 <= 1):
+                raise ValueError(f"{name} goes from {ramp.v0} to {ramp.v1}; t lies in [0, 1]")
+        corners = {edge + delta for r in (self.t_min, self.t_max) for edge in (r.start, r.end) for delta in (-1e-6, 0)}
+        for step in sorted(corners):
+            if self.t_min(step) > self.t_max(step):
+                raise ValueError(
+                    f"t_min ({self.t_min(step):g}) is above t_max ({self.t_max(step):g}) at step {max(step, 0):g}"
+                )
+
+    def draw(self, step: int, group: Tensor, generator: torch.Generator) -> Tensor:
+        """t (B,) float32 for group (B,): one draw a group, whatever the order of the batch."""
+        groups, member = torch.unique(group, return_inverse=True)
+        low, high = self.t_min(step), self.t_max(step)
+        uniform = torch.rand(len(groups), generator=generator, device=generator.device).to(group.device)
+        return (low + (high - low) * uniform)[member]
