@@ -1,0 +1,131 @@
+"""Cameras, rays, and every convention about axes, units and angles, stated once.
+
+World
+    Right-handed, y up, in scene units. The scene lives in the box [-1, 1]^3. The front of an object
+    faces +z (glTF's convention), so a prompt's front is the exported asset's front.
+Angles
+    Degrees everywhere. Azimuth 0 looks at the front (the camera stands on +z); it grows
+    counter-clockwise seen from above, so at azimuth 90 the camera stands on +x. Elevation 0 is level,
+    90 straight above.
+Camera
+    OpenGL axes: x right, y up, looking along -z at the origin. ``fov`` is the vertical field of view.
+Images
+    (B, 3, H, W), RGB in [0, 1], row 0 at the top; rays go through pixel centres.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Cameras:
+    """A batch of cameras that look at the origin.
+
+    Args:
+        azimuth: (B,) degrees, 0 = front, 90 = camera on +x.
+        elevation: (B,) degrees in [-90, 90].
+        distance: (B,) from the origin, scene units.
+        fov: (B,) vertical field of view, degrees.
+    """
+
+    azimuth: Tensor
+    elevation: Tensor
+    distance: Tensor
+    fov: Tensor
+
+    def __len__(self) -> int:
+        return self.azimuth.shape[0]
+
+    def __getitem__(self, index) -> Cameras:
+        """Select cameras by slice, index tensor or mask; an int keeps the batch axis."""
+        if isinstance(index, int):
+            index = slice(index, index + 1) if index != -1 else slice(-1, None)
+        return Cameras(self.azimuth[index], self.elevation[index], self.distance[index], self.fov[index])
+
+    def to(self, device: torch.device | str) -> Cameras:
+        return Cameras(*(x.to(device) for x in (self.azimuth, self.elevation, self.distance, self.fov)))
+
+    def positions(self) -> Tensor:
+        """World positions, (B, 3)."""
+        azimuth, elevation = torch.deg2rad(self.azimuth), torch.deg2rad(self.elevation)
+        flat = torch.cos(elevation)
+        direction = torch.stack([flat * torch.sin(azimuth), torch.sin(elevation), flat * torch.cos(azimuth)], -1)
+        return self.distance[:, None] * direction
+
+    def rotations(self) -> Tensor:
+        """Camera-to-world rotations, (B, 3, 3); columns are right, up, backward."""
+        azimuth, elevation = torch.deg2rad(self.azimuth), torch.deg2rad(self.elevation)
+        sa, ca, se, ce = torch.sin(azimuth), torch.cos(azimuth), torch.sin(elevation), torch.cos(elevation)
+        zero = torch.zeros_like(sa)
+        right = torch.stack([ca, zero, -sa], -1)  # defined straight above and below, too
+        up = torch.stack([-se * sa, ce, -se * ca], -1)
+        back = torch.stack([ce * sa, se, ce * ca], -1)
+        return torch.stack([right, up, back], -1)
+
+    def rays(self, height: int, width: int | None = None) -> tuple[Tensor, Tensor]:
+        """Rays through pixel centres.
+
+        Returns:
+            origins and unit directions, both (B, height, width, 3).
+        """
+        width = width or height
+        device, dtype = self.azimuth.device, self.azimuth.dtype
+        rows = (torch.arange(height, device=device, dtype=dtype) + 0.5) / height * 2 - 1
+        cols = ((torch.arange(width, device=device, dtype=dtype) + 0.5) / width * 2 - 1) * (width / height)
+        y, x = torch.meshgrid(-rows, cols, indexing="ij")  # (H, W)
+        half = torch.tan(torch.deg2rad(self.fov) / 2)[:, None, None]
+        local = torch.stack([x * half, y * half, -torch.ones_like(x * half)], -1)  # (B, H, W, 3)
+        directions = torch.einsum("bij,bhwj->bhwi", self.rotations(), local)
+        directions = directions / directions.norm(dim=-1, keepdim=True)
+        origins = self.positions()[:, None, None, :].expand_as(directions)
+        return origins, directions
+
+
+def cat(parts: list[Cameras]) -> Cameras:
+    """Concatenate batches of cameras."""
+    return Cameras(*(torch.cat([getattr(p, k) for p in parts]) for k in ("azimuth", "elevation", "distance", "fov")))
+
+
+def orbit(n: int, elevation: float = 15.0, distance: float = 3.0, fov: float = 40.0, start: float = 0.0) -> Cameras:
+    """``n`` cameras evenly spaced in azimuth, counter-clockwise from ``start`` degrees."""
+    if n < 1:
+        raise ValueError(f"an orbit needs at least 1 camera, got {n}")
+    azimuth = start + torch.arange(n, dtype=torch.float32) * (360.0 / n)
+    return Cameras(azimuth % 360, *(torch.full((n,), float(v)) for v in (elevation, distance, fov)))
+
+
+@dataclass(frozen=True)
+class CameraRanges:
+    """Where training cameras stand: uniform in each range (degrees, scene units)."""
+
+    azimuth: tuple[float, float] = (0.0, 360.0)
+    elevation: tuple[float, float] = (-20.0, 60.0)
+    distance: tuple[float, float] = (2.8, 3.2)
+    fov: tuple[float, float] = (38.0, 42.0)
+
+    def __post_init__(self):
+        for name, low, high in (("azimuth", -360, 720), ("elevation", -90, 90), ("distance", 1.8, 100), ("fov", 1, 170)):
+            a, b = getattr(self, name)
+            if not (low <= a <= b <= high):
+                raise ValueError(f"camera.{name} is ({a}, {b}); give a range low <= high within [{low}, {high}]")
+
+    def sample(self, n: int, generator: torch.Generator) -> Cameras:
+        """Draw ``n`` cameras, stratified: azimuth and elevation ranges are cut in ``n`` equal parts, each
+        used once (elevation strata in random order), with a random place inside each part."""
+
+        def stratified(bounds: tuple[float, float], shuffle: bool) -> Tensor:
+            place = torch.arange(n) if not shuffle else torch.randperm(n, generator=generator)
+            return bounds[0] + (place + torch.rand(n, generator=generator)) / n * (bounds[1] - bounds[0])
+
+        def uniform(bounds: tuple[float, float]) -> Tensor:
+            return bounds[0] + torch.rand(n, generator=generator) * (bounds[1] - bounds[0])
+
+        azimuth = stratified(self.azimuth, shuffle=False)
+        if math.isclose(self.azimuth[1] - self.azimuth[0], 360.0):  # a full circle has no first part
+            azimuth = azimuth + torch.rand(1, generator=generator) * 360.0
+        return Cameras(azimuth % 360, stratified(self.elevation, shuffle=True), uniform(self.distance), uniform(self.fov))

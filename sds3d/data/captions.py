@@ -1,0 +1,94 @@
+"""Training captions: which colours an object gets, what its caption says, and what it leaves out.
+
+Colours never fall on a held-out combination. Where the second colour is the kind's own default it is often left
+unsaid, otherwise nearly always named, so an unsaid second colour is the default about three times in four.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from sds3d.data.kinds import COLOURS, KINDS, STACKS
+from sds3d.data.toybox import QUALITIES, is_held_out
+
+
+@dataclass(frozen=True)
+class Captioned:
+    """What one training image shows.
+
+    Args:
+        text: its caption, without view words.
+        main, second, background: colour names; background "" is white.
+        quality: a key of QUALITIES other than "any", or "" for a clean image.
+    """
+
+    text: str
+    main: str
+    second: str
+    background: str
+    quality: str
+
+
+class CaptionDraw:
+    """Draws captions for kinds.
+
+    Args:
+        generator: every choice comes from here.
+        background_share: images on a background that is not white; it is always named.
+        degraded_share: images that are degraded; the caption always says so.
+    """
+
+    def __init__(self, generator: torch.Generator, background_share: float = 0.25, degraded_share: float = 0.06):
+        self.generator = generator
+        self.background_share = background_share
+        self.degraded_share = degraded_share
+
+    def chance(self, p: float) -> bool:
+        return torch.rand((), generator=self.generator).item() < p
+
+    def choose(self, options):
+        return options[int(torch.randint(len(options), (), generator=self.generator))]
+
+    def colours(self, name: str) -> tuple[str, str]:
+        """Main and second colour of a kind or stack, never a held-out pair."""
+        kind = KINDS.get(name) or STACKS[name]
+        while True:
+            main = self.choose(list(COLOURS))
+            default = main if kind.second_default == "main" else kind.second_default
+            canonical = not kind.second or (name in KINDS and self.chance(0.5))
+            second = default if canonical else self.choose(list(COLOURS))
+            if not is_held_out(name, main, second):
+                return main, second
+
+    def __call__(self, name: str, size: str) -> Captioned:
+        """Colours and caption of one image of ``name`` (a key of KINDS or STACKS) at ``size`` (a key of SIZES)."""
+        main, second = self.colours(name)
+        said_size = size if self.chance(0.95) else ""
+        said_main = main if self.chance(0.95) else ""
+        if name in STACKS:
+            upper, lower = name.split(" on ")
+            said_second = second if self.chance(0.95) else ""
+            text = f"{_noun(said_size, said_main, upper)} on {_noun('', said_second, lower)}"
+        else:
+            kind = KINDS[name]
+            default = main if kind.second_default == "main" else kind.second_default
+            text = _noun(said_size, said_main, name)
+            if kind.second and self.chance(0.4 if second == default else 0.85):
+                text += f" with {_noun('', second, kind.second)}"
+        if not self.chance(0.9):
+            text = text.removeprefix("a ").removeprefix("an ")
+        background = self.choose([c for c in COLOURS if c != "white"]) if self.chance(self.background_share) else ""
+        if background:
+            text += f" on {_noun('', background, 'background')}"
+        quality = self.choose([q for q in QUALITIES if q != "any"]) if self.chance(self.degraded_share) else ""
+        if quality:
+            text += ", " + self.choose(QUALITIES["any"] if self.chance(0.3) else QUALITIES[quality])
+        return Captioned(text, main, second, background, quality)
+
+
+def _noun(size: str, colour: str, noun: str) -> str:
+    phrase = " ".join(w for w in (size, colour, noun) if w)
+    plural = noun in ("legs", "wings")
+    return phrase if plural else f"{'an' if phrase[0] in 'aeiou' else 'a'} {phrase}"

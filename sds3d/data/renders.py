@@ -1,0 +1,83 @@
+"""A store of toybox renders as colourless layers: rendered once, painted in any colours at every use."""
+
+from __future__ import annotations
+
+import multiprocessing
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sds3d.cameras import Cameras
+from sds3d.data.kinds import KINDS, STACKS
+from sds3d.data.toybox import SIZES
+from sds3d.data.tracing import trace
+
+NAMES = (*KINDS, *STACKS)
+CHUNK = 20  # images of one kind rendered together
+SIZE_NAMES = tuple(SIZES)
+
+
+def _chunk(job: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """Layers (CHUNK, 6, 64, 64) uint8 and rows (CHUNK, 6): kind, size, azimuth, elevation, distance, fov."""
+    torch.set_num_threads(1)
+    seed, number = job
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
+    in_round = len(KINDS) + 4  # every kind once, and four of the stacks
+    place = number % in_round
+    stack = len(KINDS) + int(torch.randint(len(STACKS), (), generator=generator))
+    name = place if place < len(KINDS) else stack
+
+    def uniform(low: float, high: float) -> Tensor:
+        return low + torch.rand(CHUNK, generator=generator) * (high - low)
+
+    elevation = torch.where(uniform(0, 1) < 0.9, uniform(-30, 65), uniform(65, 89))
+    cameras = Cameras(uniform(0, 360), elevation, uniform(2.7, 3.3), uniform(36, 44))
+    size = torch.multinomial(torch.tensor([0.2, 0.6, 0.2]), CHUNK, True, generator=generator)
+    scale = torch.tensor(list(SIZES.values()))[size] * uniform(0.96, 1.04)
+    layers = trace((KINDS | STACKS)[NAMES[name]], cameras, scale)
+    rows = torch.stack(
+        [torch.full((CHUNK,), float(name)), size.float(), cameras.azimuth, elevation, cameras.distance, cameras.fov], -1
+    )
+    return (layers * 255).round().byte().numpy(), rows.numpy()
+
+
+class Renders:
+    """Renders on disk, mapped into memory.
+
+    Args:
+        folder: where `build` wrote them.
+    """
+
+    def __init__(self, folder: Path):
+        self.layers = np.load(folder / "layers.npy", mmap_mode="r")  # (N, 6, 64, 64) uint8
+        rows = torch.from_numpy(np.load(folder / "rows.npy"))
+        self.names = [NAMES[int(k)] for k in rows[:, 0]]
+        self.sizes = [SIZE_NAMES[int(s)] for s in rows[:, 1]]
+        self.cameras = Cameras(*(rows[:, i].contiguous() for i in (2, 3, 4, 5)))
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def batch(self, index: Tensor) -> Tensor:
+        """Layers of some renders, (B, 6, 64, 64) float in [0, 1]."""
+        return torch.from_numpy(self.layers[index.numpy()]).float() / 255
+
+
+def build(folder: Path, count: int, seed: int = 0, workers: int = 2):
+    """Render ``count`` images into ``folder`` unless they are there; yields how many are done."""
+    if (folder / "rows.npy").exists() and len(np.load(folder / "rows.npy")) == count:
+        yield count
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    jobs = [(seed, i) for i in range(-(-count // CHUNK))]
+    layers = np.lib.format.open_memmap(folder / "layers.npy", "w+", np.uint8, (count, 6, 64, 64))
+    rows = np.empty((count, 6), np.float32)
+    with multiprocessing.get_context("spawn").Pool(workers) as pool:
+        for i, (a, b) in enumerate(pool.imap(_chunk, jobs)):
+            start, stop = i * CHUNK, min((i + 1) * CHUNK, count)
+            layers[start:stop], rows[start:stop] = a[: stop - start], b[: stop - start]
+            yield stop
+    layers.flush()
+    np.save(folder / "rows.npy", rows)

@@ -1,0 +1,107 @@
+"""Sphere tracing of a kind from any camera, many images at once.
+
+The light is fixed to the object and soft (half-Lambertian), so that one static scene can match every view.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sds3d.cameras import Cameras
+from sds3d.data.kinds import COLOURS, Kind
+
+LIGHT = (0.42, 0.78, 0.46)  # unit direction towards the light, object axes
+AMBIENT = 0.4
+BOUND = 0.95  # every kind fits in this radius at scale 1
+_STEPS = 64
+_HIT = 2e-3
+
+
+def part_distances(kind: Kind, points: Tensor) -> Tensor:
+    """Signed distance to each part, (N, 3) -> (N, P)."""
+    return torch.stack([solid(points) for solid, _ in kind.parts], -1)
+
+
+def normals(kind: Kind, points: Tensor, step: float = 2e-3) -> Tensor:
+    """Outward unit normals by tetrahedral finite differences, (N, 3) -> (N, 3)."""
+    corners = points.new_tensor([[1, -1, -1], [-1, -1, 1], [-1, 1, -1], [1, 1, 1]])
+    stacked = (points[None] + step * corners[:, None]).reshape(-1, 3)
+    distance = part_distances(kind, stacked).amin(-1).view(4, -1, 1)
+    gradient = (distance * corners[:, None]).sum(0)
+    return gradient / gradient.norm(dim=-1, keepdim=True).clamp_min(1e-9)
+
+
+def shade(normal: Tensor) -> Tensor:
+    """Brightness in [AMBIENT, 1] from unit normals, (N, 3) -> (N,)."""
+    return AMBIENT + (1 - AMBIENT) * (0.5 + 0.5 * normal @ normal.new_tensor(LIGHT))
+
+
+def _march(kind: Kind, origins: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]:
+    """First hits of (R, 3) rays: indices (M,) of the rays that hit, and the points (M, 3)."""
+    middle = -(origins * directions).sum(-1)
+    gap = (origins + middle[:, None] * directions).square().sum(-1)
+    index = (gap < BOUND**2).nonzero()[:, 0]
+    half = (BOUND**2 - gap[index]).sqrt()
+    t, far = middle[index] - half, middle[index] + half
+    hits, points = [], []
+    for _ in range(_STEPS):
+        at = origins[index] + t[:, None] * directions[index]
+        distance = part_distances(kind, at).amin(-1)
+        hit = distance < _HIT
+        if hit.any():
+            hits.append(index[hit])
+            points.append(at[hit])
+        t = t + distance * 0.95
+        keep = ~hit & (t < far)
+        index, t, far = index[keep], t[keep], far[keep]
+        if index.numel() == 0:
+            break
+    if not hits:
+        return index[:0], origins[:0]
+    return torch.cat(hits), torch.cat(points)
+
+
+@torch.no_grad()
+def trace(kind: Kind, cameras: Cameras, scale: Tensor, resolution: int = 64, supersample: int = 2) -> Tensor:
+    """Render one kind from B cameras as layers that any colours can be painted on afterwards.
+
+    Args:
+        scale: (B,) size of each object.
+        supersample: rays per pixel side.
+
+    Returns:
+        (B, 6, resolution, resolution) in [0, 1]: brightness of the parts in the main colour, of those in the second
+        colour, RGB of the parts with a fixed colour, coverage.
+    """
+    batch, side = len(cameras), resolution * supersample
+    origins, directions = cameras.rays(side)
+    origins = (origins / scale[:, None, None, None]).reshape(-1, 3)  # a larger object is a nearer camera
+    rays, points = _march(kind, origins, directions.reshape(-1, 3))
+    out = torch.zeros(batch * side * side, 6)
+    if rays.numel():
+        part = part_distances(kind, points).argmin(-1)
+        bright = shade(normals(kind, points))[:, None]
+        out[rays] = torch.cat([_slots(kind)[part] * bright, torch.ones_like(bright)], -1)
+    image = out.view(batch, side, side, 6).permute(0, 3, 1, 2)
+    return torch.nn.functional.avg_pool2d(image, supersample) if supersample > 1 else image
+
+
+def _slots(kind: Kind) -> Tensor:
+    """What each part adds to the five colour layers at full brightness, (P, 5)."""
+    rows = {"main": (1.0, 0.0, 0.0, 0.0, 0.0), "second": (0.0, 1.0, 0.0, 0.0, 0.0)}
+    return torch.tensor([rows.get(slot) or (0.0, 0.0, *COLOURS[slot]) for _, slot in kind.parts])
+
+
+def paint(layers: Tensor, main: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    """Colour the layers of `trace`.
+
+    Args:
+        layers: (B, 6, H, W).
+        main, second: (B, 3) RGB in [0, 1].
+
+    Returns:
+        RGB times coverage, (B, 3, H, W), and coverage, (B, 1, H, W).
+    """
+    rgb = layers[:, :1] * main[:, :, None, None] + layers[:, 1:2] * second[:, :, None, None] + layers[:, 2:5]
+    return rgb, layers[:, 5:]
