@@ -197,6 +197,13 @@ class Prediction:
         assert self.output.shape == self.x_t.shape, (self.output.shape, self.x_t.shape)
         assert self.alpha.shape == self.sigma.shape == self.x_t.shape[:1], (self.alpha.shape, self.sigma.shape)
 
+    def __getitem__(self, index: slice | Tensor) -> Prediction:
+        """Select samples by slice, mask or index tensor."""
+        rates = None if self.rates is None else (self.rates[0][index], self.rates[1][index])
+        return Prediction(
+            self.output[index], self.x_t[index], self.alpha[index], self.sigma[index], self.kind, rates=rates
+        )
+
     @property
     def eps(self) -> Tensor:
         return self._as("eps")
