@@ -1,0 +1,49 @@
+"""Whole files or none: write beside the target, then rename."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def replacing(path: str | Path, accepted: tuple[str, ...]) -> Iterator[Path]:
+    """Yield a temporary path beside ``path``; it takes ``path``'s place when the block ends without an error.
+
+    Makes the folder where it is missing. After an error nothing is left behind and an older ``path`` is untouched.
+
+    Args:
+        path: the target.
+        accepted: suffixes the target may have, such as (".glb", ".obj").
+
+    Raises:
+        ValueError: the suffix is not accepted, or the place cannot be written.
+    """
+    path = Path(path)
+    if path.suffix.lower() not in accepted:
+        raise ValueError(f"cannot write '{path}': the name must end in {' or '.join(accepted)}")
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(suffix=path.suffix.lower(), prefix=f".{path.stem}-", dir=path.parent)
+        os.close(handle)
+        temporary = Path(name)
+        yield temporary
+        temporary.chmod(0o666 & ~_umask())
+        temporary.replace(path)
+    except OSError as error:
+        reason = error.strerror or error
+        raise ValueError(f"cannot write '{path}': {reason}; give a writable place with free space") from error
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    """The process's umask, which can only be read by setting it."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,142 @@
+"""Scores against discs, spheres and boxes whose scores are known in closed form."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from sds3d.metrics.truth import (
+    BEST_PSNR,
+    evaluate,
+    masked_psnr,
+    silhouette_iou,
+    surface_distances,
+    surface_points,
+    unseen_views,
+)
+
+
+class Ball:
+    """A plain ball at the origin, rendered by its closed form: rays that pass within its radius."""
+
+    def __init__(self, radius, colour=(1.0, 0.0, 0.0), resolution=64):
+        self.radius, self.colour, self.resolution = radius, torch.tensor(colour), resolution
+
+    def render(self, cameras, resolution=None):
+        origins, directions = cameras.rays(resolution or self.resolution)
+        nearest = torch.linalg.cross(origins, directions).norm(dim=-1)  # (B, H, W)
+        coverage = (nearest < self.radius).float()[:, None]
+        return coverage * self.colour[:, None, None] + 1 - coverage, coverage
+
+    def mesh(self, resolution=96):
+        import trimesh
+
+        return trimesh.creation.icosphere(subdivisions=4, radius=self.radius)
+
+
+def disc(centre, radius, size=256):
+    axis = (torch.arange(size) + 0.5) / size * 2 - 1
+    y, x = torch.meshgrid(axis, axis, indexing="ij")
+    return (((x - centre) ** 2 + y**2) < radius**2).float()[None, None]
+
+
+def test_iou_of_two_discs():
+    """Overlap of two discs of radius r at distance d: 2 r^2 acos(d / 2r) - d / 2 sqrt(4 r^2 - d^2)."""
+    r, d = 0.5, 0.4
+    overlap = 2 * r**2 * math.acos(d / (2 * r)) - d / 2 * math.sqrt(4 * r**2 - d**2)
+    expected = overlap / (2 * math.pi * r**2 - overlap)
+    assert silhouette_iou(disc(-d / 2, r), disc(d / 2, r)).item() == pytest.approx(expected, abs=0.005)
+
+
+def test_iou_at_its_ends():
+    a, empty = disc(0, 0.5), torch.zeros(1, 1, 256, 256)
+    assert silhouette_iou(a, a).item() == 1
+    assert silhouette_iou(a, empty).item() == 0
+    assert silhouette_iou(empty, empty).item() == 1
+    assert silhouette_iou(0.49 * a, a).item() == 0 and silhouette_iou(0.51 * a, a).item() == 1  # cut at a half
+    assert silhouette_iou(torch.cat([a, empty]), torch.cat([a, a])).tolist() == [1, 0]  # per view
+
+
+def test_psnr_counts_the_covered_pixels_only():
+    coverage = disc(0, 0.5, 64)
+    true = torch.full((1, 3, 64, 64), 0.5)
+    off = true + 0.1 * coverage
+    assert masked_psnr(off, true, coverage).item() == pytest.approx(20.0, abs=1e-4)  # -20 log10 0.1
+    outside = true + 0.4 * (1 - coverage)
+    assert masked_psnr(outside, true, coverage).item() == BEST_PSNR
+    half = true + 0.1 * coverage * torch.tensor([1.0, 0.0, 0.0])[:, None, None]  # one channel of three is off
+    assert masked_psnr(half, true, coverage).item() == pytest.approx(20 + 10 * math.log10(3), abs=1e-4)
+    assert masked_psnr(off, true, torch.zeros_like(coverage)).item() == BEST_PSNR
+
+
+def test_chamfer_and_fscore_of_two_concentric_spheres():
+    """Every point of one lies the difference of the radii from the other."""
+    far = surface_distances(Ball(0.6).mesh(), Ball(0.5).mesh())
+    assert far[0] == pytest.approx(0.1, abs=0.003) and far[1] == 0
+    near = surface_distances(Ball(0.53).mesh(), Ball(0.5).mesh())
+    # 10,000 points on 3 square units stand about 0.009 apart: the nearest is sqrt(0.03^2 + 0.009^2) away.
+    assert near[0] == pytest.approx(0.032, abs=0.002) and near[1] == pytest.approx(1, abs=0.01)
+
+
+def test_fscore_of_half_an_answer():
+    """One of two equal, distant spheres: precision 1, recall 1/2, F 2/3; Chamfer from the missing one alone."""
+    import trimesh
+
+    left = trimesh.creation.icosphere(subdivisions=4, radius=0.2)
+    right = left.copy()
+    left.apply_translation([-2, 0, 0])
+    right.apply_translation([2, 0, 0])
+    chamfer, fscore = surface_distances(left, trimesh.util.concatenate([left, right]))
+    assert fscore == pytest.approx(2 / 3, abs=0.01)
+    # From the missing sphere to the nearest of the other: mean of |centre distance| - r over it, 3.8 + O(r^2 / d).
+    assert chamfer == pytest.approx(3.8 / 4, abs=0.01)
+
+
+def test_surface_points_are_uniform_by_area():
+    """On a box: a face's share is its area's, and the mean of x^2 is the surface integral's."""
+    import trimesh
+
+    box = trimesh.creation.box(extents=(2.0, 1.0, 0.5))
+    p = surface_points(box, 40_000, np.random.default_rng(0))
+    assert np.abs(p).max(0) == pytest.approx([1, 0.5, 0.25])
+    area = 2 * (2 * 1 + 2 * 0.5 + 1 * 0.5)
+    top = (np.abs(p[:, 1] - 0.5) < 1e-9).mean()
+    assert top == pytest.approx(2 * 0.5 / area, abs=0.01)
+    x2 = (2 * (1 * 0.5) * 1 + 2 * (2 * 1 + 2 * 0.5) / 3) / area  # x = +-1 on two faces, 1/3 on the other four
+    assert (p[:, 0] ** 2).mean() == pytest.approx(x2, abs=0.01)
+    flat = trimesh.Trimesh([[0, 0, 0], [0, 0, 0], [0, 0, 0]], [[0, 1, 2]], process=False)
+    with pytest.raises(ValueError, match="without any area"):
+        surface_points(flat, 10, np.random.default_rng(0))
+
+
+def test_the_unseen_views_are_fixed():
+    views = unseen_views()
+    assert len(views) == 24
+    assert views.azimuth.tolist() == [7.5 + 15 * i for i in range(24)]
+    assert views.elevation.tolist() == [0, 20, 40] * 8
+    assert set(views.distance.tolist()) == {3.0} and set(views.fov.tolist()) == {40.0}
+
+
+def test_a_ball_against_a_larger_one():
+    """Seen from d, a ball of radius r covers a disc of radius tan(asin(r / d)): IoU is the ratio of the discs."""
+    ours, true = Ball(0.5, (1.0, 0.0, 0.0), resolution=128), Ball(0.6, (1.0, 0.0, 0.0))
+    scores = evaluate(ours.render, ours.mesh(), true)
+    seen = [math.tan(math.asin(r / 3)) ** 2 for r in (0.5, 0.6)]
+    assert scores.iou == pytest.approx(seen[0] / seen[1], abs=0.01)
+    assert len(scores.view_iou) == len(scores.view_psnr) == 24
+    # Wrong in the ring only, where white stands for red: two channels of three are off by 1.
+    assert scores.psnr == pytest.approx(-10 * math.log10(2 / 3 * (1 - seen[0] / seen[1])), abs=0.1)
+    assert scores.chamfer == pytest.approx(0.1, abs=0.003) and scores.fscore == 0
+    assert scores.truth.shape == scores.ours.shape == (24, 3, 128, 128)
+    json.dumps(scores.numbers())
+
+
+def test_the_truth_scores_full_marks_and_a_missing_mesh_none():
+    ball = Ball(0.5)
+    best = evaluate(ball.render, ball.mesh(), ball)
+    assert best.iou == 1 and best.psnr == BEST_PSNR and best.fscore == 1 and best.chamfer < 0.015
+    assert best == evaluate(ball.render, ball.mesh(), ball)  # the same seed, the same score
+    nothing = evaluate(ball.render, None, ball)
+    assert nothing.chamfer is None and nothing.fscore == 0
