@@ -1,0 +1,1 @@
+"""Scenes: a field in a box, rendered from cameras around it."""

@@ -1,0 +1,213 @@
+"""Volume rendering of a field: rays, samples in occupied cells, colour, opacity, depth and normals.
+
+Emission and absorption (NeRF, arXiv 2003.08934, eq. 3), with a plain background b behind the box:
+
+    w_i = T_i (1 - exp(-sigma_i dt_i)),  opacity = sum_i w_i,  rgb = sum_i w_i c_i + (1 - opacity) b
+    depth = sum_i w_i t_i / opacity
+
+Most samples of a solid object lie behind its surface, where nothing is seen and no gradient comes from. So a
+render that will be differentiated measures the density of all samples first, without gradients, drops those
+that less light than ``dark`` reaches, and runs the field with gradients on the few that are left.
+
+Shading (DreamFusion, arXiv 2209.14988, section 3.1): "albedo" is the colour itself; "lambertian" multiplies it
+by ambient + (1 - ambient) max(0, n . l); "textureless" puts white in the colour's place and shades that.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sds3d.cameras import Cameras
+from sds3d.ops import Samples
+from sds3d.scenes.field import Field
+from sds3d.scenes.occupancy import Occupancy
+
+SHADINGS = ("albedo", "lambertian", "textureless")
+
+Background = Tensor | Callable[[Tensor], Tensor]  # (3,), (B, 3), or directions (R, 3) -> colours (R, 3)
+
+
+@dataclass(frozen=True)
+class Shading:
+    """How colour is lit.
+
+    Args:
+        kind: one of SHADINGS.
+        light: (3,) or (B, 3) directions towards the light, any length; None: the camera carries it.
+        ambient: share of the light that comes from everywhere, 0 to 1.
+    """
+
+    kind: str = "albedo"
+    light: Tensor | None = None
+    ambient: float = 0.3
+
+    def __post_init__(self):
+        if self.kind not in SHADINGS:
+            raise ValueError(f"render.shading is {self.kind!r}; give one of {', '.join(SHADINGS)}")
+
+
+ALBEDO = Shading()
+
+
+@dataclass(frozen=True)
+class RenderOptions:
+    """
+    Args:
+        step: length of one sample step, scene units.
+        shading: how colour is lit.
+        normals: render normals even where the shading does not need them.
+        dark: transmittance below which samples are dropped.
+        chunk: rays rendered at a time when no gradient is wanted.
+    """
+
+    step: float = 2 / 48
+    shading: Shading = ALBEDO
+    normals: bool = False
+    dark: float = 1e-3
+    chunk: int = 16384
+
+
+@dataclass
+class RenderOut:
+    """Images of B views, and the samples they were made of.
+
+    Args:
+        rgb: (B, 3, H, W) in [0, 1].
+        opacity: (B, 1, H, W) in [0, 1].
+        depth: (B, 1, H, W) expected distance from the camera, scene units; 0 where nothing was hit.
+        normal: (B, 3, H, W) weighted outward normals in world axes, length <= 1; None if not asked for.
+        trace: what the regularisers look at; None in a render without gradients.
+    """
+
+    rgb: Tensor
+    opacity: Tensor
+    depth: Tensor
+    normal: Tensor | None
+    trace: Trace | None
+
+
+@dataclass
+class Trace:
+    """The samples behind a render, packed by ray.
+
+    Args:
+        samples: positions, distances and lengths; no gradient.
+        sigma: (S,) densities.
+        weights: (S,) compositing weights.
+        opacity: (R,) of all rays.
+        normals: (S, 3) outward unit normals, or None.
+        directions: (R, 3) of all rays, unit.
+    """
+
+    samples: Samples
+    sigma: Tensor
+    weights: Tensor
+    opacity: Tensor
+    normals: Tensor | None
+    directions: Tensor
+
+
+def visible(samples: Samples, sigma: Tensor, dark: float) -> tuple[Samples, Tensor]:
+    """The samples that at least ``dark`` of the light reaches, given the densities sigma (S,) of all.
+
+    Returns:
+        the samples that are kept, and their indices into those given.
+    """
+    depth = (sigma * samples.dt).double()
+    total = depth.cumsum(0)  # float64: the sum runs over all rays, a ray's own part is a difference of it
+    first = torch.cat([total.new_zeros(1), total])[samples.offsets[:-1]]  # (R,)
+    keep = total - depth - first[samples.ray_index] <= -math.log(dark)
+    kept = torch.cat([keep.new_zeros(1, dtype=torch.int64), keep.cumsum(0)])
+    index = keep.nonzero().squeeze(-1)
+    ray_index, points, t, dt = (x.index_select(0, index) for x in samples[:4])
+    return Samples(ray_index, points, t, dt, kept[samples.offsets]), index
+
+
+def render(
+    field: Field,
+    occupancy: Occupancy,
+    cameras: Cameras,
+    resolution: int,
+    background: Background,
+    options: RenderOptions,
+    generator: torch.Generator | None = None,
+) -> RenderOut:
+    """Render square images of the field.
+
+    Args:
+        cameras: B views, on the field's device.
+        resolution: pixels a side.
+        background: (3,), one colour a view (B, 3), or a function of the directions (R, 3).
+        generator: CPU generator that shifts each ray's samples; None puts them in the middle of their steps.
+
+    Returns:
+        RenderOut, with gradients and a trace if gradients are enabled.
+    """
+    if resolution < 1:
+        raise ValueError(f"render.resolution is {resolution}; give at least 1 pixel (64 is usual)")
+    views = len(cameras)
+    origins, directions = (x.reshape(-1, 3) for x in cameras.rays(resolution))
+    rays, pixels = origins.shape[0], resolution * resolution
+    jitter = None
+    if generator is not None:
+        jitter = torch.rand(rays, generator=generator, dtype=origins.dtype).to(origins.device)
+    behind = background(directions) if callable(background) else background.to(origins)
+    if behind.ndim == 2 and behind.shape[0] == views and not callable(background):
+        behind = behind.repeat_interleave(pixels, 0)
+    light = _light(options.shading, cameras)
+    chunk = rays if torch.is_grad_enabled() else options.chunk
+    parts = []
+    for start in range(0, rays, chunk):
+        part = slice(start, start + chunk)
+        shift = None if jitter is None else jitter[part]
+        samples = field.backend.march(origins[part], directions[part], occupancy.cells, options.step, shift)
+        lit = None if light is None else light[(samples.ray_index + start) // pixels]
+        parts.append(_shoot(field, samples, directions[part], lit, options))
+    image, trace = parts[0] if len(parts) == 1 else (torch.cat([p[0] for p in parts]), None)
+    opacity = image[:, 4:5]
+    rgb = torch.addcmul(image[:, :3], 1 - opacity, behind.expand(rays, 3))
+    depth = image[:, 3:4] / opacity.clamp_min(1e-6)
+
+    def fold(x: Tensor) -> Tensor:  # (R, C) -> (B, C, H, W)
+        return x.view(views, resolution, resolution, -1).permute(0, 3, 1, 2)
+
+    normal = fold(image[:, 5:]) if image.shape[1] > 5 else None
+    return RenderOut(fold(rgb), fold(opacity), fold(depth), normal, trace)
+
+
+def _light(shading: Shading, cameras: Cameras) -> Tensor | None:
+    """Unit directions towards the light, (B, 3), or None where colour is not lit."""
+    if shading.kind == "albedo":
+        return None
+    light = cameras.positions() if shading.light is None else shading.light.to(cameras.azimuth)
+    return F.normalize(light.expand(len(cameras), 3), dim=-1)
+
+
+def _shoot(
+    field: Field, samples: Samples, directions: Tensor, light: Tensor | None, options: RenderOptions
+) -> tuple[Tensor, Trace | None]:
+    """Composite packed samples, lit from light (S, 3): (R, 5 or 8) colour, depth * opacity, opacity, normal."""
+    train, shading = torch.is_grad_enabled(), options.shading
+    want_normals = light is not None or options.normals
+    if train or want_normals:
+        with torch.no_grad():
+            samples, kept = visible(samples, field.density(samples.points), options.dark)
+        light = None if light is None else light[kept]
+    sigma, values = field(samples.points)
+    normals = field.normals(samples.points) if want_normals else None
+    if light is not None:
+        facing = (normals * light).sum(-1, keepdim=True).clamp_min(0)
+        shade = shading.ambient + (1 - shading.ambient) * facing
+        values = values * shade if shading.kind == "lambertian" else shade.expand(-1, 3)
+    values = torch.cat([values, samples.t[:, None]] + ([] if normals is None else [normals]), -1)
+    out = field.backend.composite(sigma, samples.dt, values, samples.offsets, options.dark)
+    image = torch.cat([out.accumulated[:, :4], out.opacity[:, None], out.accumulated[:, 4:]], -1)
+    if not train:
+        return image, None
+    return image, Trace(samples, sigma, out.weights, out.opacity, normals, directions)

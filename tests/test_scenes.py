@@ -1,0 +1,409 @@
+"""Scenes: renders against analytic solids, regularisers against closed forms, the student's promises."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from sds3d import ops
+from sds3d.cameras import CameraRanges, Cameras, orbit
+from sds3d.ops import Samples
+from sds3d.ramp import Ramp
+from sds3d.scenes import regularisers
+from sds3d.scenes.field import Field, FieldConfig, LearnedBackground
+from sds3d.scenes.occupancy import Occupancy, OccupancyConfig
+from sds3d.scenes.regularisers import RegulariserConfig
+from sds3d.scenes.render import RenderOptions, Shading, Trace, render, visible
+from sds3d.scenes.student import BACKGROUNDS, RenderConfig, SceneConfig, SceneStudent
+
+BACKEND = ops.choose("cpu", "torch")
+SMALL = FieldConfig(levels=4, log2_table=10, base=4, finest=32, hidden=16)
+WHITE = torch.ones(3)
+VIEWS = Cameras(
+    *(torch.tensor(x) for x in ([0.0, 70.0, 200.0], [0.0, 35.0, -20.0], [3.0, 2.8, 3.3], [40.0, 45.0, 38.0]))
+)
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+class Solid:
+    """A field of constant density inside a shape, red where x > 0 and blue elsewhere."""
+
+    backend = BACKEND
+
+    def __init__(self, inside, sigma: float):
+        self.inside, self.sigma = inside, sigma
+
+    def density(self, points):
+        return self.inside(points).float() * self.sigma
+
+    def __call__(self, points):
+        red = (points[:, :1] > 0).float()
+        return self.density(points), torch.cat([red, torch.zeros_like(red), 1 - red], -1)
+
+    def normals(self, points):
+        return torch.nn.functional.normalize(points, dim=-1)
+
+
+def sphere(radius: float, sigma: float) -> Solid:
+    return Solid(lambda p: p.norm(dim=-1) < radius, sigma)
+
+
+def everywhere(step: float = 0.02) -> Occupancy:
+    return Occupancy(OccupancyConfig(), step)  # all cells are occupied until the first update
+
+
+def chords(cameras: Cameras, resolution: int, radius: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where each ray enters a centred sphere and how long it stays, both (B, 1, H, W); 0 where it misses."""
+    origins, directions = cameras.rays(resolution)
+    along = -(origins * directions).sum(-1)
+    half = (radius**2 - (origins.square().sum(-1) - along.square())).clamp_min(0).sqrt()
+    return torch.where(half > 0, along - half, 0.0)[:, None], 2 * half[:, None]
+
+
+@torch.no_grad()
+def test_thin_sphere_opacity_follows_beer_lambert():
+    step, sigma, radius = 0.01, 1.5, 0.7
+    out = render(sphere(radius, sigma), everywhere(), VIEWS, 24, WHITE, RenderOptions(step=step))
+    _, chord = chords(VIEWS, 24, radius)
+    # each end of the chord is off by at most half a step
+    assert (out.opacity - (1 - torch.exp(-sigma * chord))).abs().max() <= sigma * step
+    assert out.opacity[chord == 0].abs().max() == 0
+    assert torch.equal(out.rgb[:, :, 0, 0], torch.ones(3, 3))
+
+
+@torch.no_grad()
+def test_solid_sphere_silhouette_and_depth():
+    step, radius = 0.01, 0.6
+    out = render(sphere(radius, 2000.0), everywhere(), VIEWS, 32, WHITE, RenderOptions(step=step))
+    enter, chord = chords(VIEWS, 32, radius)
+    hit = chord > step
+    assert out.opacity[hit].min() > 0.999 and out.opacity[chord == 0].max() == 0
+    assert (out.depth - enter)[hit].abs().max() <= step  # the first sample inside, up to a step behind the surface
+    assert out.depth[chord == 0].max() == 0
+
+
+@torch.no_grad()
+def test_solid_box_silhouette_and_axes():
+    low, high = torch.tensor([0.1, -0.5, -0.3]), torch.tensor([0.7, 0.2, 0.4])
+    solid = Solid(lambda p: ((p > low) & (p < high)).all(-1), 2000.0)
+    out = render(solid, everywhere(), VIEWS, 32, WHITE, RenderOptions(step=0.01))
+    origins, directions = VIEWS.rays(32)
+    a, b = (low - origins) / directions, (high - origins) / directions
+    chord = (torch.maximum(a, b).amin(-1) - torch.minimum(a, b).amax(-1))[:, None]
+    assert out.opacity[chord > 0.01].min() > 0.999 and out.opacity[chord <= 0].max() == 0
+    assert out.opacity[0, 0, :, :14].max() == 0 and out.opacity[0, 0, :, 20:].max() > 0.99  # seen from +z, +x is right
+    assert out.rgb[0][:, out.opacity[0, 0] > 0.999].allclose(torch.tensor([[1.0], [0.0], [0.0]]), atol=2e-3)
+
+
+@torch.no_grad()
+def test_chunks_and_backgrounds_change_nothing_else():
+    solid, options = sphere(0.5, 8.0), RenderOptions(step=0.04, normals=True)
+    whole = render(solid, everywhere(), VIEWS, 16, WHITE, options)
+    parts = render(solid, everywhere(), VIEWS, 16, WHITE, RenderOptions(step=0.04, normals=True, chunk=100))
+    for name in ("rgb", "opacity", "depth", "normal"):
+        assert torch.equal(getattr(whole, name), getattr(parts, name)), name
+    colours = torch.rand(3, 3, generator=seeded())
+    other = render(solid, everywhere(), VIEWS, 16, colours, options)
+    expected = whole.rgb + (1 - whole.opacity) * (colours[:, :, None, None] - 1)
+    assert other.rgb.allclose(expected, atol=1e-6)
+
+
+@torch.no_grad()
+def test_lambertian_sphere_closed_form():
+    camera, light = orbit(1, elevation=0), torch.tensor([0.0, 2.0, 2.0])
+    shading = Shading("textureless", light=light, ambient=0.2)
+    out = render(sphere(0.6, 2000.0), everywhere(), camera, 33, torch.zeros(3), RenderOptions(0.005, shading))
+    enter, chord = chords(camera, 33, 0.6)
+    origins, directions = camera.rays(33)
+    normal = (origins + enter[0, 0, ..., None] * directions) / 0.6
+    expected = 0.2 + 0.8 * (normal @ torch.nn.functional.normalize(light, dim=0)).clamp_min(0)
+    inner = chord[0, 0] > 0.5
+    assert (out.rgb[0, 0] - expected[0])[inner].abs().max() < 0.02  # step / radius
+    assert (out.normal[0].permute(1, 2, 0) - normal[0])[inner].abs().max() < 0.02
+    lit = render(
+        sphere(0.6, 2000.0), everywhere(), camera, 33, torch.zeros(3), RenderOptions(0.005, Shading("lambertian"))
+    )
+    assert lit.rgb[0, :, 16, 16].sum() == pytest.approx(1.0, abs=0.01)  # a light at the camera, met head-on
+
+
+def test_visible_against_brute_force():
+    generator = seeded(1)
+    counts = torch.tensor([0, 5, 1, 0, 7, 3])
+    offsets = torch.cat([torch.zeros(1, dtype=torch.long), counts.cumsum(0)])
+    ray = torch.repeat_interleave(torch.arange(6), counts)
+    sigma, dt = torch.rand(16, generator=generator) * 8, torch.rand(16, generator=generator)
+    samples = Samples(ray, torch.rand(16, 3, generator=generator), torch.arange(16.0), dt, offsets)
+    kept, index = visible(samples, sigma, dark=0.05)
+    expected = [
+        i for i in range(16) if math.exp(-sum(float(sigma[j] * dt[j]) for j in range(int(offsets[ray[i]]), i))) >= 0.05
+    ]
+    assert index.tolist() == expected and kept.t.tolist() == expected
+    assert kept.offsets.diff().tolist() == [sum(int(ray[i]) == r for i in expected) for r in range(6)]
+
+
+def test_dropping_dark_samples_keeps_image_and_gradient():
+    field, cells = Field(replace(SMALL, blob_strength=40.0), BACKEND, seeded()), everywhere()
+    results = []
+    for dark in (1e-4, 1e-30):
+        out = render(field, cells, VIEWS, 12, WHITE, RenderOptions(2 / 48, dark=dark), seeded(3))
+        field.zero_grad()
+        (out.rgb * torch.rand(out.rgb.shape, generator=seeded(4))).sum().backward()
+        results.append((out.rgb.detach(), field.table.grad.clone(), len(out.trace.sigma)))
+    (image, grad, few), (full_image, full_grad, many) = results
+    assert few < many
+    assert (image - full_image).abs().max() < 2e-4
+    assert (grad - full_grad).norm() < 2e-3 * full_grad.norm() and full_grad.norm() > 0
+
+
+def test_new_field_is_a_grey_blob():
+    field = Field(SMALL, BACKEND, seeded())
+    radii = torch.tensor([0.0, 0.25, 0.5, 0.6, 1.7])
+    points = radii[:, None] * torch.tensor([[1.0, 0.0, 0.0]])
+    sigma, colour = field(points)
+    expected = torch.nn.functional.softplus((10 * (1 - radii / 0.5)).clamp_min(-5))
+    assert sigma.allclose(expected, atol=1e-3) and colour.allclose(torch.full((5, 3), 0.5), atol=1e-3)
+
+
+def test_normals_of_the_blob_point_outwards():
+    field = Field(SMALL, BACKEND, seeded())
+    points = torch.nn.functional.normalize(torch.randn(50, 3, generator=seeded(2)), dim=-1) * 0.4
+    assert (field.normals(points) * points / 0.4).sum(-1).min() > 0.995
+
+
+def test_closed_levels_get_no_gradient_and_give_nothing():
+    field = Field(replace(SMALL, open_levels=Ramp(0, 2, 4, 10)), BACKEND, seeded())
+    points = torch.rand(64, 3, generator=seeded()) * 2 - 1
+    border = field.spec.offsets[2]
+    for step, closed in ((0, True), (10, False)):
+        field.open(step)
+        field.zero_grad()
+        field(points)[1].sum().backward()
+        assert (field.table.grad[border:].abs().max() == 0) == closed
+        assert field.table.grad[:border].abs().max() > 0
+
+
+def test_occupancy_keeps_the_blob_and_skips_the_rest():
+    field, step = Field(SMALL, BACKEND, seeded()), 2 / 48
+    occupancy = Occupancy(OccupancyConfig(grow=1), step)
+    full = render(field, occupancy, VIEWS, 16, WHITE, RenderOptions(step))
+    assert occupancy.update(field, 0, seeded())
+    radius = torch.linspace(-1, 1, 65)[1::2]
+    radius = torch.stack(torch.meshgrid(radius, radius, radius, indexing="ij")).norm(dim=0)
+    assert occupancy.cells[radius < 0.5].all() and not occupancy.cells[radius > 0.8].any()
+    assert occupancy.share() < 0.2
+    skipped = render(field, occupancy, VIEWS, 16, WHITE, RenderOptions(step))
+    assert len(skipped.trace.sigma) < 0.5 * len(full.trace.sigma)
+    assert (skipped.rgb - full.rgb).abs().max() < 0.03  # the blob's far floor, softplus(-5) = 0.007 over 2 units
+    assert not occupancy.update(field, 1, seeded()) and occupancy.update(field, occupancy.config.every, seeded())
+
+
+def test_occupancy_grows_by_whole_cells_and_finds_its_points():
+    solid = Solid(lambda p: ((p > 0) & (p < 0.25)).all(-1), 100.0)  # cells 4 of 8 on each axis
+    occupancy = Occupancy(OccupancyConfig(resolution=8, grow=1), 0.05)
+    occupancy.update(solid, 0, seeded())
+    expected = torch.zeros(8, 8, 8, dtype=torch.bool)
+    expected[3:6, 3:6, 3:6] = True
+    assert torch.equal(occupancy.cells, expected)
+    assert occupancy.at(torch.tensor([[0.1, 0.1, 0.1], [-0.3, 0.1, 0.1], [1.0, 0.1, 0.1]])).tolist() == [
+        True,
+        False,
+        False,
+    ]
+
+
+def test_occupancy_forgets_and_an_empty_grid_looks_everywhere():
+    occupancy = Occupancy(OccupancyConfig(resolution=8, decay=0.5), 0.05)
+    occupancy.update(sphere(0.5, 100.0), 0, seeded())
+    assert 0 < occupancy.share() < 0.5
+    for update in range(1, 12):
+        occupancy.update(sphere(0.5, 0.0), 8 * update, seeded())
+    assert occupancy.ema.max() < 0.1 and occupancy.cells.all()
+
+
+def trace_of(t, weights, rays: int, ray, points=None, normals=None, directions=None) -> Trace:
+    """A trace with given weights; dt 0.1."""
+    t, weights, ray = torch.tensor(t), torch.tensor(weights, requires_grad=True), torch.tensor(ray)
+    offsets = torch.cat([torch.zeros(1, dtype=torch.long), torch.bincount(ray, minlength=rays).cumsum(0)])
+    opacity = torch.zeros(rays).index_add(0, ray, weights)
+    points = torch.zeros(len(t), 3) if points is None else points
+    samples = Samples(ray, points, t, torch.full_like(t, 0.1), offsets)
+    return Trace(samples, weights / 0.1, weights, opacity, normals, directions)
+
+
+def test_regularisers_closed_forms():
+    assert regularisers.sparsity(torch.zeros(9)) == pytest.approx(0, abs=1e-7)
+    assert regularisers.sparsity(torch.ones(9)) == pytest.approx(math.sqrt(1.01) - 0.1, abs=1e-6)
+    assert regularisers.opacity_entropy(torch.full((7,), 0.5)) == pytest.approx(math.log(2), abs=1e-6)
+    assert regularisers.opacity_entropy(torch.tensor([0.0, 1.0])) < 2e-3
+    points = torch.tensor([[0.0, 0.95, 0.0], [0.5, -0.5, 0.89], [-1.0, 0.0, 0.0]])
+    trace = trace_of([1.0, 2.0, 3.0], [0.5, 0.3, 0.1], 2, [0, 0, 1], points)
+    assert regularisers.margin(trace).item() == pytest.approx((0.5 * 0.25 + 0.1) / 2, abs=1e-6)
+    normals = torch.tensor([[0.0, 0.0, 1.0], [0.0, 0.0, -1.0], [0.6, 0.0, 0.8]])
+    trace = trace_of(
+        [1.0, 2.0, 3.0], [0.5, 0.3, 0.1], 2, [0, 0, 1], points, normals, torch.tensor([[0.0, 0.0, 1.0]] * 2)
+    )
+    assert regularisers.orientation(trace) == pytest.approx((0.5 + 0.1 * 0.64) / 2, abs=1e-6)
+
+
+def test_distortion_against_the_double_sum():
+    t, w, ray = [1.0, 1.4, 2.0, 0.5, 0.9, 3.0], [0.3, 0.2, 0.4, 0.1, 0.6, 0.7], [0, 0, 0, 2, 2, 3]
+    trace = trace_of(t, w, 5, ray)
+    pairs = sum(w[i] * w[j] * abs(t[i] - t[j]) for i in range(6) for j in range(6) if ray[i] == ray[j])
+    expected = (pairs + sum(x * x * 0.1 / 3 for x in w)) / 5
+    value = regularisers.distortion(trace)
+    assert value.item() == pytest.approx(expected, rel=1e-5)
+    value.backward()
+    assert torch.isfinite(trace.weights.grad).all()
+
+
+def test_total_variation_is_zero_in_constant_density():
+    class Spec:
+        spec = SMALL.grid()
+
+        def __init__(self, density):
+            self.density = density
+
+    trace = trace_of([1.0, 2.0], [0.5, 0.3], 1, [0, 0], torch.tensor([[0.0, 0.0, 0.0], [0.2, 0.0, 0.1]]))
+    assert regularisers.total_variation(Spec(lambda p: torch.full((len(p),), 3.0)), trace, seeded()) == 0
+    slope = regularisers.total_variation(Spec(lambda p: 0.01 * (2 + p[:, 0])), trace, seeded())
+    assert slope.item() == pytest.approx(0.1 * 0.01 * (2 / 32) / 2, rel=0.05)  # mean |u_x| is half the reach
+
+
+def scene(**render_options) -> SceneStudent:
+    regularise = RegulariserConfig(*(Ramp.constant(1.0) for _ in range(6)))
+    config = SceneConfig(
+        field=SMALL, regularise=regularise, render=RenderConfig(views=2, resolution=12, samples=24, **render_options)
+    )
+    return SceneStudent(config, seeded(), lambda cameras, where: [f"mug on {where}"] * len(cameras), backend=BACKEND)
+
+
+def test_student_draws_the_same_with_the_same_seed_and_learns():
+    losses = []
+    for _ in range(2):
+        student = scene()
+        optimiser = torch.optim.Adam(
+            [p for group in student.param_groups().values() for p in group], lr=1e-2, eps=1e-15
+        )
+        generator = seeded(5)
+        for step in range(6):
+            draw = student.draw(step, generator)
+            loss = (draw.images - torch.tensor([1.0, 0.0, 0.0]).view(1, 3, 1, 1)).square().mean()
+            optimiser.zero_grad()
+            (loss + sum(0.0 * value for value in student.regularisers().values())).backward()
+            optimiser.step()
+            student.after_step(step, generator)
+            losses.append(loss.item())
+    assert losses[:6] == losses[6:] and losses[5] < 0.99 * losses[0]
+
+
+def test_student_regularisers_have_gradients_and_parameters_have_groups():
+    student = scene()
+    draw = student.draw(0, seeded(1))
+    assert (
+        draw.images.shape == (2, 3, 12, 12) and draw.prompts == ["mug on white"] * 2 and draw.group.tolist() == [0, 0]
+    )
+    values = student.regularisers()
+    names = {"sparsity", "opacity_entropy", "orientation", "total_variation", "distortion", "margin", "opacity"}
+    assert set(values) == names and all(torch.isfinite(v) for v in values.values())
+    for name, value in values.items():
+        if name != "opacity":
+            student.zero_grad()
+            value.backward(retain_graph=True)
+            assert (student.field.table.grad.abs().max() > 0) == (name != "margin"), (
+                name
+            )  # the blob is far from the faces
+    grouped = {id(p) for group in student.param_groups().values() for p in group}
+    assert grouped == {id(p) for p in student.parameters()}
+    learned = scene(background="learned")
+    learned.draw(0, seeded()).images.sum().backward()
+    assert learned.param_groups()["background"][0].grad.abs().max() > 0
+    assert all(p.grad is not None for p in learned.parameters())
+
+
+def test_student_state_round_trip():
+    student, other = scene(), scene()
+    with torch.no_grad():
+        student.field.table.add_(torch.randn(student.field.table.shape, generator=seeded(8)))
+    student.after_step(7, seeded())
+    assert not torch.equal(student.render_view(VIEWS).rgb, other.render_view(VIEWS).rgb)
+    other.load_state_dict(student.state_dict())
+    assert torch.equal(student.render_view(VIEWS).rgb, other.render_view(VIEWS).rgb)
+    assert student.render_view(VIEWS, 20, normals=True).normal.shape == (3, 3, 20, 20)
+
+
+def test_random_backgrounds_are_named_and_seen():
+    student, generator, seen = scene(background="random"), seeded(2), set()
+    for step in range(12):
+        draw = student.draw(step, generator)
+        seen.add(student.background_name)
+        assert draw.images[:, :, 0, 0].allclose(
+            torch.tensor(BACKGROUNDS[student.background_name]).expand(2, 3), atol=0.02
+        )
+        assert draw.prompts[0] == f"mug on {student.background_name}"
+    assert seen == set(BACKGROUNDS)
+    student.render_view(VIEWS)
+    plain = scene(background="#ff8000").render_view(VIEWS).rgb[0, :, 0, 0]
+    assert plain.allclose(torch.tensor([1.0, 128 / 255, 0.0]), atol=0.02)
+
+
+def test_mixed_shading_starts_late():
+    student = scene(shading="mixed", shading_start=2)
+    kinds = [student._shading(step, VIEWS, seeded(step)).kind for step in range(40)]
+    assert set(kinds[:2]) == {"albedo"} and set(kinds[2:]) == {"albedo", "lambertian", "textureless"}
+    student.draw(5, seeded()).images.sum().backward()
+    assert student.field.table.grad.abs().max() > 0
+
+
+def test_a_scene_that_has_died_still_goes_backward():
+    student = scene()
+    with torch.no_grad():
+        student.field.b2[0] = -200.0
+    student.occupancy.cells.zero_()
+    student.occupancy.ema.zero_()
+    draw = student.draw(0, seeded())
+    (draw.images.sum() + sum(student.regularisers().values())).backward()
+    assert torch.equal(draw.images.detach(), torch.ones(2, 3, 12, 12)) and student.field.table.grad.abs().max() == 0
+    student.after_step(7, seeded())
+    assert student.occupancy.cells.all()
+
+
+def test_density_and_colours_for_the_mesh():
+    student = scene()
+    points = torch.tensor([[0.0, 0.0, 0.0], [0.95, 0.95, 0.95], [1.2, 0.0, 0.0]])
+    density = student.density(points)
+    assert density[0] == pytest.approx(10, abs=0.01) and density[1:].tolist() == [0, 0]
+    assert student.colours(points).allclose(torch.full((3, 3), 0.5), atol=1e-3)
+
+
+def test_learned_background_starts_plain():
+    directions = torch.nn.functional.normalize(torch.randn(20, 3, generator=seeded()), dim=-1)
+    colours = LearnedBackground((0.9, 0.5, 0.2))(directions)
+    assert colours.allclose(torch.tensor([0.9, 0.5, 0.2]).expand(20, 3), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: RenderConfig(views=0),
+        lambda: RenderConfig(resolution=100000),
+        lambda: RenderConfig(shading="phong"),
+        lambda: RenderConfig(ambient=2.0),
+        lambda: RenderConfig(dark=0.0),
+        lambda: OccupancyConfig(resolution=2),
+        lambda: FieldConfig(hidden=0),
+        lambda: FieldConfig(blob_radius=0.0),
+        lambda: scene(background="mauve"),
+        lambda: scene(background="#12"),
+        lambda: Shading("phong"),
+        lambda: CameraRanges(elevation=(60.0, -20.0)),
+    ],
+)
+def test_mistakes_are_told(build):
+    with pytest.raises(ValueError, match="give one of|; give|as #ffffff"):
+        build()
