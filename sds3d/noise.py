@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -140,18 +141,20 @@ class _VE(Schedule):
         return torch.log(ratio / self.sigma_min) / math.log(self.sigma_max / self.sigma_min)
 
 
+@cache
+def _linear_log_ratios(device: torch.device) -> Tensor:
+    """log(sigma/alpha) at indices 0 ... 999, and 1000 by going on straight; (1001,) float64."""
+    beta = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64, device=device) ** 2
+    log_alpha_bar = torch.log1p(-beta).cumsum(0)
+    log_ratio = (torch.log(-torch.expm1(log_alpha_bar)) - log_alpha_bar) / 2
+    return torch.cat([log_ratio, 2 * log_ratio[-1:] - log_ratio[-2:-1]])
+
+
 @dataclass(frozen=True)
 class _Linear(Schedule):
-    def _log_ratios(self, device: torch.device) -> Tensor:
-        """log(sigma/alpha) at indices 0 ... 999, and 1000 by going on straight; (1001,) float64."""
-        beta = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64, device=device) ** 2
-        log_alpha_bar = torch.log1p(-beta).cumsum(0)
-        log_ratio = (torch.log(-torch.expm1(log_alpha_bar)) - log_alpha_bar) / 2
-        return torch.cat([log_ratio, 2 * log_ratio[-1:] - log_ratio[-2:-1]])
-
     def _log_ratio(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """log(sigma/alpha) at t, and its derivative in t."""
-        table = self._log_ratios(t.device)
+        table = _linear_log_ratios(t.device)
         index = (t * 1000).floor().clamp(0, 999).long()
         slope = (table[index + 1] - table[index]) * 1000
         return table[index] + slope * (t - index.double() / 1000), slope
@@ -166,7 +169,7 @@ class _Linear(Schedule):
         return -sigma * angle_rate, alpha * angle_rate
 
     def _invert(self, ratio: Tensor) -> Tensor:
-        table, wanted = self._log_ratios(ratio.device), torch.log(ratio)
+        table, wanted = _linear_log_ratios(ratio.device), torch.log(ratio)
         index = (torch.searchsorted(table, wanted.contiguous()) - 1).clamp(0, 999)
         return (index + (wanted - table[index]) / (table[index + 1] - table[index])) / 1000
 

@@ -1,0 +1,60 @@
+"""View words against a table of cameras."""
+
+import pytest
+import torch
+
+from sds3d.cameras import Cameras, orbit
+from sds3d.prompts import VIEW_WORDS, view_word, with_view
+
+
+@pytest.mark.parametrize(
+    ("azimuth", "elevation", "word"),
+    [
+        (0, 0, "front view"),
+        (45, 0, "front view"),
+        (-45, 20, "front view"),
+        (315, 0, "front view"),
+        (46, 0, "side view"),
+        (90, -20, "side view"),
+        (-90, 0, "side view"),
+        (270, 0, "side view"),
+        (134, 0, "side view"),
+        (135, 0, "back view"),
+        (180, 60, "back view"),
+        (-180, 0, "back view"),
+        (225, 0, "back view"),
+        (226, 0, "side view"),
+        (720, 0, "front view"),
+        (0, 61, "overhead view"),
+        (180, 90, "overhead view"),
+    ],
+)
+def test_view_word(azimuth, elevation, word):
+    assert view_word(azimuth, elevation) == word
+    assert word in VIEW_WORDS
+
+
+def test_with_view():
+    cameras = orbit(4)
+    words = ["front view", "side view", "back view", "side view"]
+    assert with_view("a red mug", cameras) == [f"a red mug, {w}" for w in words]
+    assert with_view(["a cat", "", "a dog", "a cow"], cameras) == [
+        "a cat, front view",
+        "",
+        "a dog, back view",
+        "a cow, side view",
+    ]
+
+
+def test_the_word_names_the_side_the_camera_stands_on():
+    """The front faces +z: a camera in front has the largest z, whatever the turn."""
+    azimuth = torch.arange(-360.0, 720.0, 10.0)
+    same = torch.full_like(azimuth, 3.0)
+    cameras = Cameras(azimuth, torch.zeros_like(azimuth), same, same * 10)
+    for (x, _, z), prompt in zip(cameras.positions().tolist(), with_view("a car", cameras), strict=True):
+        if z > abs(x) + 1e-3:
+            assert prompt.endswith("front view")
+        elif z < -abs(x) - 1e-3:
+            assert prompt.endswith("back view")
+        elif abs(x) > abs(z) + 1e-3:
+            assert prompt.endswith("side view")
