@@ -35,7 +35,8 @@ class RenderConfig:
     Args:
         views: images a step, one camera each.
         resolution: pixels a side.
-        samples: sample steps along one side of the box; each is 2 / samples long.
+        samples: sample steps along one side of the box, in training; each is 2 / samples long.
+        fine_samples: the same for previews, videos and scores.
         background: a name known to the student ("white", ...), "#rrggbb", "learned", or "random", which
             draws one of the known names each step.
         other_share: under "random", the share of steps that draw another background than the first known.
@@ -48,7 +49,8 @@ class RenderConfig:
 
     views: int = 4
     resolution: int = 64
-    samples: int = 48
+    samples: int = 40
+    fine_samples: int = 96
     background: str = "white"
     other_share: float = 0.5
     shading: str = "albedo"
@@ -57,7 +59,12 @@ class RenderConfig:
     dark: float = 1e-3
 
     def __post_init__(self):
-        for name, low, high in (("views", 1, 256), ("resolution", 4, 1024), ("samples", 8, 1024)):
+        for name, low, high in (
+            ("views", 1, 256),
+            ("resolution", 4, 1024),
+            ("samples", 8, 1024),
+            ("fine_samples", 8, 1024),
+        ):
             value = getattr(self, name)
             if not low <= value <= high:
                 raise ValueError(f"render.{name} is {value}; give a number from {low} to {high}")
@@ -135,7 +142,7 @@ class SceneStudent(nn.Module):
         self.background_name = self._choose_background(generator)
         shading = self._shading(step, cameras, generator)
         self._active, self._noise = self.config.regularise.active(step), generator
-        options = self._options(shading, "orientation" in self._active)
+        options = RenderOptions(2 / settings.samples, shading, "orientation" in self._active, settings.dark)
         out = render(
             self.field, self.occupancy, cameras.to(self.device), settings.resolution,
             self._background(self.background_name), options, generator,
@@ -182,7 +189,7 @@ class SceneStudent(nn.Module):
             wanted = self.config.render.background
             background = next(iter(self._plain)) if wanted == "random" else wanted
         behind, size = self._background(background), resolution or self.config.render.resolution
-        options = self._options(shading, normals)
+        options = RenderOptions(2 / self.config.render.fine_samples, shading, normals, self.config.render.dark)
         return render(self.field, self.occupancy, cameras.to(self.device), size, behind, options)
 
     @torch.no_grad()
@@ -200,9 +207,6 @@ class SceneStudent(nn.Module):
         """Colours (N, 3) in [0, 1] at points (N, 3), clamped to the box."""
         parts = [self.field(part.clamp(-1, 1))[1] for part in points.to(self.device).split(65536)]
         return torch.cat(parts) if parts else points.new_zeros(0, 3)
-
-    def _options(self, shading: Shading, normals: bool) -> RenderOptions:
-        return RenderOptions(2 / self.config.render.samples, shading, normals, self.config.render.dark)
 
     def _choose_background(self, generator: torch.Generator) -> str:
         """Name of this step's background."""
