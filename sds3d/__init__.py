@@ -1,0 +1,26 @@
+"""Text to 3D by score distillation: ``sds3d.generate("a red mug")`` makes a coloured mesh.
+
+Importing this imports nothing; what is used is loaded when it is used.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sds3d.asset import Asset, generate
+
+__version__ = "0.1.0"
+__all__ = ["Asset", "generate"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        from sds3d import asset
+
+        return getattr(asset, name)
+    raise AttributeError(f"module 'sds3d' has no attribute {name!r}; it has {', '.join(__all__)}")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -1,0 +1,313 @@
+"""The command line: parses, calls, prints. Results go to stdout, progress and complaints to stderr.
+
+Exit codes: 0 done, 2 a mistake of the user's (one sentence on stderr), 1 the run diverged, 130 stopped by Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import MISSING, dataclass, fields
+from functools import wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, get_type_hints
+
+import typer
+from typer import Argument, Option
+
+if TYPE_CHECKING:
+    from sds3d.asset import Asset
+    from sds3d.progress import Silent
+    from sds3d.train import Step
+
+app = typer.Typer(
+    name="sds3d",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Text to 3D by score distillation. Start with:  sds3d generate \"a red mug\"",
+)
+teacher_app = typer.Typer(no_args_is_help=True, help="Look at, check or train the teacher (the 2D diffusion model).")
+app.add_typer(teacher_app, name="teacher")
+
+Overrides = Annotated[
+    list[str] | None, Argument(metavar="[KEY=VALUE]...", help="settings, as in steps=800 render.resolution=64")
+]
+RunFolder = Annotated[Path, Argument(metavar="RUN", help="a run folder, as in outputs/00001-a-red-mug")]
+Quiet = Annotated[bool, Option("--quiet", "-q", help="no progress; print the results only")]
+Json = Annotated[bool, Option("--json", help="no progress; print one JSON object")]
+
+
+@dataclass(frozen=True)
+class GenerateOptions:
+    """The flags of generate, each short for a key."""
+
+    method: Annotated[str | None, Option(help="how to distil; its recipe comes with it")] = None
+    seed: Annotated[int | None, Option(help="of every random draw")] = None
+    teacher: Annotated[str | None, Option(help="a packaged teacher (small) or a file of weights")] = None
+    teacher_views: Annotated[str | None, Option(help="camera (exact) or words (front, side, back view)")] = None
+    backend: Annotated[str | None, Option(help="kernels: auto, numba, torch ... (see sds3d doctor)")] = None
+    out: Annotated[str | None, Option("--out", "-o", help="folder for run folders")] = None
+    config: Annotated[Path | None, Option(help="a YAML file of settings, such as another run's config.yaml")] = None
+    dry_run: Annotated[bool, Option("--dry-run", help="print the settings and stop")] = False
+    quiet: Quiet = False
+    json: Json = False
+
+    def layer(self) -> dict[str, Any]:
+        """The settings given by flags."""
+        given = {key: getattr(self, key) for key in ("method", "seed", "backend", "out")}
+        given |= {"teacher.name": self.teacher, "teacher.views": self.teacher_views}
+        return {key: value for key, value in given.items() if value is not None}
+
+
+def spread(function: Callable) -> Callable:
+    """Let Typer see the fields of the dataclass that ``function`` takes last as options of their own."""
+    hints = get_type_hints(function, include_extras=True)
+    *own, last = inspect.signature(function).parameters.values()
+    cls = hints[last.name]
+    options = get_type_hints(cls, include_extras=True)
+    parameters = [p.replace(annotation=hints[p.name]) for p in own]
+    for f in fields(cls):
+        default = inspect.Parameter.empty if f.default is MISSING else f.default
+        parameters.append(
+            inspect.Parameter(
+                f.name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=default, annotation=options[f.name]
+            )
+        )
+
+    @wraps(function)
+    def command(**given: Any) -> Any:
+        taken = {f.name: given.pop(f.name) for f in fields(cls)}
+        return function(**given, **{last.name: cls(**taken)})
+
+    command.__signature__ = inspect.Signature(parameters)
+    command.__annotations__ = {p.name: p.annotation for p in parameters}
+    return command
+
+
+@app.command()
+@spread
+def generate(
+    prompt: Annotated[str, Argument(help='what to make, in quotes, as in "a red mug with a white handle"')],
+    overrides: Overrides = None,
+    options: GenerateOptions = GenerateOptions(),
+) -> None:
+    """Make a 3D asset from a prompt: mesh.glb, turntable.mp4, preview.png in a new folder under outputs/.
+
+    [bold]Examples[/bold]
+
+      sds3d generate "a red mug"
+
+      sds3d generate "a blue chair" --method sds --seed 3 steps=800 render.resolution=64
+
+      sds3d generate "a green cube on a yellow cylinder" --dry-run
+
+    Ctrl-C stops after the current step and saves; [bold]sds3d resume[/bold] goes on.
+    """
+    from sds3d import config as configs
+
+    begun = time.perf_counter()
+    layers = options.layer(), configs.parse_overrides(overrides or [])
+    config = configs.load(prompt, *layers, file=options.config)
+    if options.dry_run:
+        print(configs.to_yaml(config), end="")
+        return
+    from sds3d import asset as assets
+
+    asset, steps = assets.start(config)
+    _carry_out(asset, steps, begun, _display(options.quiet, options.json), options.json)
+
+
+@app.command()
+def resume(run: RunFolder, overrides: Overrides = None, quiet: Quiet = False, json: Json = False) -> None:
+    """Go on with a run where it stopped, and finish it.
+
+    [bold]Examples[/bold]
+
+      sds3d resume outputs/00001-a-red-mug
+
+      sds3d resume outputs/00001-a-red-mug steps=800      [dim]# longer than it was meant to be[/dim]
+    """
+    from sds3d import asset as assets
+    from sds3d import config as configs
+
+    begun = time.perf_counter()
+    asset, steps = assets.resume(run, configs.parse_overrides(overrides or []))
+    _carry_out(asset, steps, begun, _display(quiet, json), json)
+
+
+@app.command()
+def export(
+    run: RunFolder,
+    format: Annotated[str, Option("--format", "-f", help="glb, obj, ply (mesh), mp4 (turntable), png (views)")] = "glb",
+    out: Annotated[Path | None, Option("--out", "-o", help="folder to write to; the run's own by default")] = None,
+    resolution: Annotated[int | None, Option(help="voxels along each side of the box")] = None,
+    json: Json = False,
+) -> None:
+    """Write a run's asset in other formats.
+
+    [bold]Example[/bold]
+
+      sds3d export outputs/00001-a-red-mug --format glb,obj,ply --resolution 128
+    """
+    from dataclasses import replace
+
+    from sds3d.asset import FORMATS, Asset
+
+    names = {"mp4": "turntable", "png": "preview"}
+    wanted = [part.strip().lower().lstrip(".") for part in format.split(",") if part.strip()]
+    for suffix in wanted or [""]:
+        if f".{suffix}" not in FORMATS:
+            raise ValueError(f"format is {suffix!r}; give one or more of {', '.join(f[1:] for f in FORMATS)}")
+    asset = Asset.open(run)
+    if resolution is not None:
+        settings = replace(asset.config.export, mesh_resolution=resolution)
+        asset.config = replace(asset.config, export=settings)
+    folder = out or asset.path
+    files = [asset.export(folder / f"{names.get(suffix, 'mesh')}.{suffix}") for suffix in wanted]
+    _print_result({"run": str(asset.path), "files": [str(f) for f in files]}, [str(f) for f in files], json)
+
+
+@app.command(name="eval")
+def evaluate(
+    runs: Annotated[list[Path], Argument(metavar="RUN...", help="one run folder or more")],
+    json: Json = False,
+) -> None:
+    """Compare runs with the true shapes of the toybox: IoU, PSNR, Chamfer, F-score; writes eval.png.
+
+    [bold]Example[/bold]
+
+      sds3d eval outputs/00001-a-red-mug
+    """
+    from sds3d.asset import Asset
+
+    rows = []
+    for run in runs:
+        asset = Asset.open(run)
+        scores = asset.evaluate().numbers()
+        rows.append({"run": str(asset.path), "prompt": asset.config.prompt, **scores})
+        if not json:
+            print(_score_line(asset.config.prompt, scores))
+    if json:
+        print(_dump(rows if len(rows) > 1 else rows[0]))
+        return
+    if len(rows) > 1:
+        figures = [[row[key] for row in rows if row[key] is not None] for key in SCORES]
+        means = [sum(values) / len(values) if values else None for values in figures]
+        print(_score_line(f"mean of {len(rows)}", dict(zip(SCORES, means, strict=True))))
+
+
+SCORES = ("iou", "psnr", "chamfer", "fscore")
+
+
+def _score_line(name: str, scores: dict[str, Any]) -> str:
+    chamfer = "no mesh" if scores["chamfer"] is None else f"{scores['chamfer']:.4f}"
+    figures = f"IoU {scores['iou']:.3f}  PSNR {scores['psnr']:.2f} dB  Chamfer {chamfer}  F {scores['fscore']:.3f}"
+    return f"{name:40s}  {figures}"
+
+
+@app.command()
+def doctor(json: Json = False) -> None:
+    """Versions, device, the kernels chosen and why, and what is missing."""
+    from sds3d import doctor as doctors
+
+    report = doctors.examine()
+    print(_dump(report) if json else doctors.to_text(report))
+
+
+def _display(quiet: bool, as_json: bool) -> Silent:
+    from sds3d import progress
+
+    return progress.choose(quiet or as_json)
+
+
+def _carry_out(asset: Asset, steps: Iterator[Step], begun: float, display: Silent, as_json: bool) -> None:
+    """Run the loop to its end or to Ctrl-C, write the files, say where they are and what to do next."""
+    last = None
+    with display:
+        config, backend = asset.config, asset.student.field.backend
+        teacher = f"teacher {config.teacher.name} ({config.teacher.views})"
+        display.note(f"{asset.path}  {asset.student.device}, {backend}, {teacher}")
+        with _interruption() as stopped:
+            for last in steps:
+                display.show(last)
+                if stopped:
+                    break
+        steps.close()
+        unfinished = last is not None and last.step < last.total
+        if not unfinished:
+            files = []
+            for file in asset.finish():
+                files.append(str(file))
+                display.note(f"wrote {file}")
+    seconds = time.perf_counter() - begun
+    if unfinished:
+        print(f"stopped after step {last.step} of {last.total}; go on with: sds3d resume {asset.path}", file=sys.stderr)
+        raise typer.Exit(130)
+    result = {"run": str(asset.path), "files": files, "steps": config.steps, "seconds": round(seconds, 2)}
+    hints = [f"sds3d export {asset.path} --format glb,obj,ply", f"sds3d resume {asset.path} steps={2 * config.steps}"]
+    display.note(f"done in {seconds:.0f} s; next:\n  " + "\n  ".join(hints))
+    _print_result(result, files, as_json)
+
+
+@contextmanager
+def _interruption() -> Iterator[list[int]]:
+    """A list that is empty until Ctrl-C (or SIGTERM) comes; a second one ends the program as usual."""
+    caught: list[int] = []
+    wanted = (signal.SIGINT, signal.SIGTERM)
+
+    def note(number: int, frame: object) -> None:
+        if caught:
+            raise KeyboardInterrupt
+        caught.append(number)
+        print("\nstopping after this step; once more to stop at once", file=sys.stderr)
+
+    before = {s: signal.signal(s, note) for s in wanted}
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _print_result(result: dict[str, Any], lines: list[str], as_json: bool) -> None:
+    print(_dump(result) if as_json else "\n".join(lines))
+
+
+def _dump(value: Any) -> str:
+    return json.dumps(value)
+
+
+def main(arguments: list[str] | None = None) -> NoReturn:
+    """The entry point of ``sds3d``. Ends the process with its exit code."""
+    try:
+        app(args=arguments)
+    except ValueError as error:
+        _complain(error, 2)
+    except (ArithmeticError, RuntimeError) as error:
+        from sds3d.distill.core import NonFiniteGradient
+        from sds3d.train import Diverged
+
+        if not isinstance(error, Diverged | NonFiniteGradient):
+            raise
+        _complain(error, 1)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        sys.exit(130)
+    sys.exit(0)
+
+
+def _complain(error: Exception, code: int) -> NoReturn:
+    """One line on stderr; the whole story where SDS3D_TRACEBACK is set."""
+    if os.environ.get("SDS3D_TRACEBACK"):
+        raise error
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    sys.exit(code)

@@ -1,0 +1,342 @@
+"""What a user can set: one typed tree, its YAML, recipes and ``key=value`` overrides, and the objects it makes.
+
+Layers, each over the one before: the defaults of the dataclasses, the method's recipe (``configs/<method>.yaml``),
+a user's file, keyword arguments or flags, ``key=value``. ``${steps}`` and ``${part:0.75}`` (that part of the steps,
+rounded) may stand in any value, so that a recipe's ramps follow the number of steps.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sds3d import ops
+from sds3d.cameras import CameraRanges, Cameras
+from sds3d.distill import METHODS
+from sds3d.distill.core import ScoreObjective
+from sds3d.noise import TimeDraw
+from sds3d.ramp import Ramp
+from sds3d.scenes.field import FieldConfig
+from sds3d.scenes.occupancy import OccupancyConfig
+from sds3d.scenes.regularisers import RegulariserConfig
+from sds3d.scenes.student import RenderConfig, SceneConfig, SceneStudent
+from sds3d.teachers.base import Teacher
+from sds3d.train import OptimConfig, Plan
+from sds3d.typed import build, keys, merge, nearest, plain
+
+PACKAGED_TEACHERS = ("small",)
+TEACHER_VIEWS = ("camera", "words")
+DEFAULT_METHOD = "sds"
+
+
+@dataclass(frozen=True)
+class TeacherConfig:
+    """
+    Args:
+        name: a packaged teacher, or a path to weights of the same kind.
+        views: how it learns where an image is seen from: "camera" (exactly) or "words" (front, side, back view).
+        dtype: "auto", "float32" or "bfloat16".
+    """
+
+    name: str = "small"
+    views: str = "camera"
+    dtype: str = "auto"
+
+    def __post_init__(self):
+        if self.views not in TEACHER_VIEWS:
+            raise ValueError(f"teacher.views is {self.views!r}; give {' or '.join(TEACHER_VIEWS)}")
+        if self.dtype not in ("auto", "float32", "bfloat16"):
+            raise ValueError(f"teacher.dtype is {self.dtype!r}; give auto, float32 or bfloat16")
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    """
+    Args:
+        save_every: steps between checkpoints.
+        picture_every: steps between progress pictures, 0 for none.
+    """
+
+    save_every: int = 100
+    picture_every: int = 50
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """
+    Args:
+        mesh_resolution: voxels along each side of the box.
+        threshold: density at the surface; null chooses it.
+        keep: pieces smaller than this share of the largest piece's area are dropped.
+        frames, size, elevation: of the turntable; pixels, degrees. ``size`` is the preview's, too.
+    """
+
+    mesh_resolution: int = 96
+    threshold: float | None = None
+    keep: float = 0.05
+    frames: int = 48
+    size: int = 128
+    elevation: float = 15.0
+
+    def __post_init__(self):
+        if not 8 <= self.mesh_resolution <= 512:
+            raise ValueError(f"export.mesh_resolution is {self.mesh_resolution}; give 8 to 512 voxels a side")
+        if self.threshold is not None and not self.threshold > 0:
+            raise ValueError(f"export.threshold is {self.threshold}; give a density above 0, or null")
+        if not 0 <= self.keep <= 1:
+            raise ValueError(f"export.keep is {self.keep}; give a share from 0 to 1")
+        if not 2 <= self.frames <= 10_000:
+            raise ValueError(f"export.frames is {self.frames}; give 2 to 10000")
+        if not 16 <= self.size <= 2048 or self.size % 2:
+            raise ValueError(f"export.size is {self.size}; give an even number from 16 to 2048")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that makes a run.
+
+    Args:
+        prompt: what to make.
+        negative: what not to make; "" for nothing.
+        seed: of every random draw.
+        steps: of the loop.
+        device: "auto", "cpu", "cuda" ...
+        backend: of the hot kernels; one of ops.BACKENDS.
+        out: folder for run folders.
+        method: a method of distill.METHODS; in YAML its name and its fields.
+        weight: W(t), one of noise.WEIGHTS.
+        uncond_camera: whether the null and negative prompts are told the camera.
+        time: where t comes from.
+
+    Raises:
+        ValueError: an empty prompt or a number that makes no sense.
+    """
+
+    prompt: str
+    negative: str = ""
+    seed: int = 0
+    steps: int = 400
+    device: str = "auto"
+    backend: str = "auto"
+    out: str = "outputs"
+    teacher: TeacherConfig = TeacherConfig()
+    method: Any = METHODS[DEFAULT_METHOD]()
+    weight: str = "sigma2"
+    uncond_camera: bool = False
+    time: TimeDraw = dataclasses.field(default_factory=lambda: TimeDraw(Ramp.constant(0.087), Ramp(0, 0.951, 0.5, 300)))
+    field: FieldConfig = FieldConfig()
+    occupancy: OccupancyConfig = OccupancyConfig()
+    render: RenderConfig = RenderConfig()
+    camera: CameraRanges = CameraRanges()
+    regularise: RegulariserConfig = RegulariserConfig()
+    optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
+    log: LogConfig = LogConfig()
+    export: ExportConfig = ExportConfig()
+
+    def __post_init__(self):
+        if not self.prompt.strip():
+            raise ValueError('the prompt is empty; say what to make, as in: sds3d generate "a red mug"')
+        if not 0 <= self.seed < 2**62:
+            raise ValueError(f"seed is {self.seed}; give 0 or more")
+        if self.backend not in ops.BACKENDS:
+            raise ValueError(f"backend is {self.backend!r}; {nearest(self.backend, ops.BACKENDS)}")
+        make_plan(self)
+
+
+def load(prompt: str | None, *layers: Mapping[str, Any], file: str | Path | None = None) -> Config:
+    """The config of a prompt.
+
+    Args:
+        prompt: what to make; None takes it from the layers (a run's config.yaml has one).
+        layers: nested or dotted keys, later ones win.
+        file: a YAML file under the layers, over the recipe.
+
+    Raises:
+        ValueError: unknown keys, wrong types, values nobody can use, a file that is missing or is no YAML.
+    """
+    given = read_yaml(Path(file)) if file is not None else {}
+    for layer in layers:
+        given = merge(given, _nested(layer))
+    if prompt is not None:
+        given["prompt"] = prompt.replace("${", "\\${")
+    if "prompt" not in given:
+        raise ValueError('there is no prompt; say what to make, as in: sds3d generate "a red mug"')
+    if isinstance(given.get("method"), str):
+        given["method"] = {"name": given["method"]}
+    method = given.get("method") or {}
+    name = method.get("name", DEFAULT_METHOD) if isinstance(method, Mapping) else str(method)
+    if name not in METHODS:
+        raise ValueError(f"method is {name!r}; {nearest(str(name), METHODS)} (there is {', '.join(METHODS)})")
+    defaults = plain(Config("a red mug"))  # whole, so that a recipe that sets optim.lr.grid keeps optim.lr.mlp
+    del defaults["prompt"], defaults["method"]
+    return _typed(_resolved(merge(merge(defaults, recipe(name)), given)), name)
+
+
+def _typed(values: dict[str, Any], name: str) -> Config:
+    """Check and convert a merged tree."""
+    fields = dict(values.pop("method", {}))
+    fields.pop("name", None)
+    known = [*keys(Config), "method.name", *keys(METHODS[name], "method")]
+    return build(Config, {**values, "method": build(METHODS[name], fields, "method", known)}, known=known)
+
+
+def parse_overrides(texts: Iterable[str]) -> dict[str, Any]:
+    """``key=value`` texts as a nested mapping; values are read as YAML. Raises ValueError."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    layer: dict[str, Any] = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not equals or not key.strip() or key != key.strip():
+            raise ValueError(f"{text!r} is no key=value; write settings as steps=800, and the prompt in quotes")
+        try:
+            node = OmegaConf.to_container(OmegaConf.from_dotlist([text]))
+        except (OmegaConfBaseException, YAMLError, ValueError, TypeError) as error:
+            raise ValueError(f"cannot read {text!r}; give key=value with a value in YAML") from error
+        layer = merge(layer, node)
+    return layer
+
+
+def recipe(name: str) -> dict[str, Any]:
+    """A recipe that ships with the package, by method name; empty where a method has none."""
+    path = recipes_folder() / f"{name}.yaml"
+    return read_yaml(path) if path.is_file() else {}
+
+
+def recipes_folder() -> Path:
+    """Where the recipes are: inside an installed package, or configs/ beside it in a clone."""
+    here = Path(__file__).parent
+    return here / "configs" if (here / "configs").is_dir() else here.parent / "configs"
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML mapping, references unresolved. Raises ValueError where it is missing or is none."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    try:
+        node = OmegaConf.load(path)
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror or error}; give a YAML file with settings") from error
+    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
+    values = OmegaConf.to_container(node)
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds no settings; give lines such as steps: 800")
+    return {str(k): v for k, v in values.items()}
+
+
+def to_yaml(config: Config) -> str:
+    """The config, complete, as YAML; ``load(None, file=...)`` gives the same config again."""
+    from omegaconf import OmegaConf
+
+    values = plain(config)
+    name = next(name for name, kind in METHODS.items() if type(config.method) is kind)
+    values["method"] = {"name": name, **values["method"]}
+    for key in ("prompt", "negative"):
+        values[key] = values[key].replace("${", "\\${")
+    return OmegaConf.to_yaml(OmegaConf.create(values))
+
+
+def _resolved(values: dict[str, Any]) -> dict[str, Any]:
+    """Replace ``${...}``."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+
+    def part(share: Any, *, _root_: Any) -> int:
+        return round(float(share) * int(_root_.steps))
+
+    OmegaConf.register_resolver("part", part, replace=True)
+    try:
+        return OmegaConf.to_container(OmegaConf.create(values), resolve=True)
+    except (OmegaConfBaseException, ValueError) as error:
+        raise ValueError(f"cannot resolve the settings: {str(error).splitlines()[0]}") from error
+
+
+def _nested(layer: Mapping[str, Any]) -> dict[str, Any]:
+    """Dotted keys opened, dataclasses and ramps as plain values."""
+    out: dict[str, Any] = {}
+    for key, value in layer.items():
+        node = _nested(value) if isinstance(value, Mapping) else plain(value)
+        for name in reversed(str(key).split(".")):
+            node = {name: node}
+        out = merge(out, node)
+    return out
+
+
+def pick_device(wanted: str) -> torch.device:
+    """"auto" is CUDA where there is one. Raises ValueError for a device that is not here."""
+    if wanted == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(wanted)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"device {wanted!r} is not usable here; give auto, cpu or cuda") from error
+    return device
+
+
+def make_teacher(config: Config) -> Teacher:
+    """The frozen teacher, which must know the prompts. Raises ValueError."""
+    from sds3d.teachers import small
+
+    name = config.teacher.name
+    path = None if name in PACKAGED_TEACHERS else Path(name).expanduser()
+    if path is not None and not path.is_file():
+        packaged = ", ".join(PACKAGED_TEACHERS)
+        raise ValueError(f"teacher {name!r} is neither packaged ({packaged}) nor a file of weights")
+    dtype = None if config.teacher.dtype == "auto" else getattr(torch, config.teacher.dtype)
+    teacher = small.load(path, views=config.teacher.views, device=pick_device(config.device), dtype=dtype)
+    for prompt in filter(None, (config.prompt, config.negative)):
+        teacher.check(prompt)
+    return teacher
+
+
+def make_student(config: Config) -> SceneStudent:
+    """A new scene; the same seed gives the same scene."""
+    device = pick_device(config.device)
+    scene = SceneConfig(config.field, config.occupancy, config.render, config.camera, config.regularise)
+    usual = "white"
+
+    def prompts(cameras: Cameras, background: str) -> list[str]:
+        plain_name = background.isalpha() and background not in (usual, "learned") and "background" not in config.prompt
+        return [f"{config.prompt} on a {background} background" if plain_name else config.prompt] * len(cameras)
+
+    generator = torch.Generator().manual_seed(2 * config.seed + 1)  # the loop's own stream is 2 * seed
+    return SceneStudent(scene, generator, prompts, backend=ops.choose(device, config.backend), device=device)
+
+
+def make_objective(config: Config, teacher: Teacher) -> ScoreObjective:
+    """The method, bound to its teacher."""
+    return ScoreObjective(teacher, config.method, config.time, config.weight, config.negative, config.uncond_camera)
+
+
+def make_plan(config: Config) -> Plan:
+    """What the loop is told."""
+    log, lambdas = config.log, config.regularise.ramps()
+    return Plan(config.steps, 2 * config.seed, lambdas, config.optim, log.save_every, log.picture_every)
+
+
+def changed(config: Config, layer: Mapping[str, Any]) -> Config:
+    """A run's config with what may change on resume: steps, device, backend, log.*, export.*.
+
+    Raises:
+        ValueError: another key, which would no longer be the same run.
+    """
+    free = ("steps", "device", "backend", "log", "export")
+    layer = _nested(layer)
+    for key in layer:
+        if key not in free:
+            raise ValueError(f"{key} cannot change on resume, only {', '.join(free)}; start a new run with generate")
+    values = {f.name: plain(getattr(config, f.name)) for f in dataclasses.fields(config) if f.name in layer}
+    fresh = build(Config, {"prompt": config.prompt, **merge(values, layer)})
+    return dataclasses.replace(config, **{key: getattr(fresh, key) for key in layer})

@@ -1,0 +1,102 @@
+"""What is installed, what runs here, and why: the report behind ``sds3d doctor``."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import sds3d
+from sds3d import config, ops
+
+PACKAGES = (
+    "torch",
+    "numpy",
+    "numba",
+    "safetensors",
+    "omegaconf",
+    "trimesh",
+    "scikit-image",
+    "imageio-ffmpeg",
+    "typer",
+    "rich",
+    "diffusers",
+    "transformers",
+    "peft",
+    "nerfacc",
+    "tinycudann",
+)
+OPTIONAL = ("diffusers", "transformers", "peft", "nerfacc", "tinycudann")  # the default run needs none of them
+
+
+def examine() -> dict[str, Any]:
+    """Everything as plain values; ``problems`` holds a sentence for each thing that stops the default run."""
+    device = config.pick_device("auto")
+    report: dict[str, Any] = {
+        "sds3d": sds3d.__version__,
+        "python": f"{platform.python_version()} on {platform.platform()}",
+        "packages": {name: _version(name) for name in PACKAGES},
+        "device": str(device) if device.type == "cpu" else f"{device} ({torch.cuda.get_device_name(device)})",
+        "threads": f"{torch.get_num_threads()} of {os.cpu_count()} processors",
+        "backends": {name: _backend(device, name) for name in ops.BACKENDS},
+        "teachers": {name: _teacher(name) for name in config.PACKAGED_TEACHERS},
+        "recipes": sorted(path.stem for path in config.recipes_folder().glob("*.yaml")),
+    }
+    report["problems"] = _problems(report)
+    return report
+
+
+def to_text(report: dict[str, Any]) -> str:
+    """The report for people."""
+    lines = [f"sds3d    {report['sds3d']}", f"python   {report['python']}"]
+    lines += [f"device   {report['device']}, {report['threads']}", ""]
+    lines.append("packages")
+    for name, version in report["packages"].items():
+        lines.append(f"  {name:16s}{version or ('not installed (optional)' if name in OPTIONAL else 'MISSING')}")
+    for title in ("backends", "teachers"):
+        lines += ["", title] + [f"  {name:16s}{text}" for name, text in report[title].items()]
+    lines += ["", f"recipes  {', '.join(report['recipes']) or 'none found'}", ""]
+    if not report["problems"]:
+        return "\n".join([*lines, 'All is well; try: sds3d generate "a red mug"'])
+    return "\n".join([*lines, *(f"problem: {text}" for text in report["problems"])])
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _backend(device: torch.device, name: str) -> str:
+    """Which kernels a name gives here, or why it gives none."""
+    try:
+        chosen = ops.choose(device, name)
+    except (ValueError, ImportError) as error:
+        return f"no: {' '.join(str(error).split())}"
+    return f"{chosen.name}, {chosen.reason}" if name == "auto" else "yes"
+
+
+def _teacher(name: str) -> str:
+    path = Path(sds3d.__file__).parent / "teachers" / f"{name}.safetensors"
+    return f"{path.stat().st_size / 1e6:.1f} MB, {path}" if path.is_file() else "no weights"
+
+
+def _problems(report: dict[str, Any]) -> list[str]:
+    problems = [
+        f"{name} is not installed; run: pip install {name}"
+        for name, version in report["packages"].items()
+        if version is None and name not in OPTIONAL
+    ]
+    problems += [
+        f"the packaged teacher {name} has no weights; install sds3d again, or make some: sds3d teacher train"
+        for name, text in report["teachers"].items()
+        if text == "no weights"
+    ]
+    if not report["recipes"]:
+        problems.append(f"there are no recipes in {config.recipes_folder()}; install sds3d again")
+    return problems

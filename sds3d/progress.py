@@ -1,0 +1,136 @@
+"""What a run shows while it goes on: a live display, plain lines where there is no terminal, or nothing.
+
+Everything goes to stderr, so that stdout holds results only.
+"""
+
+from __future__ import annotations
+
+import sys
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from sds3d.train import Step
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.text import Text
+
+THUMBNAIL = 16  # characters a view is wide; half as many lines
+LINES = 10  # plain lines a run, at most
+
+
+def figures(step: Step) -> str:
+    """The figures people follow, as in "opacity 0.21  |g| 14.2"."""
+    shown = {"opacity": "opacity", "g_norm": "|g|"}
+    return "  ".join(f"{label} {step.metrics[key]:.3g}" for key, label in shown.items() if key in step.metrics)
+
+
+class Silent:
+    """Shows nothing."""
+
+    def __enter__(self) -> Silent:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        pass
+
+    def show(self, step: Step) -> None:
+        pass
+
+    def note(self, text: str) -> None:
+        pass
+
+
+class Lines(Silent):
+    """Ten plain lines a run, for logs and pipes."""
+
+    def __enter__(self) -> Lines:
+        self._first: Step | None = None
+        return self
+
+    def show(self, step: Step) -> None:
+        every = max(1, step.total // LINES)
+        if self._first is None:
+            self._first = step
+        if step.step % every and step.step != step.total:
+            return
+        took = step.seconds - self._first.seconds
+        rate = (step.step - self._first.step) / took if took > 0 else 0.0
+        left = f"{(step.total - step.step) / rate:.0f} s left" if rate else ""
+        self.note(f"step {step.step}/{step.total}  {rate:.1f} steps/s  {figures(step)}  {left}".rstrip())
+
+    def note(self, text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+
+class Live(Silent):
+    """A bar with ETA, steps a second and figures, and the newest views in half blocks of colour."""
+
+    def __enter__(self) -> Live:
+        from rich.console import Console
+        from rich.live import Live as RichLive
+        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+        self._console = Console(stderr=True)
+        self._bar = Progress(
+            TextColumn("{task.completed}/{task.total}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.fields[rate]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[figures]}"),
+            console=self._console,
+        )
+        self._task: int | None = None
+        self._views: Text | None = None
+        self._first: Step | None = None
+        self._live = RichLive(self._layout(), console=self._console, refresh_per_second=4, transient=False)
+        self._live.__enter__()
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._live.__exit__(kind, error, trace)
+
+    def show(self, step: Step) -> None:
+        if self._first is None:
+            self._first = step
+            self._task = self._bar.add_task("", total=step.total, rate="", figures="")
+        took = step.seconds - self._first.seconds
+        rate = f"{(step.step - self._first.step) / took:.1f} steps/s" if took > 0 else ""
+        self._bar.update(self._task, completed=step.step, rate=rate, figures=figures(step))
+        if step.picture is not None:
+            self._views = thumbnail(step.picture)
+            self._live.update(self._layout())
+
+    def note(self, text: str) -> None:
+        self._console.print(text, highlight=False, markup=False)
+
+    def _layout(self) -> RenderableType:
+        from rich.console import Group
+
+        return Group(self._bar) if self._views is None else Group(self._views, self._bar)
+
+
+def thumbnail(views: Tensor) -> Text:
+    """Views (B, 3, H, W) in [0, 1] side by side; a character is two pixels, one above the other."""
+    from rich.text import Text
+
+    small = F.interpolate(views.detach().float().cpu(), (THUMBNAIL, THUMBNAIL), mode="area")
+    pixels = (small.clamp(0, 1) * 255).round().int().permute(2, 0, 3, 1).flatten(1, 2).tolist()  # rows of (r, g, b)
+    text = Text()
+    for upper, lower in zip(pixels[::2], pixels[1::2], strict=True):
+        for (r, g, b), (u, v, w) in zip(upper, lower, strict=True):
+            text.append("▀", style=f"rgb({r},{g},{b}) on rgb({u},{v},{w})")
+        text.append("\n")
+    return text
+
+
+def choose(quiet: bool) -> Silent:
+    """The display for this terminal."""
+    if quiet:
+        return Silent()
+    return Live() if sys.stderr.isatty() else Lines()

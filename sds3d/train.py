@@ -1,0 +1,288 @@
+"""The one loop: a student draws, objectives judge, one backward, one optimiser step. It yields a typed Step.
+
+Between two yields there is exactly one whole step, so closing the generator (Ctrl-C in the command line does
+that) always leaves a consistent state, which goes into the checkpoint. Resuming repeats the same random
+stream: on a CPU, with the same backend and number of threads, an interrupted run ends bit for bit where an
+uninterrupted one does.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from sds3d.ramp import Ramp
+from sds3d.runs import Run
+from sds3d.students import Draw, Student
+
+
+class Judged(Protocol):
+    """What an objective answers: a loss to go backward from, and named figures."""
+
+    loss: Tensor
+    metrics: Mapping[str, float | Tensor]
+
+
+Objective = Callable[[Draw, int, torch.Generator], Judged]
+
+
+class Diverged(RuntimeError):
+    """A loss or a gradient is not finite. The last checkpoint is from before."""
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """Adam, with a learning rate and a largest gradient norm for each named group of the student.
+
+    Args:
+        lr: group -> learning rate, a Ramp over steps.
+        clip: group -> largest gradient norm; groups that are not named are not clipped.
+        betas, eps: Adam's. The hash table wants a tiny eps: most of its gradients are tiny.
+    """
+
+    lr: dict[str, Ramp] = field(
+        default_factory=lambda: {
+            "grid": Ramp.constant(1e-2),
+            "mlp": Ramp.constant(1e-3),
+            "background": Ramp.constant(1e-3),
+        }
+    )
+    clip: dict[str, float] = field(default_factory=dict)
+    betas: tuple[float, float] = (0.9, 0.99)
+    eps: float = 1e-15
+
+    def __post_init__(self):
+        for name, ramp in self.lr.items():
+            if min(ramp.v0, ramp.v1) < 0:
+                raise ValueError(f"optim.lr.{name} is {ramp}; a learning rate is not negative")
+        for name, value in self.clip.items():
+            if not value > 0:
+                raise ValueError(f"optim.clip.{name} is {value}; give a positive gradient norm, or leave it out")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"optim.betas is {self.betas}; give two numbers in [0, 1)")
+        if not self.eps > 0:
+            raise ValueError(f"optim.eps is {self.eps}; give a positive number")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the loop is told, beside student and objectives.
+
+    Args:
+        steps: how many in all.
+        seed: of every draw in the run.
+        lambdas: regulariser -> its weight, a Ramp over steps; a regulariser without one is only logged.
+        optim: learning rates and clipping.
+        save_every: steps between checkpoints (one is always written at the end).
+        picture_every: steps between progress pictures; 0 for none.
+    """
+
+    steps: int = 400
+    seed: int = 0
+    lambdas: Mapping[str, Ramp] = field(default_factory=dict)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    save_every: int = 100
+    picture_every: int = 50
+
+    def __post_init__(self):
+        if self.steps < 1:
+            raise ValueError(f"steps is {self.steps}; give 1 or more")
+        if self.save_every < 1:
+            raise ValueError(f"log.save_every is {self.save_every}; give 1 or more")
+        if self.picture_every < 0:
+            raise ValueError(f"log.picture_every is {self.picture_every}; give 0 (no pictures) or more")
+
+
+@dataclass(frozen=True)
+class Step:
+    """One finished step.
+
+    Args:
+        step: how many are done, 1 .. total.
+        total: how many there will be.
+        loss: of all objectives and weighted regularisers; for score methods its value means nothing.
+        metrics: named figures, the row of metrics.jsonl.
+        seconds: of training so far, earlier sessions of a resumed run included.
+        picture: (B, 3, H, W) in [0, 1] where this step made a progress picture, else None.
+    """
+
+    step: int
+    total: int
+    loss: float
+    metrics: dict[str, float]
+    seconds: float
+    picture: Tensor | None = None
+
+
+def train(
+    student: Student,
+    objectives: Mapping[str, Objective],
+    plan: Plan,
+    run: Run | None = None,
+    resume: bool = False,
+    picture: Callable[[], Tensor] | None = None,
+) -> Iterator[Step]:
+    """Train ``student``; gives an iterator that yields after every step. A checkpoint is read at once.
+
+    Args:
+        student: what has the parameters.
+        objectives: name -> objective; their losses are summed.
+        plan: steps, seed, weights, learning rates.
+        run: where checkpoints, metrics and pictures go; None writes nothing.
+        resume: go on from the run's checkpoint.
+        picture: makes the views (B, 3, H, W) of a progress picture.
+
+    Raises:
+        ValueError: the disk is full, a checkpoint is missing or damaged or does not fit the student, a group
+            of parameters has no learning rate, or there is nothing left to do.
+        Diverged: a loss, a regulariser or a gradient is not finite.
+    """
+    optimiser = make_optimiser(student, plan.optim)
+    generator = torch.Generator().manual_seed(plan.seed)
+    done, seconds = 0, 0.0
+    if resume:
+        assert run is not None, "resume needs a run"
+        done, seconds = _restore(run, student, optimiser, generator)
+        if done >= plan.steps:
+            raise ValueError(
+                f"{run.path} has done {done} of {plan.steps} steps: nothing is left; give more, as in steps={2 * done}"
+            )
+        run.rewind(done)
+    state = _State(student, optimiser, generator, done, seconds)
+    return _loop(state, objectives, plan, run, picture)
+
+
+@dataclass
+class _State:
+    """What a checkpoint holds."""
+
+    student: Student
+    optimiser: torch.optim.Optimizer
+    generator: torch.Generator
+    done: int
+    seconds: float
+
+    def save(self, run: Run) -> None:
+        run.save_checkpoint(
+            {
+                "step": self.done,
+                "seconds": self.seconds,
+                "student": self.student.state_dict(),
+                "optimiser": self.optimiser.state_dict(),
+                "generator": self.generator.get_state(),
+            }
+        )
+
+
+def _loop(
+    state: _State,
+    objectives: Mapping[str, Objective],
+    plan: Plan,
+    run: Run | None,
+    picture: Callable[[], Tensor] | None,
+) -> Iterator[Step]:
+    """The steps that are left; saves when it is closed between two of them."""
+    earlier, started = state.seconds, time.perf_counter()
+    saved = state.done
+    try:
+        while state.done < plan.steps:
+            loss, metrics = _one_step(state, objectives, plan)
+            last = state.done == plan.steps
+            shown = None
+            if picture is not None and plan.picture_every and (last or state.done % plan.picture_every == 0):
+                shown = picture()
+            state.seconds = earlier + time.perf_counter() - started
+            if run is not None:
+                run.append({"step": state.done, "seconds": round(state.seconds, 3), "loss": loss, **metrics})
+                if shown is not None:
+                    run.save_picture(state.done, shown)
+                if last or state.done % plan.save_every == 0:
+                    state.save(run)
+                    saved = state.done
+            yield Step(state.done, plan.steps, loss, metrics, state.seconds, shown)
+    except GeneratorExit:
+        if run is not None and saved != state.done:
+            state.save(run)
+        raise
+
+
+def make_optimiser(student: Student, config: OptimConfig) -> torch.optim.Adam:
+    """Adam over the student's named groups.
+
+    Raises:
+        ValueError: a group has no learning rate, or optim.clip names a group that is not there.
+    """
+    groups = {name: list(params) for name, params in student.param_groups().items()}
+    groups = {name: params for name, params in groups.items() if params}
+    for name in groups:
+        if name not in config.lr:
+            raise ValueError(f"the parameters {name!r} have no learning rate; give optim.lr.{name}=1e-3 or so")
+    for name in config.clip:
+        if name not in groups:
+            raise ValueError(f"optim.clip.{name}: there is no such group; there are {', '.join(groups)}")
+    devices = {p.device.type for params in groups.values() for p in params}
+    return torch.optim.Adam(
+        [{"params": params, "name": name, "lr": config.lr[name](0)} for name, params in groups.items()],
+        betas=config.betas,
+        eps=config.eps,
+        fused=devices <= {"cpu", "cuda"},
+    )
+
+
+def _one_step(state: _State, objectives: Mapping[str, Objective], plan: Plan) -> tuple[float, dict[str, float]]:
+    """Draw, judge, go backward, move; returns the loss and the step's figures."""
+    student, optimiser, step, generator = state.student, state.optimiser, state.done, state.generator
+    draw = student.draw(step, generator)
+    metrics: dict[str, float] = {}
+    total = draw.images.new_zeros(())
+    for name, objective in objectives.items():
+        judged = objective(draw, step, generator)
+        _require_finite(judged.loss, f"the loss {name!r}", step)
+        total = total + judged.loss
+        prefix = "" if len(objectives) == 1 else f"{name}/"
+        metrics |= {f"{prefix}{key}": float(value) for key, value in judged.metrics.items()}
+    for name, value in student.regularisers().items():
+        _require_finite(value, f"the regulariser {name!r}", step)
+        weight = plan.lambdas[name](step) if name in plan.lambdas else 0.0
+        if weight and value.requires_grad:
+            total = total + weight * value
+        metrics[name] = float(value.detach())
+    optimiser.zero_grad(set_to_none=True)
+    total.backward()
+    for group in optimiser.param_groups:
+        group["lr"] = plan.optim.lr[group["name"]](step)
+        limit = plan.optim.clip.get(group["name"], float("inf"))
+        norm = torch.nn.utils.clip_grad_norm_(group["params"], limit)
+        _require_finite(norm, f"the gradient of {group['name']!r}", step)
+        metrics[f"grad/{group['name']}"] = float(norm)
+    optimiser.step()
+    student.after_step(step, generator)
+    state.done += 1
+    return float(total.detach()), metrics
+
+
+def _require_finite(value: Tensor, what: str, step: int) -> None:
+    if not bool(torch.isfinite(value).all()):
+        raise Diverged(
+            f"{what} is not finite at step {step}; the last checkpoint is good: lower optim.lr or the method's scale"
+        )
+
+
+def _restore(
+    run: Run, student: Student, optimiser: torch.optim.Optimizer, generator: torch.Generator
+) -> tuple[int, float]:
+    """Load everything from the run's checkpoint; returns the steps and seconds done."""
+    state = run.load_checkpoint()
+    try:
+        student.load_state_dict(state["student"])
+        optimiser.load_state_dict(state["optimiser"])
+        generator.set_state(state["generator"])
+        done, seconds = int(state["step"]), float(state["seconds"])
+    except (KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"{run.checkpoint} does not fit this run's config.yaml: {error}".splitlines()[0]) from error
+    return done, seconds

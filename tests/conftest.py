@@ -1,0 +1,86 @@
+"""A teacher that knows exactly one thing, a ball, and settings that make a run take a second."""
+
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from torch import Tensor
+
+from sds3d.cameras import Cameras
+from sds3d.noise import Prediction, Schedule
+from sds3d.teachers.base import decode_pixels, encode_pixels
+
+TINY = (
+    "steps=6 field.levels=4 field.log2_table=10 field.finest=32 field.hidden=8 render.views=2 render.resolution=16 "
+    "render.samples=24 occupancy.resolution=8 export.mesh_resolution=24 export.frames=4 export.size=32 "
+    "log.save_every=4 log.picture_every=3 backend=torch"
+).split()
+
+
+@dataclass
+class BallTeacher:
+    """Sees a ball of ``radius`` at the origin in every image, seen by pinhole cameras that look at it: exact x0.
+
+    Attributes:
+        asked: the prompts of every predict call.
+    """
+
+    radius: float = 0.6
+    colour: tuple[float, float, float] = (0.9, 0.1, 0.1)
+    image_size: int = 16
+    views: str = "camera"
+    schedule: Schedule = field(default_factory=Schedule.cosine)
+    asked: list[list[str]] = field(default_factory=list)
+
+    def encode(self, images: Tensor) -> Tensor:
+        return encode_pixels(images, self.image_size)
+
+    def decode(self, x: Tensor) -> Tensor:
+        return decode_pixels(x)
+
+    def predict(
+        self, x_t: Tensor, t: Tensor, prompts: list[str], cameras: Cameras | None = None, camera_mask=None
+    ) -> Prediction:
+        self.asked.append(prompts)
+        alpha, sigma = self.schedule.alpha_sigma(t)
+        return Prediction(2 * self.image(cameras) - 1, x_t, alpha, sigma, "x0")
+
+    def image(self, cameras: Cameras) -> Tensor:
+        """(B, 3, H, H): a ray hits the ball if its angle to the axis is below asin(radius / distance)."""
+        _, directions = cameras.rays(self.image_size)
+        axis = -cameras.positions() / cameras.distance[:, None]
+        cosine = (directions * axis[:, None, None]).sum(-1)  # (B, H, W)
+        hit = cosine > torch.cos(torch.asin(self.radius / cameras.distance))[:, None, None]
+        return torch.where(hit[:, None], torch.tensor(self.colour)[:, None, None], torch.ones(3, 1, 1))
+
+    def check(self, prompt: str) -> None:
+        if "ball" not in prompt:
+            raise ValueError(f"unknown: {prompt!r} (nearest: ball)")
+
+
+@pytest.fixture
+def ball_teacher(monkeypatch) -> BallTeacher:
+    """Put a BallTeacher in the place of every teacher that a config asks for."""
+    teacher = BallTeacher()
+
+    def make(config):
+        teacher.check(config.prompt)
+        return teacher
+
+    monkeypatch.setattr("sds3d.config.make_teacher", make)
+    return teacher
+
+
+@pytest.fixture
+def tiny() -> list[str]:
+    """``key=value`` settings for a run of a second."""
+    return list(TINY)
+
+
+@pytest.fixture
+def in_folder(tmp_path, monkeypatch):
+    """Work in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+

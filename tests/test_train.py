@@ -1,0 +1,228 @@
+"""The loop: against a hand-written Adam, its schedules, and bit-for-bit resume."""
+
+import math
+from dataclasses import dataclass, field, replace
+
+import pytest
+import torch
+from conftest import TINY, BallTeacher
+
+from sds3d import config as configs
+from sds3d.cameras import orbit
+from sds3d.distill.core import NonFiniteGradient
+from sds3d.ramp import Ramp
+from sds3d.runs import Run
+from sds3d.students import Draw
+from sds3d.train import Diverged, OptimConfig, Plan, make_optimiser, train
+
+
+class Pixels:
+    """Its own image, (1, 3, 2, 2), in two groups of parameters; remembers what the loop did."""
+
+    def __init__(self):
+        self.upper = torch.nn.Parameter(torch.linspace(0, 1, 6).reshape(1, 3, 1, 2))
+        self.lower = torch.nn.Parameter(torch.linspace(1, 0, 6).reshape(1, 3, 1, 2))
+        self.extra: dict[str, torch.Tensor] = {}
+        self.after: list[int] = []
+
+    def draw(self, step, generator):
+        noise = 0.01 * torch.randn(1, 3, 2, 2, generator=generator)
+        return Draw(torch.cat([self.upper, self.lower], -2) + noise, ["x"], None, torch.zeros(1, dtype=torch.long))
+
+    def regularisers(self):
+        return {"size": self.upper.square().sum(), "seen": torch.tensor(0.25), **self.extra}
+
+    def param_groups(self):
+        return {"upper": [self.upper], "lower": [self.lower], "none": []}
+
+    def after_step(self, step, generator):
+        self.after.append(step)
+
+    def state_dict(self):
+        return {"upper": self.upper.detach(), "lower": self.lower.detach()}
+
+    def load_state_dict(self, state):
+        with torch.no_grad():
+            self.upper.copy_(state["upper"])
+            self.lower.copy_(state["lower"])
+
+
+@dataclass
+class Judged:
+    loss: torch.Tensor
+    metrics: dict = field(default_factory=lambda: {"g_norm": 1.0})
+
+
+def to_zero(draw, step, generator):
+    return Judged(draw.images.square().sum())
+
+
+OPTIM = OptimConfig(lr={"upper": Ramp(2, 0.1, 0.01, 6), "lower": Ramp.constant(0.05)}, clip={"lower": 0.5}, eps=1e-8)
+PLAN = Plan(steps=8, seed=3, lambdas={"size": Ramp(0, 0.0, 2.0, 4)}, optim=OPTIM, save_every=3)
+
+
+def by_hand(steps: int) -> Pixels:
+    """The same, with Adam written out (Kingma and Ba, arXiv 1412.6980, algorithm 1) in float64."""
+    student, generator = Pixels(), torch.Generator().manual_seed(3)
+    moments = {id(p): [torch.zeros_like(p, dtype=torch.float64)] * 2 for p in (student.upper, student.lower)}
+    for step in range(steps):
+        draw = student.draw(step, generator)
+        weight = 2.0 * min(step / 4, 1)
+        grads = torch.autograd.grad(
+            draw.images.square().sum() + weight * student.upper.square().sum(), (student.upper, student.lower)
+        )
+        for p, g, name in zip((student.upper, student.lower), grads, ("upper", "lower")):
+            g = g.double()
+            if name == "lower":
+                g = g * min(1, 0.5 / (g.norm() + 1e-6))
+            lr = 0.05 if name == "lower" else OPTIM.lr["upper"](step)
+            m, v = moments[id(p)]
+            m, v = 0.9 * m + 0.1 * g, 0.99 * v + 0.01 * g * g
+            moments[id(p)] = [m, v]
+            hat_m, hat_v = m / (1 - 0.9 ** (step + 1)), v / (1 - 0.99 ** (step + 1))
+            with torch.no_grad():
+                p -= (lr * hat_m / (hat_v.sqrt() + 1e-8)).float()
+    return student
+
+
+def test_the_loop_is_adam_with_ramps_clipping_and_weighted_regularisers():
+    student = Pixels()
+    steps = list(train(student, {"zero": to_zero}, PLAN))
+    expected = by_hand(8)
+    torch.testing.assert_close(student.upper, expected.upper, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(student.lower, expected.lower, rtol=1e-5, atol=1e-6)
+    assert [s.step for s in steps] == list(range(1, 9))
+    assert student.after == list(range(8))
+    assert steps[0].metrics["seen"] == 0.25  # no gradient, no weight: only reported
+    assert {"size", "g_norm", "grad/upper", "grad/lower"} <= steps[0].metrics.keys()
+
+
+def test_losses_of_several_objectives_add_up_and_keep_their_names():
+    student = Pixels()
+    pixels = torch.cat([student.upper, student.lower], -2).detach()
+    (step, *_) = train(student, {"a": to_zero, "b": to_zero}, replace(PLAN, lambdas={}))
+    assert step.loss == pytest.approx(2 * pixels.square().sum().item(), rel=0.05)
+    assert {"a/g_norm", "b/g_norm"} <= step.metrics.keys()
+
+
+def test_groups_and_learning_rates_must_match():
+    with pytest.raises(ValueError, match="'lower' have no learning rate; give optim.lr.lower"):
+        make_optimiser(Pixels(), OptimConfig(lr={"upper": Ramp.constant(1.0)}))
+    with pytest.raises(ValueError, match="optim.clip.grid: there is no such group; there are upper, lower"):
+        make_optimiser(Pixels(), replace(OPTIM, clip={"grid": 1.0}))
+    for bad in ({"betas": (0.9, 1.0)}, {"eps": 0.0}, {"clip": {"upper": 0.0}}, {"lr": {"upper": Ramp.constant(-1)}}):
+        with pytest.raises(ValueError, match="optim."):
+            replace(OPTIM, **bad)
+    for bad in ({"steps": 0}, {"save_every": 0}, {"picture_every": -1}):
+        with pytest.raises(ValueError, match="give"):
+            Plan(**bad)
+
+
+@pytest.mark.parametrize("stop", [1, 3, 4, 7])
+def test_closing_saves_and_resuming_ends_bit_for_bit_where_an_uninterrupted_run_does(tmp_path, stop):
+    whole, parted = (Run.create(tmp_path, "x", "") for _ in range(2))
+    straight = Pixels()
+    list(train(straight, {"zero": to_zero}, PLAN, whole))
+    first = Pixels()
+    steps = train(first, {"zero": to_zero}, PLAN, parted)
+    for _ in range(stop):
+        next(steps)
+    steps.close()
+    second = Pixels()
+    rest = list(train(second, {"zero": to_zero}, PLAN, parted, resume=True))
+    assert [s.step for s in rest] == list(range(stop + 1, 9))
+    assert torch.equal(second.upper, straight.upper)
+    assert torch.equal(second.lower, straight.lower)
+    rows = [[{k: v for k, v in row.items() if k != "seconds"} for row in run.rows()] for run in (whole, parted)]
+    assert rows[0] == rows[1]
+    with pytest.raises(ValueError, match="has done 8 of 8 steps: nothing is left; give more, as in steps=16"):
+        train(Pixels(), {"zero": to_zero}, PLAN, parted, resume=True)
+
+
+def test_a_crash_between_checkpoints_goes_back_to_the_last_one(tmp_path):
+    run = Run.create(tmp_path, "x", "")
+
+    def stumbles(draw, step, generator):
+        if step == 5:
+            raise ZeroDivisionError
+        return to_zero(draw, step, generator)
+
+    with pytest.raises(ZeroDivisionError):
+        list(train(Pixels(), {"zero": stumbles}, PLAN, run))
+    assert [row["step"] for row in run.rows()] == [1, 2, 3, 4, 5]
+    assert [s.step for s in train(Pixels(), {"zero": to_zero}, PLAN, run, resume=True)] == [4, 5, 6, 7, 8]
+    assert [row["step"] for row in run.rows()] == list(range(1, 9))
+
+
+def test_a_checkpoint_of_something_else_is_refused(tmp_path):
+    run = Run.create(tmp_path, "x", "")
+    run.save_checkpoint({"step": 1, "seconds": 0.0, "student": {}, "optimiser": {}})
+    with pytest.raises(ValueError, match="does not fit this run's config.yaml"):
+        train(Pixels(), {"zero": to_zero}, PLAN, run, resume=True)
+
+
+def test_what_is_not_finite_stops_the_run_before_it_reaches_the_parameters(tmp_path):
+    run = Run.create(tmp_path, "x", "")
+    student = Pixels()
+    steps = train(student, {"zero": to_zero}, replace(PLAN, save_every=1), run)
+    next(steps)
+    before = student.upper.clone()
+    student.extra = {"bad": torch.tensor(math.inf)}
+    with pytest.raises(Diverged, match="the regulariser 'bad' is not finite at step 1"):
+        next(steps)
+    assert torch.equal(student.upper, before)
+    assert run.load_checkpoint()["step"] == 1
+    with pytest.raises(Diverged, match="the loss 'nan' is not finite at step 0"):
+        next(train(Pixels(), {"nan": lambda d, s, g: Judged(d.images.sum() * math.nan)}, PLAN))
+    with pytest.raises(Diverged, match="the gradient of 'upper' is not finite"):
+        next(train(Pixels(), {"sqrt": lambda d, s, g: Judged((d.images - d.images).abs().sqrt().sum())}, PLAN))
+
+
+def scene(*overrides: str) -> tuple:
+    """A tiny scene, its objective and its plan, with a teacher that sees a ball."""
+    config = configs.load("a ball", configs.parse_overrides([*TINY, *overrides]))
+    objective = configs.make_objective(config, BallTeacher())
+    return configs.make_student(config), {"sds": objective}, configs.make_plan(config)
+
+
+def run_scene(*overrides: str, run=None, stop=None, resume=False) -> dict:
+    student, objectives, plan = scene(*overrides)
+    steps = train(student, objectives, plan, run, resume=resume)
+    for step in steps:
+        if step.step == stop:
+            break
+    steps.close()
+    return {name: value.clone() for name, value in student.state_dict().items()}
+
+
+def test_the_same_seed_gives_the_same_scene_and_resume_does_too(tmp_path):
+    one, two, other = run_scene("steps=10"), run_scene("steps=10"), run_scene("steps=10", "seed=1")
+    run = Run.create(tmp_path, "a ball", "")
+    run_scene("steps=10", run=run, stop=5)
+    resumed = run_scene("steps=10", run=run, resume=True)
+    assert one.keys() == two.keys() == resumed.keys()
+    for name, value in one.items():
+        assert torch.equal(value, two[name]), name
+        assert torch.equal(value, resumed[name]), name
+    assert not torch.equal(one["field.table"], other["field.table"])
+
+
+def test_a_ball_is_learnt_from_a_teacher_that_knows_it():
+    student, objectives, plan = scene("steps=60", "regularise.lambda_sparsity=0")
+    cameras = orbit(6, elevation=25, start=20)
+    last = list(train(student, objectives, plan))[-1]
+    out = student.render_view(cameras, 16)
+    true = BallTeacher().image(cameras)[:, 1:2] < 0.5
+    ours = out.opacity > 0.5
+    assert (ours & true).sum() / (ours | true).sum() > 0.85
+    red, green, _ = out.rgb.permute(1, 0, 2, 3)[:, (ours & true)[:, 0]].mean(1)
+    assert red > 0.75
+    assert green < 0.3
+    assert last.metrics["opacity"] == pytest.approx(float(true.float().mean()), abs=0.08)
+
+
+def test_a_teacher_that_answers_nan_is_named_with_its_step():
+    student, objectives, plan = scene()
+    objectives["sds"].teacher.colour = (math.nan, 0.0, 0.0)
+    with pytest.raises(NonFiniteGradient, match="SDS: non-finite gradient at step 0"):
+        list(train(student, objectives, plan))
