@@ -1,0 +1,27 @@
+"""A running mean of a network's weights."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import nn
+
+
+class EMA:
+    """Exponential moving average of parameters; the first steps count more, so that it never lags at the start.
+
+    Args:
+        module: the network that is trained; ``self.module`` is the averaged copy.
+        decay: of the average in the long run.
+    """
+
+    def __init__(self, module: nn.Module, decay: float = 0.998):
+        self.module = copy.deepcopy(module).requires_grad_(False).eval()
+        self.decay = decay
+
+    @torch.no_grad()
+    def update(self, module: nn.Module, step: int) -> None:
+        """Move the average towards ``module`` after optimiser step ``step`` (from 0)."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(list(self.module.parameters()), list(module.parameters()), 1 - decay)

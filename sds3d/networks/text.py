@@ -1,0 +1,59 @@
+"""A closed-vocabulary text encoder: words in, one vector a word and one for the whole caption out."""
+
+from __future__ import annotations
+
+import re
+
+import torch
+from torch import Tensor, nn
+
+MAX_WORDS = 24
+
+
+def words(prompt: str) -> list[str]:
+    """Lower-case words of a prompt; everything else separates them."""
+    return re.findall(r"[a-z]+", prompt.lower())
+
+
+class TextEncoder(nn.Module):
+    """A small transformer over words.
+
+    Args:
+        vocabulary: the known words; index 0 is padding and 1 starts every caption, so word i is i + 2.
+        width: size of the vectors.
+        layers, heads: of the transformer.
+    """
+
+    def __init__(self, vocabulary: tuple[str, ...], width: int = 160, layers: int = 2, heads: int = 4):
+        super().__init__()
+        self.index = {w: i + 2 for i, w in enumerate(vocabulary)}
+        self.words = nn.Embedding(len(vocabulary) + 2, width)
+        self.places = nn.Parameter(torch.randn(MAX_WORDS + 1, width) * 0.02)
+        nn.init.normal_(self.words.weight, std=0.5)
+        layer = nn.TransformerEncoderLayer(
+            width, heads, 2 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
+        )
+        self.blocks = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
+        self.norm = nn.LayerNorm(width)
+
+    def tokens(self, captions: list[str]) -> Tensor:
+        """Word indices, (B, L) padded with 0, L <= MAX_WORDS + 1; a null caption is the start token alone.
+
+        Raises:
+            ValueError: for a caption longer than MAX_WORDS words.
+        """
+        rows = []
+        for caption in captions:
+            row = [1] + [self.index[w] for w in words(caption)]
+            if len(row) > MAX_WORDS + 1:
+                raise ValueError(f"a prompt of {len(row) - 1} words; at most {MAX_WORDS} are read: shorten it")
+            rows.append(row)
+        length = max(map(len, rows))
+        return torch.tensor([row + [0] * (length - len(row)) for row in rows])
+
+    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, L) -> vectors (B, L, width), padding mask (B, L) True where there is a word, whole (B, width)."""
+        mask = tokens != 0
+        x = self.words(tokens) + self.places[: tokens.shape[1]]
+        x = self.norm(self.blocks(x, src_key_padding_mask=~mask))
+        return x, mask, x[:, 0]

@@ -1,0 +1,168 @@
+"""The embedded teacher's U-Net: 64 x 64 pixels, text by attention, the exact camera by rays.
+
+Pixels are folded 2 x 2 into channels, so the network works at 32, 16, 8 and 4 pixels a side. The caption enters
+twice: as keys of the attention at 8 and 4 pixels, so that two colours can bind to two parts, and as a whole through
+the scale and shift of every block, beside time and camera. The camera enters as an embedding and as features of
+each pixel's ray, which tell every place in the image which line through the object it looks along.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sds3d.cameras import Cameras
+
+RAY_FEATURES = 18
+CAMERA_FEATURES = 14
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    """Widths at 32, 16, 8 and 4 pixels; blocks a level (at 4 pixels one each way); condition width; heads."""
+
+    widths: tuple[int, int, int, int] = (32, 64, 160, 192)
+    blocks: tuple[int, int, int] = (1, 2, 2)
+    condition: int = 192
+    text: int = 160
+    heads: int = 4
+
+
+def camera_features(cameras: Cameras) -> Tensor:
+    """(B, CAMERA_FEATURES): sines and cosines of up to 4 times the azimuth and 2 times the elevation, distance, fov."""
+    azimuth = torch.deg2rad(cameras.azimuth)[:, None] * torch.arange(1, 5, device=cameras.azimuth.device)
+    elevation = torch.deg2rad(cameras.elevation)[:, None] * torch.arange(1, 3, device=cameras.azimuth.device)
+    rest = torch.stack([cameras.distance - 3, (cameras.fov - 40) / 10], -1)
+    return torch.cat([azimuth.sin(), azimuth.cos(), elevation.sin(), elevation.cos(), rest], -1)
+
+
+def ray_features(cameras: Cameras, side: int) -> Tensor:
+    """(B, RAY_FEATURES, side, side): each ray's direction, and its point nearest to the origin with waves of it."""
+    origins, directions = cameras.rays(side)
+    nearest = origins - (origins * directions).sum(-1, keepdim=True) * directions
+    waves = [f(math.pi * k * nearest) for k in (1, 2) for f in (torch.sin, torch.cos)]
+    return torch.cat([directions, nearest, *waves], -1).permute(0, 3, 1, 2)
+
+
+def time_features(t: Tensor, width: int = 64) -> Tensor:
+    """(B,) in [0, 1] -> (B, width)."""
+    angles = t[:, None] * 1000 * torch.exp(torch.arange(width // 2, device=t.device) * (-math.log(1e4) / (width // 2)))
+    return torch.cat([angles.sin(), angles.cos()], -1)
+
+
+class Block(nn.Module):
+    """Two 3 x 3 convolutions with a residual path; the condition scales and shifts between them."""
+
+    def __init__(self, inputs: int, outputs: int, condition: int):
+        super().__init__()
+        self.norm1, self.norm2 = nn.GroupNorm(8, inputs), nn.GroupNorm(8, outputs)
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, padding=1)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1)
+        self.film = nn.Linear(condition, 2 * outputs)
+        self.skip = nn.Conv2d(inputs, outputs, 1) if inputs != outputs else nn.Identity()
+        nn.init.zeros_(self.conv2.weight)
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        scale, shift = self.film(condition)[:, :, None, None].chunk(2, 1)
+        h = self.conv2(F.silu(self.norm2(h) * (1 + scale) + shift))
+        return self.skip(x) + h
+
+
+class Attention(nn.Module):
+    """Every place looks at every place and at the caption's words, in one softmax."""
+
+    def __init__(self, width: int, text: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.norm = nn.GroupNorm(8, width)
+        self.qkv = nn.Conv2d(width, 3 * width, 1)
+        self.words = nn.Linear(text, 2 * width)
+        self.out = nn.Conv2d(width, width, 1)
+        nn.init.zeros_(self.out.weight)
+
+    def forward(self, x: Tensor, words: Tensor, mask: Tensor) -> Tensor:
+        b, c, h, w = x.shape
+        q, k, v = self.qkv(self.norm(x)).flatten(2).transpose(1, 2).chunk(3, -1)  # (B, HW, C)
+        wk, wv = self.words(words).chunk(2, -1)  # (B, L, C)
+        k, v = torch.cat([k, wk], 1), torch.cat([v, wv], 1)
+        seen = torch.cat([mask.new_ones(b, h * w), mask], 1)[:, None, None, :]
+        q, k, v = (y.view(b, -1, self.heads, c // self.heads).transpose(1, 2) for y in (q, k, v))
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
+        return x + self.out(y.transpose(1, 2).reshape(b, h * w, c).transpose(1, 2).view(b, c, h, w))
+
+
+class UNet(nn.Module):
+    """Text- and camera-conditioned U-Net on (B, 3, 64, 64)."""
+
+    def __init__(self, config: UNetConfig = UNetConfig()):
+        super().__init__()
+        self.config = config
+        c, e = config.widths, config.condition
+        self.time = nn.Sequential(nn.Linear(64, e), nn.SiLU(), nn.Linear(e, e))
+        self.camera = nn.Sequential(nn.Linear(CAMERA_FEATURES, e), nn.SiLU(), nn.Linear(e, e, bias=False))
+        self.caption = nn.Linear(config.text, e, bias=False)
+        self.first = nn.Conv2d(12, c[0], 3, padding=1)
+        self.rays = nn.ModuleList(nn.Conv2d(RAY_FEATURES, w, 1, bias=False) for w in c[:3])
+        counts = (*config.blocks, 1)
+        down, up, shrink, grow = [], [], [], []
+        for level, width in enumerate(c):
+            down.append(nn.ModuleList(Block(width, width, e) for _ in range(counts[level])))
+            up.append(nn.ModuleList(Block(2 * width, width, e) for _ in range(counts[level])))
+            if level < 3:
+                shrink.append(nn.Conv2d(width, c[level + 1], 2, stride=2))
+                grow.append(nn.Conv2d(c[level + 1], width, 1))
+        self.down, self.up = nn.ModuleList(down), nn.ModuleList(up)
+        self.shrink, self.grow = nn.ModuleList(shrink), nn.ModuleList(grow)
+        self.look_down = nn.ModuleList(Attention(c[i], config.text, config.heads) for i in (2, 3))
+        self.look_up = nn.ModuleList(Attention(c[i], config.text, config.heads) for i in (2, 3))
+        self.norm = nn.GroupNorm(8, c[0])
+        self.last = nn.Conv2d(c[0], 12, 3, padding=1)
+        nn.init.zeros_(self.last.weight)
+
+    def forward(
+        self, x: Tensor, t: Tensor, text: tuple[Tensor, Tensor, Tensor], cameras: Cameras | None, seen: Tensor
+    ) -> Tensor:
+        """Predict v.
+
+        Args:
+            x: (B, 3, 64, 64) noisy images.
+            t: (B,) in [0, 1].
+            text: what `TextEncoder` returns.
+            cameras: B cameras, or None for none.
+            seen: (B,) 1 where the camera is given, 0 where it is dropped.
+
+        Returns:
+            (B, 3, 64, 64).
+        """
+        words, mask, whole = text
+        condition = self.time(time_features(t)) + self.caption(whole)
+        rays: list[Tensor | None] = [None] * 3
+        if cameras is not None:
+            condition = condition + self.camera(camera_features(cameras)) * seen[:, None]
+            sides = [x.shape[-1] // 2 // 2**level for level in range(3)]
+            rays = [f(ray_features(cameras, s) * seen[:, None, None, None]) for f, s in zip(self.rays, sides)]
+        condition = F.silu(condition)
+        h, kept = self.first(F.pixel_unshuffle(x, 2)), []
+        for level, blocks in enumerate(self.down):
+            if level:
+                h = self.shrink[level - 1](h)
+            if level < 3 and rays[level] is not None:
+                h = h + rays[level]
+            for block in blocks:
+                h = block(h, condition)
+                if level >= 2:
+                    h = self.look_down[level - 2](h, words, mask)
+                kept.append(h)
+        for level in (3, 2, 1, 0):
+            for block in self.up[level]:
+                h = block(torch.cat([h, kept.pop()], 1), condition)
+            if level >= 2:
+                h = self.look_up[level - 2](h, words, mask)
+            if level:
+                h = F.interpolate(self.grow[level - 1](h), scale_factor=2, mode="nearest")
+        return F.pixel_shuffle(self.last(F.silu(self.norm(h))), 2)

@@ -1,0 +1,270 @@
+"""Trains the embedded teacher on the toybox.
+
+Denoising with v-prediction on the cosine schedule (Salimans and Ho, arXiv 2202.00512). Every use of a render draws
+colours, caption, background, degradation, t and noise anew. The caption is dropped in a tenth of the images for
+guidance (Ho and Salimans, arXiv 2207.12598); the exact camera is dropped in a quarter, whose captions then nearly
+always carry view words.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sds3d import cameras as cam
+from sds3d.cameras import Cameras
+from sds3d.data import renders
+from sds3d.data.captions import CaptionDraw
+from sds3d.data.kinds import COLOURS
+from sds3d.data.toybox import VOCABULARY, background_colour
+from sds3d.data.tracing import paint
+from sds3d.networks.ema import EMA
+from sds3d.networks.text import TextEncoder
+from sds3d.networks.unet import UNet, UNetConfig
+from sds3d.noise import noised, target
+from sds3d.prompts import with_view
+from sds3d.samplers import ddim
+from sds3d.teachers import small
+
+GRID_PROMPTS = ("a red mug", "a green rocket", "a blue chair", "a yellow house", "a pink snowman", "a blue ball")
+
+
+@dataclass(frozen=True)
+class FitConfig:
+    """How to train.
+
+    Args:
+        steps: in all; may be changed on resuming.
+        batch: images a step.
+        lr: AdamW's learning rate after 200 steps of warm-up; falls linearly to 0 over the last ``decay`` of the steps.
+        images: renders to draw from.
+        ema: decay of the weights' running mean, which is what is saved.
+        seed: of everything.
+        save_every: steps between checkpoints, each with a sample grid.
+    """
+
+    steps: int = 12_000
+    batch: int = 32
+    lr: float = 1e-3
+    decay: float = 0.4
+    images: int = 16_800
+    ema: float = 0.998
+    seed: int = 0
+    save_every: int = 500
+
+    def __post_init__(self):
+        for name in ("steps", "batch", "images", "save_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; give at least 1")
+
+    def rate(self, step: int) -> float:
+        """The learning rate of a step."""
+        left = (self.steps - step) / (self.decay * self.steps)
+        return self.lr * min(1.0, (step + 1) / 200, left)
+
+
+@dataclass(frozen=True)
+class FitStep:
+    """One training step: number (from 1), total, running loss, seconds since the start of this session."""
+
+    step: int
+    total: int
+    loss: float
+    seconds: float
+
+
+@dataclass
+class Batch:
+    """Clean images (B, 3, 64, 64) in [-1, 1], captions, cameras, and (B,) bool whether the camera is given."""
+
+    x: Tensor
+    captions: list[str]
+    cameras: Cameras
+    seen: Tensor
+
+
+def degrade(image: Tensor, quality: str, generator: torch.Generator) -> Tensor:
+    """Spoil an image (3, H, W) in [0, 1] in the way a key of `toybox.QUALITIES` names."""
+    amount = torch.rand((), generator=generator).item()
+    if quality == "blur":
+        small_side = int(22 - 10 * amount)
+        return F.interpolate(
+            F.interpolate(image[None], small_side, mode="area"), image.shape[-1], mode="bicubic"
+        )[0].clamp(0, 1)
+    if quality == "coarse":
+        small_side = 16 if amount < 0.5 else 8
+        return F.interpolate(F.interpolate(image[None], small_side, mode="area"), image.shape[-1])[0]
+    if quality == "noise":
+        return (image + (0.1 + 0.2 * amount) * torch.randn(image.shape, generator=generator)).clamp(0, 1)
+    mean = image.mean(0, keepdim=True)
+    if quality == "fade":
+        return 0.6 + (0.2 + 0.3 * amount) * (image - 0.6)
+    if quality == "burn":
+        return (0.5 + (1.3 + amount) * (mean + (1.5 + amount) * (image - mean) - 0.5)).clamp(0, 1)
+    return image * (0.25 + 0.3 * amount)  # "darken"
+
+
+class Batches:
+    """Draws training batches from stored renders."""
+
+    def __init__(self, store: renders.Renders, size: int, generator: torch.Generator):
+        self.store, self.size, self.generator = store, size, generator
+        self.captions = CaptionDraw(generator)
+
+    def __call__(self) -> Batch:
+        index = torch.randint(len(self.store), (self.size,), generator=self.generator)
+        rows = [self.captions(self.store.names[i], self.store.sizes[i]) for i in index.tolist()]
+        main, second = (torch.tensor([COLOURS[getattr(r, k)] for r in rows]) for k in ("main", "second"))
+        rgb, coverage = paint(self.store.batch(index), main, second)
+        behind = torch.stack([background_colour(r.background) for r in rows])
+        images = rgb + (1 - coverage) * behind[:, :, None, None]
+        for i, row in enumerate(rows):
+            if row.quality:
+                images[i] = degrade(images[i], row.quality, self.generator)
+        cameras = self.store.cameras[index]
+        draws = torch.rand(3, self.size, generator=self.generator)
+        seen = draws[0] < 0.75
+        viewed = with_view([r.text for r in rows], cameras)
+        said = draws[1] < torch.where(seen, 0.15, 0.9)
+        texts = [v if s else r.text for v, s, r in zip(viewed, said.tolist(), rows)]
+        captions = ["" if drop else text for text, drop in zip(texts, (draws[2] < 0.1).tolist())]
+        return Batch(images * 2 - 1, captions, cameras, seen)
+
+
+class Fit:
+    """A training in progress: networks, their mean, optimiser, random state."""
+
+    def __init__(self, config: FitConfig):
+        torch.manual_seed(config.seed)
+        self.config, self.step = config, 0
+        text = TextEncoder(VOCABULARY)
+        self.nets = nn.ModuleDict({"unet": UNet(UNetConfig()), "text": text})
+        self.nets.to(memory_format=torch.channels_last)
+        self.ema = EMA(self.nets, config.ema)
+        self.optimiser = torch.optim.AdamW(self.nets.parameters(), config.lr, betas=(0.9, 0.99), weight_decay=1e-3)
+        self.generator = torch.Generator().manual_seed(config.seed)
+        self.losses: list[float] = []
+
+    def loss(self, batch: Batch) -> Tensor:
+        """Mean squared error of v at drawn t; t leans towards 1, where the caption and the camera decide most."""
+        b = len(batch.x)
+        strata = (torch.arange(b) + torch.rand(b, generator=self.generator)) / b
+        t = (strata[torch.randperm(b, generator=self.generator)]) ** 0.75
+        alpha, sigma = small.SmallTeacher.schedule.alpha_sigma(t)
+        eps = torch.randn(batch.x.shape, generator=self.generator)
+        text: TextEncoder = self.nets["text"]
+        known = text(text.tokens(batch.captions))
+        with torch.autocast("cpu", torch.bfloat16, enabled=small.fast_bf16(torch.device("cpu"))):
+            v = self.nets["unet"](noised(batch.x, eps, alpha, sigma), t, known, batch.cameras, batch.seen.float())
+        return F.mse_loss(v.float(), target("v", batch.x, eps, alpha, sigma))
+
+    def advance(self, batch: Batch) -> float:
+        """One optimiser step; returns the loss."""
+        for group in self.optimiser.param_groups:
+            group["lr"] = self.config.rate(self.step)
+        loss = self.loss(batch)
+        self.optimiser.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.nets.parameters(), 1.0)
+        self.optimiser.step()
+        self.ema.update(self.nets, self.step)
+        self.step += 1
+        self.losses.append(loss.item())
+        return self.losses[-1]
+
+    def save(self, out: Path) -> None:
+        """Checkpoint, fp16 weights and loss log, each replaced atomically."""
+        state = {
+            "nets": self.nets.state_dict(),
+            "ema": self.ema.module.state_dict(),
+            "optimiser": self.optimiser.state_dict(),
+            "generator": self.generator.get_state(),
+            "losses": torch.tensor(self.losses),
+        }
+        torch.save(state, out / "state.pt.part")
+        (out / "state.pt.part").replace(out / "state.pt")
+        small.save(out / "teacher.part", self.ema.module["unet"], self.ema.module["text"], VOCABULARY)
+        (out / "teacher.part").replace(out / "teacher.safetensors")
+        (out / "fit.json").write_text(json.dumps({"step": self.step, **asdict(self.config)}, indent=1))
+
+    def load(self, out: Path) -> None:
+        """Take up the state that `save` left in ``out``."""
+        state = torch.load(out / "state.pt", weights_only=True)
+        self.nets.load_state_dict(state["nets"])
+        self.ema.module.load_state_dict(state["ema"])
+        self.optimiser.load_state_dict(state["optimiser"])
+        self.generator.set_state(state["generator"])
+        self.losses = state["losses"].tolist()
+        self.step = len(self.losses)
+
+
+def train(out: Path, config: FitConfig = FitConfig(), resume: bool = False) -> Iterator[FitStep]:
+    """Train a teacher into a folder: state.pt, teacher.safetensors, fit.json, and a sample grid at every save.
+
+    Raises:
+        ValueError: if ``out`` already holds a training and ``resume`` is not asked for, or the other way round.
+    """
+    if (out / "state.pt").exists() != resume:
+        raise ValueError(
+            f"{out} has no training to resume: leave --resume out" if resume else f"{out} holds a training: --resume it"
+        )
+    out.mkdir(parents=True, exist_ok=True)
+    for _ in renders.build(out / "renders", config.images, config.seed):
+        pass
+    fit = Fit(config)
+    if resume:
+        fit.load(out)
+    batches, begun = Batches(renders.Renders(out / "renders"), config.batch, fit.generator), time.monotonic()
+    while fit.step < config.steps:
+        fit.advance(batches())
+        recent = fit.losses[-200:]
+        if fit.step % config.save_every == 0 or fit.step == config.steps:
+            fit.save(out)
+            save_grid(small.load(out / "teacher.safetensors"), out / f"grid-{fit.step:06d}.png")
+        yield FitStep(fit.step, config.steps, sum(recent) / len(recent), time.monotonic() - begun)
+
+
+def save_grid(teacher: small.SmallTeacher, path: Path) -> None:
+    """Samples of a few prompts, four views each, one prompt a row."""
+    from sds3d.export.sheet import contact_sheet
+
+    views = cam.orbit(4, elevation=20, start=30)
+    contact_sheet([sample(teacher, p, 4, cameras=views, steps=16) for p in GRID_PROMPTS], path, list(GRID_PROMPTS))
+
+
+def sample(
+    teacher: small.SmallTeacher,
+    prompt: str,
+    n: int,
+    seed: int = 0,
+    guidance: float = 3.0,
+    cameras: Cameras | None = None,
+    steps: int = 30,
+) -> Tensor:
+    """Images the teacher draws, (n, 3, 64, 64) in [0, 1], by DDIM.
+
+    Args:
+        cameras: n exact cameras, or None to leave the view to the prompt's words.
+    """
+    x = torch.randn((n, 3, 64, 64), generator=torch.Generator().manual_seed(seed)).to(teacher.device)
+    both = cam.cat([cameras] * 2).to(teacher.device) if cameras else None
+    mask = (torch.arange(2 * n, device=teacher.device) < n) if cameras else None
+
+    def predict(x_t: Tensor, t: Tensor):
+        from sds3d.guidance import cfg
+        from sds3d.noise import Prediction
+
+        answer = teacher.predict(torch.cat([x_t] * 2), torch.cat([t] * 2), [prompt] * n + [""] * n, both, mask)
+        cond, uncond = answer[:n], answer[n:]
+        return Prediction(cfg(uncond.v, cond.v, guidance), x_t, cond.alpha, cond.sigma, "v")
+
+    for _, x0, x in ddim(predict, x, teacher.schedule, steps):
+        pass
+    return teacher.decode(x0)
