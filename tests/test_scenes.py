@@ -170,6 +170,23 @@ def test_new_field_is_a_grey_blob():
     assert sigma.allclose(expected, atol=1e-3) and colour.allclose(torch.full((5, 3), 0.5), atol=1e-3)
 
 
+def test_head_gradient_against_finite_differences():
+    field = Field(SMALL, BACKEND, seeded()).double()
+    points = (torch.rand(20, 3, generator=seeded(1)) * 2 - 1).double()
+    with torch.no_grad():
+        field.table.mul_(1e4)
+    weights = torch.randn(20, 4, generator=seeded(2)).double()
+
+    def loss(w1, b1, w2, b2, table):
+        state = {"w1": w1, "b1": b1, "w2": w2, "b2": b2, "table": table}
+        sigma, rgb = torch.func.functional_call(field, state, (points,))
+        return (torch.cat([sigma[:, None], rgb], -1) * weights).sum()
+
+    parameters = (field.w1, field.b1, field.w2, field.b2, field.table)
+    assert torch.autograd.gradcheck(loss, parameters, fast_mode=True)
+    assert field(points)[0].allclose(field.density(points), rtol=1e-12)
+
+
 def test_normals_of_the_blob_point_outwards():
     field = Field(SMALL, BACKEND, seeded())
     points = torch.nn.functional.normalize(torch.randn(50, 3, generator=seeded(2)), dim=-1) * 0.4
