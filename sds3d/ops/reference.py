@@ -228,7 +228,7 @@ def march(
     t = torch.where(hit, start, 0)[:, None] + place
     points = origins[:, None] + t[..., None] * directions[:, None]  # (R, N, 3)
     cells = occupancy.shape[0]
-    cell = torch.where(points.isnan(), 0, (points / box + 1) * (0.5 * cells)).clamp(0, cells - 1).long()
+    cell = torch.where(points.isnan(), 0, (points + box) * (cells / (2 * box))).clamp(0, cells - 1).long()
     keep = (place < reach[:, None]) & occupancy[cell[..., 0], cell[..., 1], cell[..., 2]]
     offsets = torch.cat([keep.new_zeros(1, dtype=torch.int64), keep.sum(-1).cumsum(0)])
     ray_index = keep.nonzero()[:, 0]

@@ -1,0 +1,254 @@
+"""The compiled loops of `numba_cpu`: plain arrays in, plain arrays out.
+
+How they are fast: points are cut in chunks whose scratch stays in the first-level cache. For each chunk
+and level one loop without branches finds the eight corners (LLVM turns it into vector code), and a second
+one gathers or scatters. How they are deterministic: gathers are parallel over chunks; scatters are parallel
+over levels, so that no two threads write one entry; marching and compositing are parallel over rays.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numba import njit, prange
+
+CHUNK = 256  # points; a constant of the compiled code, so planes of the scratch are a known distance apart
+FAST = {"error_model": "numpy", "fastmath": {"contract", "nsz"}, "cache": True}
+EXACT = {"error_model": "numpy", "cache": True}  # marching agrees with the reference on which samples exist
+
+u32, word = np.uint32, np.uintp  # numba does not test an unsigned index for being negative
+
+
+@njit(**FAST)
+def _planes(rows, first, count, out):
+    """Copy (count, 3) rows of a flat (N, 3) array into planes of x, y, z."""
+    for j in range(count):
+        for axis in range(3):
+            out[word(axis * CHUNK + j)] = rows[word(3 * (first + j) + axis)]
+
+
+@njit(**FAST)
+def _corners(xyz, count, scale, level, index, weight):
+    """Entries and trilinear weights of the eight corners round each point, in eight planes each.
+
+    level: uint32 (stride of y, stride of z, size, first entry, 1 if dense).
+    """
+    real = xyz.dtype.type
+    half, one = real(0.5), real(1)
+    sy, sz, size, first = level[0], level[1], level[2], level[3]
+    mask = u32(size - u32(1))
+    dense = level[4] == 1
+    for j in range(count):
+        px, py, pz = xyz[j] * scale + half, xyz[CHUNK + j] * scale + half, xyz[2 * CHUNK + j] * scale + half
+        ix, iy, iz = np.int32(px), np.int32(py), np.int32(pz)
+        fx, fy, fz = px - real(ix), py - real(iy), pz - real(iz)
+        x0, y0, z0 = u32(ix), u32(u32(iy) * sy), u32(u32(iz) * sz)
+        for k in range(8):
+            x = u32(x0 + u32(1)) if k & 1 else x0
+            y = u32(y0 + sy) if k & 2 else y0
+            z = u32(z0 + sz) if k & 4 else z0
+            if dense:  # min(i, i - size) in uint32 is i modulo size while i < 2 size
+                entry = u32(u32(x + y) + z)
+                entry = min(entry, u32(entry - size))
+            else:
+                entry = (x ^ y ^ z) & mask
+            index[k * CHUNK + j] = entry + first
+            wx = fx if k & 1 else one - fx
+            wy = fy if k & 2 else one - fy
+            wz = fz if k & 4 else one - fz
+            weight[k * CHUNK + j] = wx * (wy * wz)
+
+
+@njit(**FAST)
+def _slopes(xyz, count, scale, along, weight):
+    """Change of the eight weights as each point moves with velocity `along` (planes of x, y, z)."""
+    real = xyz.dtype.type
+    half, one = real(0.5), real(1)
+    for j in range(count):
+        px, py, pz = xyz[j] * scale + half, xyz[CHUNK + j] * scale + half, xyz[2 * CHUNK + j] * scale + half
+        fx, fy, fz = px - real(np.int32(px)), py - real(np.int32(py)), pz - real(np.int32(pz))
+        vx, vy, vz = along[j] * scale, along[CHUNK + j] * scale, along[2 * CHUNK + j] * scale
+        for k in range(8):
+            wx, dx = (fx, vx) if k & 1 else (one - fx, -vx)
+            wy, dy = (fy, vy) if k & 2 else (one - fy, -vy)
+            wz, dz = (fz, vz) if k & 4 else (one - fz, -vz)
+            weight[k * CHUNK + j] = dx * (wy * wz) + wx * (dy * wz + wy * dz)
+
+
+@njit(parallel=True, **FAST)
+def gather(points, along, table, scales, levels, lanes, out):
+    """out (N, L * F) = sum over corners of weight * table; with `along` (N, 3), of the weights' slope.
+
+    points: flat, clamped. lanes: a tuple of F zeros, which tells the compiler how many features there are.
+    """
+    count_all, width = points.size // 3, scales.size * len(lanes)
+    zero, features = table.dtype.type(0), word(len(lanes))
+    for chunk in prange((count_all + CHUNK - 1) // CHUNK):
+        first = chunk * CHUNK
+        count = min(CHUNK, count_all - first)
+        xyz, velocity = np.empty(3 * CHUNK, points.dtype), np.empty(3 * CHUNK, points.dtype)
+        index, weight = np.empty(8 * CHUNK, np.uint32), np.empty(8 * CHUNK, points.dtype)
+        _planes(points, first, count, xyz)
+        if along.size:
+            _planes(along, first, count, velocity)
+        for level in range(scales.size):
+            _corners(xyz, count, scales[level], levels[level], index, weight)
+            if along.size:
+                _slopes(xyz, count, scales[level], velocity, weight)
+            for j in range(count):
+                place = word((first + j) * width + level * len(lanes))
+                for f in range(len(lanes)):
+                    total = zero
+                    for k in range(8):
+                        total += weight[k * CHUNK + j] * table[word(index[k * CHUNK + j]) * features + word(f)]
+                    out[place + word(f)] = total
+
+
+@njit(parallel=True, **FAST)
+def scatter(points, along, grad, scales, levels, lanes, groups, out):
+    """out (entries, F) += weight * grad (N, L * F): the transpose of `gather`.
+
+    Each of the `groups` tasks owns every groups-th level and goes through the points in order.
+    """
+    count_all, width = points.size // 3, scales.size * len(lanes)
+    features = word(len(lanes))
+    for group in prange(groups):
+        xyz, velocity = np.empty(3 * CHUNK, points.dtype), np.empty(3 * CHUNK, points.dtype)
+        index, weight = np.empty(8 * CHUNK, np.uint32), np.empty(8 * CHUNK, points.dtype)
+        for first in range(0, count_all, CHUNK):
+            count = min(CHUNK, count_all - first)
+            _planes(points, first, count, xyz)
+            if along.size:
+                _planes(along, first, count, velocity)
+            for level in range(group, scales.size, groups):
+                _corners(xyz, count, scales[level], levels[level], index, weight)
+                if along.size:
+                    _slopes(xyz, count, scales[level], velocity, weight)
+                for j in range(count):
+                    place = word((first + j) * width + level * len(lanes))
+                    for k in range(8):
+                        entry, share = word(index[k * CHUNK + j]) * features, weight[k * CHUNK + j]
+                        for f in range(len(lanes)):
+                            out[entry + word(f)] += share * grad[place + word(f)]
+
+
+@njit(parallel=True, **FAST)
+def point_gradient(points, grad, table, scales, levels, lanes, out):
+    """out (N, 3) = gradient in the points, given grad (N, L * F)."""
+    count_all, width = points.size // 3, scales.size * len(lanes)
+    real = points.dtype.type
+    half, one, features = real(0.5), real(1), word(len(lanes))
+    for chunk in prange((count_all + CHUNK - 1) // CHUNK):
+        first = chunk * CHUNK
+        count = min(CHUNK, count_all - first)
+        xyz, weight = np.empty(3 * CHUNK, points.dtype), np.empty(8 * CHUNK, points.dtype)
+        index = np.empty(8 * CHUNK, np.uint32)
+        _planes(points, first, count, xyz)
+        for level in range(scales.size):
+            scale = scales[level]
+            _corners(xyz, count, scale, levels[level], index, weight)
+            for j in range(count):
+                px, py, pz = xyz[j] * scale + half, xyz[CHUNK + j] * scale + half, xyz[2 * CHUNK + j] * scale + half
+                fx, fy, fz = px - real(np.int32(px)), py - real(np.int32(py)), pz - real(np.int32(pz))
+                place, row = word((first + j) * width + level * len(lanes)), word(3 * (first + j))
+                for k in range(8):
+                    dot = real(0)
+                    for f in range(len(lanes)):
+                        dot += grad[place + word(f)] * table[word(index[k * CHUNK + j]) * features + word(f)]
+                    dot *= scale
+                    wx, sx = (fx, dot) if k & 1 else (one - fx, -dot)
+                    wy, sy = (fy, dot) if k & 2 else (one - fy, -dot)
+                    wz, sz = (fz, dot) if k & 4 else (one - fz, -dot)
+                    out[row] += sx * wy * wz
+                    out[row + word(1)] += sy * wx * wz
+                    out[row + word(2)] += sz * wx * wy
+
+
+@njit(**EXACT)
+def _interval(origin, direction, near, far, box):
+    """First distance of a ray in the box and the length from there: 0 where it misses or holds a NaN."""
+    start, stop, zero = near, far, near * 0
+    for axis in range(3):
+        o, d = origin[axis], direction[axis]
+        if d != 0:
+            a, b = (-box - o) / d, (box - o) / d
+            if not (a == a and b == b):
+                return zero, zero
+            start, stop = max(start, min(a, b)), min(stop, max(a, b))
+        elif not (-box <= o <= box):
+            return zero, zero
+    if not (stop > start and stop < np.inf):
+        return zero, zero
+    return start, stop - start
+
+
+@njit(parallel=True, **EXACT)
+def march(origins, directions, occupancy, jitter, setting, offsets, ray_index, points, t):
+    """Count the samples of every ray into offsets[1:] if t is empty, else write them at offsets[:-1].
+
+    setting: (step, near, far, box), the rays' dtype.
+    """
+    real = origins.dtype.type
+    step, near, far, box = setting[0], setting[1], setting[2], setting[3]
+    cells = occupancy.shape[0]
+    scale, last = real(cells) / (box + box), real(cells - 1)
+    write = t.size > 0
+    for ray in prange(origins.shape[0]):
+        start, reach = _interval(origins[ray], directions[ray], near, far, box)
+        ox, oy, oz = origins[ray, 0], origins[ray, 1], origins[ray, 2]
+        dx, dy, dz = directions[ray, 0], directions[ray, 1], directions[ray, 2]
+        place = word(offsets[ray]) if write else word(0)
+        for i in range(np.int64(reach / step) + 2):
+            along = (real(i) + jitter[ray]) * step
+            if not along < reach:
+                break
+            distance = start + along
+            x, y, z = ox + distance * dx, oy + distance * dy, oz + distance * dz
+            cx = word(min(max((x + box) * scale, real(0)), last))
+            cy = word(min(max((y + box) * scale, real(0)), last))
+            cz = word(min(max((z + box) * scale, real(0)), last))
+            if occupancy[cx, cy, cz]:
+                if write:
+                    ray_index[place], t[place] = ray, distance
+                    points[place, 0], points[place, 1], points[place, 2] = x, y, z
+                place += word(1)
+        if not write:
+            offsets[ray + 1] = place
+
+
+@njit(parallel=True, **FAST)
+def composite(sigma, dt, values, offsets, threshold, weights, light, opacity, accumulated):
+    """Weights (S,), light past each sample (S,), sums over each ray (R,) and (R, C)."""
+    one, zero = sigma.dtype.type(1), sigma.dtype.type(0)
+    for ray in prange(opacity.size):
+        remaining, total = one, zero
+        for s in range(offsets[ray], offsets[ray + 1]):
+            i = word(s)
+            if remaining < threshold:
+                weights[i], light[i] = zero, zero
+                continue
+            absorbed = -math.expm1(-sigma[i] * dt[i])
+            share = remaining * absorbed
+            remaining -= share
+            weights[i], light[i] = share, remaining
+            total += share
+            for c in range(values.shape[1]):
+                accumulated[ray, c] += share * values[i, c]
+        opacity[ray] = total
+
+
+@njit(parallel=True, **FAST)
+def composite_backward(dt, values, offsets, weights, light, g_weights, g_opacity, g_accumulated, g_sigma, g_values):
+    """dL/dsigma_k = dt_k (T_{k+1} g_k - sum_{i>k} w_i g_i), where g_i is the whole gradient in w_i."""
+    zero = dt.dtype.type(0)
+    for ray in prange(g_opacity.size):
+        behind = zero
+        for s in range(offsets[ray + 1] - 1, offsets[ray] - 1, -1):
+            i = word(s)
+            share, g = weights[i], g_weights[i] + g_opacity[ray]
+            for c in range(values.shape[1]):
+                g += g_accumulated[ray, c] * values[i, c]
+                g_values[i, c] = share * g_accumulated[ray, c]
+            g_sigma[i] = dt[i] * (light[i] * g - behind)
+            behind += share * g
