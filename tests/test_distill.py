@@ -105,6 +105,19 @@ def test_sds_closed_form(schedule, kind, scale, negative):
 
 
 @pytest.mark.parametrize("scale", [1.0, 7.5])
+def test_sds_sample_by_sample(scale):
+    """The noise itself is subtracted: its share has mean zero, so no expectation above sees it."""
+    x, noise = torch.randn(2, 5, 3, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    q = objective(Gaussian()).query(drawn(x), x, torch.linspace(0.1, 0.9, 5), noise)
+    alpha, sigma = bcast(q.alpha), bcast(q.sigma)
+    expected = -noise
+    for share, (mean, std) in ((scale, COND), (1 - scale, UNCOND)):
+        off = alpha * (x - mean) + sigma * noise
+        expected = expected + share * sigma * off / (alpha**2 * std**2 + sigma**2)
+    assert (SDS(scale)(q) - expected).abs().max() < 1e-10
+
+
+@pytest.mark.parametrize("scale", [1.0, 7.5])
 def test_equal_g_at_equal_ratio_in_every_schedule(scale):
     generator = torch.Generator().manual_seed(0)
     x, noise = (torch.randn(5, 3, 4, 4, dtype=torch.float64, generator=generator) for _ in range(2))
@@ -143,6 +156,7 @@ def test_call_is_the_surrogate_of_its_own_query():
     (found,) = torch.autograd.grad(step.loss, images)
     g = ask.gradient(step.query)
     assert torch.allclose(found, g / 4, atol=1e-15)
+    assert not any(v.requires_grad for v in (step.query.x, step.query.x_t, g))
     assert step.metrics["g_norm"] == pytest.approx(float(g.flatten(1).norm(dim=1).mean()))
     assert step.metrics["t"] == pytest.approx(float(step.query.t.mean()))
     counts = torch.histc(step.query.t, 5, 0, 1)
