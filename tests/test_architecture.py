@@ -203,7 +203,7 @@ def test_heavy_packages_load_lazily_and_have_one_home(path):
     for package in {m.split(".")[0] for m in imports(path)} & set(HOMES):
         assert name in HOMES[package], f"{name} imports {package}, whose home is {sorted(HOMES[package])}"
     eager = {m for m in own_imports(path, top_level_only=True) if name_of(MODULES[m]) in EAGER}
-    assert not eager or name in (*EAGER, "__main__.py"), f"{name} imports {sorted(eager)} at its top level; make it lazy"
+    assert not eager or name in (*EAGER, "__main__.py"), f"{name} imports {sorted(eager)} at its top; make it lazy"
 
 
 def test_importing_the_package_costs_torch_and_nothing_else():
