@@ -29,6 +29,11 @@ def bcast(values: Tensor) -> Tensor:
     return values.view(-1, 1, 1, 1)
 
 
+def pictures(*shape: int, dtype: torch.dtype = torch.float32, requires_grad: bool = False) -> Tensor:
+    seeded = torch.Generator().manual_seed(9)
+    return torch.rand(*shape, dtype=dtype, generator=seeded, requires_grad=requires_grad)
+
+
 class Gaussian:
     """An exact teacher: every pixel is N(mean, std^2), by prompt. Notes what it was asked."""
 
@@ -150,7 +155,7 @@ def test_autograd_gradient_is_that_of_the_inner_product(name):
 
 
 def test_call_is_the_surrogate_of_its_own_query():
-    images = torch.rand(4, 3, 4, 4, dtype=torch.float64, requires_grad=True)
+    images = pictures(4, 3, 4, 4, dtype=torch.float64, requires_grad=True)
     ask = objective(Gaussian(), 5.0)
     step = ask(drawn(images), 3, torch.Generator().manual_seed(0))
     (found,) = torch.autograd.grad(step.loss, images)
@@ -181,7 +186,7 @@ def test_the_teacher_gets_no_gradient():
 
     teacher = Network()
     teacher.layer.requires_grad_(False)
-    images = torch.rand(2, 3, 4, 4, requires_grad=True)
+    images = pictures(2, 3, 4, 4, requires_grad=True)
     step = objective(teacher, 5.0)(drawn(images), 0, torch.Generator().manual_seed(0))
     step.loss.backward()
     assert all(p.grad is None for p in teacher.layer.parameters())
@@ -207,7 +212,7 @@ def test_permute_the_batch_permute_the_answer():
 
 
 def test_one_t_a_group_and_the_same_seed_the_same_step():
-    images, group = torch.rand(5, 3, 4, 4), torch.tensor([0, 0, 1, 1, 0])
+    images, group = pictures(5, 3, 4, 4), torch.tensor([0, 0, 1, 1, 0])
     ask = objective(Gaussian(), 5.0)
     first, again, other = (ask(drawn(images, group), 0, torch.Generator().manual_seed(s)) for s in (0, 0, 1))
     t = first.query.t
@@ -259,7 +264,7 @@ def test_branches_share_one_forward_and_are_kept():
 
 def test_guidance_one_asks_for_the_prompt_alone():
     teacher = Gaussian()
-    objective(teacher, 1.0)(drawn(torch.rand(2, 3, 4, 4)), 0, torch.Generator().manual_seed(0))
+    objective(teacher, 1.0)(drawn(pictures(2, 3, 4, 4)), 0, torch.Generator().manual_seed(0))
     assert teacher.asked[0][1] == ["a red mug"] * 2
     SDS((0, 1, 9, 10))(query(teacher, step=0))
     SDS((0, 1, 9, 10))(query(teacher, step=1))
@@ -311,7 +316,7 @@ def test_a_non_finite_gradient_stops_and_says_where():
             answer.output[1] = torch.nan
             return answer
 
-    images = torch.rand(3, 3, 4, 4)
+    images = pictures(3, 3, 4, 4)
     with pytest.raises(NonFiniteGradient, match="SDS.*step 17, t = 0.*teacher's answer") as stop:
         objective(Broken())(drawn(images), 17, torch.Generator().manual_seed(0))
     t = TimeDraw(0.1, 0.9).draw(17, torch.arange(3), torch.Generator().manual_seed(0))
