@@ -33,7 +33,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
-    help="Text to 3D by score distillation. Start with:  sds3d generate \"a red mug\"",
+    help='Text to 3D by score distillation. Start with:  sds3d generate "a red mug"',
 )
 teacher_app = typer.Typer(no_args_is_help=True, help="Look at, check or train the teacher (the 2D diffusion model).")
 app.add_typer(teacher_app, name="teacher")
@@ -45,6 +45,8 @@ RunFolder = Annotated[Path, Argument(metavar="RUN", help="a run folder, as in ou
 Quiet = Annotated[bool, Option("--quiet", "-q", help="no progress; print the results only")]
 Json = Annotated[bool, Option("--json", help="no progress; print one JSON object")]
 
+SCORES = ("iou", "psnr", "chamfer", "fscore")
+
 
 @dataclass(frozen=True)
 class GenerateOptions:
@@ -52,7 +54,7 @@ class GenerateOptions:
 
     method: Annotated[str | None, Option(help="how to distil; its recipe comes with it")] = None
     seed: Annotated[int | None, Option(help="of every random draw")] = None
-    teacher: Annotated[str | None, Option(help="a packaged teacher (small) or a file of weights")] = None
+    teacher: Annotated[str | None, Option(help="a packaged teacher (small), or a file of weights")] = None
     teacher_views: Annotated[str | None, Option(help="camera (exact) or words (front, side, back view)")] = None
     backend: Annotated[str | None, Option(help="kernels: auto, numba, torch ... (see sds3d doctor)")] = None
     out: Annotated[str | None, Option("--out", "-o", help="folder for run folders")] = None
@@ -205,9 +207,6 @@ def evaluate(
         print(_score_line(f"mean of {len(rows)}", dict(zip(SCORES, means, strict=True))))
 
 
-SCORES = ("iou", "psnr", "chamfer", "fscore")
-
-
 def _score_line(name: str, scores: dict[str, Any]) -> str:
     chamfer = "no mesh" if scores["chamfer"] is None else f"{scores['chamfer']:.4f}"
     figures = f"IoU {scores['iou']:.3f}  PSNR {scores['psnr']:.2f} dB  Chamfer {chamfer}  F {scores['fscore']:.3f}"
@@ -221,6 +220,72 @@ def doctor(json: Json = False) -> None:
 
     report = doctors.examine()
     print(_dump(report) if json else doctors.to_text(report))
+
+
+Teacher = Annotated[str, Option(help="a packaged teacher (small) or a file of weights")]
+
+
+@teacher_app.command()
+def sample(
+    prompt: Annotated[str, Argument(help='a caption; view words count, as in "a red mug, side view"')],
+    number: Annotated[int, Option("-n", "--number", min=1, max=256, help="how many images")] = 8,
+    out: Annotated[Path, Option("--out", "-o", help="a .png or .jpg")] = Path("grid.png"),
+    orbit: Annotated[bool, Option("--orbit", help="give the exact cameras of one turn around the object")] = False,
+    seed: Annotated[int, Option(help="of the noise")] = 0,
+    guidance: Annotated[float, Option(help="scale s of eps_uncond + s (eps_cond - eps_uncond)")] = 3.0,
+    teacher: Teacher = "small",
+) -> None:
+    """Draw images with the teacher itself: what it can and cannot draw is what an asset can be.
+
+    [bold]Examples[/bold]
+
+      sds3d teacher sample "a red mug, side view" -n 8 -o grid.png
+
+      sds3d teacher sample "a red mug" --orbit
+    """
+    from sds3d import cameras, config
+    from sds3d.export import sheet
+    from sds3d.teachers import fit
+
+    judge = config.load_teacher(config.TeacherConfig(teacher))
+    judge.check(prompt)
+    turn = cameras.orbit(number) if orbit else None
+    images = fit.sample(judge, prompt, number, seed, guidance, cameras=turn)
+    print(sheet.contact_sheet(list(images.split(8)), out))
+
+
+@teacher_app.command()
+def words(teacher: Teacher = "small") -> None:
+    """List the words the teacher knows."""
+    from sds3d import config
+
+    print(" ".join(config.load_teacher(config.TeacherConfig(teacher)).vocabulary))
+
+
+@teacher_app.command(name="train")
+def train_teacher(
+    out: Annotated[Path, Argument(metavar="FOLDER", help="checkpoints, weights, sample grids and the loss go there")],
+    overrides: Overrides = None,
+    resume: Annotated[bool, Option("--resume", help="go on with the training in that folder")] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Train a teacher on the toybox, on CPU or GPU (hours on a CPU). It saves now and then; --resume goes on from there.
+
+    [bold]Example[/bold]
+
+      sds3d teacher train outputs/teacher steps=12000 batch=32
+    """
+    from sds3d.config import parse_overrides
+    from sds3d.progress import Clock
+    from sds3d.teachers import fit
+    from sds3d.typed import build
+
+    settings = build(fit.FitConfig, parse_overrides(overrides or []))
+    clock = Clock()
+    for row in fit.train(out, settings, resume=resume):
+        if not quiet and (row.step % 50 == 0 or row.step == row.total):
+            print(f"{clock.line(row.step, row.total, row.seconds)}  loss {row.loss:.4f}", file=sys.stderr, flush=True)
+    print(out / "teacher.safetensors")
 
 
 def _display(quiet: bool, as_json: bool) -> Silent:

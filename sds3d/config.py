@@ -27,7 +27,7 @@ from sds3d.scenes.regularisers import RegulariserConfig
 from sds3d.scenes.student import RenderConfig, SceneConfig, SceneStudent
 from sds3d.teachers.base import Teacher
 from sds3d.train import OptimConfig, Plan
-from sds3d.typed import build, keys, merge, nearest, plain
+from sds3d.typed import build, convert, keys, merge, nearest, plain
 
 PACKAGED_TEACHERS = ("small",)
 TEACHER_VIEWS = ("camera", "words")
@@ -251,9 +251,10 @@ def _resolved(values: dict[str, Any]) -> dict[str, Any]:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
+    steps = convert(int, values["steps"], "steps")
 
-    def part(share: Any, *, _root_: Any) -> int:
-        return round(float(share) * int(_root_.steps))
+    def part(share: Any) -> int:
+        return round(float(share) * steps)
 
     OmegaConf.register_resolver("part", part, replace=True)
     try:
@@ -274,7 +275,7 @@ def _nested(layer: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def pick_device(wanted: str) -> torch.device:
-    """"auto" is CUDA where there is one. Raises ValueError for a device that is not here."""
+    """ "auto" is CUDA where there is one. Raises ValueError for a device that is not here."""
     if wanted == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -285,17 +286,21 @@ def pick_device(wanted: str) -> torch.device:
     return device
 
 
-def make_teacher(config: Config) -> Teacher:
-    """The frozen teacher, which must know the prompts. Raises ValueError."""
+def load_teacher(settings: TeacherConfig, device: str = "auto") -> Teacher:
+    """A frozen teacher. Raises ValueError where there is none of that name, or its weights are damaged."""
     from sds3d.teachers import small
 
-    name = config.teacher.name
-    path = None if name in PACKAGED_TEACHERS else Path(name).expanduser()
+    path = None if settings.name in PACKAGED_TEACHERS else Path(settings.name).expanduser()
     if path is not None and not path.is_file():
         packaged = ", ".join(PACKAGED_TEACHERS)
-        raise ValueError(f"teacher {name!r} is neither packaged ({packaged}) nor a file of weights")
-    dtype = None if config.teacher.dtype == "auto" else getattr(torch, config.teacher.dtype)
-    teacher = small.load(path, views=config.teacher.views, device=pick_device(config.device), dtype=dtype)
+        raise ValueError(f"teacher {settings.name!r} is neither packaged ({packaged}) nor a file of weights")
+    dtype = None if settings.dtype == "auto" else getattr(torch, settings.dtype)
+    return small.load(path, views=settings.views, device=pick_device(device), dtype=dtype)
+
+
+def make_teacher(config: Config) -> Teacher:
+    """The config's teacher, which must know its prompts. Raises ValueError."""
+    teacher = load_teacher(config.teacher, config.device)
     for prompt in filter(None, (config.prompt, config.negative)):
         teacher.check(prompt)
     return teacher

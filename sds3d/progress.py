@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -28,10 +28,30 @@ def figures(step: Step) -> str:
     return "  ".join(f"{label} {step.metrics[key]:.3g}" for key, label in shown.items() if key in step.metrics)
 
 
+class Clock:
+    """Steps a second and time left, since the first step it saw."""
+
+    def __init__(self):
+        self._first: tuple[int, float] | None = None
+
+    def rate(self, step: int, seconds: float) -> float:
+        """Steps a second, 0 while unknown."""
+        self._first = self._first or (step, seconds)
+        took = seconds - self._first[1]
+        return (step - self._first[0]) / took if took > 0 else 0.0
+
+    def line(self, step: int, total: int, seconds: float) -> str:
+        """As in "step 40/400  8.1 steps/s  44 s left"."""
+        rate = self.rate(step, seconds)
+        if not rate:
+            return f"step {step}/{total}"
+        return f"step {step}/{total}  {rate:.1f} steps/s  {(total - step) / rate:.0f} s left"
+
+
 class Silent:
     """Shows nothing."""
 
-    def __enter__(self) -> Silent:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -47,20 +67,14 @@ class Silent:
 class Lines(Silent):
     """Ten plain lines a run, for logs and pipes."""
 
-    def __enter__(self) -> Lines:
-        self._first: Step | None = None
+    def __enter__(self) -> Self:
+        self._clock = Clock()
         return self
 
     def show(self, step: Step) -> None:
-        every = max(1, step.total // LINES)
-        if self._first is None:
-            self._first = step
-        if step.step % every and step.step != step.total:
-            return
-        took = step.seconds - self._first.seconds
-        rate = (step.step - self._first.step) / took if took > 0 else 0.0
-        left = f"{(step.total - step.step) / rate:.0f} s left" if rate else ""
-        self.note(f"step {step.step}/{step.total}  {rate:.1f} steps/s  {figures(step)}  {left}".rstrip())
+        line = self._clock.line(step.step, step.total, step.seconds)
+        if step.step % max(1, step.total // LINES) == 0 or step.step == step.total:
+            self.note(f"{line}  {figures(step)}")
 
     def note(self, text: str) -> None:
         print(text, file=sys.stderr, flush=True)
@@ -69,7 +83,7 @@ class Lines(Silent):
 class Live(Silent):
     """A bar with ETA, steps a second and figures, and the newest views in half blocks of colour."""
 
-    def __enter__(self) -> Live:
+    def __enter__(self) -> Self:
         from rich.console import Console
         from rich.live import Live as RichLive
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -87,7 +101,7 @@ class Live(Silent):
         )
         self._task: int | None = None
         self._views: Text | None = None
-        self._first: Step | None = None
+        self._clock = Clock()
         self._live = RichLive(self._layout(), console=self._console, refresh_per_second=4, transient=False)
         self._live.__enter__()
         return self
@@ -96,11 +110,9 @@ class Live(Silent):
         self._live.__exit__(kind, error, trace)
 
     def show(self, step: Step) -> None:
-        if self._first is None:
-            self._first = step
+        if self._task is None:
             self._task = self._bar.add_task("", total=step.total, rate="", figures="")
-        took = step.seconds - self._first.seconds
-        rate = f"{(step.step - self._first.step) / took:.1f} steps/s" if took > 0 else ""
+        rate = f"{self._clock.rate(step.step, step.seconds):.1f} steps/s"
         self._bar.update(self._task, completed=step.step, rate=rate, figures=figures(step))
         if step.picture is not None:
             self._views = thumbnail(step.picture)

@@ -208,13 +208,14 @@ def test_the_same_seed_gives_the_same_scene_and_resume_does_too(tmp_path):
 
 
 def test_a_ball_is_learnt_from_a_teacher_that_knows_it():
-    student, objectives, plan = scene("steps=60", "regularise.lambda_sparsity=0")
+    free = ("regularise.lambda_sparsity=0", "regularise.lambda_opacity_entropy=0")  # their weights are for 64 pixels
+    student, objectives, plan = scene("steps=60", "optim.lr.grid=0.03", "optim.lr.mlp=0.01", *free)
     cameras = orbit(6, elevation=25, start=20)
     last = list(train(student, objectives, plan))[-1]
     out = student.render_view(cameras, 16)
     true = BallTeacher().image(cameras)[:, 1:2] < 0.5
     ours = out.opacity > 0.5
-    assert (ours & true).sum() / (ours | true).sum() > 0.85
+    assert (ours & true).sum() / (ours | true).sum() > 0.9
     red, green, _ = out.rgb.permute(1, 0, 2, 3)[:, (ours & true)[:, 0]].mean(1)
     assert red > 0.75
     assert green < 0.3

@@ -1,0 +1,208 @@
+"""Settings: layers, types, recipes, and what is said to a typing error."""
+
+from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import field as dataclass_field
+from typing import Literal
+
+import pytest
+import torch
+
+from sds3d import config as configs
+from sds3d.config import Config, load, parse_overrides, recipes_folder, to_yaml
+from sds3d.distill import METHODS
+from sds3d.noise import WEIGHTS
+from sds3d.ramp import Ramp
+from sds3d.typed import build, keys, merge, nearest, plain
+
+
+def test_layers_lie_over_one_another_in_the_order_that_is_promised(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("seed: 5\nsteps: 50\nrender: {views: 2, resolution: 32}\n")
+    config = load("a ball", {"seed": 6, "render.views": 3}, parse_overrides(["seed=7"]), file=file)
+    assert (config.seed, config.steps, config.render.views, config.render.resolution) == (7, 50, 3, 32)
+    assert config.render.samples == Config("x").render.samples  # untouched
+    assert load("a ball", {"render": {"views": 9}}, file=file).render.resolution == 32
+
+
+def test_the_recipe_is_under_what_the_user_says_and_over_the_defaults():
+    raw = configs.recipe("sds")
+    assert raw["method"]["name"] == "sds"
+    config = load("a ball")
+    assert config.method == METHODS["sds"](**{**plain(METHODS["sds"]()), **config_fields(raw)})
+    assert load("a ball", parse_overrides(["method.scale=11"])).method.scale == Ramp.constant(11)
+    assert load("a ball", {"method": "sds"}) == config
+
+
+def config_fields(raw):
+    return {k: Ramp.parse(v) for k, v in raw["method"].items() if k != "name"}
+
+
+@pytest.mark.parametrize("path", sorted(recipes_folder().glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_recipe_loads_is_short_and_says_something(path):
+    assert len(path.read_text().splitlines()) <= 30
+    assert configs.recipe(path.stem)
+    config = load("a ball", {"method": path.stem})
+    assert METHODS[path.stem] is type(config.method)
+
+
+def test_ramps_of_a_recipe_follow_the_number_of_steps(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("optim: {lr: {grid: ['${part:0.5}', 1e-2, 1e-3, '${steps}']}}\nlog: {save_every: '${part:1}'}\n")
+    for steps in (100, 301):
+        config = load("a ball", {"steps": steps}, file=file)
+        assert config.optim.lr["grid"] == Ramp(round(steps / 2), 1e-2, 1e-3, steps)
+        assert config.optim.lr["mlp"] == load("a ball", {"steps": steps}).optim.lr["mlp"]  # the others stay
+        assert config.log.save_every == steps
+
+
+@pytest.mark.parametrize("prompt", ["a red mug", "3", "true", "null", "a ${steps} \"quoted\" 'mug': #1", "été"])
+def test_a_written_config_reads_back_as_itself(tmp_path, prompt):
+    config = load(prompt, parse_overrides(["optim.clip.grid=0.5", "camera.fov=[30,50]", "time.t_max=[0,0.9,0.5,10]"]))
+    assert config.prompt == prompt
+    file = tmp_path / "config.yaml"
+    file.write_text(to_yaml(config), encoding="utf-8")
+    assert load(None, file=file) == config
+
+
+MISTAKES = {
+    "render.resolutoin=3": "unknown key 'render.resolutoin'; did you mean render.resolution",
+    "resolution=3": "unknown key 'resolution'; did you mean occupancy.resolution or render.resolution",
+    "stepps=3": "unknown key 'stepps'; did you mean steps?",
+    "method.scal=3": "unknown key 'method.scal'; did you mean method.scale",
+    "method=sdss": "method is 'sdss'; did you mean sds?",
+    "optim.lr.grid=[1,2]": "optim.lr.grid: give a number, or a ramp",
+    "steps=abc": "steps is 'abc'; give a whole number",
+    "steps=1.5": "steps is 1.5; give a whole number",
+    "steps=true": "steps is True; give a whole number",
+    "steps=0": "steps is 0; give 1 or more",
+    "steps=null": "steps is None; give a whole number",
+    "uncond_camera=1": "uncond_camera is 1; give true or false",
+    "seed=-1": "seed is -1; give 0 or more",
+    "render.resolution=0": "render.resolution is 0; give a number from 4",
+    "render.views=-2": "render.views is -2; give a number from 1",
+    "export.mesh_resolution=100000": "export.mesh_resolution is 100000; give 8 to 512",
+    "export.size=33": "export.size is 33; give an even number",
+    "export.frames=1": "export.frames is 1; give 2",
+    "camera.fov=[1,2,3]": r"camera.fov is \[1, 2, 3\]; give 2 values",
+    "camera.fov=40": r"camera.fov is 40; give a list, as in camera.fov=\[1,2\]",
+    "camera.elevation=[50,20]": "camera.elevation is .* low <= high",
+    "time.t_max=2": "t_max goes from 2.0 to 2.0; t lies in",
+    "field=3": "field is 3; give its parts, as in field.levels=",
+    "teacher.views=both": "teacher.views is 'both'; give camera or words",
+    "backend=nmba": "backend is 'nmba'; did you mean numba",
+    "seed=${nothing}": "cannot resolve the settings",
+    "red": "'red' is no key=value; write settings as steps=800, and the prompt in quotes",
+    "=3": "is no key=value",
+    "steps =3": "is no key=value",
+    "a=[": r"cannot read 'a=\['",
+}
+
+
+@pytest.mark.parametrize("text", MISTAKES)
+def test_a_mistake_is_answered_with_what_is_accepted(text):
+    with pytest.raises(ValueError, match=MISTAKES[text]) as caught:
+        load("a ball", parse_overrides([text]))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("prompt", ["", "   ", "\n"])
+def test_an_empty_prompt(prompt):
+    with pytest.raises(ValueError, match="the prompt is empty; say what to make, as in"):
+        load(prompt)
+
+
+def test_a_file_that_is_no_config(tmp_path):
+    with pytest.raises(ValueError, match="cannot read .*none.yaml: No such file"):
+        load("a ball", file=tmp_path / "none.yaml")
+    for text, message in {"a: [": "is no YAML", "- 1\n- 2\n": "holds no settings", "\x00": "is no YAML"}.items():
+        (tmp_path / "bad.yaml").write_text(text)
+        with pytest.raises(ValueError, match=message):
+            load("a ball", file=tmp_path / "bad.yaml")
+    with pytest.raises(ValueError, match="there is no prompt"):
+        load(None)
+
+
+def test_devices_and_teachers_that_are_not_here(tmp_path):
+    with pytest.raises(ValueError, match="device 'gpu' is not usable here; give auto, cpu"):
+        configs.pick_device("gpu")
+    assert configs.pick_device("cpu") == torch.device("cpu")
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="device 'cuda' is not usable here"):
+            configs.pick_device("cuda")
+    with pytest.raises(ValueError, match="teacher 'smal' is neither packaged .small. nor a file of weights"):
+        configs.make_teacher(load("a ball", {"teacher.name": "smal"}))
+
+
+def test_the_weight_names_of_noise_are_accepted():
+    for name in WEIGHTS:
+        assert load("a ball", {"weight": name}).weight == name
+
+
+def test_what_may_change_on_resume():
+    config = load("a ball", {"seed": 4, "optim.lr.grid": 0.5})
+    longer = configs.changed(config, parse_overrides(["steps=900", "log.save_every=7"]))
+    assert (longer.steps, longer.log.save_every, longer.log.picture_every) == (900, 7, config.log.picture_every)
+    assert longer.optim == config.optim
+    with pytest.raises(ValueError, match="seed cannot change on resume, only steps, device"):
+        configs.changed(config, {"seed": 5})
+    with pytest.raises(ValueError, match="unknown key 'log.every'"):
+        configs.changed(config, {"log.every": 5})
+
+
+def test_prompts_of_a_scene_name_unusual_backgrounds():
+    student = configs.make_student(load("a ball", {"render.resolution": 8, "backend": "torch"}))
+    cameras = student.config.camera.sample(2, torch.Generator().manual_seed(0))
+    assert student.prompts(cameras, "white") == ["a ball"] * 2
+    assert student.prompts(cameras, "grey") == ["a ball on a grey background"] * 2
+    assert student.prompts(cameras, "#102030") == ["a ball"] * 2
+
+
+@dataclass(frozen=True)
+class Inner:
+    pair: tuple[int, ...] = (1, 2)
+    kind: Literal["a", "b"] = "a"
+
+
+@dataclass(frozen=True)
+class Outer:
+    name: str = "x"
+    share: float | None = None
+    ramp: Ramp | float = 1.0
+    rates: dict[str, Ramp] = dataclass_field(default_factory=dict)
+    inner: Inner = Inner()
+
+
+def test_typed_values():
+    values = {"name": 3, "share": 1, "ramp": [0, 1, 2, 9], "rates": {"a": 2, "b": None}, "inner": {"pair": [3]}}
+    built = build(Outer, values)
+    assert built == Outer("3", 1.0, Ramp(0, 1, 2, 9), {"a": Ramp.constant(2)}, Inner((3,)))
+    assert isinstance(built.share, float)
+    assert build(Outer, plain(built)) == built
+    assert build(Outer, {"share": None}).share is None
+    with pytest.raises(ValueError, match="inner.kind is 'c'; there is a, b"):
+        build(Outer, {"inner": {"kind": "c"}})
+    with pytest.raises(ValueError, match=r"inner.pair\[1\] is 'y'; give a whole number"):
+        build(Outer, {"inner": {"pair": [1, "y"]}})
+
+
+def test_merge_replaces_values_and_joins_mappings():
+    below = {"a": {"x": 1, "y": [1, 2]}, "b": 1}
+    assert merge(below, {"a": {"y": [3]}, "b": {"c": 2}}) == {"a": {"x": 1, "y": [3]}, "b": {"c": 2}}
+    assert below == {"a": {"x": 1, "y": [1, 2]}, "b": 1}
+
+
+def test_nearest():
+    assert nearest("b.lon", ["a.lon", "b.long", "c"]) == "did you mean a.lon or b.long?"
+    assert nearest("zzz", ["one", "two.three"]) == "there is one"
+
+
+def test_every_setting_is_a_plain_value_and_has_a_key():
+    def leaves(value, path=""):
+        for f in fields(value):
+            inner = getattr(value, f.name)
+            key = f"{path}{f.name}"
+            yield from leaves(inner, key + ".") if is_dataclass(inner) and not isinstance(inner, Ramp) else [key]
+
+    config = load("a ball")
+    known = {*keys(Config), *keys(type(config.method), "method")}
+    assert set(leaves(config)) <= known
