@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
+import re
+from collections.abc import Collection
+
 from collections.abc import Sequence
 
 from sds3d.cameras import Cameras
@@ -33,3 +37,17 @@ def with_view(prompt: str | Sequence[str], cameras: Cameras) -> list[str]:
     assert len(prompts) == len(cameras), (len(prompts), len(cameras))
     places = zip(cameras.azimuth.tolist(), cameras.elevation.tolist(), strict=True)
     return [f"{p}, {view_word(*place)}" if p else "" for p, place in zip(prompts, places, strict=True)]
+
+
+def words(prompt: str) -> list[str]:
+    """Lower-case words of a prompt; everything but letters separates them."""
+    return re.findall(r"[a-z]+", prompt.lower())
+
+
+def unknown_words(prompt: str, known: Collection[str]) -> str:
+    """The prompt's unknown words with the nearest known ones, as ``'mugg' (nearest: mug)``; "" if all are known."""
+    told = []
+    for word in dict.fromkeys(w for w in words(prompt) if w not in known):
+        near = difflib.get_close_matches(word, known, n=3, cutoff=0.5)
+        told.append(f"'{word}'" + (f" (nearest: {', '.join(near)})" if near else ""))
+    return ", ".join(told)

@@ -12,7 +12,6 @@ and views are the truth that teachers are trained on and assets are judged by.
 
 from __future__ import annotations
 
-import difflib
 import re
 from dataclasses import dataclass
 
@@ -22,9 +21,9 @@ from torch import Tensor
 from sds3d.cameras import Cameras
 from sds3d.data.kinds import COLOURS, KINDS, STACKS, Kind
 from sds3d.data.tracing import normals, paint, part_distances, shade, trace
+from sds3d.prompts import VIEW_WORDS, unknown_words, words
 
 SIZES = {"small": 0.75, "": 1.0, "large": 1.1}
-VIEWS = ("front view", "side view", "back view", "overhead view")
 QUALITIES: dict[str, tuple[str, ...]] = {  # what was done to the image -> words a caption may use for it
     "blur": ("blurry", "out of focus"),
     "noise": ("noisy",),
@@ -37,18 +36,13 @@ QUALITIES: dict[str, tuple[str, ...]] = {  # what was done to the image -> words
 _PLAIN_WORDS = ("a", "an", "the", "with", "on", "and", "background", "small", "large", "view")
 
 
-def words(prompt: str) -> list[str]:
-    """Lower-case words of a prompt; commas and hyphens separate."""
-    return re.findall(r"[a-z]+", prompt.lower())
-
-
 VOCABULARY: tuple[str, ...] = tuple(
     sorted(
-        {w for w in _PLAIN_WORDS}
+        set(_PLAIN_WORDS)
         | set(COLOURS)
         | set(KINDS)
         | {k.second for k in {**KINDS, **STACKS}.values() if k.second}
-        | {w for view in VIEWS for w in words(view)}
+        | {w for view in VIEW_WORDS for w in words(view)}
         | {w for group in QUALITIES.values() for phrase in group for w in words(phrase)}
     )
 )
@@ -142,22 +136,12 @@ class Toy:
         corners, faces, _, _ = marching_cubes(distance.numpy(), 0.0, spacing=(step,) * 3)
         corners = torch.from_numpy(corners.copy()).float() - 1.05
         colours = (self.colours(corners) * 255).round().byte().numpy()
-        return trimesh.Trimesh(corners.numpy(), faces[:, ::-1], vertex_colors=colours, process=False)
+        return trimesh.Trimesh(corners.numpy(), faces, vertex_colors=colours, process=False)
 
 
 def background_colour(name: str) -> Tensor:
     """RGB of a background, (3,): pure white where unnamed, else the named colour."""
     return torch.ones(3) if not name else torch.tensor(COLOURS[name])
-
-
-def unknown_word_message(prompt: str, known: tuple[str, ...]) -> str:
-    """"" if every word is known, else one sentence that names the unknown words and their nearest known ones."""
-    strange = [w for w in words(prompt) if w not in known]
-    parts = []
-    for word in dict.fromkeys(strange):
-        near = difflib.get_close_matches(word, known, n=3, cutoff=0.5)
-        parts.append(f"'{word}'" + (f" (nearest: {', '.join(near)})" if near else ""))
-    return f"unknown: {', '.join(parts)}" if parts else ""
 
 
 def parse(prompt: str) -> Toy:
@@ -166,12 +150,12 @@ def parse(prompt: str) -> Toy:
     Raises:
         ValueError: for an unknown word, naming the nearest known ones, or for a sentence that is no caption.
     """
-    message = unknown_word_message(prompt, VOCABULARY)
-    if message:
-        raise ValueError(f"the toybox does not know this prompt: {message}")
+    unknown = unknown_words(prompt, VOCABULARY)
+    if unknown:
+        raise ValueError(f"the toybox does not know {unknown}")
     colour = "|".join(COLOURS)
     text = " ".join(words(prompt))
-    for group in (VIEWS, *QUALITIES.values()):
+    for group in (VIEW_WORDS, *QUALITIES.values()):
         for phrase in group:
             text = re.sub(rf"\b{phrase}\b", "", text)
     background = re.search(rf"\bon an? ({colour}) background", text)

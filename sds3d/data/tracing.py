@@ -13,7 +13,7 @@ from sds3d.data.kinds import COLOURS, Kind
 
 LIGHT = (0.42, 0.78, 0.46)  # unit direction towards the light, object axes
 AMBIENT = 0.4
-BOUND = 0.95  # every kind fits in this radius at scale 1
+BOUND = 1.05  # every kind fits in this radius at scale 1
 _STEPS = 64
 _HIT = 2e-3
 

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import re
-
 import torch
 from torch import Tensor, nn
 
+from sds3d.prompts import words
+
 MAX_WORDS = 24
-
-
-def words(prompt: str) -> list[str]:
-    """Lower-case words of a prompt; everything else separates them."""
-    return re.findall(r"[a-z]+", prompt.lower())
 
 
 class TextEncoder(nn.Module):

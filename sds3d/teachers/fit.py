@@ -25,10 +25,11 @@ from sds3d.data.captions import CaptionDraw
 from sds3d.data.kinds import COLOURS
 from sds3d.data.toybox import VOCABULARY, background_colour
 from sds3d.data.tracing import paint
+from sds3d.guidance import cfg
 from sds3d.networks.ema import EMA
 from sds3d.networks.text import TextEncoder
 from sds3d.networks.unet import UNet, UNetConfig
-from sds3d.noise import noised, target
+from sds3d.noise import Prediction, noised, target
 from sds3d.prompts import with_view
 from sds3d.samplers import ddim
 from sds3d.teachers import small
@@ -95,9 +96,9 @@ def degrade(image: Tensor, quality: str, generator: torch.Generator) -> Tensor:
     amount = torch.rand((), generator=generator).item()
     if quality == "blur":
         small_side = int(22 - 10 * amount)
-        return F.interpolate(
-            F.interpolate(image[None], small_side, mode="area"), image.shape[-1], mode="bicubic"
-        )[0].clamp(0, 1)
+        return F.interpolate(F.interpolate(image[None], small_side, mode="area"), image.shape[-1], mode="bicubic")[
+            0
+        ].clamp(0, 1)
     if quality == "coarse":
         small_side = 16 if amount < 0.5 else 8
         return F.interpolate(F.interpolate(image[None], small_side, mode="area"), image.shape[-1])[0]
@@ -258,13 +259,9 @@ def sample(
     mask = (torch.arange(2 * n, device=teacher.device) < n) if cameras else None
 
     def predict(x_t: Tensor, t: Tensor):
-        from sds3d.guidance import cfg
-        from sds3d.noise import Prediction
-
         answer = teacher.predict(torch.cat([x_t] * 2), torch.cat([t] * 2), [prompt] * n + [""] * n, both, mask)
         cond, uncond = answer[:n], answer[n:]
         return Prediction(cfg(uncond.v, cond.v, guidance), x_t, cond.alpha, cond.sigma, "v")
 
-    for _, x0, x in ddim(predict, x, teacher.schedule, steps):
-        pass
+    *_, (_, x0, _) = ddim(predict, x, teacher.schedule, steps)
     return teacher.decode(x0)

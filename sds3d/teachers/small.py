@@ -6,7 +6,6 @@ It predicts v on a cosine schedule at 64 x 64 pixels. One set of weights answers
 
 from __future__ import annotations
 
-import difflib
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -15,9 +14,10 @@ import torch
 from torch import Tensor
 
 from sds3d.cameras import Cameras
-from sds3d.networks.text import TextEncoder, words
+from sds3d.networks.text import TextEncoder
 from sds3d.networks.unet import UNet, UNetConfig
 from sds3d.noise import Prediction, Schedule
+from sds3d.prompts import unknown_words, words
 from sds3d.teachers.base import decode_pixels, encode_pixels
 
 WEIGHTS = Path(__file__).with_name("small.safetensors")
@@ -62,13 +62,11 @@ class SmallTeacher:
         """
         if not words(prompt):
             raise ValueError('the prompt is empty: say what to make, for example "a red mug"')
-        strange = dict.fromkeys(w for w in words(prompt) if w not in self.vocabulary)
-        if strange:
-            near = {w: difflib.get_close_matches(w, self.vocabulary, n=3, cutoff=0.5) for w in strange}
-            told = ", ".join(f"'{w}'" + (f" (nearest: {', '.join(n)})" if n else "") for w, n in near.items())
+        unknown = unknown_words(prompt, self.vocabulary)
+        if unknown:
             raise ValueError(
-                f"the embedded teacher does not know {told}. It knows {len(self.vocabulary)} words: `sds3d teacher "
-                "words` lists them. For open vocabulary, name a diffusers pipeline with --teacher"
+                f"the embedded teacher does not know {unknown}. It knows {len(self.vocabulary)} words: "
+                f"{', '.join(self.vocabulary)}. For an open vocabulary, name another teacher with --teacher"
             )
 
     def encode(self, images: Tensor) -> Tensor:

@@ -1,0 +1,152 @@
+"""The toybox against closed forms, trimesh's own solids, and its own grammar."""
+
+import math
+
+import pytest
+import torch
+import trimesh
+
+from sds3d.cameras import Cameras, orbit
+from sds3d.data import shapes, toybox
+from sds3d.data.captions import CaptionDraw
+from sds3d.data.kinds import COLOURS, KINDS, STACKS
+from sds3d.data.tracing import BOUND, part_distances, trace
+
+ALL = KINDS | STACKS
+
+
+def volume(solid) -> float:
+    """By counting a million random points of the box."""
+    points = torch.rand(1_000_000, 3, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    return float((solid(points) < 0).float().mean()) * 8
+
+
+def grid(n: int = 48) -> torch.Tensor:
+    axis = (torch.arange(n) + 0.5) / n * 2 - 1
+    return torch.stack(torch.meshgrid(axis, axis, axis, indexing="ij"), -1).view(-1, 3)
+
+
+def test_it_is_as_rich_as_promised():
+    assert len(KINDS) >= 24 and len(COLOURS) == 12
+    assert sum(kind.front for kind in KINDS.values()) >= 8
+    assert sum(len(kind.parts) > 1 for kind in KINDS.values()) > len(KINDS) / 2
+    assert "a red mug with a white handle" and toybox.parse("a green cube on a yellow cylinder").second == "yellow"
+
+
+@pytest.mark.parametrize(
+    "solid, reference",
+    [
+        (shapes.sphere((0.1, 0, 0), 0.6), trimesh.creation.icosphere(5, 0.6).apply_translation((0.1, 0, 0))),
+        (
+            shapes.box((0, 0.1, 0), (0.5, 0.3, 0.4), 0.0),
+            trimesh.creation.box((1, 0.6, 0.8)).apply_translation((0, 0.1, 0)),
+        ),
+        (
+            shapes.cylinder((0, 0, 0.1), 0.4, 0.5, "z", 0.0),
+            trimesh.creation.cylinder(0.4, 1, 128).apply_translation((0, 0, 0.1)),
+        ),
+        (shapes.torus((0, 0, 0), 0.5, 0.2, "z"), trimesh.creation.torus(0.5, 0.2, 128, 64)),
+        (
+            shapes.capsule((0, 0, -0.3), (0, 0, 0.3), 0.3),
+            trimesh.creation.capsule(0.6, 0.3, (64, 64)).apply_translation((0, 0, 0)),
+        ),
+    ],
+    ids=["sphere", "box", "cylinder", "torus", "capsule"],
+)
+def test_solids_agree_with_trimesh(solid, reference):
+    points = torch.rand(4000, 3, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    distance = solid(points)
+    clear = distance.abs() > 0.01  # trimesh's surfaces are polyhedra
+    inside = torch.from_numpy(reference.contains(points.numpy()))
+    assert torch.equal(inside[clear], (distance < 0)[clear])
+    assert volume(solid) == pytest.approx(reference.volume, rel=0.02)
+
+
+def test_frustum_is_an_exact_distance():
+    cone = shapes.frustum((0, 0, 0), 0.5, 0.2, 0.3)
+    assert volume(cone) == pytest.approx(math.pi * 0.6 / 3 * (0.25 + 0.1 + 0.04), rel=0.02)
+    assert cone(torch.tensor([[0.0, 0.5, 0.0], [1.0, -0.3, 0.0]])).tolist() == pytest.approx([0.2, 0.5], abs=1e-6)
+    points = grid(16).requires_grad_()
+    slope = torch.autograd.grad(cone(points).sum(), points)[0].norm(dim=-1)
+    assert slope.median() == pytest.approx(1, abs=1e-4)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_every_kind_fits_and_its_distance_never_overshoots(name):
+    points = grid(40)
+    distance = part_distances(ALL[name], points).amin(-1)
+    assert points[distance < 0].norm(dim=-1).max() < BOUND
+    # A sphere tracer may step by the distance: no inside point lies nearer than it says.
+    inside, outside = points[distance < 0], points[distance > 0.15][::37]
+    gap = torch.cdist(outside, inside).amin(-1)
+    said = part_distances(ALL[name], outside).amin(-1)
+    assert (said * 0.95 <= gap + 0.02).all()
+
+
+def test_every_part_shows():
+    cameras = Cameras(
+        torch.tensor([30.0, 210.0]), torch.tensor([25.0, -20.0]), torch.full((2,), 3.0), torch.full((2,), 40.0)
+    )
+    for name, kind in ALL.items():
+        layers = trace(kind, cameras, torch.ones(2))
+        assert layers[:, 0].sum() > 5, name
+        if kind.second:
+            assert layers[:, 1].sum() > 5, f"{name}: {kind.second}"
+
+
+def test_silhouette_of_a_ball_is_its_disc():
+    toy = toybox.parse("a blue ball")
+    _, coverage = toy.render(Cameras(*(torch.tensor([v]) for v in (40.0, 20.0, 3.0, 40.0))), 128)
+    angle = math.asin(0.65 / 3)
+    radius = math.tan(angle) / math.tan(math.radians(20)) * 64
+    assert coverage.sum() == pytest.approx(math.pi * radius**2, rel=0.01)
+
+
+def test_mesh_and_views_are_one_object():
+    toy = toybox.parse("a red mug with a white handle")
+    mesh = toy.mesh(80)
+    assert mesh.is_watertight and mesh.volume > 0
+    assert mesh.volume == pytest.approx(volume(toy.sdf), rel=0.03)
+    assert mesh.bounds[1][0] > 0.7 and mesh.bounds[0][0] > -0.7  # the handle is on +x
+    handle = mesh.visual.vertex_colors[mesh.vertices[:, 0] > 0.6][:, :3]
+    assert handle.std(axis=1).mean() < 3  # white, lit
+
+
+def test_the_front_faces_plus_z():
+    images, _ = toybox.parse("a white snowman").render(orbit(2, elevation=0))
+    orange = (images[:, 0] - images[:, 2] > 0.4).flatten(1).sum(1)
+    assert orange[0] > 4 and orange[1] == 0
+
+
+def test_captions_parse_and_never_show_what_is_held_out():
+    draw = CaptionDraw(torch.Generator().manual_seed(0))
+    for i in range(1500):
+        name = list(ALL)[i % len(ALL)]
+        shown = draw(name, ("small", "", "large")[i % 3])
+        assert not toybox.is_held_out(name, shown.main, shown.second)
+        toy = toybox.parse(shown.text + ", back view")
+        assert toy.name == name and toy.background == shown.background
+        if shown.main in shown.text.split(name.split()[0])[0].split():
+            assert toy.main == shown.main
+
+
+def test_held_out_prompts_are_held_out():
+    toys = [toybox.parse(p) for p in toybox.HELD_OUT_PROMPTS]
+    assert len({t.name for t in toys}) == 12
+    assert all(toybox.is_held_out(t.name, t.main, t.second) for t in toys)
+
+
+def test_what_a_prompt_leaves_unsaid_is_canonical():
+    toy = toybox.parse("a small house, side view")
+    assert (toy.main, toy.second, toy.scale, toy.background) == ("yellow", "red", 0.75, "")
+    assert toybox.parse("red mug").second == "red"
+    assert toybox.parse("a red mug on a grey background").background == "grey"
+
+
+@pytest.mark.parametrize(
+    "prompt, told",
+    [("a red mugg", "mug"), ("a scarlet mug", "unknown"), ("mug red a", "draws"), ("a mug with a red roof", "draws")],
+)
+def test_what_it_cannot_draw_is_refused(prompt, told):
+    with pytest.raises(ValueError, match=told):
+        toybox.parse(prompt)
