@@ -1,0 +1,312 @@
+"""The command line as a user meets it: in this process with a teacher that knows a ball, and as a program."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import TINY, BallTeacher
+
+import sds3d
+from sds3d.cli import main
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def call(capsys, in_folder, ball_teacher):
+    """Run the command line in an empty folder; gives exit code, stdout, stderr."""
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            main(list(arguments))
+        out, err = capsys.readouterr()
+        return end.value.code or 0, out, err
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    """A finished run, made once."""
+    patch, folder = pytest.MonkeyPatch(), tmp_path_factory.mktemp("finished")
+    patch.setattr("sds3d.config.make_teacher", lambda config: BallTeacher())
+    patch.chdir(folder)
+    sds3d.generate("a red ball", **settings())
+    patch.undo()
+    return folder
+
+
+@pytest.fixture
+def made(call, finished, in_folder):
+    """A copy of it, as outputs/00001-a-red-ball."""
+    shutil.copytree(finished / "outputs", in_folder / "outputs")
+    return "outputs/00001-a-red-ball"
+
+
+def settings() -> dict:
+    """TINY as keyword arguments."""
+    pairs = (text.split("=") for text in TINY)
+    return {key: int(value) if value.isdigit() else value for key, value in pairs}
+
+
+def program(*arguments: str, cwd: Path) -> subprocess.Popen:
+    """The command line with the ball teacher, as a process of its own."""
+    script = (
+        "import sys; sys.path[:0] = [sys.argv.pop(1), sys.argv.pop(1)]; import conftest; from sds3d import config; "
+        "config.make_teacher = lambda c: conftest.BallTeacher(); from sds3d.cli import main; main()"
+    )
+    command = [sys.executable, "-c", script, str(ROOT), str(ROOT / "tests"), *arguments]
+    return subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_generate_leaves_everything_in_the_run_folder(call, tiny, in_folder):
+    code, out, err = call("generate", "a red ball", *tiny)
+    run = in_folder / "outputs" / "00001-a-red-ball"
+    assert code == 0, err
+    assert out.split() == [f"outputs/{run.name}/{f}" for f in ("preview.png", "turntable.mp4", "mesh.glb")]
+    assert sorted(p.name for p in run.iterdir()) == sorted(
+        "checkpoint.safetensors config.yaml mesh.glb metrics.jsonl preview.png progress turntable.mp4".split()
+    )
+    assert sorted(p.name for p in (run / "progress").iterdir()) == ["00003.png", "00006.png", "strip.png"]
+    assert [json.loads(row)["step"] for row in (run / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3, 4, 5, 6]
+    import trimesh
+
+    mesh = trimesh.load(run / "mesh.glb", force="mesh")
+    assert mesh.is_watertight or mesh.bounding_box.volume > 0
+    assert abs(mesh.bounds).max() <= 1
+    for said in ("torch (asked for)", "step 6/6", "opacity", "|g|", "done in", "sds3d export", "sds3d resume"):
+        assert said in err
+
+
+def test_json_is_one_object_and_quiet_is_quiet(call, tiny, made):
+    code, out, err = call("generate", "a ball", *tiny, "--quiet")
+    assert (code, err) == (0, "")
+    assert out.split() == [f"outputs/00002-a-ball/{f}" for f in ("preview.png", "turntable.mp4", "mesh.glb")]
+    code, out, err = call("resume", made, "steps=7", "--json")
+    assert (code, err) == (0, "")
+    told = json.loads(out)
+    assert (told["run"], told["steps"]) == (made, 7)
+    assert [Path(f).name for f in told["files"]] == ["preview.png", "turntable.mp4", "mesh.glb"]
+    assert told["seconds"] > 0
+
+
+def test_dry_run_prints_the_settings_and_makes_nothing(call, in_folder):
+    code, out, _ = call(
+        "generate", "a blue chair", "--method", "sds", "--seed", "3", "--teacher-views", "words", "--backend", "torch",
+        "--out", "elsewhere", "steps=800", "render.resolution=48", "--dry-run",
+    )  # fmt: skip
+    assert code == 0
+    for line in ("prompt: a blue chair", "seed: 3", "steps: 800", "resolution: 48", "name: sds", "views: words",
+                 "backend: torch", "out: elsewhere"):  # fmt: skip
+        assert line in out
+    assert not list(in_folder.iterdir())
+    (in_folder / "again.yaml").write_text(out)
+    assert call("generate", "a blue chair", "--config", "again.yaml", "--dry-run")[1] == out
+
+
+MISTAKES = {
+    "an empty prompt": (("generate", " "), "the prompt is empty"),
+    "a word it does not know": (("generate", "a unicorn"), "nearest: ball"),
+    "a forgotten quote": (("generate", "a", "red", "ball"), "'red' is no key=value"),
+    "an unknown key": (("generate", "a ball", "stepz=3"), "did you mean steps?"),
+    "an unknown method": (("generate", "a ball", "--method", "sdss"), "did you mean sds?"),
+    "an impossible size": (("generate", "a ball", "render.resolution=0"), "render.resolution is 0"),
+    "an unknown backend": (("generate", "a ball", "--backend", "cuda"), "backend is 'cuda'"),
+    "a bad mode": (("generate", "a ball", "--teacher-views", "both"), "give camera or words"),
+    "a config that is not there": (("generate", "a ball", "--config", "no.yaml"), "cannot read no.yaml"),
+    "an unwritable folder": (("generate", "a ball", "-o", "/proc/x"), "cannot write /proc/x"),
+    "no run to resume": (("resume", "outputs/00009-x"), "there is no run folder"),
+    "no run to export": (("export", "nowhere"), "there is no run folder"),
+    "no run to judge": (("eval", "nowhere"), "there is no run folder"),
+    "a folder that is no run": (("export", "."), "is not a run folder"),
+    "a training setting": (("teacher", "train", "t", "bach=3"), "did you mean batch?"),
+    "a teacher that is not there": (("teacher", "sample", "a ball", "--teacher", "smal"), "neither packaged"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_one_sentence_exit_code_2_and_nothing_written(call, in_folder, name):
+    arguments, message = MISTAKES[name]
+    code, out, err = call(*arguments)
+    assert code == 2
+    assert out == ""
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert message in err
+    assert not list(in_folder.iterdir())
+
+
+def test_unknown_options_and_a_missing_prompt_are_code_2_too(call):
+    assert call("generate")[0] == 2
+    assert call("generate", "a ball", "--sed", "3")[0] == 2
+    assert call("nonsense")[0] == 2
+
+
+def test_a_full_disk_in_the_middle_keeps_the_last_checkpoint(call, tiny, monkeypatch, in_folder):
+    import errno
+
+    from sds3d.runs import Run
+
+    write = Run.save_picture
+
+    def sometimes_full(self, step, views):
+        if step > 4:
+            raise ValueError(f"cannot write x: {os.strerror(errno.ENOSPC)}; make room")
+        write(self, step, views)
+
+    monkeypatch.setattr(Run, "save_picture", sometimes_full)
+    code, _, err = call("generate", "a ball", *tiny)
+    assert code == 2
+    assert err.splitlines()[-1] == "error: cannot write x: No space left on device; make room"
+    monkeypatch.undo()
+    run = Run.open(in_folder / "outputs" / "00001-a-ball")
+    assert run.load_checkpoint()["step"] == 4
+
+
+def test_a_run_that_diverges_ends_with_code_1(call, tiny, ball_teacher):
+    ball_teacher.colour = (float("nan"),) * 3
+    code, _, err = call("generate", "a ball", *tiny)
+    assert code == 1
+    assert "SDS: non-finite gradient at step 0" in err
+    assert "Traceback" not in err
+
+
+def test_resume_says_when_nothing_is_left_and_goes_on_when_asked(call, made):
+    code, _, err = call("resume", made)
+    assert code == 2
+    assert "has done 6 of 6 steps: nothing is left; give more, as in steps=12" in err
+    code, _, err = call("resume", made, "seed=4")
+    assert code == 2
+    assert "seed cannot change on resume" in err
+    assert call("resume", made, "steps=9")[0] == 0
+    rows = (Path(made) / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(row)["step"] for row in rows] == list(range(1, 10))
+    assert "steps: 9" in (Path(made) / "config.yaml").read_text()
+
+
+def test_a_damaged_checkpoint_is_named(call, made):
+    (Path(made) / "checkpoint.safetensors").write_bytes(b"junk")
+    for command in ("resume", "export", "eval"):
+        code, _, err = call(command, made)
+        assert code == 2
+        assert "checkpoint.safetensors is damaged" in err
+
+
+def test_export_writes_every_format(call, made, in_folder):
+    import trimesh
+
+    code, out, _ = call("export", made, "--format", "obj,ply, .GLB,mp4,png", "-o", "there", "--resolution", "20")
+    assert code == 0
+    assert [Path(line).name for line in out.splitlines()] == [
+        "mesh.obj", "mesh.ply", "mesh.glb", "turntable.mp4", "preview.png",
+    ]  # fmt: skip
+    sizes = {len(trimesh.load(in_folder / "there" / f"mesh.{kind}", force="mesh").faces) for kind in ("obj", "ply")}
+    assert len(sizes) == 1
+    for bad, message in (("stl", "format is 'stl'; give one or more of glb, obj, ply"), (" ,", "format is ''")):
+        code, _, err = call("export", made, "--format", bad)
+        assert code == 2
+        assert message in err
+    code, _, err = call("export", made, "--resolution", "4")
+    assert code == 2
+    assert "give 8 to 512" in err
+
+
+def test_eval_compares_with_the_toybox(call, made):
+    code, out, err = call("eval", made)
+    assert code == 0, err
+    assert out.startswith("a red ball ")
+    for name in ("IoU", "PSNR", "Chamfer", "F "):
+        assert name in out
+    folder = Path(made)
+    assert (folder / "eval.png").is_file()
+    first = json.loads(call("eval", made, "--json")[1])
+    assert 0.2 < first["iou"] <= 1
+    assert json.loads((folder / "eval.json").read_text())["iou"] == first["iou"]
+    assert "mean of 2" in call("eval", made, made)[1]
+
+
+def test_doctor_names_versions_kernels_and_reasons(call):
+    code, out, _ = call("doctor")
+    assert code == 0
+    for said in ("torch", "numba", "backends", "auto", "recipes", "sds"):
+        assert said in out
+    report = json.loads(call("doctor", "--json")[1])
+    assert report["packages"]["torch"] == __import__("torch").__version__
+    assert "sds" in report["recipes"]
+    assert isinstance(report["problems"], list)
+
+
+@pytest.mark.parametrize("command", ["generate", "resume", "export", "eval", "doctor", "teacher"])
+def test_help_teaches(call, command):
+    code, out, _ = call(command, "--help")
+    assert code == 0
+    assert command in out
+    assert command in ("doctor", "teacher") or f"sds3d {command}" in out
+
+
+def test_python_makes_an_asset(in_folder, ball_teacher):
+    asset = sds3d.generate("a red ball", seed=2, **settings())
+    assert asset.path.name == "00001-a-red-ball"
+    image = asset.render(azimuth=30, elevation=15, resolution=48)
+    assert (image.size, image.mode) == ((48, 48), "RGB")
+    assert image.getpixel((0, 0)) == (255, 255, 255)
+    assert image.getpixel((24, 24)) != (255, 255, 255)
+    assert len(asset.mesh().faces) > 20
+    assert asset.export("ball.ply").is_file()
+    with pytest.raises(ValueError, match=r"cannot export 'ball.stl': the name must end in .glb"):
+        asset.export("ball.stl")
+    again = sds3d.Asset.open(asset.path)
+    assert again.render(30, 15, 48).tobytes() == image.tobytes()
+    assert asset.config.seed == 2
+    with pytest.raises(AttributeError, match="it has Asset, generate"):
+        sds3d.nonsense  # noqa: B018
+
+
+def test_ctrl_c_saves_and_resume_ends_where_an_uninterrupted_run_does(tmp_path, tiny):
+    settings = [text for text in tiny if not text.startswith(("steps", "log"))]
+    settings += ["steps=40", "log.save_every=1000", "log.picture_every=0", "export.frames=2"]
+    whole = program("generate", "a ball", *settings, "--quiet", cwd=tmp_path)
+    assert whole.wait(240) == 0, whole.stderr.read()
+    parted = program("generate", "a ball", *settings, cwd=tmp_path)
+    folder = tmp_path / "outputs" / "00002-a-ball"
+    rows = folder / "metrics.jsonl"
+    for _ in range(2400):
+        if rows.is_file() and rows.read_text().count("\n") >= 5:
+            break
+        time.sleep(0.05)
+    parted.send_signal(signal.SIGINT)
+    out, err = parted.communicate(timeout=240)
+    assert parted.returncode == 130, err
+    assert out == ""
+    assert f"go on with: sds3d resume outputs/{folder.name}" in err
+    assert not (folder / "mesh.glb").exists()
+    rest = program("resume", str(folder), "--quiet", cwd=tmp_path)
+    assert rest.wait(240) == 0, rest.stderr.read()
+
+    def figures(run: Path) -> list[dict]:
+        rows = [json.loads(row) for row in (run / "metrics.jsonl").read_text().splitlines()]
+        return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
+
+    first = tmp_path / "outputs" / "00001-a-ball"
+    assert figures(first) == figures(folder)
+    for name in ("mesh.glb", "preview.png"):
+        assert (first / name).read_bytes() == (folder / name).read_bytes()
+
+
+def test_importing_costs_no_more_than_torch():
+    """The bar is 1.15 times; the best of a few tries, because the machine has other things to do."""
+
+    def seconds(statement: str) -> float:
+        program = f"import time; t = time.perf_counter(); {statement}; print(time.perf_counter() - t)"
+        done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+        return float(done.stdout)
+
+    best = min(seconds("import torch, sds3d") / seconds("import torch") for _ in range(3))
+    assert best <= 1.15
