@@ -136,7 +136,6 @@ class Asset:
         for name in ("preview.png", "turntable.mp4", "mesh.glb"):
             yield self.export(self.path / name)
 
-
     def evaluate(self) -> Scores:
         """Compare with the toybox's own object of that prompt, from 24 unseen views; writes eval.png and eval.json.
 

@@ -269,7 +269,7 @@ def train_teacher(
     resume: Annotated[bool, Option("--resume", help="go on with the training in that folder")] = False,
     quiet: Quiet = False,
 ) -> None:
-    """Train a teacher on the toybox, on CPU or GPU (hours on a CPU). It saves now and then; --resume goes on from there.
+    """Train a teacher on the toybox (hours on a CPU). It saves now and then; --resume goes on from there.
 
     [bold]Example[/bold]
 

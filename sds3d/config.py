@@ -168,6 +168,10 @@ def load(prompt: str | None, *layers: Mapping[str, Any], file: str | Path | None
         raise ValueError('there is no prompt; say what to make, as in: sds3d generate "a red mug"')
     if isinstance(given.get("method"), str):
         given["method"] = {"name": given["method"]}
+    teacher = given.get("teacher")
+    weights = Path(str(teacher.get("name"))).expanduser() if isinstance(teacher, Mapping) else None
+    if weights is not None and str(weights) not in PACKAGED_TEACHERS and weights.is_file():
+        given["teacher"] = {**teacher, "name": str(weights.resolve())}  # so that resume works from any folder
     method = given.get("method") or {}
     name = method.get("name", DEFAULT_METHOD) if isinstance(method, Mapping) else str(method)
     if name not in METHODS:

@@ -241,7 +241,7 @@ def _load_png(path: Path) -> Tensor:
 
 
 def _neighbours(path: Path) -> str:
-    """"; runs there: ..." with the newest runs beside a path, or nothing."""
+    """ "; runs there: ..." with the newest runs beside a path, or nothing."""
     parent = path.parent
     found = sorted(p.name for p in parent.glob("[0-9]*-*") if (p / "config.yaml").is_file()) if parent.is_dir() else []
     return f"; runs in {parent}: {', '.join(found[-5:])}" if found else ""

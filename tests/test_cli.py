@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import TINY, BallTeacher
 
 import sds3d
@@ -83,6 +84,47 @@ def test_generate_leaves_everything_in_the_run_folder(call, tiny, in_folder):
     assert abs(mesh.bounds).max() <= 1
     for said in ("torch (asked for)", "step 6/6", "opacity", "|g|", "done in", "sds3d export", "sds3d resume"):
         assert said in err
+
+
+def test_a_terminal_gets_a_bar_figures_and_thumbnails(call, tiny, monkeypatch):
+    from io import StringIO
+
+    class Terminal(StringIO):
+        def isatty(self):
+            return True
+
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("COLUMNS", "160")
+    code, out, _ = call("generate", "a ball", *tiny)
+    shown = terminal.getvalue()
+    assert code == 0, shown
+    assert len(out.splitlines()) == 3
+    for said in (
+        "6/6",
+        "steps/s",
+        "opacity",
+        "|g|",
+        "left",
+        "\u2580",
+        "wrote outputs/00001-a-ball/mesh.glb",
+        "done in",
+    ):
+        assert said in shown
+
+
+def test_a_thumbnail_has_the_colours_of_the_views():
+    from sds3d.progress import THUMBNAIL, thumbnail
+
+    views = torch.zeros(2, 3, 64, 64)
+    views[0, 0, :32] = 1  # red above black, beside black
+    text = thumbnail(views)
+    lines = text.plain.splitlines()
+    assert [len(line) for line in lines] == [2 * THUMBNAIL] * (THUMBNAIL // 2)
+    styles = [str(span.style) for span in text.spans]
+    assert styles[0] == "rgb(255,0,0) on rgb(255,0,0)"
+    assert styles[-1] == styles[THUMBNAIL] == "rgb(0,0,0) on rgb(0,0,0)"
 
 
 def test_json_is_one_object_and_quiet_is_quiet(call, tiny, made):
@@ -238,7 +280,7 @@ def test_doctor_names_versions_kernels_and_reasons(call):
     for said in ("torch", "numba", "backends", "auto", "recipes", "sds"):
         assert said in out
     report = json.loads(call("doctor", "--json")[1])
-    assert report["packages"]["torch"] == __import__("torch").__version__
+    assert report["packages"]["torch"] == torch.__version__
     assert "sds" in report["recipes"]
     assert isinstance(report["problems"], list)
 

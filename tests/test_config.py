@@ -133,6 +133,13 @@ def test_devices_and_teachers_that_are_not_here(tmp_path):
         configs.make_teacher(load("a ball", {"teacher.name": "smal"}))
 
 
+def test_a_file_of_weights_is_found_again_from_any_folder(in_folder):
+    (in_folder / "small").write_text("")  # a packaged teacher of that name comes first
+    (in_folder / "mine.safetensors").write_text("")
+    assert load("a ball", {"teacher.name": "mine.safetensors"}).teacher.name == str(in_folder / "mine.safetensors")
+    assert load("a ball", {"teacher.name": "small"}).teacher.name == "small"
+
+
 def test_the_weight_names_of_noise_are_accepted():
     for name in WEIGHTS:
         assert load("a ball", {"weight": name}).weight == name
