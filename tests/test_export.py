@@ -45,14 +45,10 @@ def glb_tree(path):
 
 
 def test_a_sphere_has_its_volume_and_its_area():
-    mesh = extract(solid(ball(radius=0.6)), plain(), resolution=64)
+    mesh = extract(solid(ball(radius=0.6)), plain(), resolution=64, threshold=150.0)
     assert mesh.is_watertight and mesh.is_winding_consistent
-    threshold = math.log(2) / (3 * 2 / 64)  # half the light in three voxels; the edge reaches it a little outside
-    radius = 0.6 + 0.01 * math.log(300 / threshold - 1)
-    assert mesh.volume == pytest.approx(4 / 3 * math.pi * radius**3, rel=0.01)
-    exact = extract(solid(ball(radius=0.6)), plain(), resolution=64, threshold=150.0)
-    assert exact.volume == pytest.approx(4 / 3 * math.pi * 0.6**3, rel=0.01)
-    assert exact.area == pytest.approx(4 * math.pi * 0.6**2, rel=0.02)  # facets make it no smaller, steps no larger
+    assert mesh.volume == pytest.approx(4 / 3 * math.pi * 0.6**3, rel=0.01)
+    assert mesh.area == pytest.approx(4 * math.pi * 0.6**2, rel=0.02)  # facets make it no smaller, steps no larger
 
 
 def test_normals_point_outwards():
@@ -78,7 +74,7 @@ def test_what_touches_the_box_is_closed_there():
 
 def test_another_box_scales_the_mesh():
     mesh = extract(solid(ball(radius=1.5)), plain(), resolution=48, box=2.0)
-    np.testing.assert_allclose(mesh.extents, 3.0, atol=0.1)
+    np.testing.assert_allclose(mesh.extents, 3.0, atol=0.15)
 
 
 def test_specks_and_cavities_are_dropped():
@@ -93,22 +89,32 @@ def test_specks_and_cavities_are_dropped():
     assert extract(two, plain(), resolution=48, keep=1.0).body_count == 1
 
 
-def test_default_threshold_is_half_the_light_in_three_voxels():
-    """A uniform ramp of density along x: the surface stands where it reaches ln 2 / (3 voxels)."""
-    wanted = math.log(2) / (3 * 2 / 64)  # 7.39 at 64 voxels
+def test_the_default_threshold_keeps_the_outline_of_a_soft_ball():
+    """Density A exp(-r^2 / 2 w^2): a ray that passes at r has optical depth A w sqrt(2 pi) exp(-r^2 / 2 w^2), so it
+    lets half the light through at r^2 = 2 w^2 ln(A w sqrt(2 pi) / ln 2), whatever a threshold tuned to hard scenes
+    would make of a peak density of 12."""
+    peak, width = 12.0, 0.25
+    mesh = extract(lambda p: peak * torch.exp(-(p**2).sum(-1) / (2 * width**2)), plain(), resolution=64)
+    radius = math.sqrt(2 * width**2 * math.log(peak * width * math.sqrt(2 * math.pi) / math.log(2)))
+    # Perspective moves the outline by less than r / 60; the bisection and 48 pixels leave about a voxel, 0.03.
+    np.testing.assert_allclose(np.linalg.norm(mesh.vertices, axis=1), radius, atol=0.03)
 
-    def ramp(points):
-        return (points[:, 0] + 1) * 20 * (points[:, 1:].abs().max(-1).values < 0.6)
 
-    mesh = extract(ramp, plain(), resolution=64)
-    sides = np.abs(mesh.vertices[:, 1:]).max(1) < 0.5
-    assert mesh.vertices[sides, 0].min() == pytest.approx(wanted / 20 - 1, abs=1 / 64)
+@pytest.mark.parametrize("fog", [0.0, 0.5])
+def test_the_default_threshold_keeps_a_hard_cup_hollow(fog):
+    """A cup of density 60, with and without fog in it that no view shows; its walls lie midway between corners."""
+    voxel = 1 / 32
+    outer = block((-15.5 * voxel,) * 3, (15.5 * voxel,) * 3)
+    inner = block((-11.5 * voxel, -9.5 * voxel, -11.5 * voxel), (11.5 * voxel, 1.0, 11.5 * voxel))
+    mesh = extract(lambda p: torch.where(inner(p) > 0, fog, 60.0) * (outer(p) > 0), plain(), resolution=64)
+    np.testing.assert_allclose(mesh.extents, 31 * voxel, atol=0.5 * voxel)
+    assert mesh.volume == pytest.approx((31**3 - 23**2 * 25) * voxel**3, rel=0.05)
 
 
-def test_a_soft_scene_is_still_meshed():
-    """Peak density 4 is below the default threshold, but a ray through the ball loses nine tenths of its light."""
-    mesh = extract(lambda points: 4 * torch.sigmoid(ball()(points) / 0.02), plain(), resolution=48)
-    np.testing.assert_allclose(mesh.extents, 1.0, atol=0.05)
+def test_a_scene_of_nearly_clear_matter_is_still_meshed():
+    """Peak density 2: a ray through the middle of the ball loses 86 % of its light, one at 0.47 of 0.5 half."""
+    mesh = extract(lambda points: 2 * torch.sigmoid(ball()(points) / 0.01), plain(), resolution=48)
+    np.testing.assert_allclose(mesh.extents, 0.94, atol=0.08)
 
 
 def test_colours_come_from_where_a_camera_looks():
@@ -176,8 +182,8 @@ def test_the_two_colour_curves_are_inverse_and_known():
 
 
 def test_emptiness_is_told_in_one_sentence(tmp_path):
-    with pytest.raises(ValueError, match="nothing in the box is denser than 0.3.*more steps"):
-        extract(lambda points: torch.full((len(points),), 0.3), plain(), resolution=16)
+    with pytest.raises(ValueError, match="at least 9.% of the light.*more steps"):
+        extract(lambda points: torch.full((len(points),), 0.02), plain(), resolution=16)
     with pytest.raises(ValueError, match="threshold is 500.*lower threshold"):
         extract(solid(ball()), plain(), resolution=16, threshold=500.0)
     with pytest.raises(ValueError, match="not finite"):

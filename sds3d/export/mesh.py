@@ -5,8 +5,11 @@ What is marched is not the density s but the opacity of a layer as thick as the 
     v = 1 - 2^(-s / threshold)  in [0, 1),   surface at v = 1/2, which is s = threshold.
 
 Densities of a trained scene jump from 0 to hundreds within a voxel. v is bounded, so linear interpolation between
-two corners puts the surface where the jump is, not next to the empty corner. By default the threshold is the
-density at which ``LAYER`` voxels let half the light through: ln 2 / (LAYER * voxel).
+two corners puts the surface where the jump is, not next to the empty corner.
+
+By default the threshold is the one whose surface covers as much of the picture as the scene does: over a few views,
+pixels whose ray meets the threshold are as many as pixels whose ray loses half its light. So a soft scene, whose
+densities never reach those of a hard one, keeps its outline.
 
 Mesh coordinates are the world's of ``cameras.py`` (y up, front +z), which are glTF's. Vertex colours are sRGB
 bytes in memory, in OBJ and in PLY; GLB stores them linear, as glTF 2.0 (3.9.2, COLOR_0) wants.
@@ -22,15 +25,18 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
+from sds3d.cameras import cat, orbit
 from sds3d.export.files import replacing
 
 if TYPE_CHECKING:
     import trimesh
 
 FORMATS = (".glb", ".obj", ".ply")
-LAYER = 3.0  # voxels that let half the light through, at the default threshold
 CHUNK = 1 << 17  # points in one call of a field
+DEPTHS = (-0.5, 0.0, 0.5, 1.0, 1.5, 2.5, 4.0, 6.0, 9.0)  # voxels below the surface where colours are taken
+OUTLINE = 48  # pixels a side of the views that the default threshold compares
 
 Density = Callable[[Tensor], Tensor]  # world points (N, 3) -> density (N,), >= 0
 Colour = Callable[[Tensor], Tensor]  # world points (N, 3) -> sRGB (N, 3) in [0, 1]
@@ -52,8 +58,7 @@ def extract(
         density: world points (N, 3) -> (N,), per scene unit.
         colour: world points (N, 3) -> sRGB (N, 3) in [0, 1].
         resolution: voxels along each side of the box, 8 to 512.
-        threshold: the density at the surface; by default half the light stays in three voxels, and
-            less than that for a scene that is soft everywhere.
+        threshold: the density at the surface; by default the one that keeps the scene's outline.
         box: half the side of the box [-box, box]^3; whatever touches its faces is closed there.
         keep: pieces with less than this share of the largest piece's area are dropped. 1 keeps the largest only,
             0 keeps all. Cavities, which nobody can see, are always dropped.
@@ -76,7 +81,7 @@ def extract(
     voxel = 2 * box / resolution
     volume = _sample_lattice(density, resolution, box, device)
     if threshold is None:
-        threshold = _default_threshold(float(volume.max()), voxel, box)
+        threshold = _outline_threshold(volume, box)
     vertices, faces = _march(volume, threshold, voxel, box)
     faces = faces[_pieces_worth_keeping(vertices, faces, keep)]
     used, faces = np.unique(faces, return_inverse=True)
@@ -142,13 +147,35 @@ def _sample_lattice(density: Density, resolution: int, box: float, device: torch
     return volume
 
 
-def _default_threshold(peak: float, voxel: float, box: float) -> float:
-    """ln 2 / (LAYER voxels), or half the peak of a scene that is softer than that but stops half the light."""
-    if peak * box < math.log(2):
+def _outline_threshold(volume: np.ndarray, box: float) -> float:
+    """The middle, in the logarithm, of the thresholds whose surface has the scene's outline to 1 % of its area.
+
+    A hard scene has many of them and the middle stays clear of its fog; a soft one has hardly more than one. Below
+    ln 2 / (2 box) matter cannot stop half the light anywhere, so the surface need not follow it.
+    """
+    cameras = cat([orbit(3, elevation=0.0, start=20.0), orbit(3, elevation=40.0, start=80.0)])
+    origins, directions = cameras.rays(OUTLINE)
+    depths = torch.linspace(1.3, 4.7, round(1.7 * len(volume)))  # at distance 3, 1.7 reaches the corners of [-1, 1]^3
+    points = origins[..., None, :] + depths[:, None] * directions[..., None, :]  # (6, H, W, D, 3), box = [-1, 1]^3
+    points = points.reshape(1, len(cameras), -1, len(depths), 3)
+    grid = torch.from_numpy(volume.transpose(2, 1, 0).copy())[None, None]  # grid_sample calls the last axis x
+    # Nearest: a jump from 0 to 300 interpolated linearly would stop the light a voxel before the surface.
+    along = functional.grid_sample(grid, points, mode="nearest", align_corners=True).flatten(0, 3)  # (rays, D)
+    passed = torch.exp(-along.sum(-1) * float(depths[1] - depths[0]) * box)
+    wanted = int((passed <= 0.5).sum())
+    if wanted == 0:
         raise ValueError(
-            f"no surface to mesh: nothing in the box is denser than {peak:.3g}, which is nearly clear; try more steps"
+            f"no surface to mesh: the scene lets at least {float(passed.min()):.0%} of the light through everywhere;"
+            " try more steps"
         )
-    return min(math.log(2) / (LAYER * voxel), peak / 2)
+    peaks = along.amax(-1).clamp(min=math.log(2) / (2 * box)).sort(descending=True).values  # of rays, above a threshold
+    larger, smaller = (peaks[min(int(area * wanted), len(peaks) - 1)] for area in (1.01, 0.99))
+    return math.sqrt(float(larger * smaller))
+
+
+def _opacity(volume: np.ndarray, threshold: float) -> np.ndarray:
+    """v of the module's docstring."""
+    return 1 - np.exp2(-volume / np.float32(threshold))
 
 
 def _march(volume: np.ndarray, threshold: float, voxel: float, box: float) -> tuple[np.ndarray, np.ndarray]:
@@ -157,11 +184,14 @@ def _march(volume: np.ndarray, threshold: float, voxel: float, box: float) -> tu
 
     if not volume.max() > threshold:
         peak = float(volume.max())
-        raise ValueError(f"no surface to mesh: nothing is denser than {peak:.3g} and the threshold is {threshold:.3g};"
-                         " try more steps or a lower threshold")
+        raise ValueError(
+            f"no surface to mesh: nothing is denser than {peak:.3g} and the threshold is {threshold:.3g};"
+            " try more steps or a lower threshold"
+        )
     opacity = 1 - np.exp2(-volume / threshold)
-    vertices, faces, _, _ = marching_cubes(opacity, 0.5, spacing=(voxel,) * 3, gradient_direction="ascent",
-                                           allow_degenerate=False)
+    vertices, faces, _, _ = marching_cubes(
+        opacity, 0.5, spacing=(voxel,) * 3, gradient_direction="ascent", allow_degenerate=False
+    )
     return vertices.astype(np.float64) - box, faces.astype(np.int64)
 
 
@@ -186,24 +216,22 @@ def _seen_colours(
 ) -> Tensor:
     """Colours (V, 3) a camera would see straight above each vertex: composited along the inward normal.
 
-    The field's colour exactly at the half-opaque surface hardly counts in any rendered pixel; what lies one or
-    two voxels deeper does.
+    The field's colour exactly at the surface hardly counts in any rendered pixel; what lies deeper does, the softer
+    the scene, the deeper.
     """
-    step = voxel / 2
-    out = torch.empty_like(points)
-    depths = torch.arange(-1, 5, device=points.device) * step  # (D,)
-    for start in range(0, len(points), CHUNK // len(depths)):
-        rows = slice(start, start + CHUNK // len(depths))
-        along = points[rows, None] - depths[:, None] * normals[rows, None]  # (n, D, 3)
-        along = along.clamp(-box, box).reshape(-1, 3)
-        shape = (-1, len(depths))
-        optical = density(along).reshape(shape).float() * step  # (n, D)
+    depths = torch.tensor(DEPTHS, device=points.device) * voxel  # (D,)
+    edges = torch.cat([depths[:1], (depths[1:] + depths[:-1]) / 2, depths[-1:]])
+    rows = CHUNK // len(depths)
+    out = []
+    for some, inward in zip(points.split(rows), (-normals).split(rows)):
+        along = (some[:, None] + depths[:, None] * inward[:, None]).clamp(-box, box)  # (n, D, 3)
+        optical = density(along.reshape(-1, 3)).reshape(-1, len(depths)).float() * edges.diff()  # (n, D)
         optical[:, -1] += 1e-3  # somewhere a colour, even where the layer is thin
-        before = torch.cumsum(optical, 1) - optical
-        weights = torch.exp(-before) * -torch.expm1(-optical)
+        passed = torch.exp(optical - optical.cumsum(1))
+        weights = passed * -torch.expm1(-optical)
         weights = weights / weights.sum(1, keepdim=True)
-        out[rows] = (weights[..., None] * colour(along).reshape(*shape, 3)).sum(1)
-    return out.clamp(0, 1)
+        out.append((weights[..., None] * colour(along.reshape(-1, 3)).reshape(along.shape)).sum(1))
+    return torch.cat(out).clamp(0, 1)
 
 
 def _to_linear(x: np.ndarray) -> np.ndarray:

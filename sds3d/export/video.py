@@ -36,8 +36,15 @@ def turntable(
     cameras = orbit(frames, elevation=elevation)
     path = Path(path)
     with replacing(path, (".mp4",)) as temporary:
-        writer = imageio_ffmpeg.write_frames(str(temporary), (size, size), fps=fps, codec="libx264", quality=8,
-                                             macro_block_size=2, ffmpeg_log_level="error")
+        writer = imageio_ffmpeg.write_frames(
+            str(temporary),
+            (size, size),
+            fps=fps,
+            codec="libx264",
+            quality=8,
+            macro_block_size=2,
+            ffmpeg_log_level="error",
+        )
         writer.send(None)
         try:
             for start in range(0, frames, BATCH):
