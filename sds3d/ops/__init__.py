@@ -78,7 +78,7 @@ def _cuda(device: torch.device, wanted: str) -> Backend:
     """The opt-in CUDA adapters, each for the kernels it has; torch for the others."""
     if device.type != "cuda":
         raise ValueError(f"backend {wanted} runs on CUDA, not on {device.type}; give --backend auto or --device cuda")
-    hash_encode, march, composite = reference.hash_encode, reference.march, reference.composite
+    hash_encode, composite = reference.hash_encode, reference.composite
     if "tcnn" in wanted:
         from sds3d.ops import tcnn_cuda
 
@@ -88,5 +88,5 @@ def _cuda(device: torch.device, wanted: str) -> Backend:
         from sds3d.ops import nerfacc_cuda
 
         nerfacc_cuda.check()
-        march, composite = nerfacc_cuda.march, nerfacc_cuda.composite
-    return Backend(wanted, "asked for", hash_encode, march, composite)
+        composite = nerfacc_cuda.composite
+    return Backend(wanted, "asked for", hash_encode, reference.march, composite)

@@ -27,6 +27,8 @@ from sds3d.ops.reference import (
     check_march,
 )
 
+BLOCK = 4096  # points that go through one level before the next
+
 
 @lru_cache(maxsize=64)
 def _levels(spec: GridSpec, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray, tuple[int, ...]]:
@@ -45,8 +47,10 @@ def _flat(tensor: Tensor) -> np.ndarray:
 
 def _share_threads() -> int:
     """Let numba use as many threads as torch does; returns how many."""
-    threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
-    numba.set_num_threads(threads)
+    threads = torch.get_num_threads()
+    numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
+    if torch.get_num_threads() != threads:  # numba starts its OpenMP pool, which is torch's too, at full size
+        torch.set_num_threads(threads)
     return threads
 
 
@@ -54,8 +58,9 @@ def _run_gather(inside: Tensor, along: Tensor, table: Tensor, spec: GridSpec) ->
     """Features of points (N, 3) inside the box; or, with `along` (N, 3), their change -> (N, L * F)."""
     scales, levels, lanes = _levels(spec, inside.detach().numpy().dtype)
     out = torch.empty(inside.shape[0], spec.width, dtype=table.dtype)
-    _share_threads()
-    numba_kernels.gather(_flat(inside), _flat(along), _flat(table), scales, levels, lanes, _flat(out))
+    share = -(-inside.shape[0] // _share_threads())
+    block = max(1, min(BLOCK, share))
+    numba_kernels.gather(_flat(inside), _flat(along), _flat(table), scales, levels, lanes, block, _flat(out))
     return out
 
 
@@ -64,7 +69,7 @@ def _run_scatter(inside: Tensor, along: Tensor, grad: Tensor, spec: GridSpec) ->
     scales, levels, lanes = _levels(spec, inside.detach().numpy().dtype)
     out = torch.zeros(spec.entries, spec.features, dtype=grad.dtype)
     groups = min(_share_threads(), spec.levels)
-    numba_kernels.scatter(_flat(inside), _flat(along), _flat(grad), scales, levels, lanes, groups, _flat(out))
+    numba_kernels.scatter(_flat(inside), _flat(along), _flat(grad), scales, levels, lanes, groups, BLOCK, _flat(out))
     return out
 
 

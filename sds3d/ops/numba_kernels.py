@@ -77,36 +77,37 @@ def _slopes(xyz, count, scale, along, weight):
 
 
 @njit(parallel=True, **FAST)
-def gather(points, along, table, scales, levels, lanes, out):
+def gather(points, along, table, scales, levels, lanes, block, out):
     """out (N, L * F) = sum over corners of weight * table; with `along` (N, 3), of the weights' slope.
 
     points: flat, clamped. lanes: a tuple of F zeros, which tells the compiler how many features there are.
+    block: points a task; all of them go through one level before the next, so that its entries stay near.
     """
     count_all, width = points.size // 3, scales.size * len(lanes)
     zero, features = table.dtype.type(0), word(len(lanes))
-    for chunk in prange((count_all + CHUNK - 1) // CHUNK):
-        first = chunk * CHUNK
-        count = min(CHUNK, count_all - first)
+    for task in prange((count_all + block - 1) // block):
         xyz, velocity = np.empty(3 * CHUNK, points.dtype), np.empty(3 * CHUNK, points.dtype)
         index, weight = np.empty(8 * CHUNK, np.uint32), np.empty(8 * CHUNK, points.dtype)
-        _planes(points, first, count, xyz)
-        if along.size:
-            _planes(along, first, count, velocity)
+        stop = min(count_all, (task + 1) * block)
         for level in range(scales.size):
-            _corners(xyz, count, scales[level], levels[level], index, weight)
-            if along.size:
-                _slopes(xyz, count, scales[level], velocity, weight)
-            for j in range(count):
-                place = word((first + j) * width + level * len(lanes))
-                for f in range(len(lanes)):
-                    total = zero
-                    for k in range(8):
-                        total += weight[k * CHUNK + j] * table[word(index[k * CHUNK + j]) * features + word(f)]
-                    out[place + word(f)] = total
+            for first in range(task * block, stop, CHUNK):
+                count = min(CHUNK, stop - first)
+                _planes(points, first, count, xyz)
+                _corners(xyz, count, scales[level], levels[level], index, weight)
+                if along.size:
+                    _planes(along, first, count, velocity)
+                    _slopes(xyz, count, scales[level], velocity, weight)
+                for j in range(count):
+                    place = word((first + j) * width + level * len(lanes))
+                    for f in range(len(lanes)):
+                        total = zero
+                        for k in range(8):
+                            total += weight[k * CHUNK + j] * table[word(index[k * CHUNK + j]) * features + word(f)]
+                        out[place + word(f)] = total
 
 
 @njit(parallel=True, **FAST)
-def scatter(points, along, grad, scales, levels, lanes, groups, out):
+def scatter(points, along, grad, scales, levels, lanes, groups, block, out):
     """out (entries, F) += weight * grad (N, L * F): the transpose of `gather`.
 
     Each of the `groups` tasks owns every groups-th level and goes through the points in order.
@@ -116,21 +117,22 @@ def scatter(points, along, grad, scales, levels, lanes, groups, out):
     for group in prange(groups):
         xyz, velocity = np.empty(3 * CHUNK, points.dtype), np.empty(3 * CHUNK, points.dtype)
         index, weight = np.empty(8 * CHUNK, np.uint32), np.empty(8 * CHUNK, points.dtype)
-        for first in range(0, count_all, CHUNK):
-            count = min(CHUNK, count_all - first)
-            _planes(points, first, count, xyz)
-            if along.size:
-                _planes(along, first, count, velocity)
+        for begin in range(0, count_all, block):
+            stop = min(count_all, begin + block)
             for level in range(group, scales.size, groups):
-                _corners(xyz, count, scales[level], levels[level], index, weight)
-                if along.size:
-                    _slopes(xyz, count, scales[level], velocity, weight)
-                for j in range(count):
-                    place = word((first + j) * width + level * len(lanes))
-                    for k in range(8):
-                        entry, share = word(index[k * CHUNK + j]) * features, weight[k * CHUNK + j]
-                        for f in range(len(lanes)):
-                            out[entry + word(f)] += share * grad[place + word(f)]
+                for first in range(begin, stop, CHUNK):
+                    count = min(CHUNK, stop - first)
+                    _planes(points, first, count, xyz)
+                    _corners(xyz, count, scales[level], levels[level], index, weight)
+                    if along.size:
+                        _planes(along, first, count, velocity)
+                        _slopes(xyz, count, scales[level], velocity, weight)
+                    for j in range(count):
+                        place = word((first + j) * width + level * len(lanes))
+                        for k in range(8):
+                            entry, share = word(index[k * CHUNK + j]) * features, weight[k * CHUNK + j]
+                            for f in range(len(lanes)):
+                                out[entry + word(f)] += share * grad[place + word(f)]
 
 
 @njit(parallel=True, **FAST)
@@ -168,7 +170,7 @@ def point_gradient(points, grad, table, scales, levels, lanes, out):
 @njit(**EXACT)
 def _interval(origin, direction, near, far, box):
     """First distance of a ray in the box and the length from there: 0 where it misses or holds a NaN."""
-    start, stop, zero = near, far, near * 0
+    start, stop, zero = near, far, origin.dtype.type(0)  # a plain 0 would make all this float64
     for axis in range(3):
         o, d = origin[axis], direction[axis]
         if d != 0:

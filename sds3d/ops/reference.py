@@ -182,7 +182,7 @@ def hash_encode(points: Tensor, table: Tensor, spec: GridSpec) -> Tensor:
 def box_interval(origins: Tensor, directions: Tensor, box: float) -> tuple[Tensor, Tensor]:
     """Where rays (R, 3) enter and leave [-box, box]^3: two (R,); enter >= leave where they miss."""
     parallel = directions == 0
-    outside = (parallel & (origins.abs() > box)).any(-1)
+    outside = (parallel & ~(origins.abs() <= box)).any(-1)  # so written that NaN is outside
     a, b = (-box - origins) / directions, (box - origins) / directions  # (R, 3)
     enter = torch.where(parallel, -math.inf, torch.minimum(a, b)).amax(-1)
     leave = torch.where(parallel, math.inf, torch.maximum(a, b)).amin(-1)

@@ -1,0 +1,51 @@
+"""Hash encoding by tiny-cuda-nn (its Python package, tinycudann), opt-in: users build it themselves."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor, nn
+
+from sds3d.ops.reference import GridSpec, check_hash_encode
+
+
+def check() -> None:
+    """Raise ValueError where tinycudann is not installed."""
+    try:
+        import tinycudann  # noqa: F401
+    except ImportError as error:
+        raise ValueError(
+            "backend tcnn needs tinycudann, which no package registry carries; build it from "
+            "github.com/NVlabs/tiny-cuda-nn (bindings/torch), or give --backend auto"
+        ) from error
+
+
+@lru_cache(maxsize=8)
+def _encoding(spec: GridSpec) -> nn.Module:
+    """tinycudann's float32 encoding of that shape; its own numbers are never used."""
+    import tinycudann
+
+    config = {
+        "otype": "HashGrid",
+        "n_levels": spec.levels,
+        "n_features_per_level": spec.features,
+        "log2_hashmap_size": spec.log2_table,
+        "base_resolution": spec.base,
+        "per_level_scale": spec.per_level_scale,
+        "interpolation": "Linear",
+    }
+    encoding = tinycudann.Encoding(3, config, dtype=torch.float32)
+    if encoding.params.numel() != spec.entries * spec.features:  # it rounds scales in float32
+        raise ValueError(
+            f"backend tcnn lays out {encoding.params.numel()} numbers for {spec}, not {spec.entries * spec.features}; "
+            "change finest by 1, or give --backend torch"
+        )
+    return encoding
+
+
+def hash_encode(points: Tensor, table: Tensor, spec: GridSpec) -> Tensor:
+    """As `reference.hash_encode`, on CUDA in float32: (N, 3), (entries, F) -> (N, levels * F)."""
+    check_hash_encode(points, table, spec)
+    inside = torch.where(points.isnan(), 0, points.clamp(0, 1))
+    return torch.func.functional_call(_encoding(spec), {"params": table.view(-1)}, (inside,))[:, : spec.width]

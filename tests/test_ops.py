@@ -1,0 +1,349 @@
+"""Kernels against closed forms, finite differences, nerfacc's pure torch, and one another."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from sds3d.ops import Backend, GridSpec, choose, reference
+
+SMALL = GridSpec(levels=3, features=2, log2_table=8, base=4, finest=16)  # dense, hashed, hashed
+BACKENDS = [choose("cpu", "torch"), choose("cpu", "numba")]
+each_backend = pytest.mark.parametrize("backend", BACKENDS, ids=lambda backend: backend.name)
+
+
+def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64, normal: bool = False) -> Tensor:
+    """Reproducible numbers, uniform in [0, 1) or normal."""
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn if normal else torch.rand)(*shape, generator=generator, dtype=dtype)
+
+
+def ball(cells: int, radius: float = 0.7) -> Tensor:
+    """(G, G, G) bool: cells whose centre is in the ball."""
+    axis = (torch.arange(cells) + 0.5) / cells * 2 - 1
+    return axis[:, None, None] ** 2 + axis[:, None] ** 2 + axis**2 < radius**2
+
+
+def rays(count: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    """Rays from around the box towards it, most of them hitting."""
+    origins = torch.nn.functional.normalize(draw(count, 3, seed=1, dtype=dtype, normal=True), dim=-1) * 3
+    towards = draw(count, 3, seed=2, dtype=dtype) * 2 - 1
+    return origins, torch.nn.functional.normalize(towards - origins, dim=-1)
+
+
+# --- the grid's shape ---
+
+
+def test_grid_of_the_default_recipe():
+    """Worked by hand: b = 8^(1/11); levels 0-3 have 16^3, 20^3, 24^3, 29^3 = 24,389 -> 24,392 entries."""
+    spec = GridSpec(12, 2, 15, 16, 128)
+    assert spec.resolutions[:4] == (16, 20, 24, 29) and spec.resolutions[-1] == 128
+    assert spec.scales[0] == 15 and spec.scales[-1] == 127  # whole numbers come out whole
+    assert spec.sizes == (4096, 8000, 13824, 24392) + (32768,) * 8
+    assert spec.dense == (True,) * 4 + (False,) * 8
+    assert spec.entries == sum(spec.sizes) and spec.offsets[1:3] == (4096, 12096)
+    assert spec.width == 24
+
+
+@pytest.mark.parametrize("field", [{"levels": 0}, {"log2_table": 2}, {"features": 0}, {"base": 0}, {"finest": 8}])
+def test_grid_refuses_what_cannot_be(field):
+    with pytest.raises(ValueError, match=next(iter(field))):
+        GridSpec(**field)
+
+
+# --- hash encoding ---
+
+
+@each_backend
+def test_dense_level_interpolates_a_linear_function_exactly(backend: Backend):
+    """Entry x + r (y + r z) holds a linear function of the grid point; the value at x * scale + 0.5 follows."""
+    spec = GridSpec(levels=1, features=2, log2_table=12, base=8, finest=8)
+    z, y, x = torch.meshgrid(*[torch.arange(8.0, dtype=torch.float64)] * 3, indexing="ij")
+    table = torch.stack([x + 10 * y + 100 * z, 1 - x], -1).view(-1, 2)
+    points = draw(200, 3) * (6.4 / 7)  # position below 7: the far corner is on the grid
+    place = points * 7 + 0.5
+    expected = torch.stack([place @ torch.tensor([1.0, 10, 100], dtype=torch.float64), 1 - place[:, 0]], -1)
+    torch.testing.assert_close(backend.hash_encode(points, table, spec), expected, rtol=0, atol=1e-11)
+
+
+@each_backend
+def test_hashed_corner_has_the_papers_address(backend: Backend):
+    """At a point that sits on a grid point, the feature is that entry; its address in Python's integers."""
+    spec = GridSpec(levels=1, features=1, log2_table=10, base=65, finest=65)
+    table = torch.arange(1024.0, dtype=torch.float64)[:, None]
+    corners = torch.tensor([[1, 2, 3], [64, 64, 64], [17, 1, 60], [1, 1, 1]])
+    points = (corners.double() - 0.5) / 64
+    got = backend.hash_encode(points, table, spec)[:, 0]
+    for (x, y, z), value in zip(corners.tolist(), got.tolist()):
+        address = (x ^ (y * 2654435761 % 2**32) ^ (z * 805459861 % 2**32)) % 1024
+        assert value == pytest.approx(address, abs=1e-9)
+
+
+@each_backend
+def test_encoding_against_finite_differences(backend: Backend):
+    """First and second derivatives; central differences over a piecewise smooth function."""
+    spec = GridSpec(levels=2, features=2, log2_table=5, base=3, finest=6)  # dense, hashed
+    points, table = draw(6, 3).requires_grad_(), draw(spec.entries, 2, seed=1).requires_grad_()
+    assert torch.autograd.gradcheck(lambda p, t: backend.hash_encode(p, t, spec), (points, table))
+    weights = draw(6, spec.width, seed=2).requires_grad_()
+
+    def slope(table: Tensor, weights: Tensor) -> Tensor:
+        out = (backend.hash_encode(points, table, spec) * weights).sum()
+        return torch.autograd.grad(out, points, create_graph=True)[0]
+
+    assert torch.autograd.gradcheck(slope, (table, weights))
+
+
+@pytest.mark.parametrize(
+    ("spec", "dtype", "tolerance"),
+    [
+        (SMALL, torch.float64, 1e-13),
+        (GridSpec(levels=2, features=3, log2_table=6, base=3, finest=9), torch.float64, 1e-13),
+        # numba fuses x * scale + 0.5: half a float32 ulp of a position up to 128, times a slope near 1
+        (GridSpec(), torch.float32, 128 * 6e-8 * 4),
+    ],
+)
+def test_numba_encodes_as_the_reference(spec: GridSpec, dtype: torch.dtype, tolerance: float):
+    points = draw(700, 3, dtype=dtype) * 1.2 - 0.1  # some outside; 700 is no multiple of a chunk
+    points[:4] = torch.tensor([[0.0, 0, 0], [1, 1, 1], [math.nan, 0.5, 0.5], [math.inf, -math.inf, 0.3]])
+    table, weights = draw(spec.entries, spec.features, seed=1, dtype=dtype), draw(700, spec.width, seed=2, dtype=dtype)
+    results = []
+    for backend in BACKENDS:
+        p, t = points.clone().requires_grad_(), table.clone().requires_grad_()
+        out = backend.hash_encode(p, t, spec)
+        results.append((out.detach(), *torch.autograd.grad(out, (p, t), weights)))
+    for name, expected, got in zip(("features", "points", "table"), *results):
+        size = float(expected.abs().max())
+        torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance * size, msg=name)
+
+
+@each_backend
+def test_points_outside_are_clamped_and_nan_reads_as_zero(backend: Backend):
+    table = draw(SMALL.entries, 2)
+    points = torch.tensor([[-3, 0.5, 7], [math.nan, 0.2, 0.1]], dtype=torch.float64).requires_grad_()
+    clamped = torch.tensor([[0, 0.5, 1], [0, 0.2, 0.1]], dtype=torch.float64)
+    out = backend.hash_encode(points, table, SMALL)
+    assert torch.equal(out, backend.hash_encode(clamped, table, SMALL))
+    (slope,) = torch.autograd.grad(out.sum(), points)
+    assert (slope[[0, 0, 1], [0, 2, 0]] == 0).all() and (slope[[0, 1, 1], [1, 1, 2]] != 0).all()
+
+
+@each_backend
+def test_no_points(backend: Backend):
+    table = draw(SMALL.entries, 2).requires_grad_()
+    out = backend.hash_encode(torch.zeros(0, 3, dtype=torch.float64), table, SMALL)
+    assert out.shape == (0, 6)
+    assert torch.autograd.grad(out.sum(), table)[0].abs().sum() == 0
+
+
+def test_threads_change_no_bit_and_stay_as_they_were():
+    backend, before = choose("cpu", "numba"), torch.get_num_threads()
+    points, spec = draw(5000, 3, dtype=torch.float32), GridSpec()
+    weights, results = draw(5000, spec.width, dtype=torch.float32), []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            table = draw(spec.entries, 2, dtype=torch.float32).requires_grad_()
+            out = backend.hash_encode(points, table, spec)
+            results.append((out.detach(), torch.autograd.grad(out, table, weights)[0]))
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(*results))
+
+
+def test_checks_name_the_mistake():
+    with pytest.raises(AssertionError, match="entries|GridSpec"):
+        reference.hash_encode(torch.zeros(1, 3), torch.zeros(5, 2), SMALL)
+    with pytest.raises(ValueError, match="step"):
+        reference.march(torch.zeros(1, 3), torch.ones(1, 3), ball(4), 0.0)
+
+
+# --- marching ---
+
+
+@each_backend
+def test_slab_has_its_thickness(backend: Backend):
+    """Cells 2 and 3 of 8 along x are the slab -0.5 < x < 0; 0.5 is ten steps of 0.05."""
+    occupancy = torch.zeros(8, 8, 8, dtype=torch.bool)
+    occupancy[2:4] = True
+    origins = torch.tensor([[-3, 0.1, 0.1], [3, 0.1, 0.1]], dtype=torch.float64)
+    directions = torch.tensor([[1.0, 0, 0], [-1, 0, 0]], dtype=torch.float64)
+    samples = backend.march(origins, directions, occupancy, 0.05)
+    assert samples.offsets.tolist() == [0, 10, 20] and samples.ray_index.tolist() == [0] * 10 + [1] * 10
+    middles = torch.arange(10, dtype=torch.float64) * 0.05 + 0.025
+    torch.testing.assert_close(samples.t[:10], 2.5 + middles, rtol=0, atol=1e-12)  # starts at the box, t = 2
+    torch.testing.assert_close(samples.t[10:], 3 + middles, rtol=0, atol=1e-12)
+    torch.testing.assert_close(samples.points[:10, 0], -0.5 + middles, rtol=0, atol=1e-12)
+    assert (samples.dt == 0.05).all()
+
+
+@each_backend
+def test_jitter_makes_the_chord_unbiased(backend: Backend):
+    """Over 100 even jitters the mean of sum(dt) is the length in the box, for any step."""
+    origins, directions = rays(1)
+    enter, leave = reference.box_interval(origins, directions, 1.0)
+    jitter = (torch.arange(100, dtype=torch.float64) + 0.5) / 100
+    samples = backend.march(origins.expand(100, 3), directions.expand(100, 3), ball(4, 9.0), 0.37, jitter)
+    assert samples.dt.sum().item() / 100 == pytest.approx((leave - enter).item(), abs=0.37 / 100)
+
+
+@each_backend
+def test_rays_that_have_no_samples(backend: Backend):
+    nan, inf = math.nan, math.inf
+    origins = torch.tensor([[0, 5, 3], [0, 0, 3], [0, 0, 0], [nan, 0, 3], [0, 0, inf], [2, 0, 0]], dtype=torch.float64)
+    directions = torch.tensor([[0.0, 0, -1]] * 6, dtype=torch.float64)
+    directions[1], directions[2] = torch.tensor([0.0, 0, 1]), 0  # turned away; of no direction
+    samples = backend.march(origins, directions, ball(4, 9.0), 0.1)
+    assert samples.offsets.tolist() == [0] * 7 and samples.points.shape == (0, 3)
+
+
+@each_backend
+def test_near_far_and_an_origin_inside(backend: Backend):
+    origins, directions = torch.zeros(1, 3, dtype=torch.float64), torch.tensor([[0.0, 1, 0]], dtype=torch.float64)
+    assert len(backend.march(origins, directions, ball(4, 9.0), 0.125).t) == 8  # from 0 to the wall at 1
+    bounded = backend.march(origins, directions, ball(4, 9.0), 0.125, near=0.25, far=0.75)
+    assert bounded.t.tolist() == [0.3125, 0.4375, 0.5625, 0.6875]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_numba_marches_as_the_reference(dtype: torch.dtype):
+    """Bit for bit: both take the same steps in the same order, without fused products."""
+    origins, directions = rays(300, dtype)
+    jitter = draw(300, dtype=dtype)
+    for options in ({}, {"jitter": jitter}, {"jitter": jitter, "near": 2.1, "far": 3.4, "box": 0.8}):
+        expected, got = (backend.march(origins, directions, ball(16), 0.07, **options) for backend in BACKENDS)
+        assert expected.t.numel() > 500
+        assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(expected, got))
+
+
+@each_backend
+def test_no_rays(backend: Backend):
+    empty = torch.zeros(0, 3)
+    samples = backend.march(empty, empty, ball(4), 0.1)
+    out = backend.composite(samples.t, samples.dt, torch.zeros(0, 3), samples.offsets)
+    assert samples.offsets.tolist() == [0] and out.accumulated.shape == (0, 3)
+
+
+# --- compositing ---
+
+
+@each_backend
+def test_fog_of_even_density_follows_beer_lambert(backend: Backend):
+    """Through the ball's cells: opacity = 1 - exp(-sigma length), however it is cut; depth in closed form."""
+    origins = torch.tensor([[0, 0, 3.0]], dtype=torch.float64)
+    directions = torch.tensor([[0, 0, -1.0]], dtype=torch.float64)
+    for step in (0.1, 0.001):
+        samples = backend.march(origins, directions, ball(4, 9.0), step)
+        sigma = torch.full_like(samples.t, 1.5)
+        out = backend.composite(sigma, samples.dt, samples.t[:, None], samples.offsets)
+        assert out.opacity.item() == pytest.approx(1 - math.exp(-3), rel=1e-9)
+    depth = 2 + 1 / 1.5 - 2 * math.exp(-3) / (1 - math.exp(-3))  # mean of t under sigma exp(-sigma (t - 2))
+    assert out.accumulated.item() / out.opacity.item() == pytest.approx(depth, abs=1e-6)
+
+
+@each_backend
+def test_two_samples_and_an_empty_ray_by_hand(backend: Backend):
+    half = math.log(2)  # takes half of the light
+    sigma, dt = torch.tensor([half, 2 * half], dtype=torch.float64), torch.ones(2, dtype=torch.float64)
+    values = torch.tensor([[1.0, 0], [0, 1]], dtype=torch.float64)
+    out = backend.composite(sigma, dt, values, torch.tensor([0, 0, 2]))
+    torch.testing.assert_close(out.weights, torch.tensor([0.5, 0.375], dtype=torch.float64))
+    torch.testing.assert_close(out.opacity, torch.tensor([0, 0.875], dtype=torch.float64))
+    torch.testing.assert_close(out.accumulated, torch.tensor([[0, 0], [0.5, 0.375]], dtype=torch.float64))
+
+
+@each_backend
+def test_a_finished_ray_takes_no_more(backend: Backend):
+    """Light before the samples: 1, 0.1, 0.01; under a threshold of 0.05 the third weighs nothing."""
+    sigma = torch.full((3,), math.log(10.0), dtype=torch.float64, requires_grad=True)
+    values = torch.ones(3, 1, dtype=torch.float64, requires_grad=True)
+    out = backend.composite(sigma, torch.ones(3, dtype=torch.float64), values, torch.tensor([0, 3]), threshold=0.05)
+    torch.testing.assert_close(out.weights.detach(), torch.tensor([0.9, 0.09, 0], dtype=torch.float64))
+    in_sigma, in_values = torch.autograd.grad(out.accumulated.sum(), (sigma, values))
+    torch.testing.assert_close(in_sigma, torch.tensor([0.01, 0.01, 0], dtype=torch.float64))  # light behind both
+    torch.testing.assert_close(in_values[:, 0], out.weights.detach())
+
+
+@each_backend
+def test_compositing_against_finite_differences(backend: Backend):
+    sigma, values = (draw(9) * 3).requires_grad_(), draw(9, 3, seed=1).requires_grad_()
+    offsets = torch.tensor([0, 4, 4, 9])
+    assert torch.autograd.gradcheck(
+        lambda s, v: tuple(backend.composite(s, draw(9, seed=2), v, offsets, threshold=0.0)), (sigma, values)
+    )
+
+
+@each_backend
+def test_solid_and_hollow_samples(backend: Backend):
+    """An infinite density stops the ray, a zero one does nothing, and no gradient is NaN."""
+    sigma = torch.tensor([0, math.inf, 5.0], dtype=torch.float64, requires_grad=True)
+    out = backend.composite(sigma, torch.ones(3, dtype=torch.float64), draw(3, 2), torch.tensor([0, 3]))
+    assert out.weights.tolist() == [0, 1, 0]
+    assert torch.autograd.grad(out.opacity.sum(), sigma)[0].tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-13), (torch.float32, 3e-6)])
+def test_numba_composites_as_the_reference(dtype: torch.dtype, tolerance: float):
+    """float32: the light is a product here and the exponential of a sum there, some 40 roundings apart."""
+    samples = reference.march(*rays(200, dtype), ball(16), 0.05)
+    count = samples.t.numel()
+    results = []
+    for backend in BACKENDS:
+        sigma, values = (draw(count, dtype=dtype) * 4).requires_grad_(), draw(count, 4, dtype=dtype).requires_grad_()
+        out = backend.composite(sigma, samples.dt, values, samples.offsets)
+        pull = sum((x * draw(*x.shape, seed=i, dtype=dtype)).sum() for i, x in enumerate(out))
+        results.append((*(x.detach() for x in out), *torch.autograd.grad(pull, (sigma, values))))
+    for expected, got in zip(*results):
+        torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
+
+
+@each_backend
+def test_nerfacc_composites_the_same(backend: Backend):
+    """nerfacc's own pure torch path, on a dense (rays, samples) tensor; it ends no ray early."""
+    nerfacc = pytest.importorskip("nerfacc")
+    sigma, dt, values = draw(6, 10) * 5, draw(6, 10, seed=1), draw(6, 10, 3, seed=2)
+    ends = dt.cumsum(-1)
+    weights, _, _ = nerfacc.render_weight_from_density(ends - dt, ends, sigma)
+    offsets = torch.arange(7) * 10
+    out = backend.composite(sigma.view(-1), dt.view(-1), values.view(-1, 3), offsets, threshold=0.0)
+    torch.testing.assert_close(out.weights.view(6, 10), weights, rtol=0, atol=1e-12)
+    torch.testing.assert_close(out.opacity, nerfacc.accumulate_along_rays(weights)[:, 0], rtol=0, atol=1e-12)
+    torch.testing.assert_close(out.accumulated, nerfacc.accumulate_along_rays(weights, values), rtol=0, atol=1e-12)
+
+
+# --- the choice ---
+
+
+def test_choice_says_what_and_why():
+    assert choose("cpu").name == "numba" and "CPU" in str(choose("cpu"))
+    assert choose("cpu", "torch").hash_encode is reference.hash_encode
+    assert choose("cuda").name == "torch"  # nothing that compiles on first use
+    for device, wanted in (("cpu", "nerfacc"), ("cpu", "tcnn"), ("cuda", "numba"), ("cpu", "metal")):
+        with pytest.raises(ValueError, match=wanted):
+            choose(device, wanted)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["tcnn", "nerfacc"])
+def test_cuda_adapters_match_the_reference(name: str):
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    pytest.importorskip("tinycudann" if name == "tcnn" else "nerfacc")
+    backend, spec = choose("cuda", name), GridSpec()
+    points, table = draw(1000, 3, dtype=torch.float32).cuda(), draw(spec.entries, 2, dtype=torch.float32).cuda()
+    table.requires_grad_()
+    sigma, values = (draw(1000, dtype=torch.float32) * 4).cuda().requires_grad_(), points
+    dt, offsets = torch.full_like(sigma, 0.05), torch.tensor([0, 300, 300, 1000]).cuda()
+    for kernel in (
+        lambda b: b.hash_encode(points, table, spec),
+        lambda b: b.composite(sigma, dt, values, offsets).accumulated,
+    ):
+        expected, got = kernel(choose("cuda", "torch")), kernel(backend)
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)  # float32 positions and atomics
+        for wanted in (table, sigma):
+            slopes = [torch.autograd.grad(x.sum(), wanted, allow_unused=True)[0] for x in (kernel(backend), expected)]
+            if slopes[1] is not None:
+                torch.testing.assert_close(*slopes, rtol=1e-3, atol=1e-3)
+            expected = kernel(choose("cuda", "torch"))
