@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Collection
-
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from sds3d.cameras import Cameras
 

@@ -40,7 +40,7 @@ class CaptionDraw:
         degraded_share: images that are degraded; the caption always says so.
     """
 
-    def __init__(self, generator: torch.Generator, background_share: float = 0.25, degraded_share: float = 0.06):
+    def __init__(self, generator: torch.Generator, background_share: float = 0.15, degraded_share: float = 0.06):
         self.generator = generator
         self.background_share = background_share
         self.degraded_share = degraded_share

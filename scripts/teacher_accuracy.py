@@ -1,0 +1,160 @@
+"""How often does the embedded teacher draw what a held-out caption says? Judged by a small classifier.
+
+    python scripts/teacher_accuracy.py --images 400 --json benchmarks/teacher_accuracy.json
+
+The classifier is trained here, on true renders of the toybox in all colours (also the held-out ones: it has to know
+them). Its own accuracy is measured on fresh true renders of the same held-out captions and views, and printed beside
+the teacher's. A sample is right when the kind, the main colour and, where the caption names one, the second colour are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sds3d.cameras import Cameras
+from sds3d.data import renders, toybox
+from sds3d.data.kinds import COLOURS, KINDS, STACKS
+from sds3d.data.tracing import paint
+from sds3d.export.sheet import contact_sheet
+from sds3d.teachers import fit, small
+
+NAMES, PAINTS = list(KINDS | STACKS), list(COLOURS)
+
+
+class Classifier(nn.Module):
+    """(B, 3, 64, 64) in [0, 1] -> logits of kind (B, K), main (B, 12) and second colour (B, 12)."""
+
+    def __init__(self):
+        super().__init__()
+        widths, layers = (3, 24, 48, 96, 160), []
+        for a, b in zip(widths, widths[1:]):
+            layers += [nn.Conv2d(a, b, 3, 2, 1), nn.GroupNorm(8, b), nn.SiLU()]
+        self.body = nn.Sequential(*layers, nn.Conv2d(160, 160, 3, padding=1), nn.SiLU())
+        self.head = nn.Linear(160 * 16, len(NAMES) + 2 * len(PAINTS))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return self.head(self.body(x * 2 - 1).flatten(1)).split([len(NAMES), len(PAINTS), len(PAINTS)], -1)
+
+
+def train_classifier(store: renders.Renders, steps: int, generator: torch.Generator) -> Classifier:
+    """Cross-entropy on renders in random colours, with a little noise and blur."""
+    net = Classifier()
+    optimiser = torch.optim.AdamW(net.parameters(), 1e-3, weight_decay=1e-2)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 2e-3, total_steps=steps)
+    palette, kinds = torch.tensor(list(COLOURS.values())), torch.tensor([NAMES.index(n) for n in store.names])
+    two = torch.tensor([bool((KINDS | STACKS)[n].second) for n in store.names])
+    for _ in range(steps):
+        i = torch.randint(len(store), (64,), generator=generator)
+        main, second = torch.randint(len(PAINTS), (2, 64), generator=generator)
+        rgb, coverage = paint(store.batch(i), palette[main], palette[second])
+        x = rgb + 1 - coverage
+        x = x + 0.05 * torch.rand((), generator=generator) * torch.randn(x.shape, generator=generator)
+        if torch.rand((), generator=generator) < 0.3:
+            x = F.avg_pool2d(x, 3, 1, 1)
+        kind, first, other = net(x)
+        loss = F.cross_entropy(kind, kinds[i]) + F.cross_entropy(first, main)
+        loss = loss + (F.cross_entropy(other, second, reduction="none") * two[i]).mean()
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        schedule.step()
+    return net.eval()
+
+
+@dataclass
+class Case:
+    """A held-out caption, its toy, and a camera."""
+
+    caption: str
+    toy: toybox.Toy
+    camera: Cameras
+
+
+def held_out_cases(count: int, generator: torch.Generator) -> list[Case]:
+    """Captions of held-out combinations in turn over all kinds and stacks, each seen from a random camera."""
+    cases = []
+    for n in range(count):
+        name = NAMES[n % len(NAMES)]
+        pairs = [(m, s) for m in PAINTS for s in PAINTS if toybox.is_held_out(name, m, s)]
+        main, second = pairs[int(torch.randint(len(pairs), (), generator=generator))]
+        kind = (KINDS | STACKS)[name]
+        article = "an" if main[0] in "aeiou" else "a"
+        if name in STACKS:
+            upper, lower = name.split(" on ")
+            caption = f"{article} {main} {upper} on a {second} {lower}".replace("a orange", "an orange")
+        else:
+            caption = f"{article} {main} {name}"
+            if kind.second:
+                caption += f" with a {second} {kind.second}".replace("a orange", "an orange")
+        place = torch.rand(2, generator=generator)
+        camera = Cameras(place[:1] * 360, place[1:] * 45, torch.tensor([3.0]), torch.tensor([40.0]))
+        cases.append(Case(caption, toybox.parse(caption), camera))
+    return cases
+
+
+@torch.no_grad()
+def judge(net: Classifier, images: Tensor, cases: list[Case]) -> dict[str, float]:
+    """Shares of images (N, 3, 64, 64) whose kind, main colour, second colour and all of them are right."""
+    kind, main, second = (logits.argmax(-1).tolist() for logits in net(images))
+    right = {"kind": [], "main": [], "second": [], "all": []}
+    for k, m, s, case in zip(kind, main, second, cases):
+        named = case.toy.name in STACKS or bool(case.toy.kind.second)
+        verdict = [NAMES[k] == case.toy.name, PAINTS[m] == case.toy.main, PAINTS[s] == case.toy.second]
+        right["kind"].append(verdict[0])
+        right["main"].append(verdict[1])
+        if named:
+            right["second"].append(verdict[2])
+        right["all"].append(all(verdict[: 3 if named else 2]))
+    return {key: sum(values) / len(values) for key, values in right.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--weights", type=Path, help="a teacher; the packaged one by default")
+    parser.add_argument("--renders", type=Path, default=Path("work/teacher/renders"), help="made there if missing")
+    parser.add_argument("--images", type=int, default=400)
+    parser.add_argument("--classifier-steps", type=int, default=3000)
+    parser.add_argument("--guidance", type=float, default=3.0)
+    parser.add_argument("--views", default="camera", choices=small.VIEWS)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--sheet", type=Path, help="PNG of the first 64 samples")
+    options = parser.parse_args()
+
+    begun, generator = time.monotonic(), torch.Generator().manual_seed(1)
+    for _ in renders.build(options.renders, fit.FitConfig().images):
+        pass
+    net = train_classifier(renders.Renders(options.renders), options.classifier_steps, generator)
+    cases = held_out_cases(options.images, generator)
+    truth = torch.cat([case.toy.render(case.camera)[0] for case in cases])
+    teacher = small.load(options.weights, views=options.views)
+    drawn = []
+    for i, case in enumerate(cases):
+        camera = case.camera if options.views == "camera" else None
+        drawn.append(fit.sample(teacher, case.caption, 1, i, options.guidance, camera))
+    result = {
+        "classifier_on_true_renders": judge(net, truth, cases),
+        "teacher": judge(net, torch.cat(drawn), cases),
+        "images": len(cases),
+        "views": options.views,
+        "guidance": options.guidance,
+        "seconds": round(time.monotonic() - begun),
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
+    }
+    print(json.dumps(result, indent=1))
+    if options.json:
+        options.json.write_text(json.dumps(result, indent=1) + "\n")
+    if options.sheet:
+        contact_sheet([torch.cat(drawn[i : i + 8]) for i in range(0, min(64, len(drawn) - 7), 8)], options.sheet)
+
+
+if __name__ == "__main__":
+    main()

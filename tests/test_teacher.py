@@ -1,0 +1,158 @@
+"""The embedded teacher and its training."""
+
+import pytest
+import torch
+
+from sds3d.cameras import orbit
+from sds3d.data.toybox import VOCABULARY
+from sds3d.networks.ema import EMA
+from sds3d.networks.text import TextEncoder
+from sds3d.networks.unet import UNet, UNetConfig, ray_features
+from sds3d.teachers import fit, small
+
+
+@pytest.fixture(scope="module")
+def teacher():
+    return small.load()
+
+
+def ask(teacher, prompts, cameras=None, mask=None, seed=0):
+    x = torch.randn((len(prompts), 3, 64, 64), generator=torch.Generator().manual_seed(seed))
+    return teacher.predict(x, torch.full((len(prompts),), 0.8), prompts, cameras, mask)
+
+
+def test_the_packaged_weights_are_small_and_know_the_toybox(teacher):
+    assert small.WEIGHTS.stat().st_size < 16e6
+    assert teacher.vocabulary == VOCABULARY
+    count = sum(p.numel() for m in (teacher.unet, teacher.text) for p in m.parameters())
+    assert 4e6 <= count <= 8e6
+
+
+def test_it_denoises_what_it_was_asked_for(teacher):
+    """From pure noise, a red ball is red in the middle and white in the corners; a blue one is blue."""
+    for prompt, channel in (("a red cube", 0), ("a blue cone", 2)):
+        image = fit.sample(teacher, prompt, 1, cameras=orbit(1), steps=8)[0]
+        middle = image[:, 28:36, 28:36].mean((1, 2))
+        assert middle.argmax() == channel and middle[channel] - middle.min() > 0.2, (prompt, middle)
+        assert image[:, :6, :6].mean() > 0.85
+
+
+def test_answers_do_not_depend_on_the_company(teacher):
+    prompts = ["a red mug", "", "a green cube on a yellow cylinder"]
+    cameras = orbit(3)
+    mask = torch.tensor([True, False, True])
+    order = torch.tensor([2, 0, 1])
+    x = torch.randn((3, 3, 64, 64), generator=torch.Generator().manual_seed(0))
+    t = torch.tensor([0.3, 0.6, 0.9])
+    straight = teacher.predict(x, t, prompts, cameras, mask).v
+    turned = teacher.predict(x[order], t[order], [prompts[i] for i in order], cameras[order], mask[order]).v
+    assert torch.allclose(straight[order], turned, atol=1e-4)
+
+
+def test_a_dropped_camera_is_no_camera(teacher):
+    prompts = ["a red mug, side view"] * 2
+    dropped = ask(teacher, prompts, orbit(2), torch.zeros(2, dtype=torch.bool)).v
+    assert torch.allclose(dropped, ask(teacher, prompts).v, atol=1e-5)
+    assert not torch.allclose(dropped, ask(teacher, prompts, orbit(2)).v, atol=1e-2)
+
+
+def test_words_and_camera_turn_the_object(teacher):
+    """A snowman's face shows in front and not behind, told either way: the two answers differ there."""
+    for front, back, cameras in (
+        ("a white snowman", "a white snowman", orbit(2, elevation=0)),
+        ("a white snowman, front view", "a white snowman, back view", None),
+    ):
+        images = []
+        for i, prompt in enumerate((front, back)):
+            here = None if cameras is None else cameras[i]
+            images.append(fit.sample(teacher, prompt, 1, cameras=here, steps=8, seed=1)[0])
+        assert (images[0] - images[1]).abs().amax() > 0.2
+
+
+def test_unknown_words_name_their_neighbours(teacher):
+    with pytest.raises(ValueError, match="'mugg' \\(nearest: mug"):
+        teacher.check("a red mugg")
+    with pytest.raises(ValueError, match="--teacher"):
+        teacher.check("a photorealistic corgi")
+    with pytest.raises(ValueError, match="empty"):
+        teacher.check("  , ")
+
+
+@pytest.mark.parametrize("damage", ["cut", "other", "missing"])
+def test_damaged_weights_are_refused(tmp_path, damage):
+    path = tmp_path / "teacher.safetensors"
+    if damage == "cut":
+        path.write_bytes(small.WEIGHTS.read_bytes()[:100_000])
+    if damage == "other":
+        from safetensors.torch import save_file
+
+        save_file({"a": torch.zeros(2)}, path, {"vocabulary": "[]"})
+    with pytest.raises(ValueError, match="damaged|no teacher"):
+        small.load(path)
+
+
+def test_captions_become_tokens():
+    text = TextEncoder(("a", "mug", "red"))
+    assert text.tokens(["", "a red, Mug"]).tolist() == [[1, 0, 0, 0], [1, 2, 4, 3]]
+    with pytest.raises(ValueError, match="at most 24"):
+        text.tokens(["a " * 25])
+
+
+def test_padding_changes_nothing():
+    torch.manual_seed(0)
+    text = TextEncoder(VOCABULARY).eval()
+    alone, _, whole = text(text.tokens(["a red mug"]))
+    padded, mask, whole2 = text(text.tokens(["a red mug", "a green cube on a yellow cylinder"]))
+    assert mask[0].sum() == 4
+    assert torch.allclose(alone[0], padded[0, :4], atol=1e-5) and torch.allclose(whole[0], whole2[0], atol=1e-5)
+
+
+def test_ray_features_say_where_a_ray_passes():
+    features = ray_features(orbit(4, elevation=30), 8)
+    assert features.shape == (4, 18, 8, 8)
+    direction, nearest = features[:, :3], features[:, 3:6]
+    assert (direction * nearest).sum(1).abs().max() < 1e-5  # the nearest point is a right angle away
+    assert nearest[:, :, 3:5, 3:5].norm(dim=1).max() < 0.25  # the middle of the image looks at the origin
+
+
+def test_ema_follows_and_ends_near():
+    torch.manual_seed(0)
+    net = torch.nn.Linear(2, 2)
+    ema = EMA(net, decay=0.9)
+    with torch.no_grad():
+        net.weight.fill_(3.0)
+    for step in range(200):
+        ema.update(net, step)
+    assert torch.allclose(ema.module.weight, net.weight, atol=1e-4)
+
+
+@pytest.mark.parametrize("quality", ["blur", "noise", "fade", "burn", "coarse", "darken"])
+def test_degraded_images_stay_images(quality):
+    image = torch.rand((3, 64, 64), generator=torch.Generator().manual_seed(0))
+    spoilt = fit.degrade(image, quality, torch.Generator().manual_seed(1))
+    assert spoilt.shape == image.shape and 0 <= spoilt.min() and spoilt.max() <= 1
+    assert (spoilt - image).abs().mean() > 0.02
+
+
+def test_training_learns_and_resumes_bit_for_bit(tmp_path, monkeypatch):
+    small_net = UNetConfig(widths=(8, 8, 16, 16), blocks=(1, 1, 1), condition=16, heads=2)
+    monkeypatch.setattr(fit, "UNetConfig", lambda: small_net)
+    monkeypatch.setattr(fit, "save_grid", lambda teacher, path: None)
+    config = fit.FitConfig(steps=6, batch=4, images=20, save_every=3)
+    whole = list(fit.train(tmp_path / "whole", config))
+    stopped = fit.train(tmp_path / "parts", config)
+    for row in stopped:
+        if row.step == 3:
+            break
+    stopped.close()
+    rest = list(fit.train(tmp_path / "parts", config, resume=True))
+    assert [r.step for r in rest] == [4, 5, 6]
+    a, b = (torch.load(tmp_path / k / "state.pt", weights_only=True) for k in ("whole", "parts"))
+    assert torch.equal(a["losses"], b["losses"]) and whole[-1].total == 6
+    assert all(torch.equal(a["ema"][k], b["ema"][k]) for k in a["ema"])
+    loaded = small.load(tmp_path / "whole" / "teacher.safetensors")
+    assert isinstance(loaded.unet, UNet) and loaded.unet.config == small_net
+    with pytest.raises(ValueError, match="--resume"):
+        next(fit.train(tmp_path / "whole", config))
+    with pytest.raises(ValueError, match="no training"):
+        next(fit.train(tmp_path / "new", config, resume=True))
