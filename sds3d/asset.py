@@ -49,7 +49,7 @@ class Asset:
             ValueError: no such run, no checkpoint, a damaged one, or one that does not fit its config.
         """
         run = Run.open(path)
-        config = configs.changed(configs.load(None, file=run.config), {"device": device, "backend": backend})
+        config = configs.changed(_config_of(run), {"device": device, "backend": backend})
         state = run.load_checkpoint()
         student = configs.make_student(config)
         try:
@@ -189,13 +189,21 @@ def resume(path: str | Path, layer: Mapping[str, Any] | None = None) -> tuple[As
         ValueError: no such run, a damaged checkpoint, nothing left to do ...
     """
     run = Run.open(path)
-    config = configs.changed(configs.load(None, file=run.config), layer or {})
+    config = configs.changed(_config_of(run), layer or {})
     teacher = configs.make_teacher(config)
     asset = Asset(run, config, configs.make_student(config))
     steps = _steps(asset, teacher, resume=True)
     if layer:
         run.write_text(run.config, configs.to_yaml(config))
     return asset, steps
+
+
+def _config_of(run: Run) -> Config:
+    """What a run was made with. Raises ValueError that names the file."""
+    try:
+        return configs.load(None, file=run.config)
+    except ValueError as error:
+        raise ValueError(f"{run.config} cannot be used; edited, or of another version of sds3d? {error}") from error
 
 
 def _steps(asset: Asset, teacher: Teacher, resume: bool = False) -> Iterator[Step]:

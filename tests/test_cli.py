@@ -241,6 +241,16 @@ def test_a_damaged_checkpoint_is_named(call, made):
         assert "checkpoint.safetensors is damaged" in err
 
 
+def test_a_config_that_was_edited_is_named(call, made):
+    with (Path(made) / "config.yaml").open("a") as file:
+        file.write("stepz: 3\n")
+    for command in ("resume", "export", "eval"):
+        code, _, err = call(command, made)
+        assert code == 2
+        assert f"{made}/config.yaml cannot be used" in err
+        assert "did you mean steps?" in err
+
+
 def test_export_writes_every_format(call, made, in_folder):
     import trimesh
 
