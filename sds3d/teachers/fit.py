@@ -146,10 +146,10 @@ class Fit:
     """A training in progress: networks, their mean, optimiser, random state."""
 
     def __init__(self, config: FitConfig):
-        torch.manual_seed(config.seed)
         self.config, self.step = config, 0
-        text = TextEncoder(VOCABULARY)
-        self.nets = nn.ModuleDict({"unet": UNet(UNetConfig()), "text": text})
+        with torch.random.fork_rng(devices=[]):  # modules draw their first weights from the global stream
+            torch.manual_seed(config.seed)
+            self.nets = nn.ModuleDict({"unet": UNet(UNetConfig()), "text": TextEncoder(VOCABULARY)})
         self.nets.to(memory_format=torch.channels_last)
         self.ema = EMA(self.nets, config.ema)
         self.optimiser = torch.optim.AdamW(
