@@ -5,10 +5,11 @@ and colour share:
 
     f(x) = hash_encode((x + 1) / 2)                             (N, levels * features)
     o(x) = W2 relu(W1 f(x) + b1) + b2                           (N, 4)
-    density = softplus(o_0 + blob(x)),  colour = sigmoid(o_1..3)
-    blob(x) = max(strength * (1 - |x| / radius), floor)         (Magic3D, arXiv 2211.10440, section 4)
+    density = softplus(gain o_0 + blob(x)),  colour = sigmoid(o_1..3)
+    blob(x) = strength * (1 - |x| / radius)                     (Magic3D, arXiv 2211.10440, section 4)
 
-b2 starts at -W2 relu(b1), so a new field is the blob itself, in middle grey. Points are world points in the
+b2 starts at -W2 relu(b1), so a new field is the blob itself, in middle grey. The gain lets density, which has to
+reach tens where colour moves by ones, follow at Adam's pace. Points are world points in the
 box [-1, 1]^3 (see cameras.py); density is per scene unit of length.
 """
 
@@ -38,9 +39,9 @@ class FieldConfig:
         levels, features, log2_table, base, finest: the hash grid (see ops.GridSpec).
         open_levels: how many levels are open at each step; closed ones give zeros. None: all, always.
         hidden: width of the hidden layer.
+        density_gain: factor of the network's density output, > 0.
         blob_strength: pre-activation at the centre of the blob.
         blob_radius: scene units, where the blob's pre-activation crosses 0 (density 0.69).
-        blob_floor: lowest pre-activation far from the centre, so that empty space can still learn.
     """
 
     levels: int = 12
@@ -50,13 +51,15 @@ class FieldConfig:
     finest: int = 128
     open_levels: Ramp | None = None
     hidden: int = 32
+    density_gain: float = 10.0
     blob_strength: float = 10.0
     blob_radius: float = 0.5
-    blob_floor: float = -5.0
 
     def __post_init__(self):
         if self.hidden < 1:
             raise ValueError(f"field.hidden is {self.hidden}; give a width of at least 1 (32 is usual)")
+        if self.density_gain <= 0:
+            raise ValueError(f"field.density_gain is {self.density_gain}; give a factor above 0 (10)")
         if self.blob_radius <= 0:
             raise ValueError(f"field.blob_radius is {self.blob_radius}; give a radius above 0, in scene units (0.5)")
 
@@ -82,7 +85,7 @@ class _Head(Function):
         grad = torch.empty(len(features), 4, dtype=features.dtype, device=features.device)
         torch.mul(grad_sigma, -torch.expm1(-sigma), out=grad[:, 0])  # softplus' = sigmoid = 1 - exp(-softplus)
         torch.mul(grad_rgb, rgb * (1 - rgb), out=grad[:, 1:])
-        grad_hidden = (grad @ w2).mul_(hidden > 0)
+        grad_hidden = torch.ops.aten.threshold_backward(grad @ w2, hidden, 0)
         grad_w1, grad_w2 = grad_hidden.T @ features, grad.T @ hidden
         return grad_hidden @ w1, grad[:, 0], grad_w1, grad_hidden.sum(0), grad_w2, grad.sum(0)
 
@@ -109,7 +112,8 @@ class Field(nn.Module):
         self.b1 = uniform(1 / math.sqrt(inputs), hidden)
         self.w2 = uniform(1 / math.sqrt(hidden), 4, hidden)
         self.b2 = nn.Parameter(-(self.w2 @ self.b1.relu()).detach())
-        self.register_buffer("mask", torch.ones(inputs), persistent=True)
+        self.register_buffer("mask", torch.ones(inputs))
+        self.register_buffer("gain", torch.tensor([config.density_gain, 1.0, 1.0, 1.0]), persistent=False)
 
     def open(self, step: int) -> None:
         """Open the levels that ``config.open_levels`` asks for at this step; a fraction fades a level in."""
@@ -121,7 +125,7 @@ class Field(nn.Module):
     def blob(self, points: Tensor) -> Tensor:
         """Pre-activation of the starting blob at points (N, 3), (N,)."""
         c = self.config
-        return (c.blob_strength - points.norm(dim=-1) * (c.blob_strength / c.blob_radius)).clamp_min_(c.blob_floor)
+        return c.blob_strength - points.norm(dim=-1) * (c.blob_strength / c.blob_radius)
 
     def _encode(self, points: Tensor) -> tuple[Tensor, Tensor]:
         """Features (N, inputs) at points (N, 3), and the first layer's weight with closed levels at 0."""
@@ -132,7 +136,8 @@ class Field(nn.Module):
         """Density before the softplus at points (N, 3) in the box, (N,)."""
         features, w1 = self._encode(points)
         hidden = F.linear(features, w1, self.b1).relu_()
-        return F.linear(hidden, self.w2[:1], self.b2[:1]).squeeze(-1) + self.blob(points)
+        gain = self.config.density_gain
+        return F.linear(hidden, self.w2[:1] * gain, self.b2[:1] * gain).squeeze(-1) + self.blob(points)
 
     def density(self, points: Tensor) -> Tensor:
         """Density >= 0 per scene unit at points (N, 3) in the box, (N,)."""
@@ -141,7 +146,8 @@ class Field(nn.Module):
     def forward(self, points: Tensor) -> tuple[Tensor, Tensor]:
         """Density (N,) >= 0 and colour (N, 3) in [0, 1] at points (N, 3) in the box."""
         features, w1 = self._encode(points)
-        return _Head.apply(features, self.blob(points), w1, self.b1, self.w2, self.b2)
+        w2, b2 = self.w2 * self.gain[:, None], self.b2 * self.gain
+        return _Head.apply(features, self.blob(points), w1, self.b1, w2, b2)
 
     def normals(self, points: Tensor) -> Tensor:
         """Outward unit normals (N, 3): minus the direction in which density grows, at points (N, 3).

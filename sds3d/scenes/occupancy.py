@@ -7,7 +7,8 @@ maximum that fades (Instant-NGP, arXiv 2201.05989, appendix C):
     occupied = ema > threshold, grown by ``grow`` cells
 
 Growing keeps a rim of near-empty cells alive around the object: without it nothing outside could ever receive a
-gradient and appear.
+gradient and appear. Nearly half of all samples would fall into that rim, so a training render visits only a random
+``rim`` share of its cells.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ class OccupancyConfig:
         decay: factor of the running maximum per update.
         opacity: a cell is empty if one sample step in it is less opaque than this.
         grow: cells by which the occupied region is grown.
-        probe: share of the empty cells that are marked anyway at each update, at random.
+        rim: share of the grown cells that one training render visits, at random; above 0, to 1.
     """
 
     resolution: int = 32
@@ -39,7 +40,7 @@ class OccupancyConfig:
     decay: float = 0.6
     opacity: float = 0.01
     grow: int = 1
-    probe: float = 0.0
+    rim: float = 0.25
 
     def __post_init__(self):
         if not 4 <= self.resolution <= 256:
@@ -48,6 +49,8 @@ class OccupancyConfig:
             raise ValueError(f"occupancy.every is {self.every}; give at least 1 step between updates")
         if not 0 < self.opacity < 1:
             raise ValueError(f"occupancy.opacity is {self.opacity}; give an opacity between 0 and 1 (0.01)")
+        if not 0 < self.rim <= 1:
+            raise ValueError(f"occupancy.rim is {self.rim}; give a share above 0, up to 1 (0.25)")
 
 
 class Occupancy(nn.Module):
@@ -78,10 +81,10 @@ class Occupancy(nn.Module):
         density = field.density(points.to(device)).view_as(self.ema)
         self.ema.mul_(self.config.decay)
         torch.maximum(self.ema, density, out=self.ema)
-        self._mark(generator)
+        self._mark()
         return True
 
-    def _mark(self, generator: torch.Generator) -> None:
+    def _mark(self) -> None:
         """Rebuild ``cells`` from ``ema``."""
         occupied = self.ema > self.threshold
         if not occupied.any():  # an empty grid would end all learning: look everywhere again
@@ -91,10 +94,12 @@ class Occupancy(nn.Module):
             width = 2 * self.config.grow + 1
             grown = F.max_pool3d(occupied[None, None].float(), width, stride=1, padding=self.config.grow)
             occupied = grown[0, 0] > 0
-        if self.config.probe > 0:
-            lucky = torch.rand(self.cells.shape, generator=generator) < self.config.probe
-            occupied = occupied | lucky.to(occupied.device)
         self.cells.copy_(occupied)
+
+    def thinned(self, generator: torch.Generator) -> Tensor:
+        """The cells that one training render visits: all dense ones and a random share of the rim, (G, G, G) bool."""
+        lucky = torch.rand(self.cells.shape, generator=generator) < self.config.rim
+        return self.cells & ((self.ema > self.threshold) | lucky.to(self.cells.device))
 
     def at(self, points: Tensor) -> Tensor:
         """Whether the cells of points (N, 3) in the box are occupied, (N,) bool."""

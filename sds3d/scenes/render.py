@@ -5,17 +5,12 @@ Emission and absorption (NeRF, arXiv 2003.08934, eq. 3), with a plain background
     w_i = T_i (1 - exp(-sigma_i dt_i)),  opacity = sum_i w_i,  rgb = sum_i w_i c_i + (1 - opacity) b
     depth = sum_i w_i t_i / opacity
 
-Most samples of a solid object lie behind its surface, where nothing is seen and no gradient comes from. So a
-render that will be differentiated measures the density of all samples first, without gradients, drops those
-that less light than ``dark`` reaches, and runs the field with gradients on the few that are left.
-
 Shading (DreamFusion, arXiv 2209.14988, section 3.1): "albedo" is the colour itself; "lambertian" multiplies it
 by ambient + (1 - ambient) max(0, n . l); "textureless" puts white in the colour's place and shades that.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -62,7 +57,7 @@ class RenderOptions:
         step: length of one sample step, scene units.
         shading: how colour is lit.
         normals: render normals even where the shading does not need them.
-        dark: transmittance below which samples are dropped.
+        dark: a sample that less light than this reaches weighs nothing.
         chunk: rays rendered at a time when no gradient is wanted.
     """
 
@@ -113,22 +108,6 @@ class Trace:
     directions: Tensor
 
 
-def visible(samples: Samples, sigma: Tensor, dark: float) -> tuple[Samples, Tensor]:
-    """The samples that at least ``dark`` of the light reaches, given the densities sigma (S,) of all.
-
-    Returns:
-        the samples that are kept, and their indices into those given.
-    """
-    depth = (sigma * samples.dt).double()
-    total = depth.cumsum(0)  # float64: the sum runs over all rays, a ray's own part is a difference of it
-    first = torch.cat([total.new_zeros(1), total])[samples.offsets[:-1]]  # (R,)
-    keep = total - depth - first[samples.ray_index] <= -math.log(dark)
-    kept = torch.cat([keep.new_zeros(1, dtype=torch.int64), keep.cumsum(0)])
-    index = keep.nonzero().squeeze(-1)
-    ray_index, points, t, dt = (x.index_select(0, index) for x in samples[:4])
-    return Samples(ray_index, points, t, dt, kept[samples.offsets]), index
-
-
 def render(
     field: Field,
     occupancy: Occupancy,
@@ -144,7 +123,8 @@ def render(
         cameras: B views, on the field's device.
         resolution: pixels a side.
         background: (3,), one colour a view (B, 3), or a function of the directions (R, 3).
-        generator: CPU generator that shifts each ray's samples; None puts them in the middle of their steps.
+        generator: CPU generator of a training render, which shifts each ray's samples and thins the occupancy's
+            rim; None puts samples in the middle of their steps and visits every occupied cell.
 
     Returns:
         RenderOut, with gradients and a trace if gradients are enabled.
@@ -154,8 +134,9 @@ def render(
     views = len(cameras)
     origins, directions = (x.reshape(-1, 3) for x in cameras.rays(resolution))
     rays, pixels = origins.shape[0], resolution * resolution
-    jitter = None
+    jitter, cells = None, occupancy.cells
     if generator is not None:
+        cells = occupancy.thinned(generator)
         jitter = torch.rand(rays, generator=generator, dtype=origins.dtype).to(origins.device)
     behind = background(directions) if callable(background) else background.to(origins)
     if behind.ndim == 2 and behind.shape[0] == views and not callable(background):
@@ -166,7 +147,7 @@ def render(
     for start in range(0, rays, chunk):
         part = slice(start, start + chunk)
         shift = None if jitter is None else jitter[part]
-        samples = field.backend.march(origins[part], directions[part], occupancy.cells, options.step, shift)
+        samples = field.backend.march(origins[part], directions[part], cells, options.step, shift)
         lit = None if light is None else light[(samples.ray_index + start) // pixels]
         parts.append(_shoot(field, samples, directions[part], lit, options))
     image, trace = parts[0] if len(parts) == 1 else (torch.cat([p[0] for p in parts]), None)
@@ -193,14 +174,8 @@ def _shoot(
     field: Field, samples: Samples, directions: Tensor, light: Tensor | None, options: RenderOptions
 ) -> tuple[Tensor, Trace | None]:
     """Composite packed samples, lit from light (S, 3): (R, 5 or 8) colour, depth * opacity, opacity, normal."""
-    train, shading = torch.is_grad_enabled(), options.shading
-    want_normals = light is not None or options.normals
-    if train or want_normals:
-        with torch.no_grad():
-            samples, kept = visible(samples, field.density(samples.points), options.dark)
-        light = None if light is None else light[kept]
-    sigma, values = field(samples.points)
-    normals = field.normals(samples.points) if want_normals else None
+    shading, sigma, values = options.shading, *field(samples.points)
+    normals = field.normals(samples.points) if light is not None or options.normals else None
     if light is not None:
         facing = (normals * light).sum(-1, keepdim=True).clamp_min(0)
         shade = shading.ambient + (1 - shading.ambient) * facing
@@ -208,6 +183,6 @@ def _shoot(
     values = torch.cat([values, samples.t[:, None]] + ([] if normals is None else [normals]), -1)
     out = field.backend.composite(sigma, samples.dt, values, samples.offsets, options.dark)
     image = torch.cat([out.accumulated[:, :4], out.opacity[:, None], out.accumulated[:, 4:]], -1)
-    if not train:
+    if not torch.is_grad_enabled():
         return image, None
     return image, Trace(samples, sigma, out.weights, out.opacity, normals, directions)

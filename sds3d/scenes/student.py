@@ -44,7 +44,7 @@ class RenderConfig:
             quarter albedo, half Lambertian, a quarter textureless; albedo before.
         shading_start: see there.
         ambient: share of the light that comes from everywhere, 0 to 1.
-        dark: transmittance below which samples are dropped.
+        dark: a sample that less light than this reaches weighs nothing.
     """
 
     views: int = 4
