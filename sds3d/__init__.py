@@ -5,10 +5,15 @@ Importing this imports nothing; what is used is loaded when it is used.
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sds3d.asset import Asset, generate
+
+# torch's OpenMP threads would spin between two operations and take the cores from numba's: on two cores a step of the
+# main job then takes 4.6 times as long (benchmarks/notes.md). OpenMP reads this once, when torch is loaded.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 __version__ = "0.1.0"
 __all__ = ["Asset", "generate"]
