@@ -109,7 +109,12 @@ class CameraRanges:
     fov: tuple[float, float] = (38.0, 42.0)
 
     def __post_init__(self):
-        for name, low, high in (("azimuth", -360, 720), ("elevation", -90, 90), ("distance", 1.8, 100), ("fov", 1, 170)):
+        for name, low, high in (
+            ("azimuth", -360, 720),
+            ("elevation", -90, 90),
+            ("distance", 1.8, 100),
+            ("fov", 1, 170),
+        ):
             a, b = getattr(self, name)
             if not (low <= a <= b <= high):
                 raise ValueError(f"camera.{name} is ({a}, {b}); give a range low <= high within [{low}, {high}]")
@@ -128,4 +133,6 @@ class CameraRanges:
         azimuth = stratified(self.azimuth, shuffle=False)
         if math.isclose(self.azimuth[1] - self.azimuth[0], 360.0):  # a full circle has no first part
             azimuth = azimuth + torch.rand(1, generator=generator) * 360.0
-        return Cameras(azimuth % 360, stratified(self.elevation, shuffle=True), uniform(self.distance), uniform(self.fov))
+        return Cameras(
+            azimuth % 360, stratified(self.elevation, shuffle=True), uniform(self.distance), uniform(self.fov)
+        )
