@@ -145,7 +145,12 @@ def test_what_a_prompt_leaves_unsaid_is_canonical():
 
 @pytest.mark.parametrize(
     "prompt, told",
-    [("a red mugg", "mug"), ("a scarlet mug", "does not know .scarlet."), ("mug red a", "draws"), ("a mug with a red roof", "draws")],
+    [
+        ("a red mugg", "mug"),
+        ("a scarlet mug", "not know .scarlet"),
+        ("mug red a", "draws"),
+        ("a mug with a red roof", "draws"),
+    ],
 )
 def test_what_it_cannot_draw_is_refused(prompt, told):
     with pytest.raises(ValueError, match=told):
