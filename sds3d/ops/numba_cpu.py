@@ -27,17 +27,17 @@ from sds3d.ops.reference import (
     check_march,
 )
 
-BLOCK = 4096  # points that go through one level before the next
+BLOCK = 65536  # points that go through one level before the next: a level of the table is read into cache once
 
 
 @lru_cache(maxsize=64)
-def _levels(spec: GridSpec, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray, tuple[int, ...]]:
+def _levels(spec: GridSpec, dtype: torch.dtype) -> tuple[np.ndarray, np.ndarray, tuple[int, ...]]:
     """The grid as the kernels read it: scales (L,), uint32 rows (L, 5) of `_corners`, lanes."""
     rows = [
         (r, r * r, size, first, 1) if dense else (PRIMES[1], PRIMES[2], size, first, 0)
         for r, size, first, dense in zip(spec.resolutions, spec.sizes, spec.offsets, spec.dense)
     ]
-    return np.array(spec.scales, dtype), np.array(rows, np.uint32), (0,) * spec.features
+    return torch.tensor(spec.scales, dtype=dtype).numpy(), np.array(rows, np.uint32), (0,) * spec.features
 
 
 def _flat(tensor: Tensor) -> np.ndarray:
@@ -54,39 +54,41 @@ def _share_threads() -> int:
     return threads
 
 
-def _run_gather(inside: Tensor, along: Tensor, table: Tensor, spec: GridSpec) -> Tensor:
-    """Features of points (N, 3) inside the box; or, with `along` (N, 3), their change -> (N, L * F)."""
-    scales, levels, lanes = _levels(spec, inside.detach().numpy().dtype)
-    out = torch.empty(inside.shape[0], spec.width, dtype=table.dtype)
-    share = -(-inside.shape[0] // _share_threads())
-    block = max(1, min(BLOCK, share))
-    numba_kernels.gather(_flat(inside), _flat(along), _flat(table), scales, levels, lanes, block, _flat(out))
+def _run_gather(points: Tensor, along: Tensor, table: Tensor, spec: GridSpec) -> Tensor:
+    """Features of points (N, 3); or, with `along` (N, 3) and not empty, their change -> (N, L * F)."""
+    scales, levels, lanes = _levels(spec, points.dtype)
+    out = torch.empty(points.shape[0], spec.width, dtype=table.dtype)
+    block = max(1, min(BLOCK, -(-points.shape[0] // _share_threads())))
+    numba_kernels.gather(_flat(points), _flat(along), _flat(table), scales, levels, lanes, block, _flat(out))
     return out
 
 
-def _run_scatter(inside: Tensor, along: Tensor, grad: Tensor, spec: GridSpec) -> Tensor:
+def _run_scatter(points: Tensor, along: Tensor, grad: Tensor, spec: GridSpec) -> Tensor:
     """The table's gradient (entries, F), given grad (N, L * F)."""
-    scales, levels, lanes = _levels(spec, inside.detach().numpy().dtype)
+    scales, levels, lanes = _levels(spec, points.dtype)
     out = torch.zeros(spec.entries, spec.features, dtype=grad.dtype)
     groups = min(_share_threads(), spec.levels)
-    numba_kernels.scatter(_flat(inside), _flat(along), _flat(grad), scales, levels, lanes, groups, BLOCK, _flat(out))
+    numba_kernels.scatter(_flat(points), _flat(along), _flat(grad), scales, levels, lanes, groups, BLOCK, _flat(out))
     return out
 
 
 class _HashEncode(torch.autograd.Function):
-    """Features of clamped points, twice differentiable except twice in the points."""
+    """Features of points, twice differentiable except twice in the points."""
 
     @staticmethod
-    def forward(ctx, inside: Tensor, table: Tensor, spec: GridSpec) -> Tensor:
-        ctx.save_for_backward(inside, table)
+    def forward(ctx, points: Tensor, table: Tensor, spec: GridSpec) -> Tensor:
+        ctx.save_for_backward(points, table)
         ctx.spec = spec
-        return _run_gather(inside, inside.new_empty(0), table, spec)
+        return _run_gather(points, points.new_empty(0), table, spec)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        inside, table = ctx.saved_tensors
-        in_points = _PointGradient.apply(inside, table, grad, ctx.spec) if ctx.needs_input_grad[0] else None
-        in_table = _TableGradient.apply(inside, grad, ctx.spec) if ctx.needs_input_grad[1] else None
+        points, table = ctx.saved_tensors
+        in_points = None
+        if ctx.needs_input_grad[0]:
+            inside = (points >= 0) & (points <= 1)
+            in_points = torch.where(inside, _PointGradient.apply(points, table, grad, ctx.spec), 0)
+        in_table = _TableGradient.apply(points, grad, ctx.spec) if ctx.needs_input_grad[1] else None
         return in_points, in_table, None
 
 
@@ -94,45 +96,44 @@ class _TableGradient(torch.autograd.Function):
     """The gradient in the table (entries, F), linear in the incoming gradient."""
 
     @staticmethod
-    def forward(ctx, inside: Tensor, grad: Tensor, spec: GridSpec) -> Tensor:
-        ctx.save_for_backward(inside)
+    def forward(ctx, points: Tensor, grad: Tensor, spec: GridSpec) -> Tensor:
+        ctx.save_for_backward(points)
         ctx.spec = spec
-        return _run_scatter(inside, inside.new_empty(0), grad, spec)
+        return _run_scatter(points, points.new_empty(0), grad, spec)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
-        (inside,) = ctx.saved_tensors
-        return None, _run_gather(inside, inside.new_empty(0), grad, ctx.spec), None
+        (points,) = ctx.saved_tensors
+        return None, _run_gather(points, points.new_empty(0), grad, ctx.spec), None
 
 
 class _PointGradient(torch.autograd.Function):
     """The gradient in the points (N, 3), differentiable in the table and the incoming gradient only."""
 
     @staticmethod
-    def forward(ctx, inside: Tensor, table: Tensor, grad: Tensor, spec: GridSpec) -> Tensor:
-        ctx.save_for_backward(inside, table, grad)
+    def forward(ctx, points: Tensor, table: Tensor, grad: Tensor, spec: GridSpec) -> Tensor:
+        ctx.save_for_backward(points, table, grad)
         ctx.spec = spec
-        scales, levels, lanes = _levels(spec, inside.detach().numpy().dtype)
-        out = torch.zeros_like(inside)
+        scales, levels, lanes = _levels(spec, points.dtype)
+        out = torch.zeros(points.shape, dtype=points.dtype)
         _share_threads()
-        numba_kernels.point_gradient(_flat(inside), _flat(grad), _flat(table), scales, levels, lanes, _flat(out))
+        numba_kernels.point_gradient(_flat(points), _flat(grad), _flat(table), scales, levels, lanes, _flat(out))
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, along: Tensor):
-        inside, table, grad = ctx.saved_tensors
-        in_table = _run_scatter(inside, along, grad, ctx.spec) if ctx.needs_input_grad[1] else None
-        in_grad = _run_gather(inside, along, table, ctx.spec) if ctx.needs_input_grad[2] else None
+        points, table, grad = ctx.saved_tensors
+        in_table = _run_scatter(points, along, grad, ctx.spec) if ctx.needs_input_grad[1] else None
+        in_grad = _run_gather(points, along, table, ctx.spec) if ctx.needs_input_grad[2] else None
         return None, in_table, in_grad, None
 
 
 def hash_encode(points: Tensor, table: Tensor, spec: GridSpec) -> Tensor:
     """As `reference.hash_encode`, in float32 or float64: (N, 3), (entries, F) -> (N, levels * F)."""
     check_hash_encode(points, table, spec)
-    inside = torch.where(points.isnan(), 0, points.clamp(0, 1))
-    return _HashEncode.apply(inside.contiguous(), table, spec)
+    return _HashEncode.apply(points, table, spec)
 
 
 @torch.no_grad()

@@ -29,6 +29,17 @@ def _planes(rows, first, count, out):
 
 
 @njit(**FAST)
+def _clamp(xyz, count):
+    """Bring points into [0, 1]; NaN becomes 0."""
+    zero, one = xyz.dtype.type(0), xyz.dtype.type(1)
+    for axis in range(3):
+        for j in range(axis * CHUNK, axis * CHUNK + count):
+            value = xyz[word(j)]
+            value = value if value > zero else zero
+            xyz[word(j)] = value if value < one else one
+
+
+@njit(**FAST)
 def _corners(xyz, count, scale, level, index, weight):
     """Entries and trilinear weights of the eight corners round each point, in eight planes each.
 
@@ -76,15 +87,53 @@ def _slopes(xyz, count, scale, along, weight):
             weight[k * CHUNK + j] = dx * (wy * wz) + wx * (dy * wz + wy * dz)
 
 
+@njit(**FAST)
+def _read(index, weight, count, table, lanes, place, width, out):
+    """out[place + j width + f] = sum over corners of weight * table, two features at a time."""
+    zero, features = table.dtype.type(0), word(len(lanes))
+    for j in range(count):
+        row = word(place + j * width)
+        for f in range(0, len(lanes) - 1, 2):
+            left, right = zero, zero
+            for k in range(8):
+                entry, share = word(index[k * CHUNK + j]) * features + word(f), weight[k * CHUNK + j]
+                left += share * table[entry]
+                right += share * table[entry + word(1)]
+            out[row + word(f)], out[row + word(f + 1)] = left, right
+        if len(lanes) % 2:
+            left, last = zero, features - word(1)
+            for k in range(8):
+                left += weight[k * CHUNK + j] * table[word(index[k * CHUNK + j]) * features + last]
+            out[row + last] = left
+
+
+@njit(**FAST)
+def _add(index, weight, count, grad, lanes, place, width, out):
+    """out += weight * grad[place + j width + f] at every corner: the transpose of `_read`."""
+    features = word(len(lanes))
+    for j in range(count):
+        row = word(place + j * width)
+        for f in range(0, len(lanes) - 1, 2):
+            left, right = grad[row + word(f)], grad[row + word(f + 1)]
+            for k in range(8):
+                entry, share = word(index[k * CHUNK + j]) * features + word(f), weight[k * CHUNK + j]
+                out[entry] += share * left
+                out[entry + word(1)] += share * right
+        if len(lanes) % 2:
+            last = features - word(1)
+            left = grad[row + last]
+            for k in range(8):
+                out[word(index[k * CHUNK + j]) * features + last] += weight[k * CHUNK + j] * left
+
+
 @njit(parallel=True, **FAST)
 def gather(points, along, table, scales, levels, lanes, block, out):
     """out (N, L * F) = sum over corners of weight * table; with `along` (N, 3), of the weights' slope.
 
-    points: flat, clamped. lanes: a tuple of F zeros, which tells the compiler how many features there are.
+    points: flat. lanes: a tuple of F zeros, which tells the compiler how many features there are.
     block: points a task; all of them go through one level before the next, so that its entries stay near.
     """
     count_all, width = points.size // 3, scales.size * len(lanes)
-    zero, features = table.dtype.type(0), word(len(lanes))
     for task in prange((count_all + block - 1) // block):
         xyz, velocity = np.empty(3 * CHUNK, points.dtype), np.empty(3 * CHUNK, points.dtype)
         index, weight = np.empty(8 * CHUNK, np.uint32), np.empty(8 * CHUNK, points.dtype)
@@ -93,17 +142,12 @@ def gather(points, along, table, scales, levels, lanes, block, out):
             for first in range(task * block, stop, CHUNK):
                 count = min(CHUNK, stop - first)
                 _planes(points, first, count, xyz)
+                _clamp(xyz, count)
                 _corners(xyz, count, scales[level], levels[level], index, weight)
                 if along.size:
                     _planes(along, first, count, velocity)
                     _slopes(xyz, count, scales[level], velocity, weight)
-                for j in range(count):
-                    place = word((first + j) * width + level * len(lanes))
-                    for f in range(len(lanes)):
-                        total = zero
-                        for k in range(8):
-                            total += weight[k * CHUNK + j] * table[word(index[k * CHUNK + j]) * features + word(f)]
-                        out[place + word(f)] = total
+                _read(index, weight, count, table, lanes, first * width + level * len(lanes), width, out)
 
 
 @njit(parallel=True, **FAST)
@@ -113,7 +157,6 @@ def scatter(points, along, grad, scales, levels, lanes, groups, block, out):
     Each of the `groups` tasks owns every groups-th level and goes through the points in order.
     """
     count_all, width = points.size // 3, scales.size * len(lanes)
-    features = word(len(lanes))
     for group in prange(groups):
         xyz, velocity = np.empty(3 * CHUNK, points.dtype), np.empty(3 * CHUNK, points.dtype)
         index, weight = np.empty(8 * CHUNK, np.uint32), np.empty(8 * CHUNK, points.dtype)
@@ -123,16 +166,12 @@ def scatter(points, along, grad, scales, levels, lanes, groups, block, out):
                 for first in range(begin, stop, CHUNK):
                     count = min(CHUNK, stop - first)
                     _planes(points, first, count, xyz)
+                    _clamp(xyz, count)
                     _corners(xyz, count, scales[level], levels[level], index, weight)
                     if along.size:
                         _planes(along, first, count, velocity)
                         _slopes(xyz, count, scales[level], velocity, weight)
-                    for j in range(count):
-                        place = word((first + j) * width + level * len(lanes))
-                        for k in range(8):
-                            entry, share = word(index[k * CHUNK + j]) * features, weight[k * CHUNK + j]
-                            for f in range(len(lanes)):
-                                out[entry + word(f)] += share * grad[place + word(f)]
+                    _add(index, weight, count, grad, lanes, first * width + level * len(lanes), width, out)
 
 
 @njit(parallel=True, **FAST)
@@ -147,6 +186,7 @@ def point_gradient(points, grad, table, scales, levels, lanes, out):
         xyz, weight = np.empty(3 * CHUNK, points.dtype), np.empty(8 * CHUNK, points.dtype)
         index = np.empty(8 * CHUNK, np.uint32)
         _planes(points, first, count, xyz)
+        _clamp(xyz, count)
         for level in range(scales.size):
             scale = scales[level]
             _corners(xyz, count, scale, levels[level], index, weight)
@@ -203,7 +243,7 @@ def march(origins, directions, occupancy, jitter, setting, offsets, ray_index, p
         place = word(offsets[ray]) if write else word(0)
         for i in range(np.int64(reach / step) + 2):
             along = (real(i) + jitter[ray]) * step
-            if not along < reach:
+            if not along < reach or (write and place == word(offsets[ray + 1])):
                 break
             distance = start + along
             x, y, z = ox + distance * dx, oy + distance * dy, oz + distance * dz
