@@ -267,24 +267,36 @@ def train_teacher(
     out: Annotated[Path, Argument(metavar="FOLDER", help="checkpoints, weights, sample grids and the loss go there")],
     overrides: Overrides = None,
     resume: Annotated[bool, Option("--resume", help="go on with the training in that folder")] = False,
+    device: Annotated[str, Option(help="auto, cpu or cuda")] = "auto",
     quiet: Quiet = False,
 ) -> None:
-    """Train a teacher on the toybox (hours on a CPU). It saves now and then; --resume goes on from there.
+    """Train a teacher on the toybox (hours on a CPU). It saves now and then and on Ctrl-C; --resume goes on from there.
+
+    On a CPU that has nothing else to do, OMP_WAIT_POLICY=active makes it up to twice as fast.
 
     [bold]Example[/bold]
 
-      sds3d teacher train outputs/teacher steps=12000 batch=32
+      OMP_WAIT_POLICY=active sds3d teacher train outputs/teacher steps=16000 batch=32
     """
-    from sds3d.config import parse_overrides
+    from sds3d.config import parse_overrides, pick_device
     from sds3d.progress import Clock
     from sds3d.teachers import fit
     from sds3d.typed import build
 
     settings = build(fit.FitConfig, parse_overrides(overrides or []))
-    clock = Clock()
-    for row in fit.train(out, settings, resume=resume):
-        if not quiet and (row.step % 50 == 0 or row.step == row.total):
-            print(f"{clock.line(row.step, row.total, row.seconds)}  loss {row.loss:.4f}", file=sys.stderr, flush=True)
+    clock, row = Clock(), None
+    rows = fit.train(out, settings, resume, pick_device(device))
+    with _interruption() as stopped:
+        for row in rows:
+            if not quiet and (row.step % 50 == 0 or row.step == row.total):
+                line = f"{clock.line(row.step, row.total, row.seconds)}  loss {row.loss:.4f}"
+                print(line, file=sys.stderr, flush=True)
+            if stopped:
+                break
+    rows.close()
+    if row is not None and row.step < row.total:
+        print(f"stopped after step {row.step} of {row.total}; go on with --resume", file=sys.stderr)
+        raise typer.Exit(130)
     print(out / "teacher.safetensors")
 
 

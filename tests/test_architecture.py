@@ -13,10 +13,10 @@ PACKAGE = ROOT / "sds3d"
 FILES = sorted(PACKAGE.rglob("*.py"))
 TESTS = sorted((ROOT / "tests").glob("*.py"))
 
-# A room is a module of the package or a folder of modules. Three modules are rooms of their own: the score side knows
-# teachers by their interface only, and anybody with images may make a sheet of them. Arrows point from a room to what
+# A room is a module of the package or a folder of modules. Some modules are rooms of their own: the score side knows
+# teachers by their interface only, and anybody with images or figures may draw them. Arrows point from a room to what
 # its files may import.
-OWN_ROOMS = {"teachers.base", "export.sheet", "export.files"}
+OWN_ROOMS = {"teachers.base", "export.sheet", "export.chart", "export.files"}
 SCORE = {"teachers.base", "samplers", "guidance", "prompts", "noise", "ramp", "cameras", "students"}
 ARROWS = {
     "ramp": set(),
@@ -33,7 +33,7 @@ ARROWS = {
     "scenes": {"ops", "cameras", "ramp", "students"},
     "generators": {"networks", "noise", "ramp", "students"},
     "teachers.base": {"noise", "cameras"},
-    "teachers": SCORE - {"students"} | {"networks", "data", "export.sheet"},
+    "teachers": SCORE - {"students"} | {"networks", "data", "export.sheet", "export.chart"},
     "pairs": SCORE,
     "critics": SCORE | {"networks"},
     "distill": SCORE,
@@ -41,6 +41,7 @@ ARROWS = {
     "train": {"distill", "critics", "pairs", "scenes", "generators", "runs", "ramp", "students"},
     "export.files": set(),
     "export.sheet": {"export.files", "cameras"},
+    "export.chart": {"export.files"},
     "export": {"export.files", "export.sheet", "scenes", "cameras"},
     "metrics": {"scenes", "cameras"},
 }
@@ -62,6 +63,7 @@ HOMES = {  # package -> the only files that may import it
     "trimesh": {"export/mesh.py", "data/toybox.py"},
     "skimage": {"export/mesh.py", "data/toybox.py"},
     "imageio_ffmpeg": {"export/video.py"},
+    "matplotlib": {"export/chart.py"},
     "typer": {"cli.py"},
 }
 # Files that load a heavy package when they are imported, and are therefore imported lazily themselves.

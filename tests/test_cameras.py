@@ -30,8 +30,16 @@ def project(camera: Cameras, points: torch.Tensor, height: int, width: int) -> t
 
 @pytest.mark.parametrize(
     "azimuth, elevation, where",
-    [(0, 0, (0, 0, 1)), (90, 0, (1, 0, 0)), (180, 0, (0, 0, -1)), (270, 0, (-1, 0, 0)), (0, 90, (0, 1, 0)),
-     (33, -90, (0, -1, 0)), (45, 0, (math.sqrt(0.5), 0, math.sqrt(0.5))), (0, 30, (0, 0.5, math.sqrt(0.75)))],
+    [
+        (0, 0, (0, 0, 1)),
+        (90, 0, (1, 0, 0)),
+        (180, 0, (0, 0, -1)),
+        (270, 0, (-1, 0, 0)),
+        (0, 90, (0, 1, 0)),
+        (33, -90, (0, -1, 0)),
+        (45, 0, (math.sqrt(0.5), 0, math.sqrt(0.5))),
+        (0, 30, (0, 0.5, math.sqrt(0.75))),
+    ],
 )
 def test_positions_by_hand(azimuth, elevation, where):
     position = one(azimuth, elevation, distance=2.5).positions()[0]
@@ -63,8 +71,9 @@ def test_every_ray_projects_back_to_its_pixel_centre(azimuth, elevation, height,
 
 def test_the_middle_ray_meets_the_origin():
     origins, directions = one(211, 33, distance=4).rays(5)
-    torch.testing.assert_close((origins + 4 * directions)[0, 2, 2], torch.zeros(3, dtype=torch.float64),
-                               atol=1e-12, rtol=0)
+    torch.testing.assert_close(
+        (origins + 4 * directions)[0, 2, 2], torch.zeros(3, dtype=torch.float64), atol=1e-12, rtol=0
+    )
 
 
 def test_left_right_up_down_as_an_onlooker_sees_them():
@@ -135,8 +144,9 @@ def test_a_full_circle_is_cut_at_a_random_place_and_covered_evenly():
 
 def test_azimuth_and_elevation_are_not_tied_together():
     generator = torch.Generator().manual_seed(1)
-    pairs = [(c.azimuth, c.elevation) for c in (CameraRanges(azimuth=(0, 300)).sample(4, generator)
-                                                for _ in range(400))]
+    pairs = [
+        (c.azimuth, c.elevation) for c in (CameraRanges(azimuth=(0, 300)).sample(4, generator) for _ in range(400))
+    ]
     azimuth, elevation = (torch.cat(x) for x in zip(*pairs))
     assert torch.corrcoef(torch.stack([azimuth, elevation]))[0, 1].abs() < 0.08
 

@@ -133,8 +133,11 @@ def test_colours_come_from_where_a_camera_looks():
 @pytest.fixture(scope="module")
 def nosed():
     """A blue cube with a red nose on +z and a small green lump on +x: every axis is told apart."""
-    shape = union(block((-0.4, -0.4, -0.4), (0.4, 0.4, 0.4)), block((-0.1, 0.1, 0.3), (0.1, 0.3, 0.8)),
-                  block((0.3, -0.3, -0.1), (0.55, -0.1, 0.1)))
+    shape = union(
+        block((-0.4, -0.4, -0.4), (0.4, 0.4, 0.4)),
+        block((-0.1, 0.1, 0.3), (0.1, 0.3, 0.8)),
+        block((0.3, -0.3, -0.1), (0.55, -0.1, 0.1)),
+    )
 
     def paint(points):
         nose, lump = (points[:, 2:] > 0.45).float(), (points[:, :1] > 0.45).float()

@@ -149,15 +149,16 @@ def test_training_learns_and_resumes_bit_for_bit(tmp_path, monkeypatch):
     small_net = UNetConfig(widths=(8, 8, 16, 16), blocks=(1, 1, 1), condition=16, heads=2)
     monkeypatch.setattr(fit, "UNetConfig", lambda: small_net)
     monkeypatch.setattr(fit, "save_grid", lambda teacher, path: None)
-    config = fit.FitConfig(steps=6, batch=4, images=20, save_every=3)
+    config = fit.FitConfig(steps=6, batch=2, coarse=3, images=20, save_every=3)
     whole = list(fit.train(tmp_path / "whole", config))
     stopped = fit.train(tmp_path / "parts", config)
     for row in stopped:
-        if row.step == 3:
+        if row.step == 4:  # between two saves
             break
     stopped.close()
     rest = list(fit.train(tmp_path / "parts", config, resume=True))
-    assert [r.step for r in rest] == [4, 5, 6]
+    assert [r.step for r in rest] == [5, 6]
+    assert (tmp_path / "parts" / "loss.png").is_file()
     a, b = (torch.load(tmp_path / k / "state.pt", weights_only=True) for k in ("whole", "parts"))
     assert torch.equal(a["losses"], b["losses"]) and whole[-1].total == 6
     assert all(torch.equal(a["ema"][k], b["ema"][k]) for k in a["ema"])

@@ -27,6 +27,7 @@ from sds3d.data.toybox import VOCABULARY, background_colour
 from sds3d.data.tracing import paint
 from sds3d.guidance import cfg
 from sds3d.networks.ema import EMA
+from sds3d.networks.muon import Muon
 from sds3d.networks.text import TextEncoder
 from sds3d.networks.unet import UNet, UNetConfig
 from sds3d.noise import Prediction, noised, target
@@ -34,7 +35,16 @@ from sds3d.prompts import with_view
 from sds3d.samplers import ddim
 from sds3d.teachers import small
 
-GRID_PROMPTS = ("a red mug", "a green rocket", "a blue chair", "a yellow house", "a pink snowman", "a blue ball")
+GRID_PROMPTS = (  # none is held out
+    "a red mug with a white handle",
+    "a red rocket",
+    "a blue chair",
+    "a red house",
+    "a white snowman",
+    "a yellow car",
+    "a green fish",
+    "a yellow ball",
+)
 
 
 @dataclass(frozen=True)
@@ -43,19 +53,19 @@ class FitConfig:
 
     Args:
         steps: in all; may be changed on resuming.
-        batch: images a step.
+        batch: images a step; a coarse step takes twice as many.
         coarse: for so many first steps the images are shrunk to 32 x 32, which is four times as fast; what words and
             cameras mean is learnt there, detail afterwards.
-        lr: AdamW's learning rate after 200 steps of warm-up; falls linearly to 0 over the last ``decay`` of the steps.
+        lr: learning rate after 200 steps of warm-up; falls linearly to 0 over the last ``decay`` of the steps.
         images: renders to draw from.
         ema: decay of the weights' running mean, which is what is saved.
         seed: of everything.
         save_every: steps between checkpoints, each with a sample grid.
     """
 
-    steps: int = 12_000
+    steps: int = 16_000
     batch: int = 32
-    coarse: int = 5_000
+    coarse: int = 12_000
     lr: float = 1e-3
     decay: float = 0.25
     images: int = 16_800
@@ -118,12 +128,13 @@ def degrade(image: Tensor, quality: str, generator: torch.Generator) -> Tensor:
 class Batches:
     """Draws training batches from stored renders."""
 
-    def __init__(self, store: renders.Renders, size: int, generator: torch.Generator):
-        self.store, self.size, self.generator = store, size, generator
+    def __init__(self, store: renders.Renders, generator: torch.Generator):
+        self.store, self.generator = store, generator
         self.captions = CaptionDraw(generator)
 
-    def __call__(self) -> Batch:
-        index = torch.randint(len(self.store), (self.size,), generator=self.generator)
+    def __call__(self, size: int) -> Batch:
+        """``size`` training images."""
+        index = torch.randint(len(self.store), (size,), generator=self.generator)
         rows = [self.captions(self.store.names[i], self.store.sizes[i]) for i in index.tolist()]
         main, second = (torch.tensor([COLOURS[getattr(r, k)] for r in rows]) for k in ("main", "second"))
         rgb, coverage = paint(self.store.batch(index), main, second)
@@ -133,7 +144,7 @@ class Batches:
             if row.quality:
                 images[i] = degrade(images[i], row.quality, self.generator)
         cameras = self.store.cameras[index]
-        draws = torch.rand(3, self.size, generator=self.generator)
+        draws = torch.rand(3, size, generator=self.generator)
         seen = draws[0] < 0.8
         viewed = with_view([r.text for r in rows], cameras)
         said = draws[1] < torch.where(seen, 0.15, 0.9)
@@ -142,19 +153,26 @@ class Batches:
         return Batch(images * 2 - 1, captions, cameras, seen)
 
 
+def is_inner(name: str, weight: Tensor) -> bool:
+    """Whether Muon steps a weight: hidden matrices and convolutions, neither embeddings nor first and last layers."""
+    return weight.ndim >= 2 and name.split(".")[1] not in ("words", "places", "first", "last", "rays", "time", "camera")
+
+
 class Fit:
     """A training in progress: networks, their mean, optimiser, random state."""
 
-    def __init__(self, config: FitConfig):
-        self.config, self.step = config, 0
+    def __init__(self, config: FitConfig, device: torch.device | str = "cpu"):
+        self.config, self.step, self.device = config, 0, torch.device(device)
         with torch.random.fork_rng(devices=[]):  # modules draw their first weights from the global stream
             torch.manual_seed(config.seed)
             self.nets = nn.ModuleDict({"unet": UNet(UNetConfig()), "text": TextEncoder(VOCABULARY)})
-        self.nets.to(memory_format=torch.channels_last)
+        self.nets.to(self.device, memory_format=torch.channels_last)
         self.ema = EMA(self.nets, config.ema)
-        self.optimiser = torch.optim.AdamW(
-            self.nets.parameters(), config.lr, betas=(0.9, 0.99), weight_decay=1e-3, fused=True
-        )
+        inner, outer = [], []
+        for name, p in self.nets.named_parameters():
+            (inner if is_inner(name, p) else outer).append(p)
+        adam = torch.optim.AdamW(outer, config.lr, betas=(0.9, 0.99), weight_decay=1e-3, fused=True)
+        self.optimisers = [Muon(inner, config.lr), adam]
         self.generator = torch.Generator().manual_seed(config.seed)
         self.losses: list[float] = []
 
@@ -165,23 +183,25 @@ class Fit:
             clean = F.avg_pool2d(clean, 2)
         strata = (torch.arange(b) + torch.rand(b, generator=self.generator)) / b
         t = strata[torch.randperm(b, generator=self.generator)].sqrt()
-        alpha, sigma = small.SmallTeacher.schedule.alpha_sigma(t)
         eps = torch.randn(clean.shape, generator=self.generator)
+        clean, eps, t, seen = (x.to(self.device) for x in (clean, eps, t, batch.seen.float()))
+        alpha, sigma = small.SmallTeacher.schedule.alpha_sigma(t)
         text: TextEncoder = self.nets["text"]
-        known = text(text.tokens(batch.captions))
-        with torch.autocast("cpu", torch.bfloat16, enabled=small.fast_bf16(torch.device("cpu"))):
-            v = self.nets["unet"](noised(clean, eps, alpha, sigma), t, known, batch.cameras, batch.seen.float())
+        known = text(text.tokens(batch.captions).to(self.device))
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=small.fast_bf16(self.device)):
+            v = self.nets["unet"](noised(clean, eps, alpha, sigma), t, known, batch.cameras.to(self.device), seen)
         return F.mse_loss(v.float(), target("v", clean, eps, alpha, sigma))
 
     def advance(self, batch: Batch) -> float:
         """One optimiser step; returns the loss."""
-        for group in self.optimiser.param_groups:
-            group["lr"] = self.config.rate(self.step)
         loss = self.loss(batch)
-        self.optimiser.zero_grad()
+        self.nets.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.nets.parameters(), 1.0)
-        self.optimiser.step()
+        for optimiser in self.optimisers:
+            for group in optimiser.param_groups:
+                group["lr"] = self.config.rate(self.step)
+            optimiser.step()
         self.ema.update(self.nets, self.step)
         self.step += 1
         self.losses.append(loss.item())
@@ -192,7 +212,7 @@ class Fit:
         state = {
             "nets": self.nets.state_dict(),
             "ema": self.ema.module.state_dict(),
-            "optimiser": self.optimiser.state_dict(),
+            "optimisers": [optimiser.state_dict() for optimiser in self.optimisers],
             "generator": self.generator.get_state(),
             "losses": torch.tensor(self.losses),
         }
@@ -204,17 +224,22 @@ class Fit:
 
     def load(self, out: Path) -> None:
         """Take up the state that `save` left in ``out``."""
-        state = torch.load(out / "state.pt", weights_only=True)
+        state = torch.load(out / "state.pt", map_location="cpu", weights_only=True)
         self.nets.load_state_dict(state["nets"])
         self.ema.module.load_state_dict(state["ema"])
-        self.optimiser.load_state_dict(state["optimiser"])
+        for optimiser, values in zip(self.optimisers, state["optimisers"], strict=True):
+            optimiser.load_state_dict(values)
         self.generator.set_state(state["generator"])
         self.losses = state["losses"].tolist()
         self.step = len(self.losses)
 
 
-def train(out: Path, config: FitConfig = FitConfig(), resume: bool = False) -> Iterator[FitStep]:
-    """Train a teacher into a folder: state.pt, teacher.safetensors, fit.json, and a sample grid at every save.
+def train(
+    out: Path, config: FitConfig = FitConfig(), resume: bool = False, device: torch.device | str = "cpu"
+) -> Iterator[FitStep]:
+    """Train a teacher into a folder: state.pt, teacher.safetensors, fit.json, loss.png, a sample grid at every save.
+
+    Whoever stops iterating leaves a state to resume from.
 
     Raises:
         ValueError: if ``out`` already holds a training and ``resume`` is not asked for, or the other way round.
@@ -226,17 +251,32 @@ def train(out: Path, config: FitConfig = FitConfig(), resume: bool = False) -> I
     out.mkdir(parents=True, exist_ok=True)
     for _ in renders.build(out / "renders", config.images, config.seed):
         pass
-    fit = Fit(config)
+    fit = Fit(config, device)
     if resume:
         fit.load(out)
-    batches, begun = Batches(renders.Renders(out / "renders"), config.batch, fit.generator), time.monotonic()
+    batches, begun = Batches(renders.Renders(out / "renders"), fit.generator), time.monotonic()
     while fit.step < config.steps:
-        fit.advance(batches())
+        fit.advance(batches(config.batch * (2 if fit.step < config.coarse else 1)))
         recent = fit.losses[-200:]
         if fit.step % config.save_every == 0 or fit.step == config.steps:
             fit.save(out)
-            save_grid(small.load(out / "teacher.safetensors"), out / f"grid-{fit.step:06d}.png")
-        yield FitStep(fit.step, config.steps, sum(recent) / len(recent), time.monotonic() - begun)
+            save_grid(small.load(out / "teacher.safetensors", device=device), out / f"grid-{fit.step:06d}.png")
+            save_curve(fit.losses, out / "loss.png")
+        try:
+            yield FitStep(fit.step, config.steps, sum(recent) / len(recent), time.monotonic() - begun)
+        except GeneratorExit:
+            fit.save(out)
+            raise
+
+
+def save_curve(losses: list[float], path: Path) -> None:
+    """The loss of every step, and its mean over 100 steps."""
+    from sds3d.export.chart import chart
+
+    mean = F.avg_pool1d(torch.tensor(losses)[None], min(100, len(losses)), 1)[0]
+    late = torch.arange(len(mean)) + len(losses) - len(mean) + 1
+    each = torch.arange(len(losses)) + 1
+    chart({"step": (each, torch.tensor(losses)), "mean of 100": (late, mean)}, path, "step", "mean squared error of v")
 
 
 def save_grid(teacher: small.SmallTeacher, path: Path) -> None:
