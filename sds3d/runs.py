@@ -16,16 +16,16 @@ meets half a file.
 from __future__ import annotations
 
 import json
-import os
 import random
 import re
 import shutil
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from sds3d.files import replacing, unwritable
 
 CHECKPOINT_FORMAT = 1
 _HEADER = "sds3d"  # the key of the JSON skeleton in the safetensors header
@@ -38,32 +38,6 @@ def slug(prompt: str) -> str:
         cut = words[:41].rpartition("-")[0]  # at a word's end where there is one
         words = cut or words[:40]
     return words or "run"
-
-
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let ``write`` make a file beside ``path`` (same suffix) and rename it there.
-
-    Raises:
-        ValueError: the disk is full or the place cannot be written. Nothing is left behind.
-    """
-    part = path.with_name(f".{path.stem}.part{path.suffix}")
-    try:
-        write(part)
-        os.replace(part, path)
-    except OSError as error:
-        raise ValueError(_disk_sentence(path, error)) from error
-    finally:
-        try:
-            part.unlink(missing_ok=True)
-        except OSError:  # the folder itself is gone or is no folder: nothing was left in it
-            pass
-
-
-def _disk_sentence(path: Path, error: OSError) -> str:
-    return (
-        f"cannot write {path}: {error.strerror or error}; "
-        "make room or set another folder with out=FOLDER (an existing run can be moved whole)"
-    )
 
 
 class Run:
@@ -87,7 +61,7 @@ class Run:
             out.mkdir(parents=True, exist_ok=True)
             path = cls._claim(out, slug(prompt))
         except OSError as error:
-            raise ValueError(_disk_sentence(out, error)) from error
+            raise ValueError(unwritable(out, error)) from error
         run = cls(path)
         try:
             run.write_text(run.config, config)
@@ -127,8 +101,9 @@ class Run:
         return cls(path)
 
     def write_text(self, path: Path, text: str) -> None:
-        """Write a text file atomically. Raises ValueError like :func:`write_atomically`."""
-        write_atomically(path, lambda part: part.write_text(text, encoding="utf-8"))
+        """Write a text file, whole or not at all. Raises ValueError when the disk says no."""
+        with replacing(path) as part:
+            part.write_text(text, encoding="utf-8")
 
     def save_checkpoint(self, state: dict) -> None:
         """Write the state (nested dicts, lists, tuples, tensors, str, int, float, bool, None) as one file.
@@ -141,7 +116,8 @@ class Run:
         tensors: dict[str, Tensor] = {}
         skeleton = _flatten({"format": CHECKPOINT_FORMAT, "state": state}, "", tensors)
         data = save(tensors or {"empty": torch.zeros(1)}, metadata={_HEADER: json.dumps(skeleton)})
-        write_atomically(self.checkpoint, lambda part: part.write_bytes(data))
+        with replacing(self.checkpoint) as part:
+            part.write_bytes(data)
 
     def load_checkpoint(self) -> dict:
         """The state that :meth:`save_checkpoint` was given; tensors on the CPU.
@@ -177,7 +153,7 @@ class Run:
             with self.metrics.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
         except OSError as error:
-            raise ValueError(_disk_sentence(self.metrics, error)) from error
+            raise ValueError(unwritable(self.metrics, error)) from error
 
     def rows(self) -> list[dict]:
         """The rows of metrics.jsonl; a last line that was cut short is left out."""
@@ -209,7 +185,7 @@ class Run:
         try:
             folder.mkdir(exist_ok=True)
         except OSError as error:
-            raise ValueError(_disk_sentence(folder, error)) from error
+            raise ValueError(unwritable(folder, error)) from error
         row = torch.cat(list(views.detach().cpu()), dim=-1)  # (3, H, B * W)
         save_png(folder / f"{step:05d}.png", row)
         save_png(folder / "strip.png", torch.cat([_load_png(p) for p in self._spread(8)], dim=-2))
@@ -228,7 +204,8 @@ def save_png(path: Path, image: Tensor) -> None:
     from PIL import Image
 
     array = (image.clamp(0, 1) * 255 + 0.5).to(torch.uint8).permute(1, 2, 0).cpu().numpy()
-    write_atomically(path, lambda part: Image.fromarray(array).save(part))
+    with replacing(path) as part:
+        Image.fromarray(array).save(part)
 
 
 def _load_png(path: Path) -> Tensor:

@@ -16,9 +16,10 @@ TESTS = sorted((ROOT / "tests").glob("*.py"))
 # A room is a module of the package or a folder of modules. Some modules are rooms of their own: the score side knows
 # teachers by their interface only, and anybody with images or figures may draw them. Arrows point from a room to what
 # its files may import.
-OWN_ROOMS = {"teachers.base", "export.sheet", "export.chart", "export.files"}
+OWN_ROOMS = {"teachers.base", "export.sheet", "export.chart"}
 SCORE = {"teachers.base", "samplers", "guidance", "prompts", "noise", "ramp", "cameras", "students"}
 ARROWS = {
+    "files": set(),
     "ramp": set(),
     "cameras": set(),
     "typed": {"ramp"},
@@ -33,16 +34,15 @@ ARROWS = {
     "scenes": {"ops", "cameras", "ramp", "students"},
     "generators": {"networks", "noise", "ramp", "students"},
     "teachers.base": {"noise", "cameras"},
-    "teachers": SCORE - {"students"} | {"networks", "data", "export.sheet", "export.chart"},
+    "teachers": SCORE - {"students"} | {"networks", "data", "files", "export.sheet", "export.chart"},
     "pairs": SCORE,
     "critics": SCORE | {"networks"},
     "distill": SCORE,
-    "runs": {"ramp"},
+    "runs": {"files", "ramp"},
     "train": {"distill", "critics", "pairs", "scenes", "generators", "runs", "ramp", "students"},
-    "export.files": set(),
-    "export.sheet": {"export.files", "cameras"},
-    "export.chart": {"export.files"},
-    "export": {"export.files", "export.sheet", "scenes", "cameras"},
+    "export.sheet": {"files", "cameras"},
+    "export.chart": {"files"},
+    "export": {"files", "export.sheet", "scenes", "cameras"},
     "metrics": {"scenes", "cameras"},
 }
 # They see the house from outside and may enter any room.

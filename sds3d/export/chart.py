@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from sds3d.export.files import replacing
+from sds3d.files import replacing
 
 
 def chart(lines: Mapping[str, tuple[Tensor, Tensor]], path: str | Path, x: str, y: str) -> Path:

@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from sds3d.cameras import cat, orbit
-from sds3d.export.files import replacing
+from sds3d.files import replacing
 
 if TYPE_CHECKING:
     import trimesh

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sds3d.cameras import Cameras, orbit
-from sds3d.export.files import replacing
+from sds3d.files import replacing
 
 FORMATS = (".png", ".jpg")
 GAP = 2  # pixels between tiles

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from sds3d.cameras import orbit
-from sds3d.export.files import replacing
 from sds3d.export.sheet import Render, resize, to_bytes
+from sds3d.files import replacing
 
 BATCH = 8  # frames rendered at once
 

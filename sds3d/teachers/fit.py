@@ -25,6 +25,7 @@ from sds3d.data.captions import CaptionDraw
 from sds3d.data.kinds import COLOURS
 from sds3d.data.toybox import VOCABULARY, background_colour
 from sds3d.data.tracing import paint
+from sds3d.files import replacing
 from sds3d.guidance import cfg
 from sds3d.networks.ema import EMA
 from sds3d.networks.muon import Muon
@@ -216,11 +217,11 @@ class Fit:
             "generator": self.generator.get_state(),
             "losses": torch.tensor(self.losses),
         }
-        torch.save(state, out / "state.pt.part")
-        (out / "state.pt.part").replace(out / "state.pt")
-        small.save(out / "teacher.part", self.ema.module["unet"], self.ema.module["text"], VOCABULARY)
-        (out / "teacher.part").replace(out / "teacher.safetensors")
-        (out / "fit.json").write_text(json.dumps({"step": self.step, **asdict(self.config)}, indent=1))
+        with replacing(out / "state.pt") as part:
+            torch.save(state, part)
+        small.save(out / "teacher.safetensors", self.ema.module["unet"], self.ema.module["text"], VOCABULARY)
+        with replacing(out / "fit.json") as part:
+            part.write_text(json.dumps({"step": self.step, **asdict(self.config)}, indent=1))
 
     def load(self, out: Path) -> None:
         """Take up the state that `save` left in ``out``."""

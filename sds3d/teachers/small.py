@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from sds3d.cameras import Cameras
+from sds3d.files import replacing
 from sds3d.networks.text import TextEncoder
 from sds3d.networks.unet import UNet, UNetConfig
 from sds3d.noise import Prediction, Schedule
@@ -119,7 +120,8 @@ def save(path: Path, unet: UNet, text: TextEncoder, vocabulary: tuple[str, ...])
     tensors = {f"unet.{k}": v for k, v in unet.state_dict().items()}
     tensors |= {f"text.{k}": v for k, v in text.state_dict().items()}
     header = {"vocabulary": json.dumps(vocabulary), "unet": json.dumps(asdict(unet.config))}
-    save_file({k: v.half().contiguous() for k, v in tensors.items()}, path, header)
+    with replacing(path, (".safetensors",)) as part:
+        save_file({k: v.half().contiguous() for k, v in tensors.items()}, part, header)
 
 
 def load(

@@ -1,4 +1,4 @@
-"""Whole files or none: write beside the target, then rename."""
+"""Whole files or none: write beside the target, then rename, so that nobody ever meets half a file."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from pathlib import Path
 
 
 @contextmanager
-def replacing(path: str | Path, accepted: tuple[str, ...]) -> Iterator[Path]:
+def replacing(path: str | Path, accepted: tuple[str, ...] = ()) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; it takes ``path``'s place when the block ends without an error.
 
     Makes the folder where it is missing. After an error nothing is left behind and an older ``path`` is untouched.
 
     Args:
         path: the target.
-        accepted: suffixes the target may have, such as (".glb", ".obj").
+        accepted: suffixes the target may have, such as (".glb", ".obj"); any if empty.
 
     Raises:
-        ValueError: the suffix is not accepted, or the place cannot be written.
+        ValueError: the suffix is not accepted, or the disk says no.
     """
     path = Path(path)
-    if path.suffix.lower() not in accepted:
+    if accepted and path.suffix.lower() not in accepted:
         raise ValueError(f"cannot write '{path}': the name must end in {' or '.join(accepted)}")
     temporary = None
     try:
@@ -35,11 +35,18 @@ def replacing(path: str | Path, accepted: tuple[str, ...]) -> Iterator[Path]:
         temporary.chmod(0o666 & ~_umask())
         temporary.replace(path)
     except OSError as error:
-        reason = error.strerror or error
-        raise ValueError(f"cannot write '{path}': {reason}; give a writable place with free space") from error
+        raise ValueError(unwritable(path, error)) from error
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+
+
+def unwritable(path: Path, error: OSError) -> str:
+    """One sentence for a user whose disk said no."""
+    return (
+        f"cannot write {path}: {error.strerror or error}; make room, or name another place "
+        "(for runs out=FOLDER; an existing run can be moved whole)"
+    )
 
 
 def _umask() -> int:
