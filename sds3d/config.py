@@ -311,7 +311,9 @@ def make_teacher(config: Config) -> Teacher:
 
 
 def make_student(config: Config) -> SceneStudent:
-    """A new scene; the same seed gives the same scene."""
+    """A new scene; the same seed gives the same scene. Its backgrounds are the greys the embedded teacher knows."""
+    from sds3d.data.kinds import COLOURS
+
     device = pick_device(config.device)
     scene = SceneConfig(config.field, config.occupancy, config.render, config.camera, config.regularise)
     usual = "white"
@@ -321,7 +323,8 @@ def make_student(config: Config) -> SceneStudent:
         return [f"{config.prompt} on a {background} background" if plain_name else config.prompt] * len(cameras)
 
     generator = torch.Generator().manual_seed(2 * config.seed + 1)  # the loop's own stream is 2 * seed
-    return SceneStudent(scene, generator, prompts, backend=ops.choose(device, config.backend), device=device)
+    backgrounds = {usual: (1.0, 1.0, 1.0), "grey": COLOURS["grey"], "black": COLOURS["black"]}
+    return SceneStudent(scene, generator, prompts, backgrounds, ops.choose(device, config.backend), device)
 
 
 def make_objective(config: Config, teacher: Teacher) -> ScoreObjective:
