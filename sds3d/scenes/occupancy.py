@@ -38,7 +38,7 @@ class OccupancyConfig:
     resolution: int = 32
     every: int = 8
     decay: float = 0.6
-    opacity: float = 0.01
+    opacity: float = 0.03
     grow: int = 1
     rim: float = 0.25
 
@@ -48,7 +48,7 @@ class OccupancyConfig:
         if self.every < 1:
             raise ValueError(f"occupancy.every is {self.every}; give at least 1 step between updates")
         if not 0 < self.opacity < 1:
-            raise ValueError(f"occupancy.opacity is {self.opacity}; give an opacity between 0 and 1 (0.01)")
+            raise ValueError(f"occupancy.opacity is {self.opacity}; give an opacity between 0 and 1 (0.03)")
         if not 0 < self.rim <= 1:
             raise ValueError(f"occupancy.rim is {self.rim}; give a share above 0, up to 1 (0.25)")
 

@@ -61,7 +61,7 @@ class RenderOptions:
         chunk: rays rendered at a time when no gradient is wanted.
     """
 
-    step: float = 2 / 48
+    step: float = 2 / 32
     shading: Shading = ALBEDO
     normals: bool = False
     dark: float = 1e-3

@@ -49,7 +49,7 @@ class RenderConfig:
 
     views: int = 4
     resolution: int = 64
-    samples: int = 40
+    samples: int = 32
     fine_samples: int = 96
     background: str = "white"
     other_share: float = 0.5

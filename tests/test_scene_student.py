@@ -1,0 +1,169 @@
+"""The scene as a student: the same draws from the same seed, gradients everywhere, state, backgrounds, mistakes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sds3d import ops
+from sds3d.cameras import CameraRanges, orbit
+from sds3d.ramp import Ramp
+from sds3d.scenes.field import FieldConfig
+from sds3d.scenes.occupancy import OccupancyConfig
+from sds3d.scenes.regularisers import RegulariserConfig
+from sds3d.scenes.render import Shading
+from sds3d.scenes.student import BACKGROUNDS, RenderConfig, SceneConfig, SceneStudent
+
+BACKEND = ops.choose("cpu", "torch")
+SMALL = FieldConfig(levels=4, log2_table=10, base=4, finest=32, hidden=16)
+VIEWS = orbit(3, elevation=20.0, start=40.0)
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def scene(backend=BACKEND, **render_options) -> SceneStudent:
+    regularise = RegulariserConfig(*(Ramp.constant(1.0) for _ in range(6)))
+    config = SceneConfig(
+        field=SMALL, regularise=regularise, render=RenderConfig(views=2, resolution=12, samples=24, **render_options)
+    )
+    return SceneStudent(config, seeded(), lambda cameras, where: [f"mug on {where}"] * len(cameras), backend=backend)
+
+
+def test_student_draws_the_same_with_the_same_seed_and_learns():
+    losses = []
+    for _ in range(2):
+        student = scene()
+        optimiser = torch.optim.Adam(
+            [p for group in student.param_groups().values() for p in group], lr=1e-2, eps=1e-15
+        )
+        generator = seeded(5)
+        for step in range(4):
+            draw = student.draw(step, generator)
+            loss = (draw.images - torch.tensor([1.0, 0.0, 0.0]).view(1, 3, 1, 1)).square().mean()
+            optimiser.zero_grad()
+            (loss + sum(0.0 * value for value in student.regularisers().values())).backward()
+            optimiser.step()
+            student.after_step(step, generator)
+            losses.append(loss.item())
+    assert losses[:4] == losses[4:] and losses[3] < 0.99 * losses[0]
+
+
+def test_student_regularisers_have_gradients_and_parameters_have_groups():
+    student = scene()
+    draw = student.draw(0, seeded(1))
+    assert (
+        draw.images.shape == (2, 3, 12, 12) and draw.prompts == ["mug on white"] * 2 and draw.group.tolist() == [0, 0]
+    )
+    values = student.regularisers()
+    names = {"sparsity", "opacity_entropy", "orientation", "total_variation", "distortion", "margin", "opacity"}
+    assert set(values) == names and all(torch.isfinite(v) for v in values.values())
+    for name, value in values.items():
+        if name != "opacity":
+            student.zero_grad()
+            value.backward(retain_graph=True)
+            assert (student.field.table.grad.abs().max() > 0) == (name != "margin"), (
+                name
+            )  # the blob is far from the faces
+    grouped = {id(p) for group in student.param_groups().values() for p in group}
+    assert grouped == {id(p) for p in student.parameters()}
+    learned = scene(background="learned")
+    learned.draw(0, seeded()).images.sum().backward()
+    assert learned.param_groups()["background"][0].grad.abs().max() > 0
+    assert all(p.grad is not None for p in learned.parameters())
+
+
+def test_student_state_round_trip():
+    student, other = scene(), scene()
+    with torch.no_grad():
+        student.field.table.add_(torch.randn(student.field.table.shape, generator=seeded(8)))
+    student.after_step(7, seeded())
+    assert not torch.equal(student.render_view(VIEWS).rgb, other.render_view(VIEWS).rgb)
+    other.load_state_dict(student.state_dict())
+    assert torch.equal(student.render_view(VIEWS).rgb, other.render_view(VIEWS).rgb)
+    assert student.render_view(VIEWS, 20, normals=True).normal.shape == (3, 3, 20, 20)
+
+
+def test_a_checkpoint_renders_alike_in_both_cpu_backends():
+    pytest.importorskip("numba")
+    student, other = scene(), scene(ops.choose("cpu", "numba"))
+    with torch.no_grad():
+        student.field.table.add_(0.1 * torch.randn(student.field.table.shape, generator=seeded(8)))
+    other.load_state_dict(student.state_dict())
+    grads = []
+    for each in (student, other):
+        images = each.draw(0, seeded(3)).images
+        (images * torch.rand(images.shape, generator=seeded(4))).sum().backward()
+        grads.append((images.detach(), each.field.table.grad))
+    (image, grad), (other_image, other_grad) = grads
+    # float32; a sample on the edge of a cell may fall on either side of it
+    assert (image - other_image).abs().mean() < 1e-4 and (grad - other_grad).norm() < 1e-2 * grad.norm()
+
+
+def test_random_backgrounds_are_named_and_seen():
+    student, generator, seen = scene(background="random"), seeded(2), set()
+    for step in range(12):
+        draw = student.draw(step, generator)
+        seen.add(student.background_name)
+        assert draw.images[:, :, 0, 0].allclose(
+            torch.tensor(BACKGROUNDS[student.background_name]).expand(2, 3), atol=0.02
+        )
+        assert draw.prompts[0] == f"mug on {student.background_name}"
+    assert seen == set(BACKGROUNDS)
+    student.render_view(VIEWS)
+    plain = scene(background="#ff8000").render_view(VIEWS).rgb[0, :, 0, 0]
+    assert plain.allclose(torch.tensor([1.0, 128 / 255, 0.0]), atol=0.02)
+
+
+def test_mixed_shading_starts_late():
+    student = scene(shading="mixed", shading_start=2)
+    kinds = [student._shading(step, VIEWS, seeded(step)).kind for step in range(40)]
+    assert set(kinds[:2]) == {"albedo"} and set(kinds[2:]) == {"albedo", "lambertian", "textureless"}
+    student.draw(5, seeded()).images.sum().backward()
+    assert student.field.table.grad.abs().max() > 0
+
+
+def test_a_scene_that_has_died_still_goes_backward():
+    student = scene()
+    with torch.no_grad():
+        student.field.b2[0] = -200.0
+    student.occupancy.cells.zero_()
+    student.occupancy.ema.zero_()
+    draw = student.draw(0, seeded())
+    (draw.images.sum() + sum(student.regularisers().values())).backward()
+    assert torch.equal(draw.images.detach(), torch.ones(2, 3, 12, 12)) and student.field.table.grad.abs().max() == 0
+    student.after_step(7, seeded())
+    assert student.occupancy.cells.all()
+
+
+def test_density_and_colours_for_the_mesh():
+    student = scene()
+    points = torch.tensor([[0.0, 0.0, 0.0], [0.95, 0.95, 0.95], [1.2, 0.0, 0.0]])
+    density = student.density(points)
+    assert density[0] == pytest.approx(10, abs=0.01) and density[1:].tolist() == [0, 0]
+    assert student.colours(points).allclose(torch.full((3, 3), 0.5), atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: RenderConfig(views=0),
+        lambda: RenderConfig(resolution=100000),
+        lambda: RenderConfig(shading="phong"),
+        lambda: RenderConfig(ambient=2.0),
+        lambda: RenderConfig(dark=0.0),
+        lambda: OccupancyConfig(resolution=2),
+        lambda: OccupancyConfig(rim=0.0),
+        lambda: FieldConfig(density_gain=0.0),
+        lambda: FieldConfig(hidden=0),
+        lambda: FieldConfig(blob_radius=0.0),
+        lambda: scene(background="mauve"),
+        lambda: scene(background="#12"),
+        lambda: Shading("phong"),
+        lambda: CameraRanges(elevation=(60.0, -20.0)),
+    ],
+)
+def test_mistakes_are_told(build):
+    with pytest.raises(ValueError, match="give one of|; give|as #ffffff"):
+        build()
