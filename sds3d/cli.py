@@ -272,6 +272,8 @@ def train_teacher(
 ) -> None:
     """Train a teacher on the toybox (hours on a CPU). It saves now and then and on Ctrl-C; --resume goes on from there.
 
+    The training images (413 MB) are rendered first, into FOLDER/renders.
+
     On a CPU that has nothing else to do, OMP_WAIT_POLICY=active makes it up to twice as fast.
 
     [bold]Example[/bold]
@@ -279,14 +281,22 @@ def train_teacher(
       OMP_WAIT_POLICY=active sds3d teacher train outputs/teacher steps=16000 batch=32
     """
     from sds3d.config import parse_overrides, pick_device
+    from sds3d.data import renders
     from sds3d.progress import Clock
     from sds3d.teachers import fit
-    from sds3d.typed import build
+    from sds3d.typed import build, merge
 
-    settings = build(fit.FitConfig, parse_overrides(overrides or []))
-    clock, row = Clock(), None
+    given = parse_overrides(overrides or [])
+    settings = build(fit.FitConfig, merge(fit.settings_of(out), given) if resume else given)
+    clock, row, last = Clock(), None, 0
     rows = fit.train(out, settings, resume, pick_device(device))
     with _interruption() as stopped:
+        for done in renders.build(out / "renders", settings.images, settings.seed):
+            if not quiet and done - last >= 1000:
+                print(f"rendered {done} of {settings.images} training images", file=sys.stderr, flush=True)
+                last = done
+            if stopped:
+                raise typer.Exit(130)
         for row in rows:
             if not quiet and (row.step % 50 == 0 or row.step == row.total):
                 line = f"{clock.line(row.step, row.total, row.seconds)}  loss {row.loss:.4f}"

@@ -30,7 +30,7 @@ ARROWS = {
     "students": {"cameras"},
     "networks": {"cameras", "prompts"},
     "ops": set(),
-    "data": {"cameras", "prompts"},
+    "data": {"cameras", "files", "prompts"},
     "scenes": {"ops", "cameras", "ramp", "students"},
     "generators": {"networks", "noise", "ramp", "students"},
     "teachers.base": {"noise", "cameras"},

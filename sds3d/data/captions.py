@@ -76,9 +76,9 @@ class CaptionDraw:
             default = main if kind.second_default == "main" else kind.second_default
             text = _noun(said_size, said_main, name)
             if kind.second and self.chance(0.4 if second == default else 0.85):
-                text += f" with {_noun('', second, kind.second)}"
-        if not self.chance(0.9):
-            text = text.removeprefix("a ").removeprefix("an ")
+                text += f" {'and' if self.chance(0.1) else 'with'} {_noun('', second, kind.second)}"
+        bare = text.removeprefix("a ").removeprefix("an ")
+        text = text if self.chance(0.85) else f"the {bare}" if self.chance(0.4) else bare
         background = self.choose([c for c in COLOURS if c != "white"]) if self.chance(self.background_share) else ""
         if background:
             text += f" on {_noun('', background, 'background')}"

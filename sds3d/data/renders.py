@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import multiprocessing
+import os
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +17,8 @@ from torch import Tensor
 from sds3d.cameras import Cameras
 from sds3d.data.kinds import KINDS, STACKS
 from sds3d.data.toybox import SIZES
-from sds3d.data.tracing import trace
+from sds3d.data.tracing import part_distances, trace
+from sds3d.files import replacing, unwritable
 
 NAMES = (*KINDS, *STACKS)
 CHUNK = 20  # images of one kind rendered together
@@ -65,19 +71,49 @@ class Renders:
         return torch.from_numpy(self.layers[index.numpy()]).float() / 255
 
 
-def build(folder: Path, count: int, seed: int = 0, workers: int = 2):
-    """Render ``count`` images into ``folder`` unless they are there; yields how many are done."""
-    if (folder / "rows.npy").exists() and len(np.load(folder / "rows.npy")) == count:
+def build(folder: Path, count: int, seed: int = 0, workers: int = 2) -> Iterator[int]:
+    """Render ``count`` images (24.6 kB each) into ``folder`` unless the same are there; yields how many are done.
+
+    Raises:
+        ValueError: the disk is full or the folder cannot be made.
+    """
+    about = json.dumps({"count": count, "seed": seed, "shapes": fingerprint()})
+    stamp = folder / "about.json"
+    if stamp.is_file() and stamp.read_text() == about:
         yield count
         return
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        stamp.unlink(missing_ok=True)
+        layers = np.lib.format.open_memmap(folder / "layers.npy", "w+", np.uint8, (count, 6, 64, 64))
+        with (folder / "layers.npy").open("r+b") as file:  # a memory map of a sparse file dies where the disk is full
+            os.posix_fallocate(file.fileno(), 0, layers.offset + layers.nbytes)
+    except OSError as error:
+        raise ValueError(unwritable(folder, error)) from error
     jobs = [(seed, i) for i in range(-(-count // CHUNK))]
-    layers = np.lib.format.open_memmap(folder / "layers.npy", "w+", np.uint8, (count, 6, 64, 64))
     rows = np.empty((count, 6), np.float32)
-    with multiprocessing.get_context("spawn").Pool(workers) as pool:
+    with multiprocessing.get_context("spawn").Pool(workers, _leave_ctrl_c_to_the_parent) as pool:
         for i, (a, b) in enumerate(pool.imap(_chunk, jobs)):
             start, stop = i * CHUNK, min((i + 1) * CHUNK, count)
             layers[start:stop], rows[start:stop] = a[: stop - start], b[: stop - start]
             yield stop
     layers.flush()
     np.save(folder / "rows.npy", rows)
+    with replacing(stamp) as part:
+        part.write_text(about)
+
+
+def fingerprint() -> str:
+    """Changes with any kind's shape or colours."""
+    axis = torch.linspace(-0.9, 0.9, 5)
+    points = torch.cartesian_prod(axis, axis, axis)
+    digest = hashlib.sha256()
+    for name, kind in (KINDS | STACKS).items():
+        distances = (part_distances(kind, points) * 1000).round().int()
+        digest.update(name.encode() + repr([slot for _, slot in kind.parts]).encode() + distances.numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _leave_ctrl_c_to_the_parent() -> None:
+    """A worker killed by Ctrl-C would leave the parent waiting for ever."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -3,16 +3,20 @@
 Denoising with v-prediction on the cosine schedule (Salimans and Ho, arXiv 2202.00512). Every use of a render draws
 colours, caption, background, degradation, t and noise anew. The caption is dropped in a tenth of the images for
 guidance (Ho and Salimans, arXiv 2207.12598); the exact camera is dropped in a fifth, whose captions then nearly
-always carry view words.
+always carry view words. Guidance by default compares with neither caption nor camera, so half of the dropped captions
+drop the camera too.
 """
 
 from __future__ import annotations
 
 import json
+import math
+import pickle
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -75,9 +79,19 @@ class FitConfig:
     save_every: int = 500
 
     def __post_init__(self):
-        for name in ("steps", "batch", "images", "save_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; give at least 1")
+        for name, low, high in (
+            ("steps", 1, math.inf),
+            ("batch", 1, math.inf),
+            ("coarse", 0, math.inf),
+            ("lr", 1e-9, 1),
+            ("decay", 1e-3, 1),
+            ("images", 1, math.inf),
+            ("ema", 0, 1),
+            ("seed", 0, 2**62),
+            ("save_every", 1, math.inf),
+        ):
+            if not low <= getattr(self, name) <= high:
+                raise ValueError(f"{name} is {getattr(self, name)}; give a number from {low:g} to {high:g}")
 
     def rate(self, step: int) -> float:
         """The learning rate of a step."""
@@ -146,11 +160,12 @@ class Batches:
                 images[i] = degrade(images[i], row.quality, self.generator)
         cameras = self.store.cameras[index]
         draws = torch.rand(3, size, generator=self.generator)
-        seen = draws[0] < 0.8
+        dropped = draws[2] < 0.1
+        seen = (draws[0] < 0.8) & ~(dropped & (draws[1] < 0.5))
         viewed = with_view([r.text for r in rows], cameras)
         said = draws[1] < torch.where(seen, 0.15, 0.9)
         texts = [v if s else r.text for v, s, r in zip(viewed, said.tolist(), rows)]
-        captions = ["" if drop else text for text, drop in zip(texts, (draws[2] < 0.1).tolist())]
+        captions = ["" if drop else text for text, drop in zip(texts, dropped.tolist())]
         return Batch(images * 2 - 1, captions, cameras, seen)
 
 
@@ -224,15 +239,26 @@ class Fit:
             part.write_text(json.dumps({"step": self.step, **asdict(self.config)}, indent=1))
 
     def load(self, out: Path) -> None:
-        """Take up the state that `save` left in ``out``."""
-        state = torch.load(out / "state.pt", map_location="cpu", weights_only=True)
-        self.nets.load_state_dict(state["nets"])
-        self.ema.module.load_state_dict(state["ema"])
-        for optimiser, values in zip(self.optimisers, state["optimisers"], strict=True):
-            optimiser.load_state_dict(values)
-        self.generator.set_state(state["generator"])
-        self.losses = state["losses"].tolist()
+        """Take up the state that `save` left in ``out``.
+
+        Raises:
+            ValueError: it is damaged, of another version, or has done all its steps.
+        """
+        path = out / "state.pt"
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            self.nets.load_state_dict(state["nets"])
+            self.ema.module.load_state_dict(state["ema"])
+            for optimiser, values in zip(self.optimisers, state["optimisers"], strict=True):
+                optimiser.load_state_dict(values)
+            self.generator.set_state(state["generator"])
+            self.losses = state["losses"].tolist()
+        except (pickle.UnpicklingError, OSError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            raise ValueError(f"{path} is damaged or of another version ({reason}); start a new folder") from error
         self.step = len(self.losses)
+        if self.step >= self.config.steps:
+            raise ValueError(f"{out} has done {self.step} of {self.config.steps} steps; give more, as in steps=20000")
 
 
 def train(
@@ -243,13 +269,13 @@ def train(
     Whoever stops iterating leaves a state to resume from.
 
     Raises:
-        ValueError: if ``out`` already holds a training and ``resume`` is not asked for, or the other way round.
+        ValueError: if ``out`` already holds a training and ``resume`` is not asked for, or the other way round; if the
+            training there is damaged or finished; if the disk says no.
     """
     if (out / "state.pt").exists() != resume:
         raise ValueError(
             f"{out} has no training to resume: leave --resume out" if resume else f"{out} holds a training: --resume it"
         )
-    out.mkdir(parents=True, exist_ok=True)
     for _ in renders.build(out / "renders", config.images, config.seed):
         pass
     fit = Fit(config, device)
@@ -268,6 +294,19 @@ def train(
         except GeneratorExit:
             fit.save(out)
             raise
+
+
+def settings_of(out: Path) -> dict[str, Any]:
+    """The settings of the training in a folder, by field of FitConfig.
+
+    Raises:
+        ValueError: there is none.
+    """
+    try:
+        values = json.loads((out / "fit.json").read_text())
+        return {field.name: values[field.name] for field in fields(FitConfig)}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{out} has no training to resume (no fit.json): leave --resume out") from error
 
 
 def save_curve(losses: list[float], path: Path) -> None:
