@@ -22,10 +22,12 @@ from torch import Tensor, nn
 
 from sds3d.cameras import Cameras
 from sds3d.data import renders, toybox
-from sds3d.data.kinds import COLOURS, KINDS, STACKS
+from sds3d.data.kinds import KINDS, STACKS
 from sds3d.data.tracing import paint
 from sds3d.export.sheet import contact_sheet
+from sds3d.prompts import COLOURS
 from sds3d.teachers import fit, small
+from sds3d.teachers.base import VIEWS
 
 NAMES, PAINTS = list(KINDS | STACKS), list(COLOURS)
 
@@ -47,7 +49,9 @@ class Classifier(nn.Module):
 
 def train_classifier(store: renders.Renders, steps: int, generator: torch.Generator) -> Classifier:
     """Cross-entropy on renders in random colours, with a little noise and blur."""
-    net = Classifier()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = Classifier()
     optimiser = torch.optim.AdamW(net.parameters(), 1e-3, weight_decay=1e-2)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 2e-3, total_steps=steps)
     palette, kinds = torch.tensor(list(COLOURS.values())), torch.tensor([NAMES.index(n) for n in store.names])
@@ -84,9 +88,9 @@ def held_out_cases(count: int, generator: torch.Generator) -> list[Case]:
     cases = []
     for n in range(count):
         name = NAMES[n % len(NAMES)]
-        pairs = [(m, s) for m in PAINTS for s in PAINTS if toybox.is_held_out(name, m, s)]
-        main, second = pairs[int(torch.randint(len(pairs), (), generator=generator))]
         kind = (KINDS | STACKS)[name]
+        pairs = [(m, s) for m in PAINTS for s in PAINTS if (kind.second or s == m) and toybox.is_held_out(name, m, s)]
+        main, second = pairs[int(torch.randint(len(pairs), (), generator=generator))]
         article = "an" if main[0] in "aeiou" else "a"
         if name in STACKS:
             upper, lower = name.split(" on ")
@@ -124,7 +128,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=400)
     parser.add_argument("--classifier-steps", type=int, default=3000)
     parser.add_argument("--guidance", type=float, default=3.0)
-    parser.add_argument("--views", default="camera", choices=small.VIEWS)
+    parser.add_argument("--views", default="camera", choices=VIEWS)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--sheet", type=Path, help="PNG of the first 64 samples")
     options = parser.parse_args()

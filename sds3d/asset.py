@@ -99,7 +99,7 @@ class Asset:
         return meshes.extract(
             student.density,
             student.colours,
-            resolution=resolution or settings.mesh_resolution,
+            resolution=settings.mesh_resolution if resolution is None else resolution,
             threshold=settings.threshold,
             keep=settings.keep,
             device=student.device,
@@ -152,7 +152,7 @@ class Asset:
             mesh = None
 
         def render(cameras: Cameras) -> tuple[Tensor, Tensor]:
-            out = self.student.render_view(cameras, EVAL_SIZE, background="white")
+            out = self.student.render_view(cameras, EVAL_SIZE, background=toy.background or "white")
             return out.rgb, out.opacity
 
         scores = truth.evaluate(render, mesh, toy)
@@ -186,7 +186,7 @@ def resume(path: str | Path, layer: Mapping[str, Any] | None = None) -> tuple[As
         layer: what may change: steps, device, backend, log, export.
 
     Raises:
-        ValueError: no such run, a damaged checkpoint, nothing left to do ...
+        ValueError: no such run, a damaged checkpoint, more steps done than asked for ...
     """
     run = Run.open(path)
     config = configs.changed(_config_of(run), layer or {})

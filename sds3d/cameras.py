@@ -101,7 +101,7 @@ def orbit(n: int, elevation: float = 15.0, distance: float = 3.0, fov: float = 4
 
 @dataclass(frozen=True)
 class CameraRanges:
-    """Where training cameras stand: uniform in each range (degrees, scene units)."""
+    """Where training cameras stand: uniform in each range (degrees, scene units). All look at the origin."""
 
     azimuth: tuple[float, float] = (0.0, 360.0)
     elevation: tuple[float, float] = (-20.0, 60.0)
@@ -120,19 +120,15 @@ class CameraRanges:
                 raise ValueError(f"camera.{name} is ({a}, {b}); give a range low <= high within [{low}, {high}]")
 
     def sample(self, n: int, generator: torch.Generator) -> Cameras:
-        """Draw ``n`` cameras, stratified: azimuth and elevation ranges are cut in ``n`` equal parts, each
-        used once (elevation strata in random order), with a random place inside each part."""
+        """Draw ``n`` cameras, stratified: each range is cut in ``n`` equal parts, each used once (all but the azimuth's
+        in random order), with a random place inside each part."""
 
         def stratified(bounds: tuple[float, float], shuffle: bool) -> Tensor:
             place = torch.arange(n) if not shuffle else torch.randperm(n, generator=generator)
             return bounds[0] + (place + torch.rand(n, generator=generator)) / n * (bounds[1] - bounds[0])
 
-        def uniform(bounds: tuple[float, float]) -> Tensor:
-            return bounds[0] + torch.rand(n, generator=generator) * (bounds[1] - bounds[0])
-
         azimuth = stratified(self.azimuth, shuffle=False)
         if math.isclose(self.azimuth[1] - self.azimuth[0], 360.0):  # a full circle has no first part
             azimuth = azimuth + torch.rand(1, generator=generator) * 360.0
-        return Cameras(
-            azimuth % 360, stratified(self.elevation, shuffle=True), uniform(self.distance), uniform(self.fov)
-        )
+        rest = (stratified(bounds, shuffle=True) for bounds in (self.elevation, self.distance, self.fov))
+        return Cameras(azimuth % 360, *rest)

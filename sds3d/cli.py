@@ -5,21 +5,21 @@ Exit codes: 0 done, 2 a mistake of the user's (one sentence on stderr), 1 the ru
 
 from __future__ import annotations
 
-import inspect
 import json
 import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import MISSING, dataclass, fields
-from functools import wraps
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from typer import Argument, Option
+
+from sds3d.options import spread
 
 if TYPE_CHECKING:
     from sds3d.asset import Asset
@@ -70,31 +70,6 @@ class GenerateOptions:
         return {key: value for key, value in given.items() if value is not None}
 
 
-def spread(function: Callable) -> Callable:
-    """Let Typer see the fields of the dataclass that ``function`` takes last as options of their own."""
-    hints = get_type_hints(function, include_extras=True)
-    *own, last = inspect.signature(function).parameters.values()
-    cls = hints[last.name]
-    options = get_type_hints(cls, include_extras=True)
-    parameters = [p.replace(annotation=hints[p.name]) for p in own]
-    for f in fields(cls):
-        default = inspect.Parameter.empty if f.default is MISSING else f.default
-        parameters.append(
-            inspect.Parameter(
-                f.name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=default, annotation=options[f.name]
-            )
-        )
-
-    @wraps(function)
-    def command(**given: Any) -> Any:
-        taken = {f.name: given.pop(f.name) for f in fields(cls)}
-        return function(**given, **{last.name: cls(**taken)})
-
-    command.__signature__ = inspect.Signature(parameters)
-    command.__annotations__ = {p.name: p.annotation for p in parameters}
-    return command
-
-
 @app.command()
 @spread
 def generate(
@@ -112,7 +87,8 @@ def generate(
 
       sds3d generate "a green cube on a yellow cylinder" --dry-run
 
-    Ctrl-C stops after the current step and saves; [bold]sds3d resume[/bold] goes on.
+    Ctrl-C stops after the current step and saves; [bold]sds3d resume[/bold] goes on. SDS3D_TRACEBACK=1 shows where an
+    error came from.
     """
     from sds3d import config as configs
 
@@ -120,6 +96,8 @@ def generate(
     layers = options.layer(), configs.parse_overrides(overrides or [])
     config = configs.load(prompt, *layers, file=options.config)
     if options.dry_run:
+        configs.make_teacher(config)
+        configs.make_student(config)
         print(configs.to_yaml(config), end="")
         return
     from sds3d import asset as assets
@@ -137,6 +115,8 @@ def resume(run: RunFolder, overrides: Overrides = None, quiet: Quiet = False, js
       sds3d resume outputs/00001-a-red-mug
 
       sds3d resume outputs/00001-a-red-mug steps=800      [dim]# longer than it was meant to be[/dim]
+
+      sds3d resume outputs/00001-a-red-mug export.size=256      [dim]# a finished run: its files again[/dim]
     """
     from sds3d import asset as assets
     from sds3d import config as configs
@@ -215,7 +195,12 @@ def _score_line(name: str, scores: dict[str, Any]) -> str:
 
 @app.command()
 def doctor(json: Json = False) -> None:
-    """Versions, device, the kernels chosen and why, and what is missing."""
+    """Versions, device, the kernels chosen and why, and what is missing.
+
+    [bold]Example[/bold]
+
+      sds3d doctor --json
+    """
     from sds3d import doctor as doctors
 
     report = doctors.examine()
@@ -256,7 +241,12 @@ def sample(
 
 @teacher_app.command()
 def words(teacher: Teacher = "small") -> None:
-    """List the words the teacher knows."""
+    """List the words the teacher knows.
+
+    [bold]Example[/bold]
+
+      sds3d teacher words
+    """
     from sds3d import config
 
     print(" ".join(config.load_teacher(config.TeacherConfig(teacher)).vocabulary))
@@ -329,6 +319,8 @@ def _carry_out(asset: Asset, steps: Iterator[Step], begun: float, display: Silen
                 if stopped:
                     break
         steps.close()
+        if last is None:
+            display.note(f"all {config.steps} steps were done before; writing the files")
         unfinished = last is not None and last.step < last.total
         if not unfinished:
             files = []

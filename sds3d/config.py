@@ -20,17 +20,17 @@ from sds3d.cameras import CameraRanges, Cameras
 from sds3d.distill import METHODS
 from sds3d.distill.core import ScoreObjective
 from sds3d.noise import TimeDraw
+from sds3d.prompts import COLOURS, VIEW_WORDS, named_background, words
 from sds3d.ramp import Ramp
 from sds3d.scenes.field import FieldConfig
 from sds3d.scenes.occupancy import OccupancyConfig
 from sds3d.scenes.regularisers import RegulariserConfig
 from sds3d.scenes.student import RenderConfig, SceneConfig, SceneStudent
-from sds3d.teachers.base import Teacher
+from sds3d.teachers.base import VIEWS, Teacher
 from sds3d.train import OptimConfig, Plan
 from sds3d.typed import build, convert, keys, merge, nearest, plain
 
 PACKAGED_TEACHERS = ("small",)
-TEACHER_VIEWS = ("camera", "words")
 DEFAULT_METHOD = "sds"
 
 
@@ -48,8 +48,8 @@ class TeacherConfig:
     dtype: str = "auto"
 
     def __post_init__(self):
-        if self.views not in TEACHER_VIEWS:
-            raise ValueError(f"teacher.views is {self.views!r}; give {' or '.join(TEACHER_VIEWS)}")
+        if self.views not in VIEWS:
+            raise ValueError(f"teacher.views is {self.views!r}; give {' or '.join(VIEWS)}")
         if self.dtype not in ("auto", "float32", "bfloat16"):
             raise ValueError(f"teacher.dtype is {self.dtype!r}; give auto, float32 or bfloat16")
 
@@ -90,6 +90,8 @@ class ExportConfig:
             raise ValueError(f"export.threshold is {self.threshold}; give a density above 0, or null")
         if not 0 <= self.keep <= 1:
             raise ValueError(f"export.keep is {self.keep}; give a share from 0 to 1")
+        if not -90 <= self.elevation <= 90:
+            raise ValueError(f"export.elevation is {self.elevation}; give degrees from -90 to 90")
         if not 2 <= self.frames <= 10_000:
             raise ValueError(f"export.frames is {self.frames}; give 2 to 10000")
         if not 16 <= self.size <= 2048 or self.size % 2:
@@ -166,6 +168,8 @@ def load(prompt: str | None, *layers: Mapping[str, Any], file: str | Path | None
         given["prompt"] = prompt.replace("${", "\\${")
     if "prompt" not in given:
         raise ValueError('there is no prompt; say what to make, as in: sds3d generate "a red mug"')
+    if given.get("method") is None:  # null is the default
+        given.pop("method", None)
     if isinstance(given.get("method"), str):
         given["method"] = {"name": given["method"]}
     teacher = given.get("teacher")
@@ -256,6 +260,8 @@ def _resolved(values: dict[str, Any]) -> dict[str, Any]:
     from omegaconf.errors import OmegaConfBaseException
 
     steps = convert(int, values["steps"], "steps")
+    if steps < 1:
+        raise ValueError(f"steps is {steps}; give 1 or more")
 
     def part(share: Any) -> int:
         return round(float(share) * steps)
@@ -304,26 +310,35 @@ def load_teacher(settings: TeacherConfig, device: str = "auto") -> Teacher:
 
 def make_teacher(config: Config) -> Teacher:
     """The config's teacher, which must know its prompts. Raises ValueError."""
+    said = [view for view in VIEW_WORDS if view in " ".join(words(config.prompt))]
+    if said:
+        raise ValueError(f"the prompt says {said[0]!r}, but a scene is seen from all sides; leave it out")
     teacher = load_teacher(config.teacher, config.device)
-    for prompt in filter(None, (config.prompt, config.negative)):
-        teacher.check(prompt)
+    teacher.check(config.prompt)
+    if config.negative:
+        try:
+            teacher.check(config.negative)
+        except ValueError as error:
+            raise ValueError(f"negative: {error}") from error
     return teacher
 
 
 def make_student(config: Config) -> SceneStudent:
-    """A new scene; the same seed gives the same scene. Its backgrounds are the greys the embedded teacher knows."""
-    from sds3d.data.kinds import COLOURS
-
-    device = pick_device(config.device)
-    scene = SceneConfig(config.field, config.occupancy, config.render, config.camera, config.regularise)
-    usual = "white"
+    """A new scene; the same seed gives the same scene. A background that its prompt names is its usual one."""
+    device, render, named = pick_device(config.device), config.render, named_background(config.prompt)
+    usual = named or "white"
+    if named:
+        if render.background not in ("white", named):
+            raise ValueError(f"the prompt names a {named} background and render.background is {render.background}")
+        render = dataclasses.replace(render, background=named)
+    scene = SceneConfig(config.field, config.occupancy, render, config.camera, config.regularise)
 
     def prompts(cameras: Cameras, background: str) -> list[str]:
-        plain_name = background.isalpha() and background not in (usual, "learned") and "background" not in config.prompt
+        plain_name = background.isalpha() and background not in (usual, "learned")
         return [f"{config.prompt} on a {background} background" if plain_name else config.prompt] * len(cameras)
 
     generator = torch.Generator().manual_seed(2 * config.seed + 1)  # the loop's own stream is 2 * seed
-    backgrounds = {usual: (1.0, 1.0, 1.0), "grey": COLOURS["grey"], "black": COLOURS["black"]}
+    backgrounds = {named: COLOURS[named]} if named else None
     return SceneStudent(scene, generator, prompts, backgrounds, ops.choose(device, config.backend), device)
 
 

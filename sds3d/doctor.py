@@ -19,6 +19,9 @@ PACKAGES = (
     "numba",
     "safetensors",
     "omegaconf",
+    "scipy",
+    "pillow",
+    "matplotlib",
     "trimesh",
     "scikit-image",
     "imageio-ffmpeg",
@@ -82,8 +85,12 @@ def _backend(device: torch.device, name: str) -> str:
 
 
 def _teacher(name: str) -> str:
+    try:
+        teacher = config.load_teacher(config.TeacherConfig(name), "cpu")
+    except ValueError as error:
+        return f"no: {error}"
     path = Path(sds3d.__file__).parent / "teachers" / f"{name}.safetensors"
-    return f"{path.stat().st_size / 1e6:.1f} MB, {path}" if path.is_file() else "no weights"
+    return f"{path.stat().st_size / 1e6:.1f} MB, {len(teacher.vocabulary)} words, {path}"
 
 
 def _problems(report: dict[str, Any]) -> list[str]:
@@ -93,9 +100,9 @@ def _problems(report: dict[str, Any]) -> list[str]:
         if version is None and name not in OPTIONAL
     ]
     problems += [
-        f"the packaged teacher {name} has no weights; install sds3d again, or make some: sds3d teacher train"
+        f"the packaged teacher {name} does not load; install sds3d again ({text.removeprefix('no: ')})"
         for name, text in report["teachers"].items()
-        if text == "no weights"
+        if text.startswith("no: ")
     ]
     if not report["recipes"]:
         problems.append(f"there are no recipes in {config.recipes_folder()}; install sds3d again")

@@ -73,7 +73,7 @@ class Lines(Silent):
 
     def show(self, step: Step) -> None:
         line = self._clock.line(step.step, step.total, step.seconds)
-        if step.step % max(1, step.total // LINES) == 0 or step.step == step.total:
+        if step.step % -(-step.total // LINES) == 0 or step.step == step.total:
             self.note(f"{line}  {figures(step)}")
 
     def note(self, text: str) -> None:

@@ -1,4 +1,4 @@
-"""Prompts and where they are seen from: view words, as in DreamFusion (arXiv 2209.14988, section 3.3)."""
+"""Prompts: their words, the colours they name, and view words, as in DreamFusion (arXiv 2209.14988, section 3.3)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,29 @@ from collections.abc import Collection, Sequence
 
 from sds3d.cameras import Cameras
 
+# Colour words, as the toybox paints them and as the backgrounds of a scene are named.
+COLOURS: dict[str, tuple[float, float, float]] = {
+    "red": (0.85, 0.12, 0.12),
+    "orange": (0.96, 0.52, 0.08),
+    "yellow": (0.95, 0.83, 0.12),
+    "green": (0.16, 0.62, 0.22),
+    "cyan": (0.15, 0.75, 0.78),
+    "blue": (0.15, 0.28, 0.82),
+    "purple": (0.52, 0.20, 0.68),
+    "pink": (0.96, 0.50, 0.68),
+    "brown": (0.45, 0.27, 0.13),
+    "white": (0.93, 0.93, 0.93),
+    "grey": (0.52, 0.52, 0.54),
+    "black": (0.12, 0.12, 0.13),
+}
+
 VIEW_WORDS = ("front view", "side view", "back view", "overhead view")
+
+
+def named_background(prompt: str) -> str:
+    """The colour in "... on a COLOUR background", "" where the prompt names none."""
+    found = re.search(rf"\bon an? ({'|'.join(COLOURS)}) background\b", " ".join(words(prompt)))
+    return found[1] if found else ""
 
 
 def view_word(azimuth: float, elevation: float) -> str:

@@ -50,6 +50,8 @@ class Ramp:
         if isinstance(value, Ramp):
             return value
         try:
+            if isinstance(value, bool):
+                raise TypeError
             if isinstance(value, str | bytes):
                 return cls.constant(float(value))
             parts = [float(v) for v in value] if isinstance(value, Sequence) else [float(value)]

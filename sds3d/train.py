@@ -139,7 +139,7 @@ def train(
 
     Raises:
         ValueError: the disk is full, a checkpoint is missing or damaged or does not fit the student, a group
-            of parameters has no learning rate, or there is nothing left to do.
+            of parameters has no learning rate, or the run has done more steps than the plan has.
         Diverged: a loss, a regulariser or a gradient is not finite.
     """
     optimiser = make_optimiser(student, plan.optim)
@@ -148,9 +148,9 @@ def train(
     if resume:
         assert run is not None, "resume needs a run"
         done, seconds = _restore(run, student, optimiser, generator)
-        if done >= plan.steps:
+        if done > plan.steps:
             raise ValueError(
-                f"{run.path} has done {done} of {plan.steps} steps: nothing is left; give more, as in steps={2 * done}"
+                f"{run.path} has done {done} steps; steps={plan.steps} is less: give steps={2 * done} or so"
             )
         run.rewind(done)
     state = _State(student, optimiser, generator, done, seconds)
@@ -222,9 +222,10 @@ def make_optimiser(student: Student, config: OptimConfig) -> torch.optim.Adam:
     for name in groups:
         if name not in config.lr:
             raise ValueError(f"the parameters {name!r} have no learning rate; give optim.lr.{name}=1e-3 or so")
-    for name in config.clip:
+    settings = [("lr", name) for name in config.lr if name not in OptimConfig().lr]
+    for setting, name in settings + [("clip", name) for name in config.clip]:
         if name not in groups:
-            raise ValueError(f"optim.clip.{name}: there is no such group; there are {', '.join(groups)}")
+            raise ValueError(f"optim.{setting}.{name}: there is no such group; there are {', '.join(groups)}")
     devices = {p.device.type for params in groups.values() for p in params}
     return torch.optim.Adam(
         [{"params": params, "name": name, "lr": config.lr[name](0)} for name, params in groups.items()],

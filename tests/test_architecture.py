@@ -31,7 +31,7 @@ ARROWS = {
     "networks": {"cameras", "prompts"},
     "ops": set(),
     "data": {"cameras", "files", "prompts"},
-    "scenes": {"ops", "cameras", "ramp", "students"},
+    "scenes": {"ops", "cameras", "prompts", "ramp", "students"},
     "generators": {"networks", "noise", "ramp", "students"},
     "teachers.base": {"noise", "cameras"},
     "teachers": SCORE - {"students"} | {"networks", "data", "files", "export.sheet", "export.chart"},
@@ -46,7 +46,7 @@ ARROWS = {
     "metrics": {"scenes", "cameras"},
 }
 # They see the house from outside and may enter any room.
-ENTRANCE = {"__init__", "__main__", "asset", "cli", "config", "doctor", "progress"}
+ENTRANCE = {"__init__", "__main__", "asset", "cli", "config", "doctor", "options", "progress"}
 # What making a scene needs; the toybox's truth stays out of it, along whole chains of imports.
 BLIND_TO_DATA = ("scenes", "generators", "students", "distill", "critics", "pairs", "ops", "train", "export")
 

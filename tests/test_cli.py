@@ -80,7 +80,7 @@ def test_generate_leaves_everything_in_the_run_folder(call, tiny, in_folder):
     import trimesh
 
     mesh = trimesh.load(run / "mesh.glb", force="mesh")
-    assert mesh.is_watertight or mesh.bounding_box.volume > 0
+    assert mesh.is_watertight and mesh.volume > 0
     assert abs(mesh.bounds).max() <= 1
     for said in ("torch (asked for)", "step 6/6", "opacity", "|g|", "done in", "sds3d export", "sds3d resume"):
         assert said in err
@@ -141,16 +141,16 @@ def test_json_is_one_object_and_quiet_is_quiet(call, tiny, made):
 
 def test_dry_run_prints_the_settings_and_makes_nothing(call, in_folder):
     code, out, _ = call(
-        "generate", "a blue chair", "--method", "sds", "--seed", "3", "--teacher-views", "words", "--backend", "torch",
+        "generate", "a blue ball", "--method", "sds", "--seed", "3", "--teacher-views", "words", "--backend", "torch",
         "--out", "elsewhere", "steps=800", "render.resolution=48", "--dry-run",
     )  # fmt: skip
     assert code == 0
-    for line in ("prompt: a blue chair", "seed: 3", "steps: 800", "resolution: 48", "name: sds", "views: words",
+    for line in ("prompt: a blue ball", "seed: 3", "steps: 800", "resolution: 48", "name: sds", "views: words",
                  "backend: torch", "out: elsewhere"):  # fmt: skip
         assert line in out
     assert not list(in_folder.iterdir())
     (in_folder / "again.yaml").write_text(out)
-    assert call("generate", "a blue chair", "--config", "again.yaml", "--dry-run")[1] == out
+    assert call("generate", "a blue ball", "--config", "again.yaml", "--dry-run")[1] == out
 
 
 MISTAKES = {
@@ -220,10 +220,13 @@ def test_a_run_that_diverges_ends_with_code_1(call, tiny, ball_teacher):
     assert "Traceback" not in err
 
 
-def test_resume_says_when_nothing_is_left_and_goes_on_when_asked(call, made):
-    code, _, err = call("resume", made)
-    assert code == 2
-    assert "has done 6 of 6 steps: nothing is left; give more, as in steps=12" in err
+def test_resume_finishes_a_finished_run_and_goes_on_when_asked(call, made):
+    (Path(made) / "mesh.glb").unlink()
+    code, _, err = call("resume", made, "export.frames=3")
+    assert code == 0 and "all 6 steps were done" in err
+    assert (Path(made) / "mesh.glb").is_file()  # a run that was stopped while it wrote its files ends whole
+    code, _, err = call("resume", made, "steps=5")
+    assert code == 2 and "has done 6 steps; steps=5 is less" in err
     code, _, err = call("resume", made, "seed=4")
     assert code == 2
     assert "seed cannot change on resume" in err

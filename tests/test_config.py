@@ -1,5 +1,6 @@
 """Settings: layers, types, recipes, and what is said to a typing error."""
 
+import math
 from dataclasses import dataclass, fields, is_dataclass
 from dataclasses import field as dataclass_field
 from typing import Literal
@@ -11,6 +12,7 @@ from sds3d import config as configs
 from sds3d.config import Config, load, parse_overrides, recipes_folder, to_yaml
 from sds3d.distill import METHODS
 from sds3d.noise import WEIGHTS
+from sds3d.prompts import COLOURS
 from sds3d.ramp import Ramp
 from sds3d.typed import build, keys, merge, nearest, plain
 
@@ -162,6 +164,43 @@ def test_prompts_of_a_scene_name_unusual_backgrounds():
     assert student.prompts(cameras, "white") == ["a ball"] * 2
     assert student.prompts(cameras, "grey") == ["a ball on a grey background"] * 2
     assert student.prompts(cameras, "#102030") == ["a ball"] * 2
+
+
+def test_a_background_in_the_prompt_is_the_scene_s():
+    student = configs.make_student(
+        load("a red ball on a black background", {"render.resolution": 8, "backend": "torch"})
+    )
+    draw = student.draw(0, torch.Generator().manual_seed(0))
+    assert draw.prompts == ["a red ball on a black background"] * 4
+    corner = draw.images[0, :, 0, 0].tolist()
+    assert corner == pytest.approx(COLOURS["black"], abs=0.02)
+    with pytest.raises(ValueError, match="names a black background and render.background is grey"):
+        configs.make_student(load("a red ball on a black background", {"render.background": "grey"}))
+
+
+def test_a_scene_s_prompt_says_no_view():
+    with pytest.raises(ValueError, match="says 'side view', but a scene is seen from all sides"):
+        configs.make_teacher(load("a red mug, side view"))
+    with pytest.raises(ValueError, match="negative: .*'uglyy' \\(nearest: ugly"):
+        configs.make_teacher(load("a red mug", {"negative": "uglyy"}))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("steps", -5, "steps is -5"),
+        ("occupancy.grow", -1, "occupancy.grow is -1"),
+        ("occupancy.decay", 5, "occupancy.decay is 5"),
+        ("export.elevation", 500, "export.elevation is 500"),
+        ("field.density_gain", math.nan, "field.density_gain is nan"),
+        ("field.blob_strength", math.nan, "field.blob_strength is nan"),
+        ("optim.lr.grid", True, "optim.lr.grid: give a number"),
+    ],
+)
+def test_values_nobody_can_use_are_refused(key, value, said):
+    with pytest.raises(ValueError, match=said):
+        load("a ball", {key: value})
+    assert load("a ball", {"method": None}).method == load("a ball").method
 
 
 @dataclass(frozen=True)

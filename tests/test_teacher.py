@@ -1,9 +1,12 @@
 """The embedded teacher and its training."""
 
+from dataclasses import asdict
+
 import pytest
 import torch
 
-from sds3d.cameras import orbit
+from sds3d.cameras import cat, orbit
+from sds3d.data import renders, toybox
 from sds3d.data.toybox import VOCABULARY
 from sds3d.networks.ema import EMA
 from sds3d.networks.text import TextEncoder
@@ -71,20 +74,36 @@ def test_a_dropped_camera_is_no_camera(teacher):
     ],
 )
 def test_it_is_told_where_it_looks_from(teacher, views):
-    """A snowman's face shows in front and not behind: the two answers from one noise differ there."""
-    images = []
+    """A snowman's orange nose shows in front and not behind."""
+    noses = []
     for word, camera in zip(("front", "back"), (orbit(2, elevation=0)[i] for i in (0, 1))):
         prompt = "a white snowman" if views == "camera" else f"a white snowman, {word} view"
-        told = camera if views == "camera" else None
-        images.append(fit.sample(teacher, prompt, 1, cameras=told, steps=8, seed=1)[0])
-    assert (images[0] - images[1]).abs().amax() > 0.2
+        told = cameras_of(camera, 4) if views == "camera" else None
+        noses.append(orange(fit.sample(teacher, prompt, 4, cameras=told, steps=12, seed=1)))
+    assert noses[0] >= 12 and noses[1] <= noses[0] / 4, noses
+
+
+def cameras_of(camera, n):
+    return cat([camera] * n)
+
+
+def orange(images):
+    """Pixels much redder than blue."""
+    return int((images[:, 0] - images[:, 2] > 0.25).sum())
+
+
+def test_the_nose_test_can_see_a_nose():
+    front, back = (toybox.parse("a white snowman").render(orbit(2, elevation=0)[i])[0] for i in (0, 1))
+    assert orange(front) >= 6 and orange(back) == 0
 
 
 def test_unknown_words_name_their_neighbours(teacher):
     with pytest.raises(ValueError, match="'mugg' \\(nearest: mug"):
         teacher.check("a red mugg")
-    with pytest.raises(ValueError, match="--teacher"):
+    with pytest.raises(ValueError, match="sds3d teacher words"):
         teacher.check("a photorealistic corgi")
+    with pytest.raises(ValueError, match="has 19 words; the embedded teacher reads 18"):
+        teacher.check("a red mug " + "a " * 16)
     with pytest.raises(ValueError, match="empty"):
         teacher.check("  , ")
 
@@ -168,3 +187,27 @@ def test_training_learns_and_resumes_bit_for_bit(tmp_path, monkeypatch):
         next(fit.train(tmp_path / "whole", config))
     with pytest.raises(ValueError, match="no training"):
         next(fit.train(tmp_path / "new", config, resume=True))
+    assert fit.settings_of(tmp_path / "parts") == asdict(config)
+    with pytest.raises(ValueError, match="has done 6 of 6 steps; give more"):
+        next(fit.train(tmp_path / "parts", config, resume=True))
+    (tmp_path / "parts" / "state.pt").write_bytes(b"junk")
+    with pytest.raises(ValueError, match="state.pt is damaged or of another version"):
+        next(fit.train(tmp_path / "parts", config, resume=True))
+
+
+@pytest.mark.parametrize("bad", [{"steps": 0}, {"decay": 0.0}, {"ema": 2.0}, {"lr": -1.0}, {"coarse": -3}])
+def test_impossible_trainings_are_refused(bad):
+    with pytest.raises(ValueError, match=f"{next(iter(bad))} is .*; give a number from"):
+        fit.FitConfig(**bad)
+
+
+def test_renders_are_made_again_where_the_shapes_or_the_seed_changed(tmp_path, monkeypatch):
+    assert list(renders.build(tmp_path, 2)) == [2]
+    stamp = (tmp_path / "rows.npy").stat().st_mtime_ns
+    assert list(renders.build(tmp_path, 2)) == [2] and (tmp_path / "rows.npy").stat().st_mtime_ns == stamp
+    monkeypatch.setattr(renders, "fingerprint", lambda: "other")
+    list(renders.build(tmp_path, 2))
+    assert (tmp_path / "rows.npy").stat().st_mtime_ns != stamp
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="cannot write .*file"):
+        next(renders.build(tmp_path / "file", 2))

@@ -110,6 +110,8 @@ def test_groups_and_learning_rates_must_match():
         make_optimiser(Pixels(), OptimConfig(lr={"upper": Ramp.constant(1.0)}))
     with pytest.raises(ValueError, match="optim.clip.grid: there is no such group; there are upper, lower"):
         make_optimiser(Pixels(), replace(OPTIM, clip={"grid": 1.0}))
+    with pytest.raises(ValueError, match="optim.lr.gird: there is no such group"):
+        make_optimiser(Pixels(), replace(OPTIM, lr=OPTIM.lr | {"gird": Ramp.constant(0.5)}))
     for bad in ({"betas": (0.9, 1.0)}, {"eps": 0.0}, {"clip": {"upper": 0.0}}, {"lr": {"upper": Ramp.constant(-1)}}):
         with pytest.raises(ValueError, match="optim."):
             replace(OPTIM, **bad)
@@ -135,8 +137,11 @@ def test_closing_saves_and_resuming_ends_bit_for_bit_where_an_uninterrupted_run_
     assert torch.equal(second.lower, straight.lower)
     rows = [[{k: v for k, v in row.items() if k != "seconds"} for row in run.rows()] for run in (whole, parted)]
     assert rows[0] == rows[1]
-    with pytest.raises(ValueError, match="has done 8 of 8 steps: nothing is left; give more, as in steps=16"):
-        train(Pixels(), {"zero": to_zero}, PLAN, parted, resume=True)
+    done = Pixels()
+    assert list(train(done, {"zero": to_zero}, PLAN, parted, resume=True)) == []
+    assert torch.equal(done.upper, straight.upper)
+    with pytest.raises(ValueError, match="has done 8 steps; steps=7 is less"):
+        train(Pixels(), {"zero": to_zero}, replace(PLAN, steps=7), parted, resume=True)
 
 
 def test_a_crash_between_checkpoints_goes_back_to_the_last_one(tmp_path):

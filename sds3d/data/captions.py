@@ -10,8 +10,9 @@ from dataclasses import dataclass
 
 import torch
 
-from sds3d.data.kinds import COLOURS, KINDS, STACKS
+from sds3d.data.kinds import KINDS, STACKS
 from sds3d.data.toybox import QUALITIES, is_held_out
+from sds3d.prompts import COLOURS
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """The toybox's 24 kinds and its stacks: which solids an object is made of, and which part has which colour.
 
 A part's colour is ``main`` (the colour before the noun: "a red mug"), ``second`` (the colour a caption may give to a
-named part: "with a white handle"), or a fixed colour name. Everything fits in a ball of about 0.85 around the
+named part: "with a white handle"), or a fixed colour name. Everything fits in a ball of radius 1.05 around the
 origin and faces +z.
 """
 
@@ -24,21 +24,6 @@ from sds3d.data.shapes import (
     torus,
     union,
 )
-
-COLOURS: dict[str, tuple[float, float, float]] = {
-    "red": (0.85, 0.12, 0.12),
-    "orange": (0.96, 0.52, 0.08),
-    "yellow": (0.95, 0.83, 0.12),
-    "green": (0.16, 0.62, 0.22),
-    "cyan": (0.15, 0.75, 0.78),
-    "blue": (0.15, 0.28, 0.82),
-    "purple": (0.52, 0.20, 0.68),
-    "pink": (0.96, 0.50, 0.68),
-    "brown": (0.45, 0.27, 0.13),
-    "white": (0.93, 0.93, 0.93),
-    "grey": (0.52, 0.52, 0.54),
-    "black": (0.12, 0.12, 0.13),
-}
 
 
 @dataclass(frozen=True)

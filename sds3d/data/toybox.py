@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from sds3d.cameras import Cameras
-from sds3d.data.kinds import COLOURS, KINDS, STACKS, Kind
+from sds3d.data.kinds import KINDS, STACKS, Kind
 from sds3d.data.tracing import normals, paint, part_distances, shade, trace
-from sds3d.prompts import VIEW_WORDS, unknown_words, words
+from sds3d.prompts import COLOURS, VIEW_WORDS, named_background, unknown_words, words
 
 SIZES = {"small": 0.75, "": 1.0, "large": 1.1}
 QUALITIES: dict[str, tuple[str, ...]] = {  # what was done to the image -> words a caption may use for it
@@ -158,13 +158,12 @@ def parse(prompt: str) -> Toy:
     for group in (VIEW_WORDS, *QUALITIES.values()):
         for phrase in group:
             text = re.sub(rf"\b{phrase}\b", "", text)
-    background = re.search(rf"\bon an? ({colour}) background", text)
-    text = text.replace(background.group(0), "") if background else text
+    where = named_background(text)
+    text = re.sub(rf"\bon an? {where} background\b", "", text) if where else text
     head = rf"(?:(?:a|an|the) )?(?:(small|large) )?(?:({colour}) )?"
     kinds, solids = "|".join(KINDS), "|".join(sorted({p for s in STACKS for p in s.split(" on ")}))
     stack = re.fullmatch(rf"{head}({solids}) on (?:an? |the )?(?:({colour}) )?({solids})", text.strip())
     single = re.fullmatch(rf"{head}({kinds})(?: (?:with|and) (?:an? |the )?({colour}) (\w+))?", text.strip())
-    where = background.group(1) if background else ""
     if stack and f"{stack[3]} on {stack[5]}" in STACKS:
         kind = STACKS[f"{stack[3]} on {stack[5]}"]
         main, second = stack[2] or kind.main_default, stack[4] or kind.second_default

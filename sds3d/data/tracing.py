@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from sds3d.cameras import Cameras
-from sds3d.data.kinds import COLOURS, Kind
+from sds3d.data.kinds import Kind
+from sds3d.prompts import COLOURS
 
 LIGHT = (0.42, 0.78, 0.46)  # unit direction towards the light, object axes
 AMBIENT = 0.4

@@ -173,11 +173,6 @@ def _outline_threshold(volume: np.ndarray, box: float) -> float:
     return math.sqrt(float(larger * smaller))
 
 
-def _opacity(volume: np.ndarray, threshold: float) -> np.ndarray:
-    """v of the module's docstring."""
-    return 1 - np.exp2(-volume / np.float32(threshold))
-
-
 def _march(volume: np.ndarray, threshold: float, voxel: float, box: float) -> tuple[np.ndarray, np.ndarray]:
     """Vertices (V, 3) in world coordinates and faces (F, 3), counter-clockwise seen from outside."""
     from skimage.measure import marching_cubes
@@ -188,7 +183,7 @@ def _march(volume: np.ndarray, threshold: float, voxel: float, box: float) -> tu
             f"no surface to mesh: nothing is denser than {peak:.3g} and the threshold is {threshold:.3g};"
             " try more steps or a lower threshold"
         )
-    opacity = 1 - np.exp2(-volume / threshold)
+    opacity = 1 - np.exp2(-volume / threshold)  # v of the module's docstring
     vertices, faces, _, _ = marching_cubes(
         opacity, 0.5, spacing=(voxel,) * 3, gradient_direction="ascent", allow_degenerate=False
     )
@@ -252,9 +247,15 @@ def _recode(rgba: np.ndarray, curve: Callable[[np.ndarray], np.ndarray]) -> np.n
 
 
 def _add_material(tree: dict) -> None:
-    """Give every primitive of a glTF tree a matt material; without one, glTF's default is a metal and looks black."""
-    matt = {"name": "matt", "pbrMetallicRoughness": {"metallicFactor": 0.0, "roughnessFactor": 0.9}}
-    tree["materials"] = [matt]
+    """Give every primitive of a glTF tree a material that shows its colours as they are: they hold the light already.
+
+    Viewers that do not know unlit materials see a matt one; glTF's default is a metal and looks black.
+    """
+    matt = {"metallicFactor": 0.0, "roughnessFactor": 0.9}
+    tree["materials"] = [
+        {"name": "as rendered", "pbrMetallicRoughness": matt, "extensions": {"KHR_materials_unlit": {}}}
+    ]
+    tree["extensionsUsed"] = ["KHR_materials_unlit"]
     for mesh in tree["meshes"]:
         for primitive in mesh["primitives"]:
             primitive["material"] = 0

@@ -1,1 +1,1 @@
-"""What a run is worth: against the toybox's own geometry, and by a classifier."""
+"""What a run is worth, against the toybox's own geometry."""

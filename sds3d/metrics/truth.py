@@ -3,7 +3,7 @@
 Per view, with masks S (ours) and T (true), coverage cut at 1/2:
 
     IoU  = |S and T| / |S or T|
-    PSNR = -10 log10 mean over (S or T) and RGB of (ours - true)^2, both on white; at most ``BEST_PSNR`` dB
+    PSNR = -10 log10 mean over (S or T) and RGB of (ours - true)^2, both on one background; at most ``BEST_PSNR`` dB
 
 Between the surfaces, with points P on ours and Q on the true one, spread evenly by area (Knapitsch et al. 2017):
 
@@ -32,14 +32,14 @@ REACH = 0.05  # scene units
 BEST_PSNR = 60.0  # dB; equal images have no finite PSNR
 POINTS = 10_000  # on each surface
 
-Render = Callable[[Cameras], tuple[Tensor, Tensor]]  # -> images (B, 3, H, W) on white and coverage (B, 1, H, W)
+Render = Callable[[Cameras], tuple[Tensor, Tensor]]  # -> images (B, 3, H, W) and coverage (B, 1, H, W)
 
 
 class Truth(Protocol):
     """What a score needs to know of the true object; the toybox's toys have it."""
 
     def render(self, cameras: Cameras, resolution: int) -> tuple[Tensor, Tensor]:
-        """Images (B, 3, H, W) on white and coverage (B, 1, H, W), both in [0, 1]."""
+        """Images (B, 3, H, W) and coverage (B, 1, H, W), both in [0, 1]."""
 
     def mesh(self) -> trimesh.Trimesh:
         """The true surface in world coordinates."""
@@ -77,7 +77,8 @@ def evaluate(
     """Score an asset against the true object.
 
     Args:
-        render: cameras -> images on white and coverage, the asset's; its resolution is the comparison's.
+        render: cameras -> the asset's images, on the truth's background, and coverage; its resolution is the
+            comparison's.
         mesh: the asset's surface in world coordinates, or None where it has none (F-score 0).
         truth: the true object, such as ``toybox.parse(prompt)``.
         cameras: ``unseen_views()`` by default.

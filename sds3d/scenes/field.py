@@ -58,9 +58,11 @@ class FieldConfig:
     def __post_init__(self):
         if self.hidden < 1:
             raise ValueError(f"field.hidden is {self.hidden}; give a width of at least 1 (32 is usual)")
-        if self.density_gain <= 0:
+        if not math.isfinite(self.blob_strength):
+            raise ValueError(f"field.blob_strength is {self.blob_strength}; give a number (10)")
+        if not 0 < self.density_gain < math.inf:
             raise ValueError(f"field.density_gain is {self.density_gain}; give a factor above 0 (10)")
-        if self.blob_radius <= 0:
+        if not 0 < self.blob_radius < math.inf:
             raise ValueError(f"field.blob_radius is {self.blob_radius}; give a radius above 0, in scene units (0.5)")
 
     def grid(self) -> GridSpec:

@@ -45,6 +45,10 @@ class OccupancyConfig:
     def __post_init__(self):
         if not 4 <= self.resolution <= 256:
             raise ValueError(f"occupancy.resolution is {self.resolution}; give 4 to 256 cells a side (32 is usual)")
+        if not 0 <= self.decay <= 1:
+            raise ValueError(f"occupancy.decay is {self.decay}; give a factor from 0 to 1 (0.6)")
+        if not 0 <= self.grow <= 8:
+            raise ValueError(f"occupancy.grow is {self.grow}; give 0 to 8 cells (1)")
         if self.every < 1:
             raise ValueError(f"occupancy.every is {self.every}; give at least 1 step between updates")
         if not 0 < self.opacity < 1:

@@ -17,13 +17,14 @@ from torch.nn import Parameter
 
 from sds3d.cameras import CameraRanges, Cameras
 from sds3d.ops import Backend, choose
+from sds3d.prompts import COLOURS
 from sds3d.scenes.field import Field, FieldConfig, LearnedBackground
 from sds3d.scenes.occupancy import Occupancy, OccupancyConfig
 from sds3d.scenes.regularisers import RegulariserConfig, measure
 from sds3d.scenes.render import ALBEDO, SHADINGS, RenderOptions, RenderOut, Shading, Trace, render
 from sds3d.students import Draw
 
-BACKGROUNDS = {"white": (1.0, 1.0, 1.0), "grey": (0.5, 0.5, 0.5), "black": (0.0, 0.0, 0.0)}
+BACKGROUNDS = {"white": (1.0, 1.0, 1.0), "grey": COLOURS["grey"], "black": COLOURS["black"]}
 
 Prompts = Callable[[Cameras, str], list[str]]  # cameras (B), the background's name -> B prompts
 
@@ -188,7 +189,8 @@ class SceneStudent(nn.Module):
         if background is None:
             wanted = self.config.render.background
             background = next(iter(self._plain)) if wanted == "random" else wanted
-        behind, size = self._background(background), resolution or self.config.render.resolution
+        behind = self._background(background)
+        size = self.config.render.resolution if resolution is None else resolution
         options = RenderOptions(2 / self.config.render.fine_samples, shading, normals, self.config.render.dark)
         return render(self.field, self.occupancy, cameras.to(self.device), size, behind, options)
 

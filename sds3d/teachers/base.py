@@ -10,6 +10,8 @@ from torch import Tensor
 from sds3d.cameras import Cameras
 from sds3d.noise import Prediction, Schedule
 
+VIEWS = ("camera", "words")  # how a teacher may be told where an image is seen from
+
 
 class Teacher(Protocol):
     """A frozen text-conditioned diffusion model that judges images.

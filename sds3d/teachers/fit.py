@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import math
 import pickle
+import struct
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
@@ -26,7 +27,6 @@ from sds3d import cameras as cam
 from sds3d.cameras import Cameras
 from sds3d.data import renders
 from sds3d.data.captions import CaptionDraw
-from sds3d.data.kinds import COLOURS
 from sds3d.data.toybox import VOCABULARY, background_colour
 from sds3d.data.tracing import paint
 from sds3d.files import replacing
@@ -36,7 +36,7 @@ from sds3d.networks.muon import Muon
 from sds3d.networks.text import TextEncoder
 from sds3d.networks.unet import UNet, UNetConfig
 from sds3d.noise import Prediction, noised, target
-from sds3d.prompts import with_view
+from sds3d.prompts import COLOURS, with_view
 from sds3d.samplers import ddim
 from sds3d.teachers import small
 
@@ -253,7 +253,16 @@ class Fit:
                 optimiser.load_state_dict(values)
             self.generator.set_state(state["generator"])
             self.losses = state["losses"].tolist()
-        except (pickle.UnpicklingError, OSError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        except (
+            pickle.UnpicklingError,
+            struct.error,
+            EOFError,
+            OSError,
+            LookupError,
+            RuntimeError,
+            TypeError,
+            ValueError,
+        ) as error:
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
             raise ValueError(f"{path} is damaged or of another version ({reason}); start a new folder") from error
         self.step = len(self.losses)

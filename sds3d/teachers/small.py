@@ -15,14 +15,14 @@ from torch import Tensor
 
 from sds3d.cameras import Cameras
 from sds3d.files import replacing
-from sds3d.networks.text import TextEncoder
+from sds3d.networks.text import MAX_WORDS, TextEncoder
 from sds3d.networks.unet import UNet, UNetConfig
 from sds3d.noise import Prediction, Schedule
 from sds3d.prompts import unknown_words, words
-from sds3d.teachers.base import decode_pixels, encode_pixels
+from sds3d.teachers.base import VIEWS, decode_pixels, encode_pixels
 
+ADDED_WORDS = 6  # a run may add "side view" and "on a grey background" to a prompt
 WEIGHTS = Path(__file__).with_name("small.safetensors")
-VIEWS = ("camera", "words")
 
 
 class SmallTeacher:
@@ -59,15 +59,19 @@ class SmallTeacher:
         """Refuse what this teacher cannot read.
 
         Raises:
-            ValueError: for an empty prompt or unknown words; names the nearest known words.
+            ValueError: for an empty prompt, one that is too long, or unknown words; names the nearest known words.
         """
         if not words(prompt):
             raise ValueError('the prompt is empty: say what to make, for example "a red mug"')
+        length, most = len(words(prompt)), MAX_WORDS - ADDED_WORDS
+        if length > most:
+            raise ValueError(f"the prompt has {length} words; the embedded teacher reads {most}: shorten it")
         unknown = unknown_words(prompt, self.vocabulary)
         if unknown:
             raise ValueError(
-                f"the embedded teacher does not know {unknown}. It knows {len(self.vocabulary)} words: "
-                f"{', '.join(self.vocabulary)}. For an open vocabulary, name another teacher with --teacher"
+                f"the embedded teacher does not know {unknown}; it knows {len(self.vocabulary)} words (sds3d teacher "
+                "words lists them). An open vocabulary needs a teacher of another kind, which --teacher will take once "
+                "this version knows how to load one; today it takes weights that sds3d teacher train wrote"
             )
 
     def encode(self, images: Tensor) -> Tensor:

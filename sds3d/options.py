@@ -1,0 +1,34 @@
+"""Command-line options that come in groups: a dataclass whose fields are the options."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import MISSING, fields
+from functools import wraps
+from typing import Any, get_type_hints
+
+
+def spread(function: Callable) -> Callable:
+    """Let Typer see the fields of the dataclass that ``function`` takes last as options of their own."""
+    hints = get_type_hints(function, include_extras=True)
+    *own, last = inspect.signature(function).parameters.values()
+    cls = hints[last.name]
+    options = get_type_hints(cls, include_extras=True)
+    parameters = [p.replace(annotation=hints[p.name]) for p in own]
+    for f in fields(cls):
+        default = inspect.Parameter.empty if f.default is MISSING else f.default
+        parameters.append(
+            inspect.Parameter(
+                f.name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=default, annotation=options[f.name]
+            )
+        )
+
+    @wraps(function)
+    def command(**given: Any) -> Any:
+        taken = {f.name: given.pop(f.name) for f in fields(cls)}
+        return function(**given, **{last.name: cls(**taken)})
+
+    command.__signature__ = inspect.Signature(parameters)
+    command.__annotations__ = {p.name: p.annotation for p in parameters}
+    return command
