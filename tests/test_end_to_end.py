@@ -21,11 +21,6 @@ def test_a_held_out_prompt_becomes_a_mesh(rocket):
     assert mesh.is_watertight and mesh.volume > 0.01 and abs(mesh.bounds).max() <= 1.01
 
 
-@pytest.mark.xfail(
-    reason="the packaged teacher is undertrained: IoU 0.65 after the default 400 steps (2026-11-22); see README",
-    strict=True,
-    raises=AssertionError,
-)
 def test_it_looks_like_the_truth(rocket):
     scores = rocket.evaluate()
     assert scores.iou >= 0.75, scores.numbers()

@@ -59,6 +59,27 @@ def test_a_dropped_camera_is_no_camera(teacher):
     assert not torch.allclose(dropped, ask(teacher, prompts, orbit(2)).v, atol=1e-2)
 
 
+def front_and_back(teacher, prompt, views):
+    """Four samples from the front and four from behind, told by the camera or in words."""
+    found = []
+    for word, camera in zip(("front", "back"), (orbit(2, elevation=0)[i] for i in (0, 1))):
+        if views == "camera":
+            found.append(fit.sample(teacher, prompt, 4, cameras=cat([camera] * 4), steps=12, seed=1))
+        else:
+            found.append(fit.sample(teacher, f"{prompt}, {word} view", 4, steps=12, seed=1))
+    return found
+
+
+def truly_front_and_back(prompt):
+    return [toybox.parse(prompt).render(orbit(2, elevation=0)[i])[0] for i in (0, 1)]
+
+
+def lean(images):
+    """How far right of the middle the dark or coloured pixels lie on average, pixels."""
+    shown = (images.amin(1) < 0.7).float().sum((0, 1))  # (W,)
+    return float((shown * (torch.arange(len(shown)) - 31.5)).sum() / shown.sum())
+
+
 @pytest.mark.parametrize(
     "views",
     [
@@ -66,7 +87,7 @@ def test_a_dropped_camera_is_no_camera(teacher):
         pytest.param(
             "words",
             marks=pytest.mark.xfail(
-                reason="the packaged teacher is undertrained: front and back view differ by 0.12 at most (2026-11-22)",
+                reason="told in words, the packaged teacher shows the handle nowhere: lean 0.01 and -0.07 (2026-11-23)",
                 strict=True,
                 raises=AssertionError,
             ),
@@ -74,27 +95,30 @@ def test_a_dropped_camera_is_no_camera(teacher):
     ],
 )
 def test_it_is_told_where_it_looks_from(teacher, views):
-    """A snowman's orange nose shows in front and not behind."""
-    noses = []
-    for word, camera in zip(("front", "back"), (orbit(2, elevation=0)[i] for i in (0, 1))):
-        prompt = "a white snowman" if views == "camera" else f"a white snowman, {word} view"
-        told = cameras_of(camera, 4) if views == "camera" else None
-        noses.append(orange(fit.sample(teacher, prompt, 4, cameras=told, steps=12, seed=1)))
-    assert noses[0] >= 12 and noses[1] <= noses[0] / 4, noses
-
-
-def cameras_of(camera, n):
-    return cat([camera] * n)
+    """A mug's handle sticks out on one side in front and on the other behind."""
+    true_front, true_back = map(lean, truly_front_and_back("a red mug"))
+    assert true_front < -0.8 and true_back > 0.8
+    front, back = map(lean, front_and_back(teacher, "a red mug", views))
+    assert front < true_front / 2 and back > true_back / 2, (front, back)
 
 
 def orange(images):
-    """Pixels much redder than blue."""
-    return int((images[:, 0] - images[:, 2] > 0.25).sum())
+    """Pixels much redder than blue, an image."""
+    return float((images[:, 0] - images[:, 2] > 0.25).sum()) / len(images)
 
 
-def test_the_nose_test_can_see_a_nose():
-    front, back = (toybox.parse("a white snowman").render(orbit(2, elevation=0)[i])[0] for i in (0, 1))
-    assert orange(front) >= 6 and orange(back) == 0
+@pytest.mark.xfail(
+    reason="the packaged teacher leaves the nose out: 2 orange pixels in front, 2 behind (2026-11-23)",
+    strict=True,
+    raises=AssertionError,
+)
+@pytest.mark.parametrize("views", ["camera", "words"])
+def test_a_snowman_has_a_nose_in_front_and_none_behind(teacher, views):
+    front, back = map(orange, truly_front_and_back("a white snowman"))
+    if not (front >= 6 and back == 0):
+        raise RuntimeError("the toybox's own snowman has no nose that this test could see")
+    front, back = map(orange, front_and_back(teacher, "a white snowman", views))
+    assert front >= 3 and back <= front / 4, (front, back)
 
 
 def test_unknown_words_name_their_neighbours(teacher):
