@@ -59,7 +59,8 @@ def test_ramps_of_a_recipe_follow_the_number_of_steps(tmp_path):
 
 @pytest.mark.parametrize("prompt", ["a red mug", "3", "true", "null", "a ${steps} \"quoted\" 'mug': #1", "été"])
 def test_a_written_config_reads_back_as_itself(tmp_path, prompt):
-    config = load(prompt, parse_overrides(["optim.clip.grid=0.5", "camera.fov=[30,50]", "time.t_max=[0,0.9,0.5,10]"]))
+    ours = ["optim.clip.grid=0.5", "camera.fov=[30,50]", "time.t_min=0.1", "time.t_max=[0,0.9,0.5,10]"]
+    config = load(prompt, parse_overrides(ours))
     assert config.prompt == prompt
     file = tmp_path / "config.yaml"
     file.write_text(to_yaml(config), encoding="utf-8")
