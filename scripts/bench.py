@@ -13,32 +13,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict
-from pathlib import Path
 
 import torch
 
+from sds3d.doctor import machine
 from sds3d.ops import Backend, GridSpec, choose, reference
 
 OPS = ("hash_encode", "march", "composite")
 Case = tuple[Callable, Callable | None]  # forward() -> state, backward(state)
-
-
-def machine(device: torch.device) -> dict:
-    """Processor, threads and versions, in words."""
-    name = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        name = next((x.split(":")[1].strip() for x in info.read_text().splitlines() if "model name" in x), name)
-    words = {"cpu": name, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "torch": torch.__version__}
-    if device.type == "cuda":
-        words["gpu"] = torch.cuda.get_device_name(device)
-    return words
 
 
 def rays(count: int, device: torch.device, generator: torch.Generator) -> tuple[torch.Tensor, ...]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import tempfile
 import time
 from pathlib import Path
@@ -21,6 +20,7 @@ import torch
 from sds3d import asset as assets
 from sds3d import config
 from sds3d.data.toybox import HELD_OUT_PROMPTS
+from sds3d.doctor import machine
 from sds3d.export.sheet import contact_sheet
 
 SCORES = ("iou", "psnr", "chamfer", "fscore")
@@ -66,8 +66,7 @@ def report(overrides: list[str], rows: dict[str, dict[str, float | None]]) -> di
     known = {key: [row[key] for row in rows.values() if row[key] is not None] for key in (*SCORES, "seconds")}
     return {
         "command": " ".join(["python scripts/held_out.py", *overrides]),
-        "machine": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, "
-        f"torch {torch.__version__}",
+        "machine": machine(config.pick_device("auto")),
         "mean": {key: round(sum(values) / len(values), 4) if values else None for key, values in known.items()},
         "prompts": rows,
     }

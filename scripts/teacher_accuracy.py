@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,7 @@ from sds3d.cameras import Cameras
 from sds3d.data import renders, toybox
 from sds3d.data.kinds import KINDS, STACKS
 from sds3d.data.tracing import paint
+from sds3d.doctor import machine
 from sds3d.export.sheet import contact_sheet
 from sds3d.prompts import COLOURS
 from sds3d.teachers import fit, small
@@ -151,7 +152,8 @@ def main() -> None:
         "views": options.views,
         "guidance": options.guidance,
         "seconds": round(time.monotonic() - begun),
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
+        "command": " ".join(["python", *sys.argv]),
+        "machine": machine(teacher.device),
     }
     print(json.dumps(result, indent=1))
     if options.json:

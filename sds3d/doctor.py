@@ -53,6 +53,18 @@ def examine() -> dict[str, Any]:
     return report
 
 
+def machine(device: torch.device) -> dict[str, Any]:
+    """Processor, threads and versions: what stands beside every measured figure."""
+    name = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        name = next((x.split(":")[1].strip() for x in info.read_text().splitlines() if "model name" in x), name)
+    words = {"cpu": name, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "torch": torch.__version__}
+    if device.type == "cuda":
+        words["gpu"] = torch.cuda.get_device_name(device)
+    return words
+
+
 def to_text(report: dict[str, Any]) -> str:
     """The report for people."""
     lines = [f"sds3d    {report['sds3d']}", f"python   {report['python']}"]

@@ -1,4 +1,4 @@
-"""A teacher that knows exactly one thing, a ball, and settings that make a run take a second."""
+"""A teacher that knows exactly one thing, a ball, settings that make a run take a second, and every schedule."""
 
 from dataclasses import dataclass, field
 
@@ -15,6 +15,14 @@ TINY = (
     "render.samples=24 occupancy.resolution=8 export.mesh_resolution=24 export.frames=4 export.size=32 "
     "log.save_every=4 log.picture_every=3 backend=torch"
 ).split()
+
+SCHEDULES = {
+    "cosine": Schedule.cosine(),
+    "linear": Schedule.linear(),
+    "ve": Schedule.ve(0.02, 50.0),
+    "flow": Schedule.flow(),
+}
+every_schedule = pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES.keys())
 
 
 @dataclass

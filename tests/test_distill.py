@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from conftest import SCHEDULES, every_schedule
 from torch import Tensor
 
 from sds3d.cameras import orbit
@@ -15,13 +16,6 @@ from sds3d.noise import KINDS, WEIGHTS, Prediction, Schedule, TimeDraw, target, 
 from sds3d.ramp import Ramp
 from sds3d.students import Draw
 
-SCHEDULES = {
-    "cosine": Schedule.cosine(),
-    "linear": Schedule.linear(),
-    "ve": Schedule.ve(0.02, 50.0),
-    "flow": Schedule.flow(),
-}
-every_schedule = pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES.keys())
 COND, UNCOND, NEGATIVE = (0.7, 0.4), (-0.2, 0.9), (-1.1, 0.5)  # (mean, std) of each branch's Gaussian
 
 

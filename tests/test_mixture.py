@@ -4,19 +4,12 @@ import math
 
 import pytest
 import torch
+from conftest import every_schedule
 
 from sds3d.cameras import orbit
-from sds3d.noise import KINDS, Schedule
+from sds3d.noise import KINDS
 from sds3d.samplers import ddim
 from sds3d.teachers.mixture import Mixture, MixtureTeacher
-
-SCHEDULES = {
-    "cosine": Schedule.cosine(),
-    "linear": Schedule.linear(),
-    "ve": Schedule.ve(0.02, 50.0),
-    "flow": Schedule.flow(),
-}
-every_schedule = pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES.keys())
 
 
 def seeded(seed: int = 0) -> torch.Generator:

@@ -6,17 +6,11 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from conftest import SCHEDULES, every_schedule
 
 from sds3d.noise import KINDS, WEIGHTS, Prediction, Schedule, TimeDraw, noised, target, weight
 from sds3d.ramp import Ramp
 
-SCHEDULES = {
-    "cosine": Schedule.cosine(),
-    "linear": Schedule.linear(),
-    "ve": Schedule.ve(0.02, 50.0),
-    "flow": Schedule.flow(),
-}
-every_schedule = pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES.keys())
 LEVELS = torch.tensor([0.0371, 0.138, 0.572, 1.618, 13.04], dtype=torch.float64)  # sigma/alpha
 
 

@@ -59,7 +59,7 @@ class FitConfig:
     Args:
         steps: in all; may be changed on resuming.
         batch: images a step; a coarse step takes twice as many.
-        coarse: for so many first steps the images are shrunk to 32 x 32, which is four times as fast; what words and
+        coarse: for so many first steps the images are shrunk to 32 x 32, which halves the time of one; what words and
             cameras mean is learnt there, detail afterwards.
         lr: learning rate after 200 steps of warm-up; falls linearly to 0 over the last ``decay`` of the steps.
         images: renders to draw from.
