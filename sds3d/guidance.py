@@ -11,13 +11,48 @@ eps at one (x_t, t), so they may be fed x0, v, flow or score instead, and then r
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """How a prompt's answer is guided, beside the method's scale.
+
+    Args:
+        perp_neg: weight of the view words a camera does not see, by Perp-Neg; 0 leaves them out. For teachers that
+            are told the view in words.
+        rescale: share of CFG rescale, 0 to 1.
+
+    Raises:
+        ValueError: out of range.
+    """
+
+    perp_neg: float = 0.0
+    rescale: float = 0.0
+
+    def __post_init__(self):
+        if self.perp_neg < 0:
+            raise ValueError(f"guidance.perp_neg is {self.perp_neg}; give a weight of at least 0")
+        if not 0 <= self.rescale <= 1:
+            raise ValueError(f"guidance.rescale is {self.rescale}; give a share from 0 to 1")
 
 
 def cfg(uncond: Tensor, cond: Tensor, scale: float) -> Tensor:
     """Classifier-free guidance, (B, C, H, W) each; a negative prompt's answer may stand for ``uncond``."""
     return uncond + scale * (cond - uncond)
+
+
+def rescaled(x0: Tensor, cond: Tensor, share: float) -> Tensor:
+    """CFG rescale (Lin et al., arXiv 2305.08891, eq. 15 and 16) on predictions of x0, (B, C, H, W) each.
+
+    Gives the guided ``x0`` each sample's standard deviation under the prompt alone, and mixes ``share`` of that in.
+    """
+    assert x0.shape == cond.shape, (x0.shape, cond.shape)
+    wanted, has = (x.flatten(1).std(1).view(-1, *[1] * (x0.dim() - 1)) for x in (cond, x0))
+    return x0 * (1 - share + share * wanted / has.clamp_min(1e-12))
 
 
 def perp_neg(uncond: Tensor, cond: Tensor, negatives: Tensor, weights: Tensor, scale: float) -> Tensor:

@@ -22,6 +22,7 @@ class Draw:
         cameras: B cameras, or None where images have no camera.
         group: (B,) long; images of one group are views of one scene and share t.
         particle: which of the student's particles made them.
+        source: what the images were before an edit began, (B, 3, H, W), for methods that compare with it.
     """
 
     images: Tensor  # (B, 3, H, W)
@@ -29,6 +30,7 @@ class Draw:
     cameras: Cameras | None
     group: Tensor  # (B,) long
     particle: int = 0
+    source: Tensor | None = None  # (B, 3, H, W)
 
 
 class Student(Protocol):

@@ -1,0 +1,42 @@
+"""Interval score matching."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+from torch import Tensor
+
+from sds3d.distill.core import T_CLEAN, Method, Query, require_scale, scale_of
+from sds3d.noise import noised
+from sds3d.ramp import Ramp
+
+
+@dataclass(frozen=True)
+class ISM(Method):
+    """Interval score matching (Liang et al., LucidDreamer, arXiv 2311.11284, eq. 12): d = eps_s(x_t) - eps_uncond(x_s).
+
+    x_s, a little less noisy than x_t, comes from the image by DDIM inversion under the null prompt, and x_t from x_s
+    by one step more of it.
+
+    Raises:
+        ValueError: a scale below 0, no steps, or a gap that is not above 0.
+    """
+
+    WEIGHT: ClassVar[str] = "x0"
+
+    scale: Ramp | float = 7.5  # guidance s
+    gap: float = 0.05  # t - s
+    steps: int = 5  # of the inversion from the image to s
+
+    def __post_init__(self):
+        require_scale(self, "scale")
+        if self.steps < 1 or not 0 < self.gap < 1:
+            raise ValueError(f"ISM needs at least 1 step and a gap in (0, 1), got {self.steps} and {self.gap}")
+
+    def __call__(self, q: Query) -> Tensor:  # (B, C, H, W), eps units
+        s = (q.t - self.gap).clamp_min(T_CLEAN)
+        x_s = q.inverted(s, self.steps, scale=0.0)
+        (uncond,) = q.predict(x_s, s, "uncond")
+        x_t = noised(uncond.x0, uncond.eps, q.alpha, q.sigma)
+        return replace(q, x_t=x_t, _answers={}).guided(scale_of(self.scale, q.step)) - uncond.eps

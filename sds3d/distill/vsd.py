@@ -1,0 +1,32 @@
+"""Variational score distillation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from sds3d.distill.core import Method, Query, require_scale, scale_of
+from sds3d.ramp import Ramp
+
+
+@dataclass(frozen=True)
+class VSD(Method):
+    """Variational score distillation (Wang et al., ProlificDreamer, arXiv 2305.16213, eq. 9): d = eps_s - eps_phi.
+
+    eps_phi is the critic's: the score of what the student draws, learnt along the way, under the prompt, unguided.
+
+    Raises:
+        ValueError: a scale below 0.
+    """
+
+    NEEDS: ClassVar[tuple[str, ...]] = ("critic",)
+
+    scale: Ramp | float = 7.5  # guidance s, of the teacher alone
+
+    def __post_init__(self):
+        require_scale(self, "scale")
+
+    def __call__(self, q: Query) -> Tensor:  # (B, C, H, W), eps units
+        return q.guided(scale_of(self.scale, q.step)) - q.critic_eps()
