@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -29,6 +29,18 @@ class Judged(Protocol):
 
 
 Objective = Callable[[Draw, int, torch.Generator], Judged]
+
+
+class Critic(Protocol):
+    """What the loop asks of a critic; see critics.py."""
+
+    steps: int
+
+    def fit(self, draw: Draw, generator: torch.Generator) -> float: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
 class Diverged(RuntimeError):
@@ -126,6 +138,7 @@ def train(
     run: Run | None = None,
     resume: bool = False,
     picture: Callable[[], Tensor] | None = None,
+    critic: Critic | None = None,
 ) -> Iterator[Step]:
     """Train ``student``; gives an iterator that yields after every step. A checkpoint is read at once.
 
@@ -136,6 +149,7 @@ def train(
         run: where checkpoints, metrics and pictures go; None writes nothing.
         resume: go on from the run's checkpoint.
         picture: makes the views (B, 3, H, W) of a progress picture.
+        critic: follows what the student draws: fitted ``critic.steps`` times on fresh draws before every step.
 
     Raises:
         ValueError: the disk is full, a checkpoint is missing or damaged or does not fit the student, a group
@@ -147,13 +161,13 @@ def train(
     done, seconds = 0, 0.0
     if resume:
         assert run is not None, "resume needs a run"
-        done, seconds = _restore(run, student, optimiser, generator)
+        done, seconds = _restore(run, student, optimiser, generator, critic)
         if done > plan.steps:
             raise ValueError(
                 f"{run.path} has done {done} steps; steps={plan.steps} is less: give steps={2 * done} or so"
             )
         run.rewind(done)
-    state = _State(student, optimiser, generator, done, seconds)
+    state = _State(student, optimiser, generator, done, seconds, critic)
     return _loop(state, objectives, plan, run, picture)
 
 
@@ -166,6 +180,7 @@ class _State:
     generator: torch.Generator
     done: int
     seconds: float
+    critic: Critic | None
 
     def save(self, run: Run) -> None:
         run.save_checkpoint(
@@ -175,6 +190,7 @@ class _State:
                 "student": self.student.state_dict(),
                 "optimiser": self.optimiser.state_dict(),
                 "generator": self.generator.get_state(),
+                "critic": None if self.critic is None else self.critic.state_dict(),
             }
         )
 
@@ -238,8 +254,10 @@ def make_optimiser(student: Student, config: OptimConfig) -> torch.optim.Adam:
 def _one_step(state: _State, objectives: Mapping[str, Objective], plan: Plan) -> tuple[float, dict[str, float]]:
     """Draw, judge, go backward, move; returns the loss and the step's figures."""
     student, optimiser, step, generator = state.student, state.optimiser, state.done, state.generator
-    draw = student.draw(step, generator)
     metrics: dict[str, float] = {}
+    if state.critic is not None and state.critic.steps:
+        metrics["critic"] = _fit(state.critic, student, step, generator)
+    draw = student.draw(step, generator)
     total = draw.images.new_zeros(())
     for name, objective in objectives.items():
         judged = objective(draw, step, generator)
@@ -267,6 +285,18 @@ def _one_step(state: _State, objectives: Mapping[str, Objective], plan: Plan) ->
     return float(total.detach()), metrics
 
 
+def _fit(critic: Critic, student: Student, step: int, generator: torch.Generator) -> float:
+    """The critic's fits of one step; returns their mean loss."""
+    losses = []
+    for _ in range(critic.steps):
+        with torch.no_grad():
+            draw = student.draw(step, generator)
+        losses.append(critic.fit(draw, generator))
+    loss = sum(losses) / len(losses)
+    _require_finite(torch.tensor(loss), "the critic's loss", step)
+    return loss
+
+
 def _require_finite(value: Tensor, what: str, step: int) -> None:
     if not bool(torch.isfinite(value).all()):
         raise Diverged(
@@ -275,7 +305,11 @@ def _require_finite(value: Tensor, what: str, step: int) -> None:
 
 
 def _restore(
-    run: Run, student: Student, optimiser: torch.optim.Optimizer, generator: torch.Generator
+    run: Run,
+    student: Student,
+    optimiser: torch.optim.Optimizer,
+    generator: torch.Generator,
+    critic: Critic | None,
 ) -> tuple[int, float]:
     """Load everything from the run's checkpoint; returns the steps and seconds done."""
     state = run.load_checkpoint()
@@ -283,6 +317,8 @@ def _restore(
         student.load_state_dict(state["student"])
         optimiser.load_state_dict(state["optimiser"])
         generator.set_state(state["generator"])
+        if critic is not None:
+            critic.load_state_dict(state["critic"])
         done, seconds = int(state["step"]), float(state["seconds"])
     except (KeyError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"{run.checkpoint} does not fit this run's config.yaml: {error}".splitlines()[0]) from error

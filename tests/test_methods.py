@@ -318,9 +318,7 @@ def test_nfsd_subtracts_nothing_at_low_noise(schedule):
 def test_nfsd_switches_sample_by_sample():
     """A (B,) mask that broadcasts over the width by accident would show here: B equals the width."""
     schedule = SCHEDULES["cosine"]
-    low, high, mixed = (
-        directions(schedule, ("nfsd", {"switch": s}), seed=3)[0][:, :, :, :] for s in (1e9, 0.0, 0.572)
-    )
+    low, high, mixed = (directions(schedule, ("nfsd", {"switch": s}), seed=3)[0][:, :, :, :] for s in (1e9, 0.0, 0.572))
     assert torch.equal(mixed[:2], low[:2]) and torch.equal(mixed[2:], high[2:])  # t = 0.3 is ratio 0.51
 
 

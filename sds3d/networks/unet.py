@@ -125,7 +125,13 @@ class UNet(nn.Module):
         nn.init.zeros_(self.last.weight)
 
     def forward(
-        self, x: Tensor, t: Tensor, text: tuple[Tensor, Tensor, Tensor], cameras: Cameras | None, seen: Tensor
+        self,
+        x: Tensor,
+        t: Tensor,
+        text: tuple[Tensor, Tensor, Tensor],
+        cameras: Cameras | None,
+        seen: Tensor,
+        extra: Tensor | None = None,
     ) -> Tensor:
         """Predict v.
 
@@ -135,12 +141,15 @@ class UNet(nn.Module):
             text: what `TextEncoder` returns.
             cameras: B cameras, or None for none.
             seen: (B,) 1 where the camera is given, 0 where it is dropped.
+            extra: (B, condition), added to what scales and shifts every block.
 
         Returns:
             (B, 3, 64, 64).
         """
         words, mask, whole = text
         condition = self.time(time_features(t)) + self.caption(whole)
+        if extra is not None:
+            condition = condition + extra
         rays: list[Tensor | None] = [None] * 3
         if cameras is not None:
             condition = condition + self.camera(camera_features(cameras)) * seen[:, None]

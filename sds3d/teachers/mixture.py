@@ -15,11 +15,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sds3d.cameras import Cameras
+from sds3d.networks.mlp import PointNet
 from sds3d.noise import Prediction, Schedule, target
 from sds3d.prompts import VIEW_WORDS
 from sds3d.teachers.base import decode_pixels, encode_pixels
@@ -187,6 +189,29 @@ class MixtureTeacher:
         output = target(self.kind, x0, eps, alpha, sigma, rates)
         levels = (alpha.to(dtype), sigma.to(dtype))
         return Prediction(output.to(dtype), x_t, *levels, self.kind, tuple(r.to(dtype) for r in rates))
+
+    @cached_property
+    def network(self) -> PointNet:
+        """What a critic of this teacher learns: a difference in v, zero at first."""
+        return PointNet(self.mixture.means[0].numel())
+
+    extra_width = 0
+
+    def answer(
+        self,
+        network: nn.Module,
+        x_t: Tensor,
+        t: Tensor,
+        prompts: list[str],
+        cameras: Cameras | None = None,
+        camera_mask: Tensor | None = None,
+        extra: Tensor | None = None,
+    ) -> Prediction:
+        """See `sds3d.critics.Trainable.answer`; the network's answer is added to the exact one."""
+        exact = self.predict(x_t, t, prompts, cameras, camera_mask)
+        dtype = torch.promote_types(x_t.dtype, torch.float32)
+        v = exact.v + network(x_t.to(torch.float32), t.to(torch.float32)).to(dtype)
+        return Prediction(v, x_t, exact.alpha, exact.sigma, "v")
 
     def log_prior(
         self, prompts: list[str], cameras: Cameras | None = None, camera_mask: Tensor | None = None

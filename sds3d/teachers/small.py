@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sds3d.cameras import Cameras
 from sds3d.files import replacing
@@ -80,6 +80,14 @@ class SmallTeacher:
     def decode(self, x: Tensor) -> Tensor:
         return decode_pixels(x)
 
+    @property
+    def network(self) -> UNet:
+        return self.unet
+
+    @property
+    def extra_width(self) -> int:
+        return self.unet.config.condition
+
     @torch.no_grad()
     def predict(
         self,
@@ -90,13 +98,27 @@ class SmallTeacher:
         camera_mask: Tensor | None = None,  # (B,) bool
     ) -> Prediction:
         """See `sds3d.teachers.base.Teacher.predict`."""
+        return self.answer(self.unet, x_t, t, prompts, cameras, camera_mask)
+
+    def answer(
+        self,
+        network: nn.Module,
+        x_t: Tensor,  # (B, 3, 64, 64)
+        t: Tensor,  # (B,)
+        prompts: list[str],
+        cameras: Cameras | None = None,
+        camera_mask: Tensor | None = None,  # (B,) bool
+        extra: Tensor | None = None,  # (B, extra_width)
+    ) -> Prediction:
+        """See `sds3d.critics.Trainable.answer`."""
         seen = torch.ones(len(x_t), device=x_t.device) if camera_mask is None else camera_mask.float()
         text = self._embed(prompts)
         with torch.autocast(x_t.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
-            v = self.unet(x_t.float(), t.float(), text, cameras, seen).float()
+            v = network(x_t.float(), t.float(), text, cameras, seen, extra).float()
         alpha, sigma = self.schedule.alpha_sigma(t)
         return Prediction(v, x_t, alpha, sigma, "v")
 
+    @torch.no_grad()
     def _embed(self, prompts: list[str]) -> tuple[Tensor, Tensor, Tensor]:
         """Word vectors (B, L, D), mask (B, L), whole (B, D); every prompt is encoded once and kept."""
         for prompt in dict.fromkeys(prompts):

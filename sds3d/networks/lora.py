@@ -1,0 +1,49 @@
+"""Low-rank changes to a frozen network (Hu et al., LoRA, arXiv 2106.09685, eq. 3): W + (scale / rank) B A."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+
+class LoRA(nn.Module):
+    """A frozen network under learnable low-rank changes of its matrices and convolutions.
+
+    The network's weights are shared, not copied: ``network`` stays as it is, and this module's parameters and state
+    are the changes alone. B starts at zero, so it starts equal to the network.
+
+    Args:
+        network: any module; its weights get no gradient here.
+        rank: of every change; a weight whose shorter side is smaller is left alone.
+        scale: the change is multiplied by scale / rank.
+        generator: of A's initial values.
+    """
+
+    def __init__(self, network: nn.Module, rank: int = 8, scale: float = 8.0, generator: torch.Generator | None = None):
+        super().__init__()
+        if rank < 1:
+            raise ValueError(f"LoRA's rank is {rank}; give at least 1 (8 is usual)")
+        self._network = [network]  # in a list: not a submodule, so not in this module's state or parameters
+        self.factor = scale / rank
+        self.down, self.up, self.names = nn.ParameterList(), nn.ParameterList(), []
+        for name, weight in network.named_parameters():
+            if weight.ndim in (2, 4) and min(len(weight), weight[0].numel()) > rank:
+                inputs = weight[0].numel()
+                a = torch.randn((rank, inputs), generator=generator) / math.sqrt(inputs)
+                self.down.append(nn.Parameter(a.to(weight.device)))
+                self.up.append(nn.Parameter(weight.new_zeros(len(weight), rank, dtype=torch.float32)))
+                self.names.append(name)
+
+    def weights(self) -> dict[str, Tensor]:
+        """The changed weights by name."""
+        frozen = dict(self._network[0].named_parameters())
+        return {
+            name: frozen[name].detach() + self.factor * (up @ down).view(frozen[name].shape)
+            for name, up, down in zip(self.names, self.up, self.down, strict=True)
+        }
+
+    def forward(self, *arguments, **named):
+        return functional_call(self._network[0], self.weights(), arguments, named)
