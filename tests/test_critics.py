@@ -167,3 +167,20 @@ def shares(points: torch.Tensor, mixture: Mixture) -> torch.Tensor:
     """Share of the points nearest to each mode."""
     nearest = (points.flatten(1)[:, None] - mixture.means.flatten(1)).square().sum(-1).argmin(-1)
     return torch.bincount(nearest, minlength=len(mixture.weights)) / len(points)
+
+
+@pytest.mark.parametrize("method", ["vsd", "sds"])
+def test_vsd_finds_eight_modes_of_unequal_weight_and_sds_does_not(method):
+    mixture = ring()
+    teacher = MixtureTeacher(mixture, kind="v")
+    start = mixture.means[0] + 0.05 * torch.randn((2000, 2, 1, 1), generator=seeded(), dtype=torch.float64)
+    student = Points(start.float(), batch=512)  # all in the first mode
+    critic = Learnt(teacher, CriticConfig("copy", steps=2, lr=2e-3), seeded()) if method == "vsd" else None
+    run(student, teacher, METHODS[method](scale=1.0), critic, 1500, 0.02)
+    points = student.points.detach()
+    off = float((shares(points, mixture) - mixture.weights).abs().max())
+    if method == "vsd":
+        assert off < 0.03, shares(points, mixture)
+        assert points.flatten(1).norm(dim=1).mean() == pytest.approx(1.0, abs=0.05)
+    else:
+        assert off > 0.1, shares(points, mixture)
