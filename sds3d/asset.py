@@ -209,7 +209,8 @@ def _config_of(run: Run) -> Config:
 def _steps(asset: Asset, teacher: Teacher, resume: bool = False) -> Iterator[Step]:
     """The loop of an asset's run."""
     config = asset.config
-    objective = configs.make_objective(config, teacher)
+    critic = configs.make_critic(config, teacher)
+    objective = configs.make_objective(config, teacher, critic)
     cameras = orbit(4, elevation=config.export.elevation)  # of the progress pictures
     return train(
         asset.student,
@@ -218,6 +219,7 @@ def _steps(asset: Asset, teacher: Teacher, resume: bool = False) -> Iterator[Ste
         asset.run,
         resume=resume,
         picture=lambda: asset.views(cameras),
+        critic=critic,
     )
 
 

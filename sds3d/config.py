@@ -17,8 +17,10 @@ import torch
 
 from sds3d import ops
 from sds3d.cameras import CameraRanges, Cameras
+from sds3d.critics import CriticConfig, Learnt
 from sds3d.distill import METHODS
 from sds3d.distill.core import ScoreObjective
+from sds3d.guidance import Guidance
 from sds3d.noise import TimeDraw
 from sds3d.prompts import COLOURS, VIEW_WORDS, named_background, words
 from sds3d.ramp import Ramp
@@ -111,9 +113,11 @@ class Config:
         backend: of the hot kernels; one of ops.BACKENDS.
         out: folder for run folders.
         method: a method of distill.METHODS; in YAML its name and its fields.
-        weight: W(t), one of noise.WEIGHTS.
+        weight: W(t), one of noise.WEIGHTS; "auto" is the method's own.
         uncond_camera: whether the null and negative prompts are told the camera.
+        guidance: Perp-Neg and CFG rescale, beside the method's own scale.
         time: where t comes from.
+        critic: how the student's own score is learnt, for methods that need it.
 
     Raises:
         ValueError: an empty prompt or a number that makes no sense.
@@ -128,8 +132,10 @@ class Config:
     out: str = "outputs"
     teacher: TeacherConfig = TeacherConfig()
     method: Any = METHODS[DEFAULT_METHOD]()
-    weight: str = "sigma2"
+    weight: str = "auto"
     uncond_camera: bool = False
+    guidance: Guidance = Guidance()
+    critic: CriticConfig = CriticConfig()
     time: TimeDraw = dataclasses.field(default_factory=lambda: TimeDraw(Ramp.constant(0.087), Ramp(0, 0.951, 0.5, 300)))
     field: FieldConfig = FieldConfig()
     occupancy: OccupancyConfig = OccupancyConfig()
@@ -342,9 +348,27 @@ def make_student(config: Config) -> SceneStudent:
     return SceneStudent(scene, generator, prompts, backgrounds, ops.choose(device, config.backend), device)
 
 
-def make_objective(config: Config, teacher: Teacher) -> ScoreObjective:
-    """The method, bound to its teacher."""
-    return ScoreObjective(teacher, config.method, config.time, config.weight, config.negative, config.uncond_camera)
+def make_critic(config: Config, teacher: Teacher) -> Learnt | None:
+    """A critic that starts from the teacher, where the method needs one."""
+    if "critic" not in config.method.NEEDS:
+        return None
+    return Learnt(teacher, config.critic, torch.Generator().manual_seed(config.seed))
+
+
+def make_objective(config: Config, teacher: Teacher, critic: Learnt | None = None) -> ScoreObjective:
+    """The method, bound to its teacher and critic. Raises ValueError where it lacks what it needs."""
+    if config.guidance.perp_neg and teacher.views != "words":
+        raise ValueError("guidance.perp_neg works through view words: set teacher.views=words, or perp_neg to 0")
+    return ScoreObjective(
+        teacher,
+        config.method,
+        config.time,
+        config.weight,
+        config.negative,
+        config.uncond_camera,
+        config.guidance,
+        critic,
+    )
 
 
 def make_plan(config: Config) -> Plan:

@@ -199,7 +199,7 @@ class ExactCritic:
         return self.teacher.predict(x_t, t, prompts)
 
 
-def objective(schedule: Schedule, name: str, settings=None, negative="", kind="v", weight="") -> ScoreObjective:
+def objective(schedule: Schedule, name: str, settings=None, negative="", kind="v", weight="auto") -> ScoreObjective:
     method = METHODS[name](**(settings or {}))
     return ScoreObjective(
         Gaussians(schedule, GAUSSIANS, kind),

@@ -257,7 +257,7 @@ class ScoreObjective:
         teacher: the judge.
         method: gives the direction.
         time: where t comes from.
-        weight: name of W, one of ``noise.WEIGHTS``; "" is the method's own.
+        weight: name of W, one of ``noise.WEIGHTS``, or "auto", the method's own.
         negative: negative prompt, "" for none.
         uncond_camera: see ``Query``.
         guidance: see ``Query``.
@@ -271,7 +271,7 @@ class ScoreObjective:
     teacher: Teacher
     method: Method
     time: TimeDraw
-    weight: str = ""
+    weight: str = "auto"
     negative: str = ""
     uncond_camera: bool = False
     guidance: Guidance = Guidance()
@@ -279,7 +279,7 @@ class ScoreObjective:
     source_prompt: str = ""
 
     def __post_init__(self):
-        self.weight = self.weight or self.method.WEIGHT
+        self.weight = self.method.WEIGHT if self.weight == "auto" else self.weight
         weight(self.weight, torch.ones(1), torch.ones(1))
         for prompt in filter(None, (self.negative, self.source_prompt)):
             self.teacher.check(prompt)
