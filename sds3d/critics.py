@@ -2,7 +2,7 @@
 
 VSD, Diff-Instruct and DMD compare the teacher with it. It starts from the teacher's weights, as a LoRA on them or as a
 full copy, and is trained with the ordinary denoising loss on the student's own detached images, at all t
-(ProlificDreamer, arXiv 2305.16213, eq. 10). Where the teacher is told the view in words only, the critic gets the exact
+(ProlificDreamer, arXiv 2305.16213). Where the teacher is told the view in words only, the critic gets the exact
 camera besides, through a small network that starts at zero: so it always starts equal to the teacher.
 """
 

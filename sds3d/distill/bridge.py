@@ -13,7 +13,7 @@ from sds3d.ramp import Ramp
 
 @dataclass(frozen=True)
 class Bridge(Method):
-    """A bridge from the images there are to those there should be (McAllister et al., arXiv 2406.09417, section 4).
+    """A bridge from the images there are to those there should be (McAllister et al., arXiv 2406.09417).
 
     First SDS, which makes the shape and leaves its artefacts; from step ``second`` on d = eps_cond - eps_spoilt, where
     the spoilt prompt is the prompt and the negative prompt's words for those artefacts.

@@ -12,7 +12,7 @@ from sds3d.ramp import Ramp
 
 @dataclass(frozen=True)
 class CSD(Method):
-    """Classifier score distillation (Yu et al., arXiv 2310.19415, eq. 8 and 10): d = eps_cond - eps_away.
+    """Classifier score distillation (Yu et al., arXiv 2310.19415): d = eps_cond - eps_away.
 
     eps_away goes from the null prompt's answer (``negative_share`` 0) to the negative prompt's (1) and beyond.
 

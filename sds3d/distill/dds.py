@@ -14,7 +14,7 @@ from sds3d.ramp import Ramp
 
 @dataclass(frozen=True)
 class DDS(Method):
-    """Delta denoising score, for edits (Hertz et al., arXiv 2304.07090, eq. 4): d = eps_s(x_t, y) - eps_s(x'_t, y').
+    """Delta denoising score, for edits (Hertz et al., arXiv 2304.07090): d = eps_s(x_t, y) - eps_s(x'_t, y').
 
     x' and y' are the source image and its prompt; t and noise are shared, so what is wrong with the teacher's answer
     to both cancels.

@@ -14,7 +14,7 @@ from sds3d.ramp import Ramp
 
 @dataclass(frozen=True)
 class ISM(Method):
-    """Interval score matching (Liang et al., LucidDreamer, arXiv 2311.11284, eq. 12): d = eps_s(x_t) - eps_uncond(x_s).
+    """Interval score matching (Liang et al., LucidDreamer, arXiv 2311.11284): d = eps_s(x_t) - eps_uncond(x_s).
 
     x_s, a little less noisy than x_t, comes from the image by DDIM inversion under the null prompt, and x_t from x_s
     by one step more of it.

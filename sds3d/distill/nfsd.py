@@ -14,7 +14,7 @@ from sds3d.ramp import Ramp
 
 @dataclass(frozen=True)
 class NFSD(Method):
-    """Noise-free score distillation (Katzir et al., arXiv 2310.17590, eq. 9 and 10).
+    """Noise-free score distillation (Katzir et al., arXiv 2310.17590).
 
     d = delta_D + s delta_C with delta_C = eps_cond - eps_uncond; delta_D = eps_uncond at low noise, where the null
     prompt's answer is the way towards clean images, and eps_uncond - eps_negative above. The negative prompt names

@@ -13,7 +13,7 @@ from sds3d.ramp import Ramp
 
 @dataclass(frozen=True)
 class SDI(Method):
-    """Score distillation via inversion (Lukoianov et al., arXiv 2405.15891, eq. 12): d = eps_s(x_t) - kappa(x).
+    """Score distillation via inversion (Lukoianov et al., arXiv 2405.15891): d = eps_s(x_t) - kappa(x).
 
     kappa is the noise that DDIM inversion finds for the image, x_t = alpha x + sigma kappa. With the weight "x0" the
     gradient is x - x0, the residual to what the teacher would make of the image.

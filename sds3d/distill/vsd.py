@@ -13,7 +13,7 @@ from sds3d.ramp import Ramp
 
 @dataclass(frozen=True)
 class VSD(Method):
-    """Variational score distillation (Wang et al., ProlificDreamer, arXiv 2305.16213, eq. 9): d = eps_s - eps_phi.
+    """Variational score distillation (Wang et al., ProlificDreamer, arXiv 2305.16213): d = eps_s - eps_phi.
 
     eps_phi is the critic's: the score of what the student draws, learnt along the way, under the prompt, unguided.
 
