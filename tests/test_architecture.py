@@ -64,10 +64,14 @@ HOMES = {  # package -> the only files that may import it
     "skimage": {"export/mesh.py", "data/toybox.py"},
     "imageio_ffmpeg": {"export/video.py"},
     "matplotlib": {"export/chart.py"},
-    "typer": {"cli.py"},
+    "typer": {"cli/__init__.py", "cli/scenes.py", "cli/methods.py", "cli/shared.py", "cli/teacher.py"},
 }
 # Files that load a heavy package when they are imported, and are therefore imported lazily themselves.
-EAGER = {"ops/numba_cpu.py": {"numba"}, "ops/numba_kernels.py": {"numba"}, "cli.py": {"typer"}}
+EAGER = {
+    "ops/numba_cpu.py": {"numba"},
+    "ops/numba_kernels.py": {"numba"},
+    **{name: {"typer"} for name in HOMES["typer"]},
+}
 RANDOM = {"rand", "randn", "randint", "randperm", "normal", "bernoulli", "multinomial"}
 RANDOM_METHODS = {"uniform_", "normal_", "random_", "exponential_", "bernoulli_"}
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from conftest import SCHEDULES, every_schedule
 from torch import Tensor
 
 from sds3d.distill import METHODS
@@ -20,13 +21,6 @@ from sds3d.distill.core import T_CLEAN, ScoreObjective, surrogate
 from sds3d.noise import Prediction, Schedule, TimeDraw, target
 from sds3d.students import Draw
 
-SCHEDULES = {
-    "cosine": Schedule.cosine(),
-    "linear": Schedule.linear(),
-    "ve": Schedule.ve(0.02, 50.0),
-    "flow": Schedule.flow(),
-}
-every_schedule = pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES.keys())
 GAUSSIANS = {  # prompt -> mean and standard deviation
     "a red mug": (0.7, 0.4),
     "": (-0.2, 0.9),

@@ -6,13 +6,12 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from conftest import SCHEDULES, every_schedule
 
 from sds3d.noise import Prediction, Schedule, noised
 from sds3d.samplers import ddim
 
 MEAN, STD = 0.7, 0.4
-SCHEDULES = {"cosine": Schedule.cosine(), "linear": Schedule.linear(), "ve": Schedule.ve(), "flow": Schedule.flow()}
-every_schedule = pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES.keys())
 
 
 def exact(schedule: Schedule):

@@ -1,0 +1,195 @@
+"""Commands that make, resume, export and judge scenes."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer import Argument, Option
+
+from sds3d.cli.shared import Json, Overrides, Quiet, RunFolder, dump, interruption, make_display, print_result
+from sds3d.options import spread
+
+if TYPE_CHECKING:
+    from sds3d.asset import Asset
+    from sds3d.progress import Silent
+    from sds3d.train import Step
+
+SCORES = ("iou", "psnr", "chamfer", "fscore")
+
+
+@dataclass(frozen=True)
+class GenerateOptions:
+    """The flags of generate, each short for a key."""
+
+    method: Annotated[str | None, Option(help="how to distil; its recipe comes with it")] = None
+    seed: Annotated[int | None, Option(help="of every random draw")] = None
+    teacher: Annotated[str | None, Option(help="a packaged teacher (small), or a file of weights")] = None
+    teacher_views: Annotated[str | None, Option(help="camera (exact) or words (front, side, back view)")] = None
+    backend: Annotated[str | None, Option(help="kernels: auto, numba, torch ... (see sds3d doctor)")] = None
+    out: Annotated[str | None, Option("--out", "-o", help="folder for run folders")] = None
+    config: Annotated[Path | None, Option(help="a YAML file of settings, such as another run's config.yaml")] = None
+    dry_run: Annotated[bool, Option("--dry-run", help="print the settings and stop")] = False
+    quiet: Quiet = False
+    json: Json = False
+
+    def layer(self) -> dict[str, Any]:
+        """The settings given by flags."""
+        given = {key: getattr(self, key) for key in ("method", "seed", "backend", "out")}
+        given |= {"teacher.name": self.teacher, "teacher.views": self.teacher_views}
+        return {key: value for key, value in given.items() if value is not None}
+
+
+@spread
+def generate(
+    prompt: Annotated[str, Argument(help='what to make, in quotes, as in "a red mug with a white handle"')],
+    overrides: Overrides = None,
+    options: GenerateOptions = GenerateOptions(),
+) -> None:
+    """Make a 3D asset from a prompt: mesh.glb, turntable.mp4, preview.png in a new folder under outputs/.
+
+    [bold]Examples[/bold]
+
+      sds3d generate "a red mug"
+
+      sds3d generate "a blue chair" --method sds --seed 3 steps=800 render.resolution=64
+
+      sds3d generate "a green cube on a yellow cylinder" --dry-run
+
+    Ctrl-C stops after the current step and saves; [bold]sds3d resume[/bold] goes on. SDS3D_TRACEBACK=1 shows where an
+    error came from.
+    """
+    from sds3d import config as configs
+
+    begun = time.perf_counter()
+    layers = options.layer(), configs.parse_overrides(overrides or [])
+    config = configs.load(prompt, *layers, file=options.config)
+    if options.dry_run:
+        configs.make_teacher(config)
+        configs.make_student(config)
+        print(configs.to_yaml(config), end="")
+        return
+    from sds3d import asset as assets
+
+    asset, steps = assets.start(config)
+    _carry_out(asset, steps, begun, make_display(options.quiet, options.json), options.json)
+
+
+def resume(run: RunFolder, overrides: Overrides = None, quiet: Quiet = False, json: Json = False) -> None:
+    """Go on with a run where it stopped, and finish it.
+
+    [bold]Examples[/bold]
+
+      sds3d resume outputs/00001-a-red-mug
+
+      sds3d resume outputs/00001-a-red-mug steps=800      [dim]# longer than it was meant to be[/dim]
+
+      sds3d resume outputs/00001-a-red-mug export.size=256      [dim]# a finished run: its files again[/dim]
+    """
+    from sds3d import asset as assets
+    from sds3d import config as configs
+
+    begun = time.perf_counter()
+    asset, steps = assets.resume(run, configs.parse_overrides(overrides or []))
+    _carry_out(asset, steps, begun, make_display(quiet, json), json)
+
+
+def export(
+    run: RunFolder,
+    format: Annotated[str, Option("--format", "-f", help="glb, obj, ply (mesh), mp4 (turntable), png (views)")] = "glb",
+    out: Annotated[Path | None, Option("--out", "-o", help="folder to write to; the run's own by default")] = None,
+    resolution: Annotated[int | None, Option(help="voxels along each side of the box")] = None,
+    json: Json = False,
+) -> None:
+    """Write a run's asset in other formats.
+
+    [bold]Example[/bold]
+
+      sds3d export outputs/00001-a-red-mug --format glb,obj,ply --resolution 128
+    """
+    from dataclasses import replace
+
+    from sds3d.asset import FORMATS, Asset
+
+    names = {"mp4": "turntable", "png": "preview"}
+    wanted = [part.strip().lower().lstrip(".") for part in format.split(",") if part.strip()]
+    for suffix in wanted or [""]:
+        if f".{suffix}" not in FORMATS:
+            raise ValueError(f"format is {suffix!r}; give one or more of {', '.join(f[1:] for f in FORMATS)}")
+    asset = Asset.open(run)
+    if resolution is not None:
+        settings = replace(asset.config.export, mesh_resolution=resolution)
+        asset.config = replace(asset.config, export=settings)
+    folder = out or asset.path
+    files = [asset.export(folder / f"{names.get(suffix, 'mesh')}.{suffix}") for suffix in wanted]
+    print_result({"run": str(asset.path), "files": [str(f) for f in files]}, [str(f) for f in files], json)
+
+
+def evaluate(
+    runs: Annotated[list[Path], Argument(metavar="RUN...", help="one run folder or more")],
+    json: Json = False,
+) -> None:
+    """Compare runs with the true shapes of the toybox: IoU, PSNR, Chamfer, F-score; writes eval.png.
+
+    [bold]Example[/bold]
+
+      sds3d eval outputs/00001-a-red-mug
+    """
+    from sds3d.asset import Asset
+
+    rows = []
+    for run in runs:
+        asset = Asset.open(run)
+        scores = asset.evaluate().numbers()
+        rows.append({"run": str(asset.path), "prompt": asset.config.prompt, **scores})
+        if not json:
+            print(_score_line(asset.config.prompt, scores))
+    if json:
+        print(dump(rows if len(rows) > 1 else rows[0]))
+        return
+    if len(rows) > 1:
+        figures = [[row[key] for row in rows if row[key] is not None] for key in SCORES]
+        means = [sum(values) / len(values) if values else None for values in figures]
+        print(_score_line(f"mean of {len(rows)}", dict(zip(SCORES, means, strict=True))))
+
+
+def _score_line(name: str, scores: dict[str, Any]) -> str:
+    chamfer = "no mesh" if scores["chamfer"] is None else f"{scores['chamfer']:.4f}"
+    figures = f"IoU {scores['iou']:.3f}  PSNR {scores['psnr']:.2f} dB  Chamfer {chamfer}  F {scores['fscore']:.3f}"
+    return f"{name:40s}  {figures}"
+
+
+def _carry_out(asset: Asset, steps: Iterator[Step], begun: float, display: Silent, as_json: bool) -> None:
+    """Run the loop to its end or to Ctrl-C, write the files, say where they are and what to do next."""
+    last = None
+    with display:
+        config, backend = asset.config, asset.student.field.backend
+        teacher = f"teacher {config.teacher.name} ({config.teacher.views})"
+        display.note(f"{asset.path}  {asset.student.device}, {backend}, {teacher}")
+        with interruption() as stopped:
+            for last in steps:
+                display.show(last)
+                if stopped:
+                    break
+        steps.close()
+        if last is None:
+            display.note(f"all {config.steps} steps were done before; writing the files")
+        unfinished = last is not None and last.step < last.total
+        if not unfinished:
+            files = []
+            for file in asset.finish():
+                files.append(str(file))
+                display.note(f"wrote {file}")
+    seconds = time.perf_counter() - begun
+    if unfinished:
+        print(f"stopped after step {last.step} of {last.total}; go on with: sds3d resume {asset.path}", file=sys.stderr)
+        raise typer.Exit(130)
+    result = {"run": str(asset.path), "files": files, "steps": config.steps, "seconds": round(seconds, 2)}
+    hints = [f"sds3d export {asset.path} --format glb,obj,ply", f"sds3d resume {asset.path} steps={2 * config.steps}"]
+    display.note(f"done in {seconds:.0f} s; next:\n  " + "\n  ".join(hints))
+    print_result(result, files, as_json)
