@@ -21,7 +21,6 @@ from sds3d.critics import CriticConfig, Learnt
 from sds3d.distill import METHODS
 from sds3d.distill.core import ScoreObjective
 from sds3d.guidance import Guidance
-from sds3d.noise import TimeDraw
 from sds3d.prompts import COLOURS, VIEW_WORDS, named_background, words
 from sds3d.ramp import Ramp
 from sds3d.scenes.field import FieldConfig
@@ -29,6 +28,7 @@ from sds3d.scenes.occupancy import OccupancyConfig
 from sds3d.scenes.regularisers import RegulariserConfig
 from sds3d.scenes.student import RenderConfig, SceneConfig, SceneStudent
 from sds3d.teachers.base import VIEWS, Teacher
+from sds3d.times import TimeDraw
 from sds3d.train import OptimConfig, Plan
 from sds3d.typed import build, convert, keys, merge, nearest, plain
 
@@ -188,6 +188,7 @@ def load(prompt: str | None, *layers: Mapping[str, Any], file: str | Path | None
         raise ValueError(f"method is {name!r}; {nearest(str(name), METHODS)} (there is {', '.join(METHODS)})")
     defaults = plain(Config("a red mug"))  # whole, so that a recipe that sets optim.lr.grid keeps optim.lr.mlp
     del defaults["prompt"], defaults["method"]
+    defaults["time"]["steps"] = "${steps}"
     return _typed(_resolved(merge(merge(defaults, recipe(name)), given)), name)
 
 

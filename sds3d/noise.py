@@ -21,8 +21,6 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from sds3d.ramp import Ramp
-
 KINDS = ("eps", "x0", "v", "flow", "score")
 WEIGHTS = ("sigma2", "x0", "uniform")
 
@@ -305,37 +303,3 @@ def weight(name: str, alpha: Tensor, sigma: Tensor) -> Tensor:
     if name == "uniform":
         return torch.ones_like(sigma)
     raise ValueError(f"unknown weight {name!r}; accepted: {', '.join(WEIGHTS)}")
-
-
-@dataclass(frozen=True)
-class TimeDraw:
-    """t uniform in [t_min, t_max], which may both move with the step; t is that of the teacher's schedule.
-
-    Numbers and four-number sequences are taken as ``Ramp.parse`` takes them.
-
-    Raises:
-        ValueError: a bound outside [0, 1], or t_min above t_max at some step.
-    """
-
-    t_min: Ramp
-    t_max: Ramp
-
-    def __post_init__(self):
-        for name in ("t_min", "t_max"):
-            ramp = Ramp.parse(getattr(self, name))
-            object.__setattr__(self, name, ramp)
-            if not (0 <= ramp.v0 <= 1 and 0 <= ramp.v1 <= 1):
-                raise ValueError(f"{name} goes from {ramp.v0} to {ramp.v1}; t lies in [0, 1]")
-        corners = {edge + delta for r in (self.t_min, self.t_max) for edge in (r.start, r.end) for delta in (-1e-6, 0)}
-        for step in sorted(corners):
-            if self.t_min(step) > self.t_max(step):
-                raise ValueError(
-                    f"t_min ({self.t_min(step):g}) is above t_max ({self.t_max(step):g}) at step {max(step, 0):g}"
-                )
-
-    def draw(self, step: int, group: Tensor, generator: torch.Generator) -> Tensor:
-        """t (B,) float32 for group (B,): one draw a group, whatever the order of the batch."""
-        groups, member = torch.unique(group, return_inverse=True)
-        low, high = self.t_min(step), self.t_max(step)
-        uniform = torch.rand(len(groups), generator=generator, device=generator.device).to(group.device)
-        return (low + (high - low) * uniform)[member]

@@ -17,13 +17,14 @@ TESTS = sorted((ROOT / "tests").glob("*.py"))
 # teachers by their interface only, and anybody with images or figures may draw them. Arrows point from a room to what
 # its files may import.
 OWN_ROOMS = {"teachers.base", "export.sheet", "export.chart"}
-SCORE = {"teachers.base", "samplers", "guidance", "prompts", "noise", "ramp", "cameras", "students"}
+SCORE = {"teachers.base", "samplers", "guidance", "prompts", "noise", "times", "ramp", "cameras", "students"}
 ARROWS = {
     "files": set(),
     "ramp": set(),
     "cameras": set(),
     "typed": {"ramp"},
-    "noise": {"ramp"},
+    "noise": set(),
+    "times": {"noise", "ramp"},
     "guidance": set(),
     "prompts": {"cameras"},
     "samplers": {"noise"},

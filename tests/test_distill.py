@@ -12,9 +12,10 @@ from sds3d.cameras import orbit
 from sds3d.distill import METHODS
 from sds3d.distill.core import NonFiniteGradient, Query, ScoreObjective, surrogate
 from sds3d.distill.sds import SDS
-from sds3d.noise import KINDS, WEIGHTS, Prediction, Schedule, TimeDraw, target, weight
+from sds3d.noise import KINDS, WEIGHTS, Prediction, Schedule, target, weight
 from sds3d.ramp import Ramp
 from sds3d.students import Draw
+from sds3d.times import TimeDraw
 
 COND, UNCOND, NEGATIVE = (0.7, 0.4), (-0.2, 0.9), (-1.1, 0.5)  # (mean, std) of each branch's Gaussian
 
@@ -313,7 +314,7 @@ def test_a_non_finite_gradient_stops_and_says_where():
     images = pictures(3, 3, 4, 4)
     with pytest.raises(NonFiniteGradient, match="SDS.*step 17, t = 0.*teacher's answer") as stop:
         objective(Broken())(drawn(images), 17, torch.Generator().manual_seed(0))
-    t = TimeDraw(0.1, 0.9).draw(17, torch.arange(3), torch.Generator().manual_seed(0))
+    t = TimeDraw(0.1, 0.9).draw(17, torch.arange(3), torch.Generator().manual_seed(0), Schedule.cosine())
     assert (stop.value.method, stop.value.step) == ("SDS", 17)
     assert stop.value.t == pytest.approx(float(t[1]))
     images[2, 0, 0, 0] = torch.inf

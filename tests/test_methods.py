@@ -18,8 +18,9 @@ from torch import Tensor
 
 from sds3d.distill import METHODS
 from sds3d.distill.core import T_CLEAN, ScoreObjective, surrogate
-from sds3d.noise import Prediction, Schedule, TimeDraw, target
+from sds3d.noise import Prediction, Schedule, target
 from sds3d.students import Draw
+from sds3d.times import TimeDraw
 
 GAUSSIANS = {  # prompt -> mean and standard deviation
     "a red mug": (0.7, 0.4),

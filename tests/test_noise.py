@@ -8,8 +8,7 @@ import pytest
 import torch
 from conftest import SCHEDULES, every_schedule
 
-from sds3d.noise import KINDS, WEIGHTS, Prediction, Schedule, TimeDraw, noised, target, weight
-from sds3d.ramp import Ramp
+from sds3d.noise import KINDS, WEIGHTS, Prediction, Schedule, noised, target, weight
 
 LEVELS = torch.tensor([0.0371, 0.138, 0.572, 1.618, 13.04], dtype=torch.float64)  # sigma/alpha
 
@@ -244,36 +243,3 @@ def test_weights_depend_on_the_ratio_alone(name):
     values = [weight(name, *s.alpha_sigma(s.t_of_ratio(LEVELS))) for s in SCHEDULES.values()]
     for other in values[1:]:
         assert (other - values[0]).abs().max() < 1e-10
-
-
-def test_one_t_a_group_whatever_the_order():
-    time, group = TimeDraw(0.1, 0.9), torch.tensor([7, 2, 7, 5, 2, 7])
-    t = time.draw(0, group, seeded(3))
-    assert t[0] == t[2] == t[5] and t[1] == t[4] and len(set(t.tolist())) == 3
-    order = torch.tensor([5, 3, 1, 0, 4, 2])
-    assert torch.equal(time.draw(0, group[order], seeded(3)), t[order])
-    assert torch.equal(time.draw(0, group, seeded(3)), t)
-
-
-def test_t_is_uniform_and_follows_its_ramp():
-    time, generator = TimeDraw(0.1, Ramp(0, 0.9, 0.5, 100)), seeded()
-    for step, high in ((0, 0.9), (50, 0.7), (500, 0.5)):
-        t = time.draw(step, torch.arange(20_000), generator).sort().values
-        uniform = 0.1 + (high - 0.1) * (torch.arange(20_000) + 0.5) / 20_000
-        assert (t - uniform).abs().max() < 0.012 * (high - 0.1)  # Kolmogorov-Smirnov, p about 0.005
-        assert 0.1 <= float(t[0]) and float(t[-1]) <= high + 1e-7
-
-
-@pytest.mark.parametrize(
-    ("bounds", "words"),
-    [
-        ((0.1, 1.2), "t_max.*0, 1"),
-        ((-0.1, 0.5), "t_min.*0, 1"),
-        ((0.6, 0.5), "above t_max"),
-        ((0.6, (0, 0.9, 0.5, 100)), "above t_max.*at step 100"),
-        (((50, 0.1, 0.7, 60), (40, 0.9, 0.6, 55)), "above t_max"),
-    ],
-)
-def test_impossible_ranges_of_t_are_refused(bounds, words):
-    with pytest.raises(ValueError, match=words):
-        TimeDraw(*bounds)

@@ -21,12 +21,13 @@ from torch import Tensor
 from sds3d import cameras as cam
 from sds3d.cameras import Cameras
 from sds3d.guidance import Guidance, cfg, perp_neg, rescaled
-from sds3d.noise import Prediction, TimeDraw, noised, weight
+from sds3d.noise import Prediction, noised, weight
 from sds3d.prompts import VIEW_WORDS, view_negatives, with_view
 from sds3d.ramp import Ramp
 from sds3d.samplers import ddim
 from sds3d.students import Draw
 from sds3d.teachers.base import Teacher
+from sds3d.times import TimeDraw
 
 BRANCHES = ("cond", "uncond", "negative", "spoilt", *VIEW_WORDS)
 T_CLEAN = 0.02  # an inversion takes a clean image to be at this t already: below, no network says anything
@@ -305,7 +306,7 @@ class ScoreObjective:
         """
         x = self.teacher.encode(draw.images)
         x = x.to(torch.promote_types(x.dtype, torch.float32))
-        t = self.time.draw(step, draw.group.to(x.device), generator)
+        t = self.time.draw(step, draw.group.to(x.device), generator, self.teacher.schedule)
         noise = torch.randn(x.shape, generator=generator, device=generator.device, dtype=x.dtype).to(x.device)
         query = self.query(draw, x, t, noise, step, generator)
         g = self.gradient(query)
