@@ -115,6 +115,7 @@ class Config:
         method: a method of distill.METHODS; in YAML its name and its fields.
         weight: W(t), one of noise.WEIGHTS; "auto" is the method's own.
         uncond_camera: whether the null and negative prompts are told the camera.
+        noise: "fresh" every step, or "fixed", the same for every step (some methods find their own, by inversion).
         guidance: Perp-Neg and CFG rescale, beside the method's own scale.
         time: where t comes from.
         critic: how the student's own score is learnt, for methods that need it.
@@ -134,6 +135,7 @@ class Config:
     method: Any = METHODS[DEFAULT_METHOD]()
     weight: str = "auto"
     uncond_camera: bool = False
+    noise: str = "fresh"
     guidance: Guidance = Guidance()
     critic: CriticConfig = CriticConfig()
     time: TimeDraw = dataclasses.field(default_factory=lambda: TimeDraw(Ramp.constant(0.087), Ramp(0, 0.951, 0.5, 300)))
@@ -367,6 +369,7 @@ def make_objective(config: Config, teacher: Teacher, critic: Learnt | None = Non
         config.weight,
         config.negative,
         config.uncond_camera,
+        config.noise,
         config.guidance,
         critic,
     )

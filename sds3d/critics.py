@@ -118,7 +118,7 @@ class Learnt:
 
     def __init__(self, teacher: Trainable, config: CriticConfig, generator: torch.Generator):
         self.teacher, self.config, self.steps = teacher, config, config.steps
-        frozen = teacher.network
+        frozen = teacher.network.eval()  # dropout stays off, in the copy too: the student's step must not see it
         device = next(frozen.parameters()).device
         if config.kind == "lora":
             self.network: nn.Module = LoRA(frozen, config.rank, float(config.rank), generator)

@@ -30,6 +30,7 @@ from sds3d.teachers.base import Teacher
 from sds3d.times import TimeDraw
 
 BRANCHES = ("cond", "uncond", "negative", "spoilt", *VIEW_WORDS)
+NOISES = ("fresh", "fixed")
 T_CLEAN = 0.02  # an inversion takes a clean image to be at this t already: below, no network says anything
 T_BINS = 5  # |g| is reported for this many equal parts of t in [0, 1]
 
@@ -261,12 +262,14 @@ class ScoreObjective:
         weight: name of W, one of ``noise.WEIGHTS``, or "auto", the method's own.
         negative: negative prompt, "" for none.
         uncond_camera: see ``Query``.
+        noise: "fresh" every step, or "fixed": the same for every step of the run.
         guidance: see ``Query``.
         critic: see ``Query``.
         source_prompt: what a draw's ``source`` shows.
 
     Raises:
-        ValueError: unknown weight, a negative prompt the teacher cannot read, or something the method needs is missing.
+        ValueError: unknown weight or noise, a negative prompt the teacher cannot read, or something the method needs
+            is missing.
     """
 
     teacher: Teacher
@@ -275,6 +278,7 @@ class ScoreObjective:
     weight: str = "auto"
     negative: str = ""
     uncond_camera: bool = False
+    noise: str = "fresh"
     guidance: Guidance = Guidance()
     critic: Critic | None = None
     source_prompt: str = ""
@@ -284,6 +288,8 @@ class ScoreObjective:
         weight(self.weight, torch.ones(1), torch.ones(1))
         for prompt in filter(None, (self.negative, self.source_prompt)):
             self.teacher.check(prompt)
+        if self.noise not in NOISES:
+            raise ValueError(f"noise is {self.noise!r}; give {' or '.join(NOISES)}")
         has = {"critic": self.critic is not None, "negative": self.negative, "source": self.source_prompt}
         how = {
             "critic": "a critic: give critic.kind=lora or copy",
@@ -307,7 +313,8 @@ class ScoreObjective:
         x = self.teacher.encode(draw.images)
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         t = self.time.draw(step, draw.group.to(x.device), generator, self.teacher.schedule)
-        noise = torch.randn(x.shape, generator=generator, device=generator.device, dtype=x.dtype).to(x.device)
+        source = generator if self.noise == "fresh" else torch.Generator().manual_seed(0)
+        noise = torch.randn(x.shape, generator=source, device=source.device, dtype=x.dtype).to(x.device)
         query = self.query(draw, x, t, noise, step, generator)
         g = self.gradient(query)
         return Distilled(surrogate(x, g), _metrics(g, query.t), query)

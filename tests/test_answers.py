@@ -1,0 +1,127 @@
+"""What every method must do whoever is asked: expectations by quadrature, gradients, and who is left alone."""
+
+import pytest
+import torch
+from conftest import SCHEDULES, every_schedule
+from numpy.polynomial.hermite_e import hermegauss
+from test_methods import CASES, ask, objective
+from torch import nn
+
+from sds3d.critics import CriticConfig, Exact, Learnt
+from sds3d.distill import METHODS
+from sds3d.distill.core import ScoreObjective, surrogate
+from sds3d.networks.mlp import PointNet
+from sds3d.noise import WEIGHTS, weight
+from sds3d.students import Draw
+from sds3d.teachers.mixture import Mixture, MixtureTeacher
+from sds3d.times import TimeDraw
+
+every_case = pytest.mark.parametrize(
+    ("name", "settings", "negative"), [case[:3] for case in CASES], ids=lambda v: str(v)[:20]
+)
+MODES = Mixture(torch.tensor([0.5, 0.2, 0.3]), torch.tensor([-1.0, 0.2, 1.4]).view(3, 1, 1, 1), 0.3)
+CLASSES = {"a red mug": [0.1, 0.2, 0.7]}
+MEAN, STD = 0.4, 0.6  # of the student
+
+
+def by_quadrature(n: int = 80) -> tuple[torch.Tensor, torch.Tensor]:
+    """Nodes (n,) and weights (n,) of N(0, 1)."""
+    nodes, weights = (torch.from_numpy(v) for v in hermegauss(n))
+    return nodes, weights / weights.sum()
+
+
+def divergence(parameters, alpha, sigma, mixture, prior):
+    """KL(q_t || p_t) of the student N(mu, tau^2), noised, by quadrature over q_t; differentiable in (mu, tau)."""
+    z, w = by_quadrature(200)
+    mean, std = alpha * parameters[0], (alpha**2 * parameters[1] ** 2 + sigma**2).sqrt()
+    x_t = (mean + std * z).view(-1, 1, 1, 1)
+    log_q = torch.distributions.Normal(mean, std).log_prob(mean + std * z)
+    levels = (v.expand(len(z)) for v in (alpha, sigma))
+    log_p = mixture.log_density(x_t, *levels, torch.as_tensor(prior, dtype=torch.float64).log().expand(len(z), -1))
+    return (w * (log_q - log_p)).sum()
+
+
+@every_schedule
+@pytest.mark.parametrize("name", WEIGHTS)
+@pytest.mark.parametrize("scale", [1.0, 4.0])
+@pytest.mark.parametrize("ratio", [0.3, 1.0, 4.0])
+def test_the_expected_gradient_is_that_of_the_divergence(schedule, name, scale, ratio):
+    """E[W d dx/dtheta] = W (sigma/alpha) grad of s KL(q_t || p_t(. | y)) + (1 - s) KL(q_t || p_t), critic exact."""
+    parameters = torch.tensor([MEAN, STD], dtype=torch.float64, requires_grad=True)
+    t = schedule.t_of_ratio(torch.tensor([ratio], dtype=torch.float64))
+    alpha, sigma = schedule.alpha_sigma(t)
+
+    teacher = MixtureTeacher(MODES, CLASSES, schedule)
+    student = Mixture(torch.ones(1), torch.full((1, 1, 1, 1), MEAN), STD)
+    critic = Exact(MixtureTeacher(student, {"a red mug": [1.0]}, schedule))
+    goal = ScoreObjective(teacher, METHODS["vsd"](scale=scale), TimeDraw(0.1, 0.9), name, critic=critic)
+    nodes, weights = by_quadrature()
+    z, noise = (v.reshape(-1, 1, 1, 1) for v in torch.meshgrid(nodes, nodes, indexing="ij"))
+    share = (weights[:, None] * weights).flatten()
+    images = parameters[0] + parameters[1] * z
+    draw = Draw(images, ["a red mug"] * len(z), None, torch.arange(len(z)))
+    g = goal.gradient(goal.query(draw, images, t.expand(len(z)), noise))
+    (found,) = torch.autograd.grad((share * (g * images).flatten()).sum(), parameters)
+
+    kl = scale * divergence(parameters, alpha, sigma, MODES, CLASSES["a red mug"])
+    kl = kl + (1 - scale) * divergence(parameters, alpha, sigma, MODES, MODES.weights)
+    (gradient,) = torch.autograd.grad(kl, parameters)
+    expected = weight(name, alpha, sigma) * (sigma / alpha) * gradient
+    assert ((found - expected).abs() <= 0.01 * expected.abs()).all(), (found, expected)
+
+
+@every_case
+def test_autograd_gives_the_inner_product_s_gradient(name, settings, negative):
+    """Through a student that is not linear, with several samples: d/dtheta <W d, x> / B."""
+    g = torch.Generator().manual_seed(0)
+    basis, noise = torch.randn((2, 3, 2, 4, 4), generator=g, dtype=torch.float64)
+    theta = torch.tensor([0.3, -0.8, 1.1], dtype=torch.float64, requires_grad=True)
+    images = torch.tanh(theta.view(3, 1, 1, 1) * basis + theta.sum())
+    goal = objective(SCHEDULES["cosine"], name, settings, negative)
+    q = ask(goal, images, torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64), noise)
+    (found,) = torch.autograd.grad(surrogate(images, goal.gradient(q)), theta, retain_graph=True)
+    w = weight(goal.weight, q.alpha, q.sigma).view(-1, 1, 1, 1)
+    (expected,) = torch.autograd.grad((w * goal.method(q) * images).sum() / 3, theta)
+    assert (found - expected).abs().max() < 1e-10 and expected.abs().max() > 1e-3
+
+
+class Droppy(PointNet):
+    """A network with dropout, left in training mode."""
+
+    def forward(self, x_t, t):
+        return nn.functional.dropout(super().forward(x_t, t) + 1, 0.5, self.training)
+
+
+@pytest.mark.parametrize("kind", ["copy", "lora"])
+def test_teacher_and_critic_are_left_alone_while_the_student_steps(kind):
+    """No gradient reaches their parameters, and dropout is off, even where a network came in training mode."""
+    teacher = MixtureTeacher(MODES, CLASSES)
+    teacher.network = Droppy(1).train()
+    critic = Learnt(teacher, CriticConfig(kind), torch.Generator().manual_seed(0))
+    goal = ScoreObjective(teacher, METHODS["vsd"](), TimeDraw(0.1, 0.9), critic=critic)
+    images = torch.zeros((4, 1, 1, 1), requires_grad=True)
+    draw = Draw(images, ["a red mug"] * 4, None, torch.arange(4))
+    first, second = (goal(draw, 0, torch.Generator().manual_seed(3)) for _ in range(2))
+    first.loss.backward()
+    assert images.grad is not None and float(images.grad.abs().max()) > 0
+    assert all(p.grad is None for p in [*critic.parameters(), *teacher.network.parameters()])
+    assert torch.equal(first.query.critic_eps(), second.query.critic_eps())
+    critic.fit(draw, torch.Generator().manual_seed(1))
+    assert torch.equal(first.query.critic_eps(), first.query.critic_eps())
+
+
+def test_fixed_noise_is_the_same_at_every_step():
+    images = torch.zeros((3, 1, 2, 2))
+    draw = Draw(images, ["a red mug"] * 3, None, torch.arange(3))
+
+    def noises(kind):
+        goal = ScoreObjective(MixtureTeacher(MODES, CLASSES), METHODS["sds"](), TimeDraw(0.1, 0.9), noise=kind)
+        generator = torch.Generator().manual_seed(1)
+        return [goal(draw, step, generator).query.noise for step in range(2)]
+
+    first, second = noises("fixed")
+    assert torch.equal(first, second) and not torch.equal(first[0], first[1])
+    first, second = noises("fresh")
+    assert not torch.equal(first, second)
+    with pytest.raises(ValueError, match="noise is 'old'; give fresh or fixed"):
+        noises("old")
