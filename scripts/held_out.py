@@ -17,8 +17,7 @@ from typing import Any
 
 import torch
 
-from sds3d import asset as assets
-from sds3d import config
+from sds3d import config, launch, make
 from sds3d.data.toybox import HELD_OUT_PROMPTS
 from sds3d.doctor import machine
 from sds3d.export.sheet import contact_sheet
@@ -39,7 +38,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for prompt in options.prompts:
             begun = time.monotonic()
-            asset, steps = assets.start(config.load(prompt, layer, {"out": folder}))
+            asset, steps = launch.start(config.load(prompt, layer, {"out": folder}))
             for _ in steps:
                 pass
             try:
@@ -66,7 +65,7 @@ def report(overrides: list[str], rows: dict[str, dict[str, float | None]]) -> di
     known = {key: [row[key] for row in rows.values() if row[key] is not None] for key in (*SCORES, "seconds")}
     return {
         "command": " ".join(["python scripts/held_out.py", *overrides]),
-        "machine": machine(config.pick_device("auto")),
+        "machine": machine(make.pick_device("auto")),
         "mean": {key: round(sum(values) / len(values), 4) if values else None for key, values in known.items()},
         "prompts": rows,
     }

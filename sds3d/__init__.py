@@ -9,21 +9,24 @@ import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sds3d.asset import Asset, generate
+    from sds3d.asset import Asset
+    from sds3d.launch import generate, paint
+    from sds3d.painting import Painting
 
 # torch's OpenMP threads would spin between two operations and take the cores from numba's: on two cores a step of the
 # main job then takes 4.6 times as long (benchmarks/notes.md). OpenMP reads this once, when torch is loaded.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 __version__ = "0.1.0"
-__all__ = ["Asset", "generate"]
+__all__ = ["Asset", "Painting", "generate", "paint"]
 
 
 def __getattr__(name: str) -> Any:
     if name in __all__:
-        from sds3d import asset
+        from sds3d import asset, launch, painting
 
-        return getattr(asset, name)
+        home = {"Asset": asset, "Painting": painting}.get(name, launch)
+        return getattr(home, name)
     raise AttributeError(f"module 'sds3d' has no attribute {name!r}; it has {', '.join(__all__)}")
 
 

@@ -1,24 +1,24 @@
-"""An asset: a run's scene, ready to be looked at and exported; and how to make one or go on with one."""
+"""An asset: a run's scene, ready to be looked at and exported."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from sds3d import config as configs
+from sds3d import make
 from sds3d.cameras import Cameras, orbit
 from sds3d.config import Config
 from sds3d.export import mesh as meshes
 from sds3d.export import sheet, video
 from sds3d.runs import Run
 from sds3d.scenes.student import SceneStudent
-from sds3d.teachers.base import Teacher
-from sds3d.train import Step, train
+from sds3d.students import Particles
 
 if TYPE_CHECKING:
     import PIL.Image
@@ -31,27 +31,35 @@ FORMATS = (*meshes.FORMATS, ".mp4", ".png")
 
 
 class Asset:
-    """The scene of a run folder.
+    """The scene of a run folder, or one of its scenes, where several particles shared a critic.
 
     Attributes:
         path: the run folder.
         config: everything that made it.
+        student: what is trained: the scene, or all particles.
+        particle: which of them this is.
+        scene: it.
     """
 
-    def __init__(self, run: Run, config: Config, student: SceneStudent):
-        self.run, self.config, self.student = run, config, student
+    def __init__(self, run: Run, config: Config, student: SceneStudent | Particles, particle: int = 0):
+        self.run, self.config, self.student, self.particle = run, config, student, particle
+        self.scene: SceneStudent = student.students[particle] if isinstance(student, Particles) else student
 
     @classmethod
     def open(cls, path: str | Path, device: str = "auto", backend: str = "auto") -> Asset:
         """The asset of a run folder, as its last checkpoint has it, on any device and backend.
 
         Raises:
-            ValueError: no such run, no checkpoint, a damaged one, or one that does not fit its config.
+            ValueError: no such run, no checkpoint, a damaged one, one that does not fit its config, or a run that
+                painted images.
         """
         run = Run.open(path)
-        config = configs.changed(_config_of(run), {"device": device, "backend": backend})
+        config = configs.of_run(run.config)
+        if not isinstance(config, Config):
+            raise ValueError(f"{run.path} holds images, not a scene; look at its image.png")
+        config = configs.changed(config, {"device": device, "backend": backend})
         state = run.load_checkpoint()
-        student = configs.make_student(config)
+        student = make.student(config)
         try:
             student.load_state_dict(state["student"])
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
@@ -62,9 +70,25 @@ class Asset:
     def path(self) -> Path:
         return self.run.path
 
+    @property
+    def particles(self) -> list[Asset]:
+        """The assets of this run, one a particle."""
+        count = len(self.student.students) if isinstance(self.student, Particles) else 1
+        return [Asset(self.run, self.config, self.student, i) for i in range(count)]
+
+    @property
+    def kernels(self) -> str:
+        """Where and with what it is rendered."""
+        return f"{self.scene.device}, {self.scene.field.backend}"
+
+    def picture(self) -> Tensor:
+        """Four views for a progress picture, or one a particle, (B, 3, H, W) in [0, 1]."""
+        each = [orbit(4 if self.config.particles == 1 else 1, self.config.export.elevation)] * self.config.particles
+        return torch.cat([asset.views(cameras) for asset, cameras in zip(self.particles, each, strict=True)])
+
     def views(self, cameras: Cameras, resolution: int | None = None) -> Tensor:
         """Images (B, 3, H, W) in [0, 1], no gradient; H = W = the training resolution by default."""
-        return self.student.render_view(cameras, resolution).rgb
+        return self.scene.render_view(cameras, resolution).rgb
 
     def render(
         self,
@@ -95,14 +119,14 @@ class Asset:
         Raises:
             ValueError: nothing is dense enough to have a surface.
         """
-        settings, student = self.config.export, self.student
+        settings, scene = self.config.export, self.scene
         return meshes.extract(
-            student.density,
-            student.colours,
+            scene.density,
+            scene.colours,
             resolution=settings.mesh_resolution if resolution is None else resolution,
             threshold=settings.threshold,
             keep=settings.keep,
-            device=student.device,
+            device=scene.device,
         )
 
     def export(self, path: str | Path) -> Path:
@@ -128,13 +152,19 @@ class Asset:
         return meshes.save(self.mesh(), path)
 
     def finish(self) -> Iterator[Path]:
-        """Write preview.png, turntable.mp4 and mesh.glb into the run folder, one after the other.
+        """Write preview.png, turntable.mp4 and mesh.glb into the run folder, one after the other, for each particle.
 
         Raises:
             ValueError: the disk is full, or there is no surface; what came before it is there.
         """
-        for name in ("preview.png", "turntable.mp4", "mesh.glb"):
-            yield self.export(self.path / name)
+        for asset in self.particles:
+            for name in ("preview.png", "turntable.mp4", "mesh.glb"):
+                yield asset.export(asset.file(name))
+
+    def file(self, name: str) -> Path:
+        """Where a file of this asset goes: particles after the first have a number, as in mesh-2.glb."""
+        stem, dot, suffix = name.partition(".")
+        return self.path / (f"{stem}-{self.particle + 1}{dot}{suffix}" if self.particle else name)
 
     def evaluate(self) -> Scores:
         """Compare with the toybox's own object of that prompt, from 24 unseen views; writes eval.png and eval.json.
@@ -152,94 +182,10 @@ class Asset:
             mesh = None
 
         def render(cameras: Cameras) -> tuple[Tensor, Tensor]:
-            out = self.student.render_view(cameras, EVAL_SIZE, background=toy.background or "white")
+            out = self.scene.render_view(cameras, EVAL_SIZE, background=toy.background or "white")
             return out.rgb, out.opacity
 
         scores = truth.evaluate(render, mesh, toy)
-        sheet.side_by_side(scores.truth, scores.ours, self.path / "eval.png")
-        self.run.write_text(self.path / "eval.json", json.dumps(scores.numbers(), indent=1) + "\n")
+        sheet.side_by_side(scores.truth, scores.ours, self.file("eval.png"))
+        self.run.write_text(self.file("eval.json"), json.dumps(scores.numbers(), indent=1) + "\n")
         return scores
-
-
-def start(config: Config) -> tuple[Asset, Iterator[Step]]:
-    """A new run: its folder, and the loop, not yet begun. The folder is made once everything else is in order.
-
-    Raises:
-        ValueError: the prompt is not for this teacher, weights are missing, the folder cannot be written ...
-    """
-    teacher = configs.make_teacher(config)
-    student = configs.make_student(config)
-    run = Run.create(config.out, config.prompt, configs.to_yaml(config))
-    asset = Asset(run, config, student)
-    try:
-        return asset, _steps(asset, teacher)
-    except ValueError:
-        run.discard()
-        raise
-
-
-def resume(path: str | Path, layer: Mapping[str, Any] | None = None) -> tuple[Asset, Iterator[Step]]:
-    """A run, and the loop from its checkpoint on.
-
-    Args:
-        path: the run folder.
-        layer: what may change: steps, device, backend, log, export.
-
-    Raises:
-        ValueError: no such run, a damaged checkpoint, more steps done than asked for ...
-    """
-    run = Run.open(path)
-    config = configs.changed(_config_of(run), layer or {})
-    teacher = configs.make_teacher(config)
-    asset = Asset(run, config, configs.make_student(config))
-    steps = _steps(asset, teacher, resume=True)
-    if layer:
-        run.write_text(run.config, configs.to_yaml(config))
-    return asset, steps
-
-
-def _config_of(run: Run) -> Config:
-    """What a run was made with. Raises ValueError that names the file."""
-    try:
-        return configs.load(None, file=run.config)
-    except ValueError as error:
-        raise ValueError(f"{run.config} cannot be used; edited, or of another version of sds3d? {error}") from error
-
-
-def _steps(asset: Asset, teacher: Teacher, resume: bool = False) -> Iterator[Step]:
-    """The loop of an asset's run."""
-    config = asset.config
-    critic = configs.make_critic(config, teacher)
-    objective = configs.make_objective(config, teacher, critic)
-    cameras = orbit(4, elevation=config.export.elevation)  # of the progress pictures
-    return train(
-        asset.student,
-        {objective.name: objective},
-        configs.make_plan(config),
-        asset.run,
-        resume=resume,
-        picture=lambda: asset.views(cameras),
-        critic=critic,
-    )
-
-
-def generate(prompt: str, **overrides: Any) -> Asset:
-    """Make a 3D asset from a text prompt.
-
-    Args:
-        prompt: what to make, in words its teacher knows.
-        overrides: any setting: ``seed=3``, ``steps=800``, ``method="sds"``, ``render={"resolution": 32}`` or
-            ``**{"render.resolution": 32}``.
-
-    Returns:
-        The finished asset; its run folder (``asset.path``) holds mesh.glb, turntable.mp4, preview.png ...
-
-    Raises:
-        ValueError: a setting or a word that is not known, or a folder that cannot be written.
-    """
-    asset, steps = start(configs.load(prompt, overrides))
-    for _ in steps:
-        pass
-    for _ in asset.finish():
-        pass
-    return asset

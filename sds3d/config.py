@@ -1,4 +1,4 @@
-"""What a user can set: one typed tree, its YAML, recipes and ``key=value`` overrides, and the objects it makes.
+"""What a user can set: one typed tree, its YAML, recipes and ``key=value`` overrides. make.py builds from it.
 
 Layers, each over the one before: the defaults of the dataclasses, the method's recipe (``configs/<method>.yaml``),
 a user's file, keyword arguments or flags, ``key=value``. ``${steps}`` and ``${part:0.75}`` (that part of the steps,
@@ -13,21 +13,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from sds3d import ops
-from sds3d.cameras import CameraRanges, Cameras
-from sds3d.critics import CriticConfig, Learnt
+from sds3d.cameras import CameraRanges
+from sds3d.critics import CriticConfig
 from sds3d.distill import METHODS
-from sds3d.distill.core import ScoreObjective
 from sds3d.guidance import Guidance
-from sds3d.prompts import COLOURS, VIEW_WORDS, named_background, words
 from sds3d.ramp import Ramp
 from sds3d.scenes.field import FieldConfig
+from sds3d.scenes.image import ImageConfig
 from sds3d.scenes.occupancy import OccupancyConfig
 from sds3d.scenes.regularisers import RegulariserConfig
-from sds3d.scenes.student import RenderConfig, SceneConfig, SceneStudent
-from sds3d.teachers.base import VIEWS, Teacher
+from sds3d.scenes.student import RenderConfig
+from sds3d.teachers.base import VIEWS
 from sds3d.times import TimeDraw
 from sds3d.train import OptimConfig, Plan
 from sds3d.typed import build, convert, keys, merge, nearest, plain
@@ -101,8 +98,21 @@ class ExportConfig:
 
 
 @dataclass(frozen=True)
-class Config:
-    """Everything that makes a run.
+class SourceConfig:
+    """What an edit starts from.
+
+    Args:
+        prompt: what the source shows.
+        run: the run folder of a scene to edit; images begin from image.start.
+    """
+
+    prompt: str = ""
+    run: str = ""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """What every run is told, whatever its student.
 
     Args:
         prompt: what to make.
@@ -110,7 +120,6 @@ class Config:
         seed: of every random draw.
         steps: of the loop.
         device: "auto", "cpu", "cuda" ...
-        backend: of the hot kernels; one of ops.BACKENDS.
         out: folder for run folders.
         method: a method of distill.METHODS; in YAML its name and its fields.
         weight: W(t), one of noise.WEIGHTS; "auto" is the method's own.
@@ -119,6 +128,7 @@ class Config:
         guidance: Perp-Neg and CFG rescale, beside the method's own scale.
         time: where t comes from.
         critic: how the student's own score is learnt, for methods that need it.
+        source: what is edited, for methods that edit.
 
     Raises:
         ValueError: an empty prompt or a number that makes no sense.
@@ -129,7 +139,6 @@ class Config:
     seed: int = 0
     steps: int = 400
     device: str = "auto"
-    backend: str = "auto"
     out: str = "outputs"
     teacher: TeacherConfig = TeacherConfig()
     method: Any = METHODS[DEFAULT_METHOD]()
@@ -138,33 +147,83 @@ class Config:
     noise: str = "fresh"
     guidance: Guidance = Guidance()
     critic: CriticConfig = CriticConfig()
+    source: SourceConfig = SourceConfig()
     time: TimeDraw = dataclasses.field(default_factory=lambda: TimeDraw(Ramp.constant(0.087), Ramp(0, 0.951, 0.5, 300)))
-    field: FieldConfig = FieldConfig()
-    occupancy: OccupancyConfig = OccupancyConfig()
-    render: RenderConfig = RenderConfig()
-    camera: CameraRanges = CameraRanges()
-    regularise: RegulariserConfig = RegulariserConfig()
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
     log: LogConfig = LogConfig()
-    export: ExportConfig = ExportConfig()
 
     def __post_init__(self):
         if not self.prompt.strip():
             raise ValueError('the prompt is empty; say what to make, as in: sds3d generate "a red mug"')
         if not 0 <= self.seed < 2**62:
             raise ValueError(f"seed is {self.seed}; give 0 or more")
+        self.plan()
+
+    def plan(self) -> Plan:
+        """What the loop is told."""
+        return Plan(self.steps, 2 * self.seed, {}, self.optim, self.log.save_every, self.log.picture_every)
+
+    @property
+    def particles(self) -> int:
+        """Students that share the method's critic."""
+        return getattr(self.method, "particles", 1)
+
+
+@dataclass(frozen=True)
+class Config(RunConfig):
+    """Everything that makes a scene.
+
+    Args:
+        backend: of the hot kernels; one of ops.BACKENDS.
+    """
+
+    backend: str = "auto"
+    field: FieldConfig = FieldConfig()
+    occupancy: OccupancyConfig = OccupancyConfig()
+    render: RenderConfig = RenderConfig()
+    camera: CameraRanges = CameraRanges()
+    regularise: RegulariserConfig = RegulariserConfig()
+    export: ExportConfig = ExportConfig()
+
+    def __post_init__(self):
+        super().__post_init__()
         if self.backend not in ops.BACKENDS:
             raise ValueError(f"backend is {self.backend!r}; {nearest(self.backend, ops.BACKENDS)}")
-        make_plan(self)
+
+    def plan(self) -> Plan:
+        return dataclasses.replace(super().plan(), lambdas=self.regularise.ramps())
 
 
-def load(prompt: str | None, *layers: Mapping[str, Any], file: str | Path | None = None) -> Config:
-    """The config of a prompt.
+@dataclass(frozen=True)
+class PaintConfig(RunConfig):
+    """Everything that makes images without a scene."""
+
+    steps: int = 200
+    optim: OptimConfig = dataclasses.field(
+        default_factory=lambda: OptimConfig({"pixels": Ramp(0, 0.05, 0.005, 200)}, eps=1e-8)
+    )
+    log: LogConfig = LogConfig(picture_every=25)
+    image: ImageConfig = ImageConfig()
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.particles > 1:
+            raise ValueError("method.particles counts scenes; for images give image.count")
+
+
+def load(
+    prompt: str | None,
+    *layers: Mapping[str, Any],
+    file: str | Path | None = None,
+    kind: type[RunConfig] | None = None,
+) -> Any:
+    """The config of a prompt: a ``Config``, or a ``PaintConfig``.
 
     Args:
         prompt: what to make; None takes it from the layers (a run's config.yaml has one).
         layers: nested or dotted keys, later ones win.
         file: a YAML file under the layers, over the recipe.
+        kind: which; None takes a PaintConfig where there are settings of an image, else a Config.
 
     Raises:
         ValueError: unknown keys, wrong types, values nobody can use, a file that is missing or is no YAML.
@@ -188,18 +247,19 @@ def load(prompt: str | None, *layers: Mapping[str, Any], file: str | Path | None
     name = method.get("name", DEFAULT_METHOD) if isinstance(method, Mapping) else str(method)
     if name not in METHODS:
         raise ValueError(f"method is {name!r}; {nearest(str(name), METHODS)} (there is {', '.join(METHODS)})")
-    defaults = plain(Config("a red mug"))  # whole, so that a recipe that sets optim.lr.grid keeps optim.lr.mlp
+    kind = kind or (PaintConfig if "image" in given else Config)
+    defaults = plain(kind("a red mug"))  # whole, so that a recipe that sets optim.lr.grid keeps optim.lr.mlp
     del defaults["prompt"], defaults["method"]
     defaults["time"]["steps"] = "${steps}"
-    return _typed(_resolved(merge(merge(defaults, recipe(name)), given)), name)
+    return _typed(_resolved(merge(merge(defaults, recipe(name, kind)), given)), name, kind)
 
 
-def _typed(values: dict[str, Any], name: str) -> Config:
+def _typed(values: dict[str, Any], name: str, kind: type[RunConfig]) -> RunConfig:
     """Check and convert a merged tree."""
     fields = dict(values.pop("method", {}))
     fields.pop("name", None)
-    known = [*keys(Config), "method.name", *keys(METHODS[name], "method")]
-    return build(Config, {**values, "method": build(METHODS[name], fields, "method", known)}, known=known)
+    known = [*keys(kind), "method.name", *keys(METHODS[name], "method")]
+    return build(kind, {**values, "method": build(METHODS[name], fields, "method", known)}, known=known)
 
 
 def parse_overrides(texts: Iterable[str]) -> dict[str, Any]:
@@ -221,16 +281,21 @@ def parse_overrides(texts: Iterable[str]) -> dict[str, Any]:
     return layer
 
 
-def recipe(name: str) -> dict[str, Any]:
-    """A recipe that ships with the package, by method name; empty where a method has none."""
+def recipe(name: str, kind: type[RunConfig] = Config) -> dict[str, Any]:
+    """The recipe that ships with the package, by method name; empty where a method has none. The recipes are for
+    scenes: images take from them what is not about scenes, and keep their own learning rate."""
     path = recipes_folder() / f"{name}.yaml"
-    return read_yaml(path) if path.is_file() else {}
+    values = read_yaml(path) if path.is_file() else {}
+    return values if kind is Config else {k: v for k, v in values.items() if k in _SHARED}
 
 
 def recipes_folder() -> Path:
     """Where the recipes are: inside an installed package, or configs/ beside it in a clone."""
     here = Path(__file__).parent
     return here / "configs" if (here / "configs").is_dir() else here.parent / "configs"
+
+
+_SHARED = {f.name for f in dataclasses.fields(RunConfig)} - {"optim", "steps", "log"}
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -251,7 +316,15 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return {str(k): v for k, v in values.items()}
 
 
-def to_yaml(config: Config) -> str:
+def of_run(path: Path) -> Any:
+    """What a run was made with, from its config.yaml. Raises ValueError that names the file."""
+    try:
+        return load(None, file=path)
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be used; edited, or of another version of sds3d? {error}") from error
+
+
+def to_yaml(config: RunConfig) -> str:
     """The config, complete, as YAML; ``load(None, file=...)`` gives the same config again."""
     from omegaconf import OmegaConf
 
@@ -293,105 +366,18 @@ def _nested(layer: Mapping[str, Any]) -> dict[str, Any]:
     return out
 
 
-def pick_device(wanted: str) -> torch.device:
-    """ "auto" is CUDA where there is one. Raises ValueError for a device that is not here."""
-    if wanted == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(wanted)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"device {wanted!r} is not usable here; give auto, cpu or cuda") from error
-    return device
-
-
-def load_teacher(settings: TeacherConfig, device: str = "auto") -> Teacher:
-    """A frozen teacher. Raises ValueError where there is none of that name, or its weights are damaged."""
-    from sds3d.teachers import small
-
-    path = None if settings.name in PACKAGED_TEACHERS else Path(settings.name).expanduser()
-    if path is not None and not path.is_file():
-        packaged = ", ".join(PACKAGED_TEACHERS)
-        raise ValueError(f"teacher {settings.name!r} is neither packaged ({packaged}) nor a file of weights")
-    dtype = None if settings.dtype == "auto" else getattr(torch, settings.dtype)
-    return small.load(path, views=settings.views, device=pick_device(device), dtype=dtype)
-
-
-def make_teacher(config: Config) -> Teacher:
-    """The config's teacher, which must know its prompts. Raises ValueError."""
-    said = [view for view in VIEW_WORDS if view in " ".join(words(config.prompt))]
-    if said:
-        raise ValueError(f"the prompt says {said[0]!r}, but a scene is seen from all sides; leave it out")
-    teacher = load_teacher(config.teacher, config.device)
-    teacher.check(config.prompt)
-    if config.negative:
-        try:
-            teacher.check(config.negative)
-        except ValueError as error:
-            raise ValueError(f"negative: {error}") from error
-    return teacher
-
-
-def make_student(config: Config) -> SceneStudent:
-    """A new scene; the same seed gives the same scene. A background that its prompt names is its usual one."""
-    device, render, named = pick_device(config.device), config.render, named_background(config.prompt)
-    usual = named or "white"
-    if named:
-        if render.background not in ("white", named):
-            raise ValueError(f"the prompt names a {named} background and render.background is {render.background}")
-        render = dataclasses.replace(render, background=named)
-    scene = SceneConfig(config.field, config.occupancy, render, config.camera, config.regularise)
-
-    def prompts(cameras: Cameras, background: str) -> list[str]:
-        plain_name = background.isalpha() and background not in (usual, "learned")
-        return [f"{config.prompt} on a {background} background" if plain_name else config.prompt] * len(cameras)
-
-    generator = torch.Generator().manual_seed(2 * config.seed + 1)  # the loop's own stream is 2 * seed
-    backgrounds = {named: COLOURS[named]} if named else None
-    return SceneStudent(scene, generator, prompts, backgrounds, ops.choose(device, config.backend), device)
-
-
-def make_critic(config: Config, teacher: Teacher) -> Learnt | None:
-    """A critic that starts from the teacher, where the method needs one."""
-    if "critic" not in config.method.NEEDS:
-        return None
-    return Learnt(teacher, config.critic, torch.Generator().manual_seed(config.seed))
-
-
-def make_objective(config: Config, teacher: Teacher, critic: Learnt | None = None) -> ScoreObjective:
-    """The method, bound to its teacher and critic. Raises ValueError where it lacks what it needs."""
-    if config.guidance.perp_neg and teacher.views != "words":
-        raise ValueError("guidance.perp_neg works through view words: set teacher.views=words, or perp_neg to 0")
-    return ScoreObjective(
-        teacher,
-        config.method,
-        config.time,
-        config.weight,
-        config.negative,
-        config.uncond_camera,
-        config.noise,
-        config.guidance,
-        critic,
-    )
-
-
-def make_plan(config: Config) -> Plan:
-    """What the loop is told."""
-    log, lambdas = config.log, config.regularise.ramps()
-    return Plan(config.steps, 2 * config.seed, lambdas, config.optim, log.save_every, log.picture_every)
-
-
-def changed(config: Config, layer: Mapping[str, Any]) -> Config:
+def changed(config: RunConfig, layer: Mapping[str, Any]) -> Any:
     """A run's config with what may change on resume: steps, device, backend, log.*, export.*.
 
     Raises:
         ValueError: another key, which would no longer be the same run.
     """
-    free = ("steps", "device", "backend", "log", "export")
+    mutable = ("steps", "device", "backend", "log", "export")
+    free = [f.name for f in dataclasses.fields(config) if f.name in mutable]
     layer = _nested(layer)
     for key in layer:
         if key not in free:
             raise ValueError(f"{key} cannot change on resume, only {', '.join(free)}; start a new run with generate")
     values = {f.name: plain(getattr(config, f.name)) for f in dataclasses.fields(config) if f.name in layer}
-    fresh = build(Config, {"prompt": config.prompt, **merge(values, layer)})
+    fresh = build(type(config), {"prompt": config.prompt, **merge(values, layer)})
     return dataclasses.replace(config, **{key: getattr(fresh, key) for key in layer})

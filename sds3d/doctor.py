@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 import sds3d
-from sds3d import config, ops
+from sds3d import config, make, ops
 
 PACKAGES = (
     "torch",
@@ -38,7 +38,7 @@ OPTIONAL = ("diffusers", "transformers", "peft", "nerfacc", "tinycudann")  # the
 
 def examine() -> dict[str, Any]:
     """Everything as plain values; ``problems`` holds a sentence for each thing that stops the default run."""
-    device = config.pick_device("auto")
+    device = make.pick_device("auto")
     report: dict[str, Any] = {
         "sds3d": sds3d.__version__,
         "python": f"{platform.python_version()} on {platform.platform()}",
@@ -98,7 +98,7 @@ def _backend(device: torch.device, name: str) -> str:
 
 def _teacher(name: str) -> str:
     try:
-        teacher = config.load_teacher(config.TeacherConfig(name), "cpu")
+        teacher = make.load_teacher(config.TeacherConfig(name), "cpu")
     except ValueError as error:
         return f"no: {error}"
     path = Path(sds3d.__file__).parent / "teachers" / f"{name}.safetensors"

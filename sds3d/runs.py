@@ -182,10 +182,6 @@ class Run:
     def save_picture(self, step: int, views: Tensor) -> None:
         """Write progress/<step>.png from views (B, 3, H, W) in [0, 1], side by side, and renew strip.png."""
         folder = self.path / "progress"
-        try:
-            folder.mkdir(exist_ok=True)
-        except OSError as error:
-            raise ValueError(unwritable(folder, error)) from error
         row = torch.cat(list(views.detach().cpu()), dim=-1)  # (3, H, B * W)
         save_png(folder / f"{step:05d}.png", row)
         save_png(folder / "strip.png", torch.cat([_load_png(p) for p in self._spread(8)], dim=-2))

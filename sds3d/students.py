@@ -55,3 +55,46 @@ class Student(Protocol):
     def state_dict(self) -> dict[str, Any]: ...
 
     def load_state_dict(self, state: dict[str, Any]) -> Any: ...
+
+
+class Particles:
+    """Several students of one kind that share a critic: one of them, drawn anew, makes each step's images.
+
+    Only the one that drew gets gradients, so every particle has Adam's moments for itself (a parameter without a
+    gradient is passed over).
+    """
+
+    def __init__(self, students: list[Student]):
+        assert len(students) > 1, students
+        self.students, self.drawn = students, 0
+
+    def draw(self, step: int, generator: torch.Generator) -> Draw:
+        """Images of one particle."""
+        self.drawn = int(torch.randint(len(self.students), (), generator=generator))
+        draw = self.students[self.drawn].draw(step, generator)
+        draw.particle = self.drawn
+        return draw
+
+    def regularisers(self) -> dict[str, Tensor]:
+        """Those of the particle that drew last."""
+        return self.students[self.drawn].regularisers()
+
+    def param_groups(self) -> dict[str, list[Parameter]]:
+        """The particles' groups, joined by name."""
+        groups: dict[str, list[Parameter]] = {}
+        for student in self.students:
+            for name, parameters in student.param_groups().items():
+                groups.setdefault(name, []).extend(parameters)
+        return groups
+
+    def after_step(self, step: int, generator: torch.Generator) -> None:
+        """For every particle: what is due at a step is due whoever drew."""
+        for student in self.students:
+            student.after_step(step, generator)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"particles": [student.state_dict() for student in self.students]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for student, own in zip(self.students, state["particles"], strict=True):
+            student.load_state_dict(own)

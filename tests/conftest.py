@@ -75,7 +75,7 @@ def ball_teacher(monkeypatch) -> BallTeacher:
         teacher.check(config.prompt)
         return teacher
 
-    monkeypatch.setattr("sds3d.config.make_teacher", make)
+    monkeypatch.setattr("sds3d.make.teacher", make)
     return teacher
 
 

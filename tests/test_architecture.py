@@ -47,7 +47,8 @@ ARROWS = {
     "metrics": {"scenes", "cameras"},
 }
 # They see the house from outside and may enter any room.
-ENTRANCE = {"__init__", "__main__", "asset", "cli", "config", "doctor", "options", "progress"}
+ENTRANCE = {"__init__", "__main__", "asset", "cli", "compare", "config", "doctor", "launch", "make", "options"}
+ENTRANCE |= {"painting", "progress"}
 # What making a scene needs; the toybox's truth stays out of it, along whole chains of imports.
 BLIND_TO_DATA = ("scenes", "generators", "students", "distill", "critics", "pairs", "ops", "train", "export")
 

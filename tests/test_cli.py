@@ -37,7 +37,7 @@ def call(capsys, in_folder, ball_teacher):
 def finished(tmp_path_factory):
     """A finished run, made once."""
     patch, folder = pytest.MonkeyPatch(), tmp_path_factory.mktemp("finished")
-    patch.setattr("sds3d.config.make_teacher", lambda config: BallTeacher())
+    patch.setattr("sds3d.make.teacher", lambda config: BallTeacher())
     patch.chdir(folder)
     sds3d.generate("a red ball", **settings())
     patch.undo()
@@ -60,8 +60,8 @@ def settings() -> dict:
 def program(*arguments: str, cwd: Path) -> subprocess.Popen:
     """The command line with the ball teacher, as a process of its own."""
     script = (
-        "import sys; sys.path[:0] = [sys.argv.pop(1), sys.argv.pop(1)]; import conftest; from sds3d import config; "
-        "config.make_teacher = lambda c: conftest.BallTeacher(); from sds3d.cli import main; main()"
+        "import sys; sys.path[:0] = [sys.argv.pop(1), sys.argv.pop(1)]; import conftest; from sds3d import make; "
+        "make.teacher = lambda c: conftest.BallTeacher(); from sds3d.cli import main; main()"
     )
     command = [sys.executable, "-c", script, str(ROOT), str(ROOT / "tests"), *arguments]
     return subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -320,7 +320,7 @@ def test_python_makes_an_asset(in_folder, ball_teacher):
     again = sds3d.Asset.open(asset.path, backend="torch")  # the kernels it was made with: the same to the last bit
     assert again.render(30, 15, 48).tobytes() == image.tobytes()
     assert asset.config.seed == 2
-    with pytest.raises(AttributeError, match="it has Asset, generate"):
+    with pytest.raises(AttributeError, match="it has Asset, Painting, generate, paint"):
         sds3d.nonsense  # noqa: B018
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from sds3d import config as configs
+from sds3d import make
 from sds3d.config import Config, load, parse_overrides, recipes_folder, to_yaml
 from sds3d.distill import METHODS
 from sds3d.noise import WEIGHTS
@@ -127,13 +128,13 @@ def test_a_file_that_is_no_config(tmp_path):
 
 def test_devices_and_teachers_that_are_not_here(tmp_path):
     with pytest.raises(ValueError, match="device 'gpu' is not usable here; give auto, cpu"):
-        configs.pick_device("gpu")
-    assert configs.pick_device("cpu") == torch.device("cpu")
+        make.pick_device("gpu")
+    assert make.pick_device("cpu") == torch.device("cpu")
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="device 'cuda' is not usable here"):
-            configs.pick_device("cuda")
+            make.pick_device("cuda")
     with pytest.raises(ValueError, match="teacher 'smal' is neither packaged .small. nor a file of weights"):
-        configs.make_teacher(load("a ball", {"teacher.name": "smal"}))
+        make.teacher(load("a ball", {"teacher.name": "smal"}))
 
 
 def test_a_file_of_weights_is_found_again_from_any_folder(in_folder):
@@ -160,7 +161,7 @@ def test_what_may_change_on_resume():
 
 
 def test_prompts_of_a_scene_name_unusual_backgrounds():
-    student = configs.make_student(load("a ball", {"render.resolution": 8, "backend": "torch"}))
+    student = make.student(load("a ball", {"render.resolution": 8, "backend": "torch"}))
     cameras = student.config.camera.sample(2, torch.Generator().manual_seed(0))
     assert student.prompts(cameras, "white") == ["a ball"] * 2
     assert student.prompts(cameras, "grey") == ["a ball on a grey background"] * 2
@@ -168,22 +169,20 @@ def test_prompts_of_a_scene_name_unusual_backgrounds():
 
 
 def test_a_background_in_the_prompt_is_the_scene_s():
-    student = configs.make_student(
-        load("a red ball on a black background", {"render.resolution": 8, "backend": "torch"})
-    )
+    student = make.student(load("a red ball on a black background", {"render.resolution": 8, "backend": "torch"}))
     draw = student.draw(0, torch.Generator().manual_seed(0))
     assert draw.prompts == ["a red ball on a black background"] * 4
     corner = draw.images[0, :, 0, 0].tolist()
     assert corner == pytest.approx(COLOURS["black"], abs=0.02)
     with pytest.raises(ValueError, match="names a black background and render.background is grey"):
-        configs.make_student(load("a red ball on a black background", {"render.background": "grey"}))
+        make.student(load("a red ball on a black background", {"render.background": "grey"}))
 
 
 def test_a_scene_s_prompt_says_no_view():
     with pytest.raises(ValueError, match="says 'side view', but a scene is seen from all sides"):
-        configs.make_teacher(load("a red mug, side view"))
+        make.teacher(load("a red mug, side view"))
     with pytest.raises(ValueError, match="negative: .*'uglyy' \\(nearest: ugly"):
-        configs.make_teacher(load("a red mug", {"negative": "uglyy"}))
+        make.teacher(load("a red mug", {"negative": "uglyy"}))
 
 
 @pytest.mark.parametrize(

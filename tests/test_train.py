@@ -8,6 +8,7 @@ import torch
 from conftest import TINY, BallTeacher
 
 from sds3d import config as configs
+from sds3d import make
 from sds3d.cameras import orbit
 from sds3d.distill.core import NonFiniteGradient
 from sds3d.ramp import Ramp
@@ -186,8 +187,8 @@ def test_what_is_not_finite_stops_the_run_before_it_reaches_the_parameters(tmp_p
 def scene(*overrides: str) -> tuple:
     """A tiny scene, its objective and its plan, with a teacher that sees a ball."""
     config = configs.load("a ball", configs.parse_overrides([*TINY, *overrides]))
-    objective = configs.make_objective(config, BallTeacher())
-    return configs.make_student(config), {"sds": objective}, configs.make_plan(config)
+    objective = make.objective(config, BallTeacher())
+    return make.student(config), {"sds": objective}, config.plan()
 
 
 def run_scene(*overrides: str, run=None, stop=None, resume=False) -> dict:

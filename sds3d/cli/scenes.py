@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
 from typer import Argument, Option
 
-from sds3d.cli.shared import Json, Overrides, Quiet, RunFolder, dump, interruption, make_display, print_result
+from sds3d.cli.shared import Json, Overrides, Quiet, RunFolder, carry_out, dump, make_display, print_result
 from sds3d.options import spread
 
 if TYPE_CHECKING:
-    from sds3d.asset import Asset
-    from sds3d.progress import Silent
-    from sds3d.train import Step
+    pass
 
 SCORES = ("iou", "psnr", "chamfer", "fscore")
 
@@ -65,19 +60,17 @@ def generate(
     error came from.
     """
     from sds3d import config as configs
+    from sds3d import launch
 
     begun = time.perf_counter()
     layers = options.layer(), configs.parse_overrides(overrides or [])
-    config = configs.load(prompt, *layers, file=options.config)
+    config = configs.load(prompt, *layers, file=options.config, kind=configs.Config)
     if options.dry_run:
-        configs.make_teacher(config)
-        configs.make_student(config)
+        launch.check(config)
         print(configs.to_yaml(config), end="")
         return
-    from sds3d import asset as assets
-
-    asset, steps = assets.start(config)
-    _carry_out(asset, steps, begun, make_display(options.quiet, options.json), options.json)
+    asset, steps = launch.start(config)
+    carry_out(asset, steps, begun, make_display(options.quiet, options.json), options.json)
 
 
 def resume(run: RunFolder, overrides: Overrides = None, quiet: Quiet = False, json: Json = False) -> None:
@@ -91,12 +84,12 @@ def resume(run: RunFolder, overrides: Overrides = None, quiet: Quiet = False, js
 
       sds3d resume outputs/00001-a-red-mug export.size=256      [dim]# a finished run: its files again[/dim]
     """
-    from sds3d import asset as assets
     from sds3d import config as configs
+    from sds3d import launch
 
     begun = time.perf_counter()
-    asset, steps = assets.resume(run, configs.parse_overrides(overrides or []))
-    _carry_out(asset, steps, begun, make_display(quiet, json), json)
+    made, steps = launch.resume(run, configs.parse_overrides(overrides or []))
+    carry_out(made, steps, begun, make_display(quiet, json), json)
 
 
 def export(
@@ -126,7 +119,11 @@ def export(
         settings = replace(asset.config.export, mesh_resolution=resolution)
         asset.config = replace(asset.config, export=settings)
     folder = out or asset.path
-    files = [asset.export(folder / f"{names.get(suffix, 'mesh')}.{suffix}") for suffix in wanted]
+    files = [
+        one.export(folder / one.file(f"{names.get(suffix, 'mesh')}.{suffix}").name)
+        for one in asset.particles
+        for suffix in wanted
+    ]
     print_result({"run": str(asset.path), "files": [str(f) for f in files]}, [str(f) for f in files], json)
 
 
@@ -143,10 +140,9 @@ def evaluate(
     from sds3d.asset import Asset
 
     rows = []
-    for run in runs:
-        asset = Asset.open(run)
+    for asset in [one for run in runs for one in Asset.open(run).particles]:
         scores = asset.evaluate().numbers()
-        rows.append({"run": str(asset.path), "prompt": asset.config.prompt, **scores})
+        rows.append({"run": str(asset.path), "prompt": asset.config.prompt, "particle": asset.particle, **scores})
         if not json:
             print(_score_line(asset.config.prompt, scores))
     if json:
@@ -162,34 +158,3 @@ def _score_line(name: str, scores: dict[str, Any]) -> str:
     chamfer = "no mesh" if scores["chamfer"] is None else f"{scores['chamfer']:.4f}"
     figures = f"IoU {scores['iou']:.3f}  PSNR {scores['psnr']:.2f} dB  Chamfer {chamfer}  F {scores['fscore']:.3f}"
     return f"{name:40s}  {figures}"
-
-
-def _carry_out(asset: Asset, steps: Iterator[Step], begun: float, display: Silent, as_json: bool) -> None:
-    """Run the loop to its end or to Ctrl-C, write the files, say where they are and what to do next."""
-    last = None
-    with display:
-        config, backend = asset.config, asset.student.field.backend
-        teacher = f"teacher {config.teacher.name} ({config.teacher.views})"
-        display.note(f"{asset.path}  {asset.student.device}, {backend}, {teacher}")
-        with interruption() as stopped:
-            for last in steps:
-                display.show(last)
-                if stopped:
-                    break
-        steps.close()
-        if last is None:
-            display.note(f"all {config.steps} steps were done before; writing the files")
-        unfinished = last is not None and last.step < last.total
-        if not unfinished:
-            files = []
-            for file in asset.finish():
-                files.append(str(file))
-                display.note(f"wrote {file}")
-    seconds = time.perf_counter() - begun
-    if unfinished:
-        print(f"stopped after step {last.step} of {last.total}; go on with: sds3d resume {asset.path}", file=sys.stderr)
-        raise typer.Exit(130)
-    result = {"run": str(asset.path), "files": files, "steps": config.steps, "seconds": round(seconds, 2)}
-    hints = [f"sds3d export {asset.path} --format glb,obj,ply", f"sds3d resume {asset.path} steps={2 * config.steps}"]
-    display.note(f"done in {seconds:.0f} s; next:\n  " + "\n  ".join(hints))
-    print_result(result, files, as_json)

@@ -5,15 +5,20 @@ from __future__ import annotations
 import json
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+import typer
 from typer import Argument, Option
 
 if TYPE_CHECKING:
+    from sds3d.asset import Asset
+    from sds3d.painting import Painting
     from sds3d.progress import Silent
+    from sds3d.train import Step
 
 Overrides = Annotated[
     list[str] | None, Argument(metavar="[KEY=VALUE]...", help="settings, as in steps=800 render.resolution=64")
@@ -30,6 +35,39 @@ def make_display(quiet: bool, as_json: bool) -> Silent:
     from sds3d import progress
 
     return progress.choose(quiet or as_json)
+
+
+def carry_out(made: Asset | Painting, steps: Iterator[Step], begun: float, display: Silent, as_json: bool) -> None:
+    """Run the loop to its end or to Ctrl-C, write the files, say where they are and what to do next."""
+    last = None
+    with display:
+        config = made.config
+        teacher = f"teacher {config.teacher.name} ({config.teacher.views})"
+        display.note(f"{made.path}  {made.kernels}, {teacher}")
+        with interruption() as stopped:
+            for last in steps:
+                display.show(last)
+                if stopped:
+                    break
+        steps.close()
+        if last is None:
+            display.note(f"all {config.steps} steps were done before; writing the files")
+        unfinished = last is not None and last.step < last.total
+        if not unfinished:
+            files = []
+            for file in made.finish():
+                files.append(str(file))
+                display.note(f"wrote {file}")
+    seconds = time.perf_counter() - begun
+    if unfinished:
+        print(f"stopped after step {last.step} of {last.total}; go on with: sds3d resume {made.path}", file=sys.stderr)
+        raise typer.Exit(130)
+    result = {"run": str(made.path), "files": files, "steps": config.steps, "seconds": round(seconds, 2)}
+    hints = [f"sds3d resume {made.path} steps={2 * config.steps}"]
+    if any(file.endswith(".glb") for file in files):
+        hints.insert(0, f"sds3d export {made.path} --format glb,obj,ply")
+    display.note(f"done in {seconds:.0f} s; next:\n  " + "\n  ".join(hints))
+    print_result(result, files, as_json)
 
 
 @contextmanager

@@ -32,11 +32,11 @@ def sample(
 
       sds3d teacher sample "a red mug" --orbit
     """
-    from sds3d import cameras, config
+    from sds3d import cameras, config, make
     from sds3d.export import sheet
     from sds3d.teachers import fit
 
-    judge = config.load_teacher(config.TeacherConfig(teacher))
+    judge = make.load_teacher(config.TeacherConfig(teacher))
     judge.check(prompt)
     turn = cameras.orbit(number) if orbit else None
     images = fit.sample(judge, prompt, number, seed, guidance, cameras=turn)
@@ -51,9 +51,9 @@ def words(teacher: Teacher = "small") -> None:
 
       sds3d teacher words
     """
-    from sds3d import config
+    from sds3d import config, make
 
-    print(" ".join(config.load_teacher(config.TeacherConfig(teacher)).vocabulary))
+    print(" ".join(make.load_teacher(config.TeacherConfig(teacher)).vocabulary))
 
 
 @app.command(name="train")
@@ -74,7 +74,8 @@ def train_teacher(
 
       OMP_WAIT_POLICY=active sds3d teacher train outputs/teacher steps=16000 batch=32
     """
-    from sds3d.config import parse_overrides, pick_device
+    from sds3d import make
+    from sds3d.config import parse_overrides
     from sds3d.data import renders
     from sds3d.progress import Clock
     from sds3d.teachers import fit
@@ -83,7 +84,7 @@ def train_teacher(
     given = parse_overrides(overrides or [])
     settings = build(fit.FitConfig, merge(fit.settings_of(out), given) if resume else given)
     clock, row, last = Clock(), None, 0
-    rows = fit.train(out, settings, resume, pick_device(device))
+    rows = fit.train(out, settings, resume, make.pick_device(device))
     with interruption() as stopped:
         for done in renders.build(out / "renders", settings.images, settings.seed):
             if not quiet and done - last >= 1000:

@@ -62,7 +62,7 @@ class ImageStudent(nn.Module):
         begun = torch.full(shape, 0.5) if not config.start else _read(Path(config.start), config.size).expand(shape)
         noise = torch.randn(shape, generator=generator)
         self.pixels = Parameter((begun + config.noise * noise).to(self.device))  # (N, 3, H, W), around [0, 1]
-        self.register_buffer("start", begun.clone().to(self.device))
+        self.start = begun.to(self.device) if config.start else None
 
     def draw(self, step: int, generator: torch.Generator) -> Draw:
         """All images, each a group of its own."""

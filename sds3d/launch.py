@@ -1,0 +1,153 @@
+"""Begin a run or go on with one: student, teacher, critic, objective and loop, put together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from sds3d import config as configs
+from sds3d import make
+from sds3d.asset import Asset
+from sds3d.config import Config, PaintConfig, RunConfig
+from sds3d.painting import Painting
+from sds3d.runs import Run
+from sds3d.scenes.edit import EditedScene
+from sds3d.scenes.student import SceneStudent
+from sds3d.train import Step, train
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def check(config: RunConfig) -> None:
+    """Refuse what could not run. Raises ValueError."""
+    _Parts(config)
+
+
+def start(config: RunConfig) -> tuple[Asset | Painting, Iterator[Step]]:
+    """A new run: its folder, and the loop, not yet begun. The folder is made once everything else is in order.
+
+    Raises:
+        ValueError: the prompt is not for this teacher, weights are missing, the method lacks what it needs, the folder
+            cannot be written ...
+    """
+    parts = _Parts(config)
+    parts.begin_from_source()
+    run = Run.create(config.out, config.prompt, configs.to_yaml(config))
+    made = parts.made(run)
+    try:
+        return made, parts.steps(made)
+    except ValueError:
+        run.discard()
+        raise
+
+
+def resume(path: str | Path, layer: Mapping[str, Any] | None = None) -> tuple[Asset | Painting, Iterator[Step]]:
+    """A run, and the loop from its checkpoint on.
+
+    Args:
+        path: the run folder.
+        layer: what may change: steps, device, backend, log, export.
+
+    Raises:
+        ValueError: no such run, a damaged checkpoint, more steps done than asked for ...
+    """
+    run = Run.open(path)
+    config = configs.changed(configs.of_run(run.config), layer or {})
+    parts = _Parts(config)
+    made = parts.made(run)
+    steps = parts.steps(made, resume=True)
+    if layer:
+        run.write_text(run.config, configs.to_yaml(config))
+    return made, steps
+
+
+class _Parts:
+    """What a run consists of, made from its config. Raises ValueError where something is missing."""
+
+    def __init__(self, config: RunConfig):
+        self.config = config
+        teacher = make.teacher(config)
+        self.student = make.student(config)
+        self.critic = make.critic(config, teacher)
+        self.objective = make.objective(config, teacher, self.critic)
+        self.source: SceneStudent | None = None
+        if isinstance(config, Config) and config.source.run:
+            self.source = Asset.open(config.source.run, config.device, config.backend).scene
+        has_source = self.source is not None or (isinstance(config, PaintConfig) and config.image.start)
+        if "source" in config.method.NEEDS and not has_source:
+            where = "image.start=picture.png" if isinstance(config, PaintConfig) else "source.run=outputs/00001-..."
+            raise ValueError(f"{self.objective.name} edits, and needs what: give {where} and source.prompt")
+
+    def begin_from_source(self) -> None:
+        """An edited scene begins as its source."""
+        if self.source is None:
+            return
+        try:
+            self.student.load_state_dict(self.source.state_dict())
+        except (RuntimeError, KeyError) as error:
+            raise ValueError(
+                f"the scene of source.run={self.config.source.run} has other sizes: set field and occupancy as it has"
+            ) from error
+
+    def made(self, run: Run) -> Asset | Painting:
+        """What the run will have made."""
+        if isinstance(self.config, PaintConfig):
+            return Painting(run, self.config, self.student)
+        return Asset(run, self.config, self.student)
+
+    def steps(self, made: Asset | Painting, resume: bool = False) -> Iterator[Step]:
+        """The loop."""
+        return train(
+            self.student if self.source is None else EditedScene(self.student, self.source),
+            {self.objective.name: self.objective},
+            self.config.plan(),
+            made.run,
+            resume=resume,
+            picture=made.picture,
+            critic=self.critic,
+        )
+
+
+def generate(prompt: str, **overrides: Any) -> Asset:
+    """Make a 3D asset from a text prompt.
+
+    Args:
+        prompt: what to make, in words its teacher knows.
+        overrides: any setting: ``seed=3``, ``steps=800``, ``method="vsd"``, ``render={"resolution": 32}`` or
+            ``**{"render.resolution": 32}``.
+
+    Returns:
+        The finished asset; its run folder (``asset.path``) holds mesh.glb, turntable.mp4, preview.png ...
+
+    Raises:
+        ValueError: a setting or a word that is not known, or a folder that cannot be written.
+    """
+    return _finished(configs.load(prompt, overrides, kind=Config))
+
+
+def paint(prompt: str, **overrides: Any) -> Painting:
+    """Make images from a text prompt, by optimising their pixels.
+
+    Args:
+        prompt: what to paint, in words its teacher knows; view words count.
+        overrides: any setting: ``method="vsd"``, ``image={"count": 8}``, ``steps=400`` ...
+
+    Returns:
+        The finished painting: ``painting.images``; its run folder (``painting.path``) holds image.png and the strip of
+        its progress.
+
+    Raises:
+        ValueError: a setting or a word that is not known, or a folder that cannot be written.
+    """
+    return _finished(configs.load(prompt, overrides, kind=PaintConfig))
+
+
+def _finished(config: RunConfig) -> Any:
+    """A new run, carried out."""
+    made, steps = start(config)
+    for _ in steps:
+        pass
+    for _ in made.finish():
+        pass
+    return made
