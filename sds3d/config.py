@@ -229,16 +229,16 @@ def load(
         ValueError: unknown keys, wrong types, values nobody can use, a file that is missing or is no YAML.
     """
     given = read_yaml(Path(file)) if file is not None else {}
-    for layer in layers:
-        given = merge(given, _nested(layer))
+    for layer in map(_nested, [given, *layers]):
+        given = (
+            merge(given, layer) if _same_method(given, layer) else {**merge(given, layer), "method": layer["method"]}
+        )
     if prompt is not None:
         given["prompt"] = prompt.replace("${", "\\${")
     if "prompt" not in given:
         raise ValueError('there is no prompt; say what to make, as in: sds3d generate "a red mug"')
     if given.get("method") is None:  # null is the default
         given.pop("method", None)
-    if isinstance(given.get("method"), str):
-        given["method"] = {"name": given["method"]}
     teacher = given.get("teacher")
     weights = Path(str(teacher.get("name"))).expanduser() if isinstance(teacher, Mapping) else None
     if weights is not None and str(weights) not in PACKAGED_TEACHERS and weights.is_file():
@@ -355,11 +355,20 @@ def _resolved(values: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(f"cannot resolve the settings: {str(error).splitlines()[0]}") from error
 
 
+def _same_method(below: Mapping[str, Any], above: Mapping[str, Any]) -> bool:
+    """Whether a layer leaves the method below it what it was: another method takes none of its settings."""
+    methods = [layer.get("method") for layer in (below, above)]
+    names = [method.get("name") if isinstance(method, Mapping) else None for method in methods]
+    return names[1] is None or names[0] in (None, names[1])
+
+
 def _nested(layer: Mapping[str, Any]) -> dict[str, Any]:
-    """Dotted keys opened, dataclasses and ramps as plain values."""
+    """Dotted keys opened, dataclasses and ramps as plain values, a method's name as its settings."""
     out: dict[str, Any] = {}
     for key, value in layer.items():
         node = _nested(value) if isinstance(value, Mapping) else plain(value)
+        if key == "method" and isinstance(value, str):
+            node = {"name": value}
         for name in reversed(str(key).split(".")):
             node = {name: node}
         out = merge(out, node)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sds3d.cameras import Cameras
+from sds3d.cameras import Cameras, orbit
 from sds3d.noise import Prediction, Schedule
 from sds3d.teachers.base import decode_pixels, encode_pixels
 
@@ -50,6 +50,7 @@ class BallTeacher:
         self, x_t: Tensor, t: Tensor, prompts: list[str], cameras: Cameras | None = None, camera_mask=None
     ) -> Prediction:
         self.asked.append(prompts)
+        cameras = orbit(1)[torch.zeros(len(x_t), dtype=torch.long)] if cameras is None else cameras
         alpha, sigma = self.schedule.alpha_sigma(t)
         return Prediction(2 * self.image(cameras) - 1, x_t, alpha, sigma, "x0")
 

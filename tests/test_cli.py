@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -298,7 +299,7 @@ def test_doctor_names_versions_kernels_and_reasons(call):
     assert isinstance(report["problems"], list)
 
 
-@pytest.mark.parametrize("command", ["generate", "resume", "export", "eval", "doctor", "teacher"])
+@pytest.mark.parametrize("command", ["generate", "resume", "export", "eval", "paint", "compare", "methods", "doctor", "teacher"])
 def test_help_teaches(call, command):
     code, out, _ = call(command, "--help")
     assert code == 0
@@ -365,3 +366,63 @@ def test_importing_costs_no_more_than_torch():
 
     best = min(seconds("import torch, sds3d") / seconds("import torch") for _ in range(3))
     assert best <= 1.15
+
+
+def test_methods_are_listed_with_paper_needs_and_settings(call):
+    from sds3d.distill import METHODS
+
+    code, out, _ = call("methods")
+    assert code == 0
+    for name in METHODS:
+        assert re.search(rf"^{name} .*arXiv \d{{4}}\.\d{{5}}", out, re.MULTILINE), name
+    assert "needs a critic" in out and "method.switch=0.572" in out
+    code, out, _ = call("methods", "--json")
+    assert [row["name"] for row in json.loads(out)] == list(METHODS)
+
+
+def test_paint_and_resume_leave_images_and_a_strip(call, in_folder):
+    quick = ("image.size=8", "log.picture_every=2")
+    code, out, err = call("paint", "a ball, side view", "-n", "3", "--method", "csd", "steps=4", *quick)
+    run = "outputs/00001-a-ball-side-view"
+    assert code == 0, err
+    assert out.split() == [f"{run}/image.png", f"{run}/images", f"{run}/progress/strip.png"]
+    assert len(list((in_folder / run / "images").iterdir())) == 3 and "sds3d resume" in err
+    assert call("resume", run, "steps=6")[0] == 0
+    assert json.loads((in_folder / run / "metrics.jsonl").read_text().splitlines()[-1])["step"] == 6
+    code, _, err = call("export", run)
+    assert code == 2 and "holds images, not a scene" in err
+    code, out, _ = call("paint", "a ball", "--dry-run", "--method", "sdi", "method.scale=3")
+    assert code == 0 and "name: sdi" in out and "scale: 3" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("paint", "a ball", "--method", "nfds"), "did you mean nfsd"),
+        (("paint", "a ball", "--method", "nfsd", "negative=''"), "NFSD needs a negative prompt"),
+        (("paint", "a ball", "--method", "dds"), "DDS needs a source"),
+        (("paint", "a ball", "--method", "sds", "method.skale=3"), "did you mean method.scale"),
+        (("paint", "a ball", "-n", "0"), "image.count is 0"),
+        (("paint", "a ball", "render.views=2"), "unknown key 'render'"),
+        (("generate", "a ball", "--method", "vsd", "method.particles=0"), "method.particles is 0; give 1 to 64"),
+        (("generate", "a ball", "--method", "dds", "source.prompt=a ball"), "give source.run"),
+        (("compare", "--methods", "sds"), "at least one prompt"),
+        (("compare", "a ball", "--methods", "sds,vds"), "did you mean vsd"),
+        (("compare", "a ball", "--seeds", "one"), "seeds is 'one'; give a whole number"),
+        (("compare", "a ball", "--student", "sound"), "give scene or image"),
+    ],
+)
+def test_mistakes_about_methods_leave_nothing_behind(call, in_folder, arguments, said):
+    code, out, err = call(*arguments)
+    assert code == 2 and out == "" and said in err and len(err.splitlines()) == 1, err
+    assert not list(in_folder.iterdir())
+
+
+def test_compare_writes_a_page(call, in_folder, monkeypatch):
+    monkeypatch.setattr("sds3d.teachers.fit.sample", lambda teacher, prompt, n, **rest: torch.ones((n, 3, 8, 8)))
+    quick = ("steps=3", "image.size=8", "image.count=2", "-o", "c", "--seeds", "0,1")
+    code, out, err = call("compare", "a ball", "a red ball", "--methods", "sds,csd", *quick)
+    assert code == 0 and out.split() == ["c/index.html", "c/sheet.png", "c/results.json"], err
+    assert "run 8/8" in err and err.count("csd") == 4
+    code, out, err = call("compare", "a ball", "a red ball", "--methods", "sds,csd", *quick, "--json")
+    assert code == 0 and err == "" and set(json.loads(out)["mean"]) == {"sds", "csd"}

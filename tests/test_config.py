@@ -252,3 +252,41 @@ def test_every_setting_is_a_plain_value_and_has_a_key():
     config = load("a ball")
     known = {*keys(Config), *keys(type(config.method), "method")}
     assert set(leaves(config)) <= known
+
+
+def test_settings_of_a_method_join_its_name_whatever_the_order():
+    for layers in (
+        ({"method": "nfsd"}, {"method.scale": 3.0}),
+        ({"method.scale": 3.0}, {"method": "nfsd"}),
+        ({"method": "nfsd", "method.scale": 3.0},),
+        ({"method": {"name": "nfsd", "scale": 3.0}},),
+    ):
+        method = load("a mug", *layers).method
+        assert type(method).__name__ == "NFSD" and Ramp.parse(method.scale)(0) == 3.0, layers
+
+
+def test_another_method_takes_none_of_the_settings_of_the_one_below(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text(configs.to_yaml(load("a mug", {"method": "vsd", "method.particles": 3})))
+    assert load(None, file=file).method.particles == 3
+    assert type(load(None, {"method": "nfsd"}, file=file).method).__name__ == "NFSD"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        ({"method": "nsfd"}, "did you mean nfsd"),
+        ({"method": "nfsd", "method.scal": 2}, "did you mean method.scale"),
+        ({"method": "vsd", "method.particles": 65}, "method.particles is 65; give 1 to 64"),
+        ({"method": "vsd", "critic.kind": "lara"}, "did you mean lora"),
+        ({"noise": "old"}, "noise is 'old'; give fresh or fixed"),
+        ({"guidance.rescale": 2}, "guidance.rescale is 2.*0 to 1"),
+        ({"time.kind": "normal"}, "time.kind.*uniform, lognormal or dreamtime"),
+        ({"weight": "sigma"}, "unknown weight 'sigma'"),
+    ],
+)
+def test_mistakes_about_methods_are_answered_before_anything_runs(overrides, said):
+    from sds3d import launch
+
+    with pytest.raises(ValueError, match=said):
+        launch.check(load("a red mug", overrides))

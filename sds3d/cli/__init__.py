@@ -38,7 +38,7 @@ def doctor(json: Json = False) -> None:
     print(dump(report) if json else doctors.to_text(report))
 
 
-for command in (scenes.generate, scenes.resume, scenes.export, methods.paint, methods.methods, doctor):
+for command in (scenes.generate, scenes.resume, scenes.export, methods.paint, methods.compare, methods.methods, doctor):
     app.command()(command)
 app.command(name="eval")(scenes.evaluate)
 app.add_typer(teacher.app, name="teacher")

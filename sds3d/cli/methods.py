@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Annotated, Any
 
 from typer import Argument, Option
 
-from sds3d.cli.shared import Json, Overrides, Quiet, carry_out, dump, make_display
+from sds3d.cli.shared import Json, Overrides, Quiet, carry_out, dump, make_display, print_result
 from sds3d.options import spread
 
 
@@ -65,6 +66,77 @@ def paint(
         return
     painting, steps = launch.start(config)
     carry_out(painting, steps, begun, make_display(options.quiet, options.json), options.json)
+
+
+@dataclass(frozen=True)
+class CompareOptions:
+    """The flags of compare."""
+
+    methods: Annotated[str, Option(help="names with commas between; sds3d methods lists them")] = "sds,nfsd,csd,vsd"
+    seeds: Annotated[str, Option(help="a run for each, with commas between")] = "0"
+    student: Annotated[str, Option(help="image (pixels) or scene")] = "image"
+    held_out: Annotated[bool, Option("--held-out", help="the toybox's 12 held-out prompts, too")] = False
+    out: Annotated[Path, Option("--out", "-o", help="folder; a second call goes on there")] = Path("outputs/compare")
+    quiet: Quiet = False
+    json: Json = False
+
+
+@spread
+def compare(
+    prompts: Annotated[
+        list[str] | None, Argument(metavar="PROMPT... [KEY=VALUE]...", help="prompts and settings")
+    ] = None,
+    options: CompareOptions = CompareOptions(),
+) -> None:
+    """Run methods side by side: the same prompts, seeds, steps and teacher.
+
+    Writes index.html (one page, pictures inside), sheet.png and results.json.
+
+    Figures: IoU, PSNR, Chamfer, F-score against the toybox's own object (for images the PSNR to its most similar true
+    view); colour off: distance of the mean colour from the teacher's own samples; saturation off: how much stronger
+    than theirs; diversity: mean difference between seeds; seconds, teacher evaluations and peak memory of a run.
+
+    [bold]Examples[/bold]
+
+      sds3d compare "a red mug" --methods sds,nfsd,csd,vsd
+
+      sds3d compare "a mug" "a red car" --methods sds,vsd --student scene --seeds 0,1 steps=200
+    """
+    from sds3d import compare as comparing
+    from sds3d import config as configs
+    from sds3d.progress import Clock
+    from sds3d.typed import convert
+
+    texts = prompts or []
+    named = [text for text in texts if "=" not in text]
+    if options.held_out:
+        from sds3d.data.toybox import HELD_OUT_PROMPTS
+
+        named += HELD_OUT_PROMPTS
+    comparison = comparing.Comparison(
+        tuple(dict.fromkeys(named)),
+        tuple(part.strip() for part in options.methods.split(",") if part.strip()),
+        tuple(
+            convert(int, configs.parse_overrides([f"seed={part}"])["seed"], "seeds")
+            for part in options.seeds.split(",")
+        ),
+        options.student,
+        configs.parse_overrides([text for text in texts if "=" in text]),
+    )
+    clock, begun, entries = Clock(), time.perf_counter(), []
+    total = len(comparison.prompts) * len(comparison.methods) * len(comparison.seeds)
+    for entry in comparing.compare(comparison, options.out):
+        entries.append(entry)
+        if not (options.quiet or options.json):
+            line = clock.line(len(entries), total, time.perf_counter() - begun).replace("step ", "run ")
+            took = entry.figures["seconds"]
+            print(
+                f"{line}  {entry.method}, {entry.prompt!r}, seed {entry.seed}: {took:.0f} s",
+                file=sys.stderr,
+                flush=True,
+            )
+    files = [str(options.out / name) for name in ("index.html", "sheet.png", "results.json")]
+    print_result({"files": files, "mean": comparing.summary(entries)}, files, options.json)
 
 
 def methods(json: Json = False) -> None:

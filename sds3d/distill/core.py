@@ -64,6 +64,7 @@ class Query:
         critic: the student's own score, for methods that want it.
         source: for methods that edit: what the student's images were before, (B, C, H, W), and its prompt.
         generator: of whatever noise a method adds.
+        asked: images in each of the teacher's forwards so far.
     """
 
     teacher: Teacher
@@ -82,6 +83,7 @@ class Query:
     critic: Critic | None = None
     source: tuple[Tensor, str] | None = None
     generator: torch.Generator | None = None
+    asked: list[int] = field(default_factory=list, repr=False)
     _answers: dict[str, Prediction] = field(default_factory=dict, repr=False)
 
     def eps(self, *branches: str) -> tuple[Tensor, ...]:
@@ -116,6 +118,7 @@ class Query:
             cameras = cam.cat([self.cameras] * count)
             told = [branch in ("cond", "spoilt") or self.uncond_camera for branch in branches]
             mask = torch.tensor(told, device=x_t.device).repeat_interleave(size)
+        self.asked.append(size * count)
         with torch.no_grad():
             both = self.teacher.predict(torch.cat([x_t] * count), torch.cat([t] * count), prompts, cameras, mask)
         return tuple(both[i * size : (i + 1) * size] for i in range(count))
@@ -231,7 +234,8 @@ class Distilled:
 
     Args:
         loss: scalar; its gradient is the point, its value means nothing.
-        metrics: "g_norm" (mean over the batch of |g|), "t" (mean), and "g_norm/t0.2-0.4" for each part of t drawn.
+        metrics: "g_norm" (mean over the batch of |g|), "t" (mean), "asked" (images the teacher judged), and
+            "g_norm/t0.2-0.4" for each part of t drawn.
         query: the step's query; ``query.answers("cond")[0].x0`` is what the teacher would rather see.
     """
 
@@ -317,7 +321,7 @@ class ScoreObjective:
         noise = torch.randn(x.shape, generator=source, device=source.device, dtype=x.dtype).to(x.device)
         query = self.query(draw, x, t, noise, step, generator)
         g = self.gradient(query)
-        return Distilled(surrogate(x, g), _metrics(g, query.t), query)
+        return Distilled(surrogate(x, g), _metrics(g, query.t) | {"asked": sum(query.asked)}, query)
 
     def query(
         self,

@@ -1,0 +1,292 @@
+"""Methods side by side: the same prompts, seeds, steps and teacher, one run after the other.
+
+Figures of a run, beside its pictures:
+
+    iou, psnr, chamfer, fscore   of a scene against the toybox's own object, see metrics/truth.py
+    psnr                         of images: against the most similar of the object's true views, mean over the images
+    colour                       distance of the mean colour of what is not background from the teacher's own samples
+    saturation                   mean saturation (max - min over RGB) of the same pixels, less that of the samples
+    diversity                    mean root-mean-square difference between two images of one view, over seeds
+    seconds, asked, memory       of the loop: time, images the teacher was asked about, peak memory in MB
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sds3d import config as configs
+from sds3d import doctor, launch, make
+from sds3d.asset import Asset
+from sds3d.cameras import orbit
+from sds3d.config import Config, PaintConfig, RunConfig
+from sds3d.distill import METHODS
+from sds3d.export import page
+from sds3d.files import replacing
+from sds3d.painting import Painting
+from sds3d.runs import Run
+from sds3d.typed import nearest, plain
+
+COLUMNS = {
+    "iou": page.Column("IoU", 3, True),
+    "psnr": page.Column("PSNR, dB", 1, True),
+    "chamfer": page.Column("Chamfer", 4, False),
+    "fscore": page.Column("F-score", 3, True),
+    "colour": page.Column("colour off", 3, False),
+    "saturation": page.Column("saturation off", 3),
+    "diversity": page.Column("diversity", 3, True),
+    "seconds": page.Column("seconds", 0, False),
+    "asked": page.Column("teacher evaluations", 0, False),
+    "memory": page.Column("peak memory, MB", 0, False),
+}
+KINDS = {"scene": Config, "image": PaintConfig}
+VIEWS = 6  # of a scene, in the pictures
+SAMPLES = 6  # of the teacher
+BACKGROUND = 0.1  # a pixel is background where no channel differs more than this from white
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What is compared.
+
+    Args:
+        prompts: what every method makes.
+        methods: names in ``distill.METHODS``.
+        seeds: a run for each.
+        student: "scene" or "image".
+        layer: settings of all runs.
+
+    Raises:
+        ValueError: nothing to compare, an unknown method or student.
+    """
+
+    prompts: tuple[str, ...]
+    methods: tuple[str, ...]
+    seeds: tuple[int, ...] = (0,)
+    student: str = "image"
+    layer: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self):
+        if not (self.prompts and self.methods and self.seeds):
+            raise ValueError("a comparison needs at least one prompt, one method and one seed")
+        for name in self.methods:
+            if name not in METHODS:
+                raise ValueError(f"method is {name!r}; {nearest(name, METHODS)} (there is {', '.join(METHODS)})")
+        if self.student not in KINDS:
+            raise ValueError(f"student is {self.student!r}; give {' or '.join(KINDS)}")
+
+    def config(self, prompt: str, method: str, seed: int, out: Path) -> RunConfig:
+        """The settings of one run."""
+        own = {"method": method, "seed": seed, "out": str(out)}
+        return configs.load(prompt, own, self.layer, {"method": method}, kind=KINDS[self.student])
+
+    def settings(self) -> dict[str, Any]:
+        """Plain values, to recognise a comparison by."""
+        return {"student": self.student, "layer": plain(self.layer)}
+
+
+@dataclass
+class Entry:
+    """One run of a comparison."""
+
+    prompt: str
+    method: str
+    seed: int
+    run: str
+    figures: dict[str, float | None]
+    pictures: Tensor  # (B, 3, H, W) in [0, 1]: views of a scene, or images
+
+    @property
+    def key(self) -> tuple[str, str, int]:
+        return self.prompt, self.method, self.seed
+
+
+def compare(comparison: Comparison, out: Path) -> Iterator[Entry]:
+    """Run what has not been run yet, and write ``out``/results.json after every one, index.html and sheet.png at
+    the end.
+
+    A second call with the same settings goes on where the first one stopped, with more prompts, methods or seeds, too.
+
+    Raises:
+        ValueError: ``out`` holds a comparison with other settings; a method lacks what it needs, before any training.
+    """
+    done = _load(comparison, out)
+    wanted = [(p, m, s) for p in comparison.prompts for m in comparison.methods for s in comparison.seeds]
+    for key in wanted:
+        if key not in done:
+            launch.check(comparison.config(*key, out / "runs"))
+    samples = {p: teacher_samples(comparison.config(p, comparison.methods[0], 0, out)) for p in comparison.prompts}
+    for key in wanted:
+        if key not in done:
+            done[key] = _carry_out(comparison.config(*key, out / "runs"), key, samples[key[0]])
+            _save(comparison, out, done)
+        yield done[key]
+    _write(comparison, out, [done[key] for key in wanted], samples)
+
+
+def teacher_samples(config: RunConfig) -> Tensor:
+    """What the teacher itself draws for a prompt, (SAMPLES, 3, H, W) in [0, 1]; for a scene from cameras around it."""
+    from sds3d.teachers import fit
+
+    teacher = make.teacher(config)
+    cameras = orbit(SAMPLES) if isinstance(config, Config) and teacher.views == "camera" else None
+    return fit.sample(teacher, config.prompt, SAMPLES, seed=1, cameras=cameras).cpu()
+
+
+def _carry_out(config: RunConfig, key: tuple[str, str, int], samples: Tensor) -> Entry:
+    """One run, from nothing to its figures."""
+    _reset_peak()
+    begun = time.perf_counter()
+    made, steps = launch.start(config)
+    for _ in steps:
+        pass
+    seconds = time.perf_counter() - begun
+    figures: dict[str, float | None] = {
+        "seconds": seconds,
+        "asked": sum(row.get("asked", 0) for row in made.run.rows()),
+        "memory": _peak(),
+    }
+    pictures = made.views(orbit(VIEWS), samples.shape[-1]) if isinstance(made, Asset) else made.images
+    pictures = pictures.cpu()
+    figures |= against_truth(made) | against_samples(pictures, samples)
+    return Entry(*key, str(made.path), figures, pictures)
+
+
+def against_truth(made: Asset | Painting) -> dict[str, float | None]:
+    """Figures against the toybox's object of the prompt; none where it has no such object."""
+    from sds3d.data import toybox
+    from sds3d.metrics import truth
+
+    try:
+        toy = toybox.parse(made.config.prompt)
+    except ValueError:
+        return {}
+    if isinstance(made, Asset):
+        scores = made.evaluate()
+        return {"iou": scores.iou, "psnr": scores.psnr, "chamfer": scores.chamfer, "fscore": scores.fscore}
+    views, _ = toy.render(truth.unseen_views(), made.images.shape[-1])
+    error = (made.images.cpu()[:, None] - views).square().flatten(2).mean(-1).amin(1)  # (N,)
+    return {"psnr": float((-10 * error.clamp_min(1e-6).log10()).mean())}
+
+
+def against_samples(pictures: Tensor, samples: Tensor) -> dict[str, float]:
+    """Colour and saturation of pictures against the teacher's samples, (B, 3, H, W) each."""
+    (mean, saturation), (wanted, usual) = colour_of(pictures), colour_of(samples)
+    return {"colour": float((mean - wanted).norm()), "saturation": float(saturation - usual)}
+
+
+def colour_of(images: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean colour (3,) and mean saturation () of the pixels that are not white background."""
+    pixels = images.permute(0, 2, 3, 1).reshape(-1, 3)
+    pixels = pixels[(1 - pixels).amax(1) > BACKGROUND]
+    if not len(pixels):
+        return torch.ones(3), torch.zeros(())
+    return pixels.mean(0), (pixels.amax(1) - pixels.amin(1)).mean()
+
+
+def diversity(entries: list[Entry]) -> float | None:
+    """Mean root-mean-square difference between pictures of the same view, over pairs of seeds; over pairs of images,
+    where they have no views. None where there is one picture."""
+    stacks = torch.stack([entry.pictures for entry in entries])  # (S, B, 3, H, W)
+    if len(stacks) == 1:
+        stacks = stacks.transpose(0, 1) if stacks.shape[1] > 1 and "iou" not in entries[0].figures else stacks
+    pairs = [(a - b).square().flatten(1).mean(1).sqrt().mean() for a, b in combinations(stacks, 2)]
+    return float(torch.stack(pairs).mean()) if pairs else None
+
+
+def summary(entries: list[Entry]) -> dict[str, dict[str, float | None]]:
+    """Method -> figure -> mean over prompts and seeds, of the runs that have it."""
+    found: dict[str, dict[str, float | None]] = {}
+    for method in dict.fromkeys(entry.method for entry in entries):
+        own = [entry for entry in entries if entry.method == method]
+        rows = [entry.figures for entry in own]
+        rows += [{"diversity": diversity([e for e in own if e.prompt == p])} for p in {e.prompt for e in own}]
+        found[method] = {name: _mean([row.get(name) for row in rows]) for name in COLUMNS}
+    return found
+
+
+def _mean(values: list[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
+
+
+def _write(comparison: Comparison, out: Path, entries: list[Entry], samples: Mapping[str, Tensor]) -> None:
+    """index.html and sheet.png."""
+    total = [page.Row(method, figures) for method, figures in summary(entries).items()]
+    sections = [page.Section(f"Mean over {len(comparison.prompts)} prompts and {len(comparison.seeds)} seeds", total)]
+    for prompt in comparison.prompts:
+        rows = [page.Row("the teacher's own samples", {}, samples[prompt])]
+        for method in comparison.methods:
+            own = [entry for entry in entries if entry.prompt == prompt and entry.method == method]
+            pictures = torch.cat([entry.pictures for entry in own])
+            rows.append(page.Row(method, summary(own)[method], pictures))
+        sections.append(page.Section(prompt, rows))
+    machine = ", ".join(f"{k} {v}" for k, v in doctor.machine(make.pick_device("auto")).items())
+    shared = f"seeds {', '.join(map(str, comparison.seeds))}; settings {plain(comparison.layer) or 'the recipes'}"
+    note = f"Student: {comparison.student}; {shared}. Machine: {machine}. What the figures mean: sds3d compare --help."
+    page.write(out / "index.html", "Methods side by side", note, COLUMNS, sections)
+    page.contact_sheet(out / "sheet.png", sections)
+
+
+def _save(comparison: Comparison, out: Path, done: Mapping[tuple, Entry]) -> None:
+    rows = [{k: getattr(e, k) for k in ("prompt", "method", "seed", "run", "figures")} for e in done.values()]
+    with replacing(out / "results.json") as part:
+        part.write_text(json.dumps({"settings": comparison.settings(), "runs": rows}, indent=1) + "\n")
+
+
+def _load(comparison: Comparison, out: Path) -> dict[tuple[str, str, int], Entry]:
+    """The runs that are there already. Raises ValueError where they had other settings."""
+    path = out / "results.json"
+    if not path.is_file():
+        return {}
+    try:
+        stored = json.loads(path.read_text())
+        rows, settings = stored["runs"], stored["settings"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is no comparison; name another folder with --out") from error
+    if settings != comparison.settings():
+        raise ValueError(f"{out} holds a comparison with other settings ({settings}); name another folder with --out")
+    found = {}
+    for row in rows:
+        entry = Entry(**row, pictures=_pictures(Path(row["run"])))
+        found[entry.key] = entry
+    return found
+
+
+def _pictures(path: Path) -> Tensor:
+    """The pictures of a finished run."""
+    config = configs.of_run(path / "config.yaml")
+    if isinstance(config, PaintConfig):
+        student = make.student(config)
+        student.load_state_dict(Run.open(path).load_checkpoint()["student"])
+        return student.images().cpu()
+    return Asset.open(path).views(orbit(VIEWS), make.teacher(config).image_size).cpu()
+
+
+def _reset_peak() -> None:
+    """Start counting the peak memory anew, where the system can."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        pass
+
+
+def _peak() -> float | None:
+    """Peak memory in MB since the last reset: of the GPU where there is one, else of the process; None if unknown."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    try:
+        line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmHWM"))
+    except (OSError, StopIteration):
+        return None
+    return int(line.split()[1]) / 1024
