@@ -2,6 +2,8 @@
 
     python scripts/teacher_accuracy.py --images 400 --json benchmarks/teacher_accuracy.json
 
+    python scripts/teacher_accuracy.py --captions trained --guidance 1.5,2,3 --images 90      which guidance is best
+
 The classifier is trained here, on true renders of the toybox in all colours (also the held-out ones: it has to know
 them). Its own accuracy is measured on fresh true renders of the same held-out captions and views, and printed beside
 the teacher's. A sample is right when the kind, the main colour and, where the caption names one, the second colour are.
@@ -75,22 +77,46 @@ def train_classifier(store: renders.Renders, steps: int, generator: torch.Genera
     return net.eval()
 
 
+def classifier(path: Path | None, store: renders.Renders, steps: int, generator: torch.Generator) -> Classifier:
+    """A trained classifier: the one at ``path``, or a new one, which is then kept there."""
+    if path is not None and path.is_file():
+        net = Classifier()
+        net.load_state_dict(torch.load(path, weights_only=True))
+        return net.eval()
+    net = train_classifier(store, steps, generator)
+    if path is not None:
+        torch.save(net.state_dict(), path)
+    return net
+
+
+def draw(teacher: small.SmallTeacher, cases: list[Case], guidance: float) -> list[Tensor]:
+    """One sample a case, each (1, 3, 64, 64)."""
+    told = [case.camera if teacher.views == "camera" else None for case in cases]
+    return [fit.sample(teacher, case.caption, 1, i, guidance, told[i]) for i, case in enumerate(cases)]
+
+
 @dataclass
 class Case:
-    """A held-out caption, its toy, and a camera."""
+    """A caption, its toy, and a camera."""
 
     caption: str
     toy: toybox.Toy
     camera: Cameras
 
 
-def held_out_cases(count: int, generator: torch.Generator) -> list[Case]:
-    """Captions of held-out combinations in turn over all kinds and stacks, each seen from a random camera."""
+def draw_cases(count: int, held_out: bool, generator: torch.Generator) -> list[Case]:
+    """Captions of combinations that are held out, or that are not, in turn over all kinds and stacks, each seen from a
+    random camera."""
     cases = []
     for n in range(count):
         name = NAMES[n % len(NAMES)]
         kind = (KINDS | STACKS)[name]
-        pairs = [(m, s) for m in PAINTS for s in PAINTS if (kind.second or s == m) and toybox.is_held_out(name, m, s)]
+        pairs = [
+            (m, s)
+            for m in PAINTS
+            for s in PAINTS
+            if (kind.second or s == m) and toybox.is_held_out(name, m, s) == held_out
+        ]
         main, second = pairs[int(torch.randint(len(pairs), (), generator=generator))]
         article = "an" if main[0] in "aeiou" else "a"
         if name in STACKS:
@@ -128,7 +154,9 @@ def main() -> None:
     parser.add_argument("--renders", type=Path, default=Path("work/teacher/renders"), help="made there if missing")
     parser.add_argument("--images", type=int, default=400)
     parser.add_argument("--classifier-steps", type=int, default=3000)
-    parser.add_argument("--guidance", type=float, default=3.0)
+    parser.add_argument("--guidance", default="2", help="one scale, or several with commas between")
+    parser.add_argument("--captions", choices=("held-out", "trained"), default="held-out")
+    parser.add_argument("--classifier", type=Path, help="keep the classifier there, and take it from there")
     parser.add_argument("--views", default="camera", choices=VIEWS)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--sheet", type=Path, help="PNG of the first 64 samples")
@@ -137,18 +165,20 @@ def main() -> None:
     begun, generator = time.monotonic(), torch.Generator().manual_seed(1)
     for _ in renders.build(options.renders, fit.FitConfig().images):
         pass
-    net = train_classifier(renders.Renders(options.renders), options.classifier_steps, generator)
-    cases = held_out_cases(options.images, generator)
+    net = classifier(options.classifier, renders.Renders(options.renders), options.classifier_steps, generator)
+    cases = draw_cases(options.images, options.captions == "held-out", torch.Generator().manual_seed(2))
     truth = torch.cat([case.toy.render(case.camera)[0] for case in cases])
     teacher = small.load(options.weights, views=options.views)
-    drawn = []
-    for i, case in enumerate(cases):
-        camera = case.camera if options.views == "camera" else None
-        drawn.append(fit.sample(teacher, case.caption, 1, i, options.guidance, camera))
+    drawn, judged = [], {}
+    for guidance in map(float, options.guidance.split(",")):
+        drawn = draw(teacher, cases, guidance)
+        judged[guidance] = judge(net, torch.cat(drawn), cases)
+        print(f"guidance {guidance}: {judged[guidance]}", file=sys.stderr, flush=True)
     result = {
         "classifier_on_true_renders": judge(net, truth, cases),
-        "teacher": judge(net, torch.cat(drawn), cases),
+        "teacher": judged if len(judged) > 1 else judged[guidance],
         "images": len(cases),
+        "captions": options.captions,
         "views": options.views,
         "guidance": options.guidance,
         "seconds": round(time.monotonic() - begun),

@@ -6,7 +6,7 @@ Figures of a run, beside its pictures:
     psnr                         of images: against the most similar of the object's true views, mean over the images
     colour                       distance of the mean colour of what is not background from the teacher's own samples
     saturation                   mean saturation (max - min over RGB) of the same pixels, less that of the samples
-    diversity                    mean root-mean-square difference between two images of one view, over seeds
+    diversity                    mean root-mean-square difference between seeds (and between images)
     seconds, asked, memory       of the loop: time, images the teacher was asked about, peak memory in MB
 """
 
@@ -95,11 +95,12 @@ class Comparison:
 
 @dataclass
 class Entry:
-    """One run of a comparison."""
+    """One run of a comparison: which, its folder inside the comparison's, what it showed."""
 
     prompt: str
     method: str
     seed: int
+    student: str
     run: str
     figures: dict[str, float | None]
     pictures: Tensor  # (B, 3, H, W) in [0, 1]: views of a scene, or images
@@ -126,7 +127,9 @@ def compare(comparison: Comparison, out: Path) -> Iterator[Entry]:
     samples = {p: teacher_samples(comparison.config(p, comparison.methods[0], 0, out)) for p in comparison.prompts}
     for key in wanted:
         if key not in done:
-            done[key] = _carry_out(comparison.config(*key, out / "runs"), key, samples[key[0]])
+            made, figures, pictures = _carry_out(comparison.config(*key, out / "runs"), samples[key[0]])
+            run = made.path.relative_to(out).as_posix()
+            done[key] = Entry(*key, comparison.student, run, figures, pictures)
             _save(comparison, out, done)
         yield done[key]
     _write(comparison, out, [done[key] for key in wanted], samples)
@@ -141,8 +144,8 @@ def teacher_samples(config: RunConfig) -> Tensor:
     return fit.sample(teacher, config.prompt, SAMPLES, seed=1, cameras=cameras).cpu()
 
 
-def _carry_out(config: RunConfig, key: tuple[str, str, int], samples: Tensor) -> Entry:
-    """One run, from nothing to its figures."""
+def _carry_out(config: RunConfig, samples: Tensor) -> tuple[Asset | Painting, dict[str, float | None], Tensor]:
+    """One run, from nothing to its figures and pictures (B, 3, H, W)."""
     _reset_peak()
     begun = time.perf_counter()
     made, steps = launch.start(config)
@@ -157,7 +160,7 @@ def _carry_out(config: RunConfig, key: tuple[str, str, int], samples: Tensor) ->
     pictures = made.views(orbit(VIEWS), samples.shape[-1]) if isinstance(made, Asset) else made.images
     pictures = pictures.cpu()
     figures |= against_truth(made) | against_samples(pictures, samples)
-    return Entry(*key, str(made.path), figures, pictures)
+    return made, figures, pictures
 
 
 def against_truth(made: Asset | Painting) -> dict[str, float | None]:
@@ -193,11 +196,11 @@ def colour_of(images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def diversity(entries: list[Entry]) -> float | None:
-    """Mean root-mean-square difference between pictures of the same view, over pairs of seeds; over pairs of images,
-    where they have no views. None where there is one picture."""
+    """Mean root-mean-square difference between two pictures of one prompt and method that should be as different as the
+    prompt allows: one view of a scene from two seeds, or any two images. None where there are no two."""
     stacks = torch.stack([entry.pictures for entry in entries])  # (S, B, 3, H, W)
-    if len(stacks) == 1:
-        stacks = stacks.transpose(0, 1) if stacks.shape[1] > 1 and "iou" not in entries[0].figures else stacks
+    if entries[0].student == "image":
+        stacks = stacks.flatten(0, 1)[:, None]
     pairs = [(a - b).square().flatten(1).mean(1).sqrt().mean() for a, b in combinations(stacks, 2)]
     return float(torch.stack(pairs).mean()) if pairs else None
 
@@ -237,7 +240,9 @@ def _write(comparison: Comparison, out: Path, entries: list[Entry], samples: Map
 
 
 def _save(comparison: Comparison, out: Path, done: Mapping[tuple, Entry]) -> None:
-    rows = [{k: getattr(e, k) for k in ("prompt", "method", "seed", "run", "figures")} for e in done.values()]
+    rows = [
+        {k: getattr(e, k) for k in ("prompt", "method", "seed", "student", "run", "figures")} for e in done.values()
+    ]
     with replacing(out / "results.json") as part:
         part.write_text(json.dumps({"settings": comparison.settings(), "runs": rows}, indent=1) + "\n")
 
@@ -256,7 +261,7 @@ def _load(comparison: Comparison, out: Path) -> dict[tuple[str, str, int], Entry
         raise ValueError(f"{out} holds a comparison with other settings ({settings}); name another folder with --out")
     found = {}
     for row in rows:
-        entry = Entry(**row, pictures=_pictures(Path(row["run"])))
+        entry = Entry(**row, pictures=_pictures(out / row["run"]))
         found[entry.key] = entry
     return found
 

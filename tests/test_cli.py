@@ -299,7 +299,9 @@ def test_doctor_names_versions_kernels_and_reasons(call):
     assert isinstance(report["problems"], list)
 
 
-@pytest.mark.parametrize("command", ["generate", "resume", "export", "eval", "paint", "compare", "methods", "doctor", "teacher"])
+@pytest.mark.parametrize(
+    "command", ["generate", "resume", "export", "eval", "paint", "compare", "methods", "doctor", "teacher"]
+)
 def test_help_teaches(call, command):
     code, out, _ = call(command, "--help")
     assert code == 0

@@ -7,13 +7,16 @@ import torch
 from conftest import TINY, BallTeacher
 
 import sds3d
+from sds3d import cameras as cam
 from sds3d import compare as comparing
 from sds3d import config as configs
 from sds3d import launch, make
 from sds3d.asset import Asset
 from sds3d.config import Config, PaintConfig
+from sds3d.data import toybox
 from sds3d.distill import METHODS
 from sds3d.export import page
+from sds3d.metrics.truth import silhouette_iou, unseen_views
 from sds3d.ramp import Ramp
 from sds3d.scenes.image import ImageConfig, ImageStudent
 from sds3d.students import Particles
@@ -239,3 +242,26 @@ def test_a_scene_and_an_image_are_told_apart_by_their_config():
     assert "pixels" in image.optim.lr and "grid" in scene.optim.lr
     assert image.time == configs.load("a mug", {"steps": image.steps}).time  # the recipe's
     assert make.student(image).images().shape == (4, 3, 64, 64)
+
+
+@pytest.mark.parametrize("name", ["sds", "sdi"])
+def test_a_method_makes_the_scene_whose_views_the_oracle_knows(name, monkeypatch, tmp_path):
+    """The oracle is an exact mixture of 72 true views of a mug with their cameras; nobody tells it the shape."""
+    toy = toybox.parse("a red mug with a white handle")
+    cameras = cam.cat([cam.orbit(24, elevation=elevation) for elevation in (0, 20, 40)])
+    views, _ = toy.render(cameras, 24)
+    teacher = MixtureTeacher.of_images(views, 0.02, {"a mug": [1.0] * 72}, cameras)
+    monkeypatch.setattr("sds3d.make.teacher", lambda config: teacher)
+    monkeypatch.chdir(tmp_path)
+    config = configs.load(
+        "a mug",
+        {"method": name, "method.scale": 1.0, "steps": 100, "render.resolution": 24, "render.samples": 24},
+        {"camera.elevation": [0, 40]},
+        {"time.t_min": [0, 0.8, 0.05, 100], "time.t_max": [0, 0.98, 0.3, 100], "weight": "x0"},
+    )
+    asset, steps = launch.start(config)
+    for _ in steps:
+        pass
+    seen = asset.scene.render_view(unseen_views(), 24)
+    _, truth = toy.render(unseen_views(), 24)
+    assert float(silhouette_iou(seen.opacity, truth).mean()) > 0.8

@@ -411,3 +411,11 @@ def test_method_files_are_short_and_say_their_paper():
             assert len(file.read_text().splitlines()) < 60, file
     for method in METHODS.values():
         assert dataclasses.is_dataclass(method) and "arXiv" in method.__doc__
+
+
+def test_every_method_has_the_weight_of_its_paper():
+    own = {"sdi": "x0", "ism": "x0", "dds": "uniform"}
+    for name, method in METHODS.items():
+        assert method.WEIGHT == own.get(name, "sigma2"), name
+        assert objective(SCHEDULES["cosine"], name, negative="ugly").weight == method.WEIGHT
+    assert objective(SCHEDULES["cosine"], "sdi", weight="sigma2").weight == "sigma2"

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sds3d.cameras import Cameras, orbit
-from sds3d.prompts import VIEW_WORDS, view_word, with_view
+from sds3d.prompts import VIEW_WORDS, view_negatives, view_word, with_view
 
 
 @pytest.mark.parametrize(
@@ -58,3 +58,14 @@ def test_the_word_names_the_side_the_camera_stands_on():
             assert prompt.endswith("back view")
         elif abs(x) > abs(z) + 1e-3:
             assert prompt.endswith("side view")
+
+
+def test_view_words_are_avoided_the_more_the_farther_they_are():
+    for azimuth in (0, 30, 90, 135, 180, 200, 270, 359, -90, 720):
+        away = min(azimuth % 360, 360 - azimuth % 360)
+        weights = view_negatives(azimuth)
+        assert weights["front view"] == pytest.approx(away / 180) and 0 <= min(weights.values())
+        assert weights["back view"] == pytest.approx(1 - weights["front view"])
+        assert weights["side view"] == pytest.approx(abs(away - 90) / 90)
+    assert view_negatives(0) == {"front view": 0, "side view": 1, "back view": 1}
+    assert view_negatives(90)["side view"] == 0

@@ -1,0 +1,112 @@
+"""Where the time of a step goes: the student, the networks, and the core's own share, method by method.
+
+    python scripts/overhead.py                                     scenes, the recipes' settings, every method
+    python scripts/overhead.py --methods sds,vsd --steps 40 --json
+
+The core's share is what an objective takes beyond its networks' forwards: noise, weights, guidance, arithmetic,
+metrics. It should stay under 5 % of the step. "rest" is the loop's bookkeeping.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+
+from sds3d import config, make
+from sds3d.distill import METHODS
+from sds3d.doctor import machine
+from sds3d.networks.text import TextEncoder
+from sds3d.networks.unet import UNet
+from sds3d.train import train
+
+
+class Stopwatch:
+    """Seconds by name, of functions that are wrapped while it runs; time inside another watched call counts there
+    alone, but for a critic's fit, which is all the critic's."""
+
+    def __init__(self):
+        self.seconds: dict[str, float] = defaultdict(float)
+        self.inside: list[str] = []
+
+    @contextmanager
+    def watch(self, owner: Any, name: str, label: str):
+        """Time every call of ``owner.name``."""
+        original = getattr(owner, name)
+        setattr(owner, name, self.timed(original, label))
+        yield
+        setattr(owner, name, original)
+
+    def timed(self, function: Callable, label: str) -> Callable:
+        def call(*arguments, **named):
+            if self.inside[-1:] == ["critic"]:
+                return function(*arguments, **named)
+            self.inside.append(label)
+            begun = time.perf_counter()
+            try:
+                return function(*arguments, **named)
+            finally:
+                took = time.perf_counter() - begun
+                self.inside.pop()
+                self.seconds[label] += took
+                if self.inside:
+                    self.seconds[self.inside[-1]] -= took
+
+        return call
+
+
+def step_shares(method: str, steps: int, prompt: str) -> dict[str, float]:
+    """Milliseconds a step, by part, of a scene after ``steps`` steps of warming up."""
+    layer = {"method": method, "steps": 2 * steps, "log.picture_every": 0}
+    settings = config.load(prompt, layer)
+    teacher, student = make.teacher(settings), make.student(settings)
+    critic = make.critic(settings, teacher)
+    objective, watch = make.objective(settings, teacher, critic), Stopwatch()
+    with (
+        watch.watch(student, "draw", "student"),
+        watch.watch(student, "regularisers", "student"),
+        watch.watch(student, "after_step", "occupancy"),
+        watch.watch(torch.Tensor, "backward", "student"),
+        watch.watch(torch.optim.Adam, "step", "optimiser"),
+        watch.watch(UNet, "forward", "networks"),
+        watch.watch(TextEncoder, "forward", "networks"),
+        watch.watch(critic, "fit", "critic") if critic else nullcontext(),
+    ):
+        asked = {objective.name: watch.timed(objective, "core")}
+        begun = 0.0
+        for step in train(student, asked, settings.plan(), critic=critic):
+            if step.step == steps:
+                watch.seconds.clear()
+                begun = time.perf_counter()
+        total = time.perf_counter() - begun
+    parts = dict(watch.seconds)
+    parts["rest"] = total - sum(parts.values())
+    return {name: 1000 * value / steps for name, value in {"step": total, **parts}.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    able = [name for name, kind in METHODS.items() if "source" not in kind.NEEDS]
+    parser.add_argument("--methods", default=",".join(able), help="names with commas between")
+    parser.add_argument("--steps", type=int, default=30, help="measured steps, after as many to warm up")
+    parser.add_argument("--prompt", default="a red mug")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    args = parser.parse_args()
+    rows = {name: step_shares(name, args.steps, args.prompt) for name in args.methods.split(",")}
+    if args.json:
+        print(json.dumps({"machine": machine(torch.device("cpu")), "milliseconds_a_step": rows}, indent=1))
+        return
+    print(*(f"{key}: {value}" for key, value in machine(torch.device("cpu")).items()), sep="\n")
+    for name, parts in rows.items():
+        shares = "  ".join(f"{key} {value:.1f}" for key, value in parts.items())
+        print(f"{name:8s}{shares}  ms a step; core {parts['core'] / parts['step']:.1%}")
+
+
+if __name__ == "__main__":
+    main()
