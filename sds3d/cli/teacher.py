@@ -21,7 +21,7 @@ def sample(
     out: Annotated[Path, Option("--out", "-o", help="a .png or .jpg")] = Path("grid.png"),
     orbit: Annotated[bool, Option("--orbit", help="give the exact cameras of one turn around the object")] = False,
     seed: Annotated[int, Option(help="of the noise")] = 0,
-    guidance: Annotated[float, Option(help="scale s of eps_uncond + s (eps_cond - eps_uncond)")] = 3.0,
+    guidance: Annotated[float, Option(help="scale s of eps_uncond + s (eps_cond - eps_uncond)")] = 2.0,
     teacher: Teacher = "small",
 ) -> None:
     """Draw images with the teacher itself: what it can and cannot draw is what an asset can be.

@@ -341,7 +341,7 @@ def sample(
     prompt: str,
     n: int,
     seed: int = 0,
-    guidance: float = 3.0,
+    guidance: float = 2.0,
     cameras: Cameras | None = None,
     steps: int = 30,
 ) -> Tensor:
