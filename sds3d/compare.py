@@ -80,13 +80,16 @@ class Comparison:
         for name in self.methods:
             if name not in METHODS:
                 raise ValueError(f"method is {name!r}; {nearest(name, METHODS)} (there is {', '.join(METHODS)})")
+        for name, values in (("prompts", self.prompts), ("methods", self.methods), ("seeds", self.seeds)):
+            if len(set(values)) < len(values):
+                raise ValueError(f"{name} has one twice: {', '.join(map(str, values))}")
         if self.student not in KINDS:
             raise ValueError(f"student is {self.student!r}; give {' or '.join(KINDS)}")
 
     def config(self, prompt: str, method: str, seed: int, out: Path) -> RunConfig:
         """The settings of one run."""
         own = {"method": method, "seed": seed, "out": str(out)}
-        return configs.load(prompt, own, self.layer, {"method": method}, kind=KINDS[self.student])
+        return configs.load(prompt, {"method": method}, self.layer, own, kind=KINDS[self.student])
 
     def settings(self) -> dict[str, Any]:
         """Plain values, to recognise a comparison by."""
@@ -119,6 +122,7 @@ def compare(comparison: Comparison, out: Path) -> Iterator[Entry]:
     Raises:
         ValueError: ``out`` holds a comparison with other settings; a method lacks what it needs, before any training.
     """
+    out = out.expanduser()
     done = _load(comparison, out)
     wanted = [(p, m, s) for p in comparison.prompts for m in comparison.methods for s in comparison.seeds]
     for key in wanted:
@@ -147,15 +151,15 @@ def teacher_samples(config: RunConfig) -> Tensor:
 def _carry_out(config: RunConfig, samples: Tensor) -> tuple[Asset | Painting, dict[str, float | None], Tensor]:
     """One run, from nothing to its figures and pictures (B, 3, H, W)."""
     _reset_peak()
-    begun = time.perf_counter()
     made, steps = launch.start(config)
+    begun = time.perf_counter()
     for _ in steps:
         pass
     seconds = time.perf_counter() - begun
     figures: dict[str, float | None] = {
         "seconds": seconds,
         "asked": sum(row.get("asked", 0) for row in made.run.rows()),
-        "memory": _peak(),
+        "memory": _peak(make.pick_device(config.device)),
     }
     pictures = made.views(orbit(VIEWS), samples.shape[-1]) if isinstance(made, Asset) else made.images
     pictures = pictures.cpu()
@@ -286,9 +290,9 @@ def _reset_peak() -> None:
         pass
 
 
-def _peak() -> float | None:
-    """Peak memory in MB since the last reset: of the GPU where there is one, else of the process; None if unknown."""
-    if torch.cuda.is_available():
+def _peak(device: torch.device) -> float | None:
+    """Peak memory in MB since the last reset: of the GPU or of the process; None if unknown."""
+    if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**20
     try:
         line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmHWM"))

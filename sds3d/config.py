@@ -200,7 +200,7 @@ class PaintConfig(RunConfig):
 
     steps: int = 200
     optim: OptimConfig = dataclasses.field(
-        default_factory=lambda: OptimConfig({"pixels": Ramp(0, 0.05, 0.005, 200)}, eps=1e-8)
+        default_factory=lambda: OptimConfig({"pixels": Ramp(100, 0.05, 0.005, 200)}, eps=1e-8)
     )
     log: LogConfig = LogConfig(picture_every=25)
     image: ImageConfig = ImageConfig()
@@ -251,6 +251,8 @@ def load(
     defaults = plain(kind("a red mug"))  # whole, so that a recipe that sets optim.lr.grid keeps optim.lr.mlp
     del defaults["prompt"], defaults["method"]
     defaults["time"]["steps"] = "${steps}"
+    if kind is PaintConfig:
+        defaults["optim"]["lr"]["pixels"] = ["${part:0.5}", 0.05, 0.005, "${steps}"]
     return _typed(_resolved(merge(merge(defaults, recipe(name, kind)), given)), name, kind)
 
 
@@ -277,7 +279,7 @@ def parse_overrides(texts: Iterable[str]) -> dict[str, Any]:
             node = OmegaConf.to_container(OmegaConf.from_dotlist([text]))
         except (OmegaConfBaseException, YAMLError, ValueError, TypeError) as error:
             raise ValueError(f"cannot read {text!r}; give key=value with a value in YAML") from error
-        layer = merge(layer, node)
+        layer = merge(layer, _nested(node))
     return layer
 
 

@@ -13,7 +13,7 @@ from sds3d.painting import Painting
 from sds3d.runs import Run
 from sds3d.scenes.edit import EditedScene
 from sds3d.scenes.student import SceneStudent
-from sds3d.train import Step, train
+from sds3d.train import Step, make_optimiser, train
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 
 def check(config: RunConfig) -> None:
     """Refuse what could not run. Raises ValueError."""
-    _Parts(config)
+    parts = _Parts(config)
+    parts.begin_from_source()
+    make_optimiser(parts.student, config.optim)
 
 
 def start(config: RunConfig) -> tuple[Asset | Painting, Iterator[Step]]:
@@ -87,7 +89,8 @@ class _Parts:
             self.student.load_state_dict(self.source.state_dict())
         except (RuntimeError, KeyError) as error:
             raise ValueError(
-                f"the scene of source.run={self.config.source.run} has other sizes: set field and occupancy as it has"
+                f"the scene of source.run={self.config.source.run} has other sizes or parts: set field, occupancy and "
+                "render.background as it has, and leave method.particles at 1"
             ) from error
 
     def made(self, run: Run) -> Asset | Painting:

@@ -11,6 +11,7 @@ from sds3d import ops
 from sds3d.cameras import Cameras
 from sds3d.config import PACKAGED_TEACHERS, Config, PaintConfig, RunConfig, TeacherConfig
 from sds3d.critics import Learnt
+from sds3d.distill.bridge import Bridge
 from sds3d.distill.core import ScoreObjective
 from sds3d.prompts import COLOURS, VIEW_WORDS, named_background, words
 from sds3d.scenes.image import ImageStudent
@@ -53,6 +54,7 @@ def teacher(config: RunConfig) -> Teacher:
         ("", config.prompt),
         ("negative: ", config.negative),
         ("source.prompt: ", config.source.prompt),
+        ("prompt and negative together: ", _spoilt(config)),
     ):
         if prompt or not name:
             try:
@@ -60,6 +62,11 @@ def teacher(config: RunConfig) -> Teacher:
             except ValueError as error:
                 raise ValueError(f"{name}{error}") from error
     return found
+
+
+def _spoilt(config: RunConfig) -> str:
+    """The prompt with the words of its defects, where the method asks for that."""
+    return f"{config.prompt}, {config.negative}" if isinstance(config.method, Bridge) and config.negative else ""
 
 
 def student(config: RunConfig) -> SceneStudent | ImageStudent | Particles:
@@ -119,4 +126,5 @@ def objective(config: RunConfig, teacher: Teacher, critic: Learnt | None = None)
         config.guidance,
         critic,
         config.source.prompt,
+        config.seed,
     )

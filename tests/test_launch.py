@@ -57,9 +57,9 @@ def own_settings(name: str) -> dict:
     """What a method needs of this teacher, and a range of t down to where a picture is sharp."""
     settings = {
         "image.size": SIZE,
-        "steps": 150,
-        "time.t_min": [0, 0.8, 0.05, 150],
-        "time.t_max": [0, 0.98, 0.2, 150],
+        "steps": 200,
+        "time.t_min": [0, 0.8, 0.05, 200],
+        "time.t_max": [0, 0.98, 0.2, 200],
         "negative": "ugly" if "negative" in METHODS[name].NEEDS else "",
         "log.picture_every": 75,
     }
@@ -265,3 +265,16 @@ def test_a_method_makes_the_scene_whose_views_the_oracle_knows(name, monkeypatch
     seen = asset.scene.render_view(unseen_views(), 24)
     _, truth = toy.render(unseen_views(), 24)
     assert float(silhouette_iou(seen.opacity, truth).mean()) > 0.8
+
+
+def test_an_edit_may_have_another_background_than_its_source(ball_teacher, in_folder):
+    source = sds3d.generate("a red ball", **tiny())
+    edit = {**tiny(), "source.run": str(source.path), "source.prompt": "a red ball", "render.background": "#ff0000"}
+    _, steps = launch.start(configs.load("a red ball", {"method": "dds", **edit}))
+    assert next(steps).step == 1
+    steps.close()
+
+
+def test_overrides_of_a_method_and_of_its_settings_meet():
+    for texts in (["method=vsd", "method.particles=2"], ["method.particles=2", "method=vsd"]):
+        assert configs.load("a ball", configs.parse_overrides(texts)).method.particles == 2

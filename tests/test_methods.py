@@ -169,6 +169,11 @@ def dds(schedule, t, here, x_t):
     return here.guided(x_t, 4.0) - here.guided(source_t, 4.0, prompt="a blue mug")
 
 
+def dds_away_from_the_negative(schedule, t, here, x_t):
+    source_t = here.noised(Linear(c=SOURCE), E)
+    return here.guided(x_t, 4.0, "ugly") - here.guided(source_t, 4.0, "ugly", prompt="a blue mug")
+
+
 # name, its settings, negative prompt, closed form
 CASES = [
     ("sds", {"scale": 4.0}, "", sds),
@@ -182,6 +187,7 @@ CASES = [
     ("bridge", {"scale": 4.0, "second": 10}, "ugly", bridge_first),
     ("bridge", {"scale": 4.0, "second": 0, "strength": 2.0}, "ugly", bridge_second),
     ("dds", {"scale": 4.0}, "", dds),
+    ("dds", {"scale": 4.0}, "ugly", dds_away_from_the_negative),
 ]
 every_case = pytest.mark.parametrize(("name", "settings", "negative", "closed_form"), CASES, ids=lambda v: str(v)[:20])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from dataclasses import dataclass
@@ -148,14 +149,16 @@ def methods(json: Json = False) -> None:
     """
     from dataclasses import fields
 
+    from sds3d.config import recipe
     from sds3d.distill import METHODS
     from sds3d.typed import plain
 
     rows = []
     for name, kind in METHODS.items():
-        text, _, paper = (kind.__doc__ or "").partition("\n")[0].partition("arXiv ")
-        settings = {f"method.{f.name}": plain(getattr(kind(), f.name)) for f in fields(kind)}
-        title, paper = text.rpartition(" (")[0], paper.partition(",")[0].rstrip("):. ")
+        line = (kind.__doc__ or "").partition("\n")[0]
+        title, paper = line.partition(" (")[0], re.search(r"arXiv (\d{4}\.\d{5})", line)[1]
+        own = {f.name: plain(getattr(kind(), f.name)) for f in fields(kind)} | recipe(name).get("method", {})
+        settings = {f"method.{key}": value for key, value in own.items() if key != "name"}
         rows.append({"name": name, "title": title, "paper": paper, "needs": list(kind.NEEDS), "settings": settings})
     if json:
         print(dump(rows))

@@ -270,6 +270,7 @@ class ScoreObjective:
         guidance: see ``Query``.
         critic: see ``Query``.
         source_prompt: what a draw's ``source`` shows.
+        noise_seed: of fixed noise.
 
     Raises:
         ValueError: unknown weight or noise, a negative prompt the teacher cannot read, or something the method needs
@@ -286,6 +287,7 @@ class ScoreObjective:
     guidance: Guidance = Guidance()
     critic: Critic | None = None
     source_prompt: str = ""
+    noise_seed: int = 0
 
     def __post_init__(self):
         self.weight = self.method.WEIGHT if self.weight == "auto" else self.weight
@@ -317,7 +319,7 @@ class ScoreObjective:
         x = self.teacher.encode(draw.images)
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         t = self.time.draw(step, draw.group.to(x.device), generator, self.teacher.schedule)
-        source = generator if self.noise == "fresh" else torch.Generator().manual_seed(0)
+        source = generator if self.noise == "fresh" else torch.Generator().manual_seed(self.noise_seed)
         noise = torch.randn(x.shape, generator=source, device=source.device, dtype=x.dtype).to(x.device)
         query = self.query(draw, x, t, noise, step, generator)
         g = self.gradient(query)

@@ -36,4 +36,5 @@ class DDS(Method):
             raise ValueError("DDS compares with a source image, and this draw has none")
         scale, (source, prompt) = scale_of(self.scale, q.step), q.source
         source_t = noised(source, q.noise, q.alpha, q.sigma)
-        return q.guided(scale) - q.guided_at(source_t, q.t, scale, prompt=prompt)
+        away = "negative" if q.negative else "uncond"
+        return q.guided(scale) - q.guided_at(source_t, q.t, scale, away, prompt)

@@ -22,6 +22,7 @@ class EditedScene:
 
     def __init__(self, scene: SceneStudent, source: SceneStudent):
         self.scene, self.source = scene, source
+        source.learn_backgrounds(scene)
 
     def draw(self, step: int, generator: torch.Generator) -> Draw:
         """The scene's views, and the source's from the same cameras on the same background."""

@@ -169,6 +169,10 @@ class SceneStudent(nn.Module):
         self._trace = None
         self.occupancy.update(self.field, step + 1, generator)
 
+    def learn_backgrounds(self, other: SceneStudent) -> None:
+        """Know the plain backgrounds that another scene knows, by its names."""
+        self._plain |= other._plain
+
     @torch.no_grad()
     def render_view(
         self,
