@@ -72,7 +72,7 @@ MUTANTS = (  # file under sds3d/, what stands there, what is put there
 )
 
 
-def survives(copy: Path, file: str, old: str, new: str) -> str:
+def catcher(copy: Path, file: str, old: str, new: str) -> str:
     """The test that caught a bug, or "" where none did."""
     path = copy / "sds3d" / file
     text = path.read_text()
@@ -95,7 +95,7 @@ def main() -> None:
             shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
         shutil.copy(ROOT / "pyproject.toml", copy)
         for file, old, new in MUTANTS:
-            caught = survives(copy, file, old, new)
+            caught = catcher(copy, file, old, new)
             alive += not caught
             print(f"{file}: {old}  ->  {new or '(nothing)'}\n    {caught or 'SURVIVES'}", flush=True)
     print(f"{len(MUTANTS) - alive} of {len(MUTANTS)} bugs were caught")

@@ -11,30 +11,19 @@ from typing import Annotated, Any
 
 from typer import Argument, Option
 
-from sds3d.cli.shared import Json, Overrides, Quiet, carry_out, dump, make_display, print_result
+from sds3d.cli.shared import Json, Overrides, Quiet, RunOptions, begin, dump, print_result
 from sds3d.options import spread
 
 
 @dataclass(frozen=True)
-class PaintOptions:
+class PaintOptions(RunOptions):
     """The flags of paint, each short for a key."""
 
-    method: Annotated[str | None, Option(help="how to distil; sds3d methods lists them")] = None
     number: Annotated[int | None, Option("--number", "-n", help="how many images")] = None
     start: Annotated[str | None, Option(help="a picture to begin from; grey without one")] = None
-    seed: Annotated[int | None, Option(help="of every random draw")] = None
-    teacher: Annotated[str | None, Option(help="a packaged teacher (small), or a file of weights")] = None
-    out: Annotated[str | None, Option("--out", "-o", help="folder for run folders")] = None
-    config: Annotated[Path | None, Option(help="a YAML file of settings, such as another run's config.yaml")] = None
-    dry_run: Annotated[bool, Option("--dry-run", help="print the settings and stop")] = False
-    quiet: Quiet = False
-    json: Json = False
 
-    def layer(self) -> dict[str, Any]:
-        """The settings given by flags."""
-        given = {key: getattr(self, key) for key in ("method", "seed", "out")}
-        given |= {"teacher.name": self.teacher, "image.count": self.number, "image.start": self.start}
-        return {key: value for key, value in given.items() if value is not None}
+    def own(self) -> dict[str, Any]:
+        return {"image.count": self.number, "image.start": self.start}
 
 
 @spread
@@ -55,18 +44,9 @@ def paint(
 
       sds3d paint "a blue mug" --method dds --start outputs/00001-a-red-mug/images/1.png source.prompt="a red mug"
     """
-    from sds3d import config as configs
-    from sds3d import launch
+    from sds3d.config import PaintConfig
 
-    begun = time.perf_counter()
-    layers = options.layer(), configs.parse_overrides(overrides or [])
-    config = configs.load(prompt, *layers, file=options.config, kind=configs.PaintConfig)
-    if options.dry_run:
-        launch.check(config)
-        print(configs.to_yaml(config), end="")
-        return
-    painting, steps = launch.start(config)
-    carry_out(painting, steps, begun, make_display(options.quiet, options.json), options.json)
+    begin(prompt, overrides, options, PaintConfig)
 
 
 @dataclass(frozen=True)
@@ -129,13 +109,11 @@ def compare(
     for entry in comparing.compare(comparison, options.out):
         entries.append(entry)
         if not (options.quiet or options.json):
-            line = clock.line(len(entries), total, time.perf_counter() - begun).replace("step ", "run ")
-            took = entry.figures["seconds"]
-            print(
-                f"{line}  {entry.method}, {entry.prompt!r}, seed {entry.seed}: {took:.0f} s",
-                file=sys.stderr,
-                flush=True,
-            )
+            rate = clock.rate(len(entries), time.perf_counter() - begun)
+            left = f"  {(total - len(entries)) / rate / 60:.0f} min left" if rate else ""
+            outcome = entry.failure or f"{entry.figures['seconds']:.0f} s"
+            what = f"{entry.method}, {entry.prompt!r}, seed {entry.seed}"
+            print(f"run {len(entries)}/{total}{left}  {what}: {outcome}", file=sys.stderr, flush=True)
     files = [str(options.out / name) for name in ("index.html", "sheet.png", "results.json")]
     print_result({"files": files, "mean": comparing.summary(entries)}, files, options.json)
 

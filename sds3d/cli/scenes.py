@@ -5,39 +5,36 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 from typer import Argument, Option
 
-from sds3d.cli.shared import Json, Overrides, Quiet, RunFolder, carry_out, dump, make_display, print_result
+from sds3d.cli.shared import (
+    Json,
+    Overrides,
+    Quiet,
+    RunFolder,
+    RunOptions,
+    begin,
+    carry_out,
+    dump,
+    make_display,
+    print_result,
+)
 from sds3d.options import spread
-
-if TYPE_CHECKING:
-    pass
 
 SCORES = ("iou", "psnr", "chamfer", "fscore")
 
 
 @dataclass(frozen=True)
-class GenerateOptions:
+class GenerateOptions(RunOptions):
     """The flags of generate, each short for a key."""
 
-    method: Annotated[str | None, Option(help="how to distil; its recipe comes with it")] = None
-    seed: Annotated[int | None, Option(help="of every random draw")] = None
-    teacher: Annotated[str | None, Option(help="a packaged teacher (small), or a file of weights")] = None
     teacher_views: Annotated[str | None, Option(help="camera (exact) or words (front, side, back view)")] = None
     backend: Annotated[str | None, Option(help="kernels: auto, numba, torch ... (see sds3d doctor)")] = None
-    out: Annotated[str | None, Option("--out", "-o", help="folder for run folders")] = None
-    config: Annotated[Path | None, Option(help="a YAML file of settings, such as another run's config.yaml")] = None
-    dry_run: Annotated[bool, Option("--dry-run", help="print the settings and stop")] = False
-    quiet: Quiet = False
-    json: Json = False
 
-    def layer(self) -> dict[str, Any]:
-        """The settings given by flags."""
-        given = {key: getattr(self, key) for key in ("method", "seed", "backend", "out")}
-        given |= {"teacher.name": self.teacher, "teacher.views": self.teacher_views}
-        return {key: value for key, value in given.items() if value is not None}
+    def own(self) -> dict[str, Any]:
+        return {"teacher.views": self.teacher_views, "backend": self.backend}
 
 
 @spread
@@ -59,18 +56,9 @@ def generate(
     Ctrl-C stops after the current step and saves; [bold]sds3d resume[/bold] goes on. SDS3D_TRACEBACK=1 shows where an
     error came from.
     """
-    from sds3d import config as configs
-    from sds3d import launch
+    from sds3d.config import Config
 
-    begun = time.perf_counter()
-    layers = options.layer(), configs.parse_overrides(overrides or [])
-    config = configs.load(prompt, *layers, file=options.config, kind=configs.Config)
-    if options.dry_run:
-        launch.check(config)
-        print(configs.to_yaml(config), end="")
-        return
-    asset, steps = launch.start(config)
-    carry_out(asset, steps, begun, make_display(options.quiet, options.json), options.json)
+    begin(prompt, overrides, options, Config)
 
 
 def resume(run: RunFolder, overrides: Overrides = None, quiet: Quiet = False, json: Json = False) -> None:

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,6 +17,7 @@ from typer import Argument, Option
 
 if TYPE_CHECKING:
     from sds3d.asset import Asset
+    from sds3d.config import RunConfig
     from sds3d.painting import Painting
     from sds3d.progress import Silent
     from sds3d.train import Step
@@ -28,6 +30,45 @@ Quiet = Annotated[bool, Option("--quiet", "-q", help="no progress; print the res
 Json = Annotated[bool, Option("--json", help="no progress; print one JSON object")]
 
 Teacher = Annotated[str, Option(help="a packaged teacher (small) or a file of weights")]
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """The flags of every command that begins a run, each short for a key."""
+
+    method: Annotated[str | None, Option(help="how to distil; sds3d methods lists them")] = None
+    seed: Annotated[int | None, Option(help="of every random draw")] = None
+    teacher: Annotated[str | None, Option(help="a packaged teacher (small), or a file of weights")] = None
+    out: Annotated[str | None, Option("--out", "-o", help="folder for run folders")] = None
+    config: Annotated[Path | None, Option(help="a YAML file of settings, such as another run's config.yaml")] = None
+    dry_run: Annotated[bool, Option("--dry-run", help="print the settings and stop")] = False
+    quiet: Quiet = False
+    json: Json = False
+
+    def own(self) -> dict[str, Any]:
+        """What the command's further flags stand for, by key; None where a flag is not given."""
+        return {}
+
+    def layer(self) -> dict[str, Any]:
+        """The settings given by flags."""
+        given = {"method": self.method, "seed": self.seed, "teacher.name": self.teacher, "out": self.out}
+        return {key: value for key, value in (given | self.own()).items() if value is not None}
+
+
+def begin(prompt: str, overrides: list[str] | None, options: RunOptions, kind: type[RunConfig]) -> None:
+    """Carry out a new run, or print its settings where that is all that is wanted."""
+    from sds3d import config as configs
+    from sds3d import launch
+
+    begun = time.perf_counter()
+    layers = options.layer(), configs.parse_overrides(overrides or [])
+    config = configs.load(prompt, *layers, file=options.config, kind=kind)
+    if options.dry_run:
+        launch.check(config)
+        print(configs.to_yaml(config), end="")
+        return
+    made, steps = launch.start(config)
+    carry_out(made, steps, begun, make_display(options.quiet, options.json), options.json)
 
 
 def make_display(quiet: bool, as_json: bool) -> Silent:
