@@ -29,10 +29,12 @@ from sds3d.asset import Asset
 from sds3d.cameras import orbit
 from sds3d.config import Config, PaintConfig, RunConfig
 from sds3d.distill import METHODS
+from sds3d.distill.core import NonFiniteGradient
 from sds3d.export import page
 from sds3d.files import replacing
 from sds3d.painting import Painting
 from sds3d.runs import Run
+from sds3d.train import Diverged
 from sds3d.typed import nearest, plain
 
 COLUMNS = {
@@ -50,6 +52,7 @@ COLUMNS = {
 KINDS = {"scene": Config, "image": PaintConfig}
 VIEWS = 6  # of a scene, in the pictures
 SAMPLES = 6  # of the teacher
+NOTHING = torch.zeros(0, 3, 1, 1)  # the pictures of a run that diverged
 BACKGROUND = 0.1  # a pixel is background where no channel differs more than this from white
 
 
@@ -98,7 +101,10 @@ class Comparison:
 
 @dataclass
 class Entry:
-    """One run of a comparison: which, its folder inside the comparison's, what it showed."""
+    """One run of a comparison: which, its folder inside the comparison's, what it showed.
+
+    A run that diverged says why in ``failure``, and has neither figures nor pictures.
+    """
 
     prompt: str
     method: str
@@ -107,6 +113,7 @@ class Entry:
     run: str
     figures: dict[str, float | None]
     pictures: Tensor  # (B, 3, H, W) in [0, 1]: views of a scene, or images
+    failure: str = ""
 
     @property
     def key(self) -> tuple[str, str, int]:
@@ -118,6 +125,7 @@ def compare(comparison: Comparison, out: Path) -> Iterator[Entry]:
     the end.
 
     A second call with the same settings goes on where the first one stopped, with more prompts, methods or seeds, too.
+    A run that diverges is reported as such, and the others go on.
 
     Raises:
         ValueError: ``out`` holds a comparison with other settings; a method lacks what it needs, before any training.
@@ -131,9 +139,13 @@ def compare(comparison: Comparison, out: Path) -> Iterator[Entry]:
     samples = {p: teacher_samples(comparison.config(p, comparison.methods[0], 0, out)) for p in comparison.prompts}
     for key in wanted:
         if key not in done:
-            made, figures, pictures = _carry_out(comparison.config(*key, out / "runs"), samples[key[0]])
-            run = made.path.relative_to(out).as_posix()
-            done[key] = Entry(*key, comparison.student, run, figures, pictures)
+            config = comparison.config(*key, out / "runs")
+            try:
+                made, figures, pictures = _carry_out(config, samples[key[0]])
+                run = made.path.relative_to(out).as_posix()
+                done[key] = Entry(*key, comparison.student, run, figures, pictures)
+            except (Diverged, NonFiniteGradient) as error:
+                done[key] = Entry(*key, comparison.student, "", {}, NOTHING, str(error))
             _save(comparison, out, done)
         yield done[key]
     _write(comparison, out, [done[key] for key in wanted], samples)
@@ -202,9 +214,17 @@ def colour_of(images: Tensor) -> tuple[Tensor, Tensor]:
 def diversity(entries: list[Entry]) -> float | None:
     """Mean root-mean-square difference between two pictures of one prompt and method that should be as different as the
     prompt allows: one view of a scene from two seeds, or any two images. None where there are no two."""
-    stacks = torch.stack([entry.pictures for entry in entries])  # (S, B, 3, H, W)
+    shown = [entry.pictures for entry in entries if not entry.failure]
+    if not shown:
+        return None
+    stacks = torch.stack(shown)  # (S, B, 3, H, W)
     if entries[0].student == "image":
         stacks = stacks.flatten(0, 1)[:, None]
+    return spread(stacks)
+
+
+def spread(stacks: Tensor) -> float | None:
+    """Mean root-mean-square difference between two of S stacks of pictures (S, B, 3, H, W); None where S is 1."""
     pairs = [(a - b).square().flatten(1).mean(1).sqrt().mean() for a, b in combinations(stacks, 2)]
     return float(torch.stack(pairs).mean()) if pairs else None
 
@@ -230,11 +250,13 @@ def _write(comparison: Comparison, out: Path, entries: list[Entry], samples: Map
     total = [page.Row(method, figures) for method, figures in summary(entries).items()]
     sections = [page.Section(f"Mean over {len(comparison.prompts)} prompts and {len(comparison.seeds)} seeds", total)]
     for prompt in comparison.prompts:
-        rows = [page.Row("the teacher's own samples", {}, samples[prompt])]
+        own_spread = {"diversity": spread(samples[prompt][:, None])} if comparison.student == "image" else {}
+        rows = [page.Row("the teacher's own samples", own_spread, samples[prompt], reference=True)]
         for method in comparison.methods:
             own = [entry for entry in entries if entry.prompt == prompt and entry.method == method]
-            pictures = torch.cat([entry.pictures for entry in own])
-            rows.append(page.Row(method, summary(own)[method], pictures))
+            label = "; ".join([method] + [f"seed {e.seed} diverged: {e.failure}" for e in own if e.failure])
+            shown = [entry.pictures for entry in own if not entry.failure]
+            rows.append(page.Row(label, summary(own)[method], torch.cat(shown) if shown else None))
         sections.append(page.Section(prompt, rows))
     machine = ", ".join(f"{k} {v}" for k, v in doctor.machine(make.pick_device("auto")).items())
     shared = f"seeds {', '.join(map(str, comparison.seeds))}; settings {plain(comparison.layer) or 'the recipes'}"
@@ -244,9 +266,8 @@ def _write(comparison: Comparison, out: Path, entries: list[Entry], samples: Map
 
 
 def _save(comparison: Comparison, out: Path, done: Mapping[tuple, Entry]) -> None:
-    rows = [
-        {k: getattr(e, k) for k in ("prompt", "method", "seed", "student", "run", "figures")} for e in done.values()
-    ]
+    stored = ("prompt", "method", "seed", "student", "run", "figures", "failure")
+    rows = [{name: getattr(entry, name) for name in stored} for entry in done.values()]
     with replacing(out / "results.json") as part:
         part.write_text(json.dumps({"settings": comparison.settings(), "runs": rows}, indent=1) + "\n")
 
@@ -265,7 +286,7 @@ def _load(comparison: Comparison, out: Path) -> dict[tuple[str, str, int], Entry
         raise ValueError(f"{out} holds a comparison with other settings ({settings}); name another folder with --out")
     found = {}
     for row in rows:
-        entry = Entry(**row, pictures=_pictures(out / row["run"]))
+        entry = Entry(**row, pictures=NOTHING if row.get("failure") else _pictures(out / row["run"]))
         found[entry.key] = entry
     return found
 

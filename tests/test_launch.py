@@ -171,11 +171,12 @@ def test_vsd_makes_as_many_assets_as_particles(ball_teacher, in_folder, monkeypa
 
 def test_dds_edits_a_scene_beside_itself(ball_teacher, in_folder):
     source = sds3d.generate("a red ball", **tiny())
+    assert not source.path.is_absolute()
     edit = {**tiny(), "source.run": str(source.path), "source.prompt": "a red ball"}
     edited, steps = launch.start(configs.load("a red ball", {"method": "dds", **edit}))
     assert torch.equal(edited.scene.field.table, source.scene.field.table)
     rows = [step.metrics["g_norm"] for step in steps]
-    assert len(rows) == 6 and Asset.open(edited.path).config.source.run == str(source.path)
+    assert len(rows) == 6 and Asset.open(edited.path).config.source.run == str(source.path.absolute())
     with pytest.raises(ValueError, match="give source.run=outputs"):
         sds3d.generate("a red ball", method="dds", **{**edit, "source.run": ""})
     with pytest.raises(ValueError, match="has other sizes"):
@@ -210,6 +211,18 @@ def test_a_comparison_is_one_page_and_goes_on_where_it_stopped(oracle, tmp_path,
         comparing.Comparison((), ("sds",))
 
 
+def test_a_run_that_diverges_does_not_end_a_comparison(oracle, tmp_path, monkeypatch):
+    monkeypatch.setattr("sds3d.teachers.fit.sample", lambda teacher, prompt, n, **rest: pictures()[:n])
+    monkeypatch.setattr("sds3d.distill.csd.CSD.__call__", lambda self, q: q.x * float("nan"))
+    layer = own_settings("sds") | {"steps": 5, "image.count": 2}
+    wanted = comparing.Comparison(("a disc",), ("csd", "sds"), (0,), "image", layer)
+    for _ in range(2):  # the second time, from what was stored
+        broken, sound = comparing.compare(wanted, tmp_path / "out")
+        assert "CSD: non-finite gradient at step 0" in broken.failure and not broken.figures
+        assert not sound.failure and sound.figures["asked"] == 5 * 2 * 2
+    assert "csd; seed 0 diverged: CSD: non-finite" in (tmp_path / "out" / "index.html").read_text()
+
+
 def test_nothing_is_run_where_a_method_of_a_comparison_lacks_what_it_needs(oracle, tmp_path):
     wanted = comparing.Comparison(("a disc",), ("sds", "dds"), (0,), "image", {"image.size": SIZE})
     with pytest.raises(ValueError, match="DDS needs a source"):
@@ -229,10 +242,12 @@ def test_the_best_of_a_column_is_bold(tmp_path):
     rows = [
         page.Row("x <1>", {"a": 1.26, "b": 3.0}),
         page.Row("y", {"a": 1.31, "b": None}, torch.rand((2, 3, 4, 4), generator=torch.Generator().manual_seed(0))),
+        page.Row("truth", {"a": 9.0}, reference=True),
     ]
     text = page.write(tmp_path / "p.html", "T", "n", columns, [page.Section("s", rows)]).read_text()
     assert "<b>1.3</b>" in text and text.count("<b>1.3</b>") == 2  # equal as shown
     assert "x &lt;1&gt;" in text and "B &amp; C" in text and "none" not in text and "<b>3" not in text
+    assert "<td>9.0</td>" in text  # a reference is not the best
     assert page.contact_sheet(tmp_path / "s.png", [page.Section("s", rows)]).is_file()
 
 

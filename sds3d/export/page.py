@@ -40,11 +40,15 @@ class Column:
 
 @dataclass(frozen=True)
 class Row:
-    """A line of a table: a label, figures by column (None and missing ones are left blank), pictures (B, 3, H, W)."""
+    """A line of a table: a label, figures by column (None and missing ones are left blank), pictures (B, 3, H, W).
+
+    A reference is shown for comparison, and is never the best of its section.
+    """
 
     label: str
     figures: Mapping[str, float | None] = field(default_factory=dict)
     pictures: Tensor | None = None
+    reference: bool = False
 
 
 @dataclass(frozen=True)
@@ -97,14 +101,16 @@ def best(rows: Sequence[Row], name: str, column: Column) -> str:
 
 def _table(section: Section, columns: Mapping[str, Column]) -> str:
     used = {n: c for n, c in columns.items() if any(row.figures.get(n) is not None for row in section.rows)}
-    top = {name: best(section.rows, name, column) for name, column in used.items()}
+    rivals = [row for row in section.rows if not row.reference]
+    top = {name: best(rivals, name, column) for name, column in used.items()}
     head = "".join(f"<th>{html.escape(column.heading)}</th>" for column in used.values())
     lines = []
     for row in section.rows:
         cells = [f"<td>{html.escape(row.label)}</td>"]
         for name, column in used.items():
             text = shown(row.figures.get(name), column)
-            cells.append(f"<td><b>{text}</b></td>" if text and text == top[name] else f"<td>{text}</td>")
+            bold = text and text == top[name] and not row.reference
+            cells.append(f"<td><b>{text}</b></td>" if bold else f"<td>{text}</td>")
         cells.append(f"<td>{_picture(row)}</td>")
         lines.append(f"<tr>{''.join(cells)}</tr>")
     return (
