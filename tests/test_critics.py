@@ -74,6 +74,8 @@ def test_lora_holds_the_changes_alone_and_shares_the_rest():
     assert network[0].weight.grad is None and lora.down[1].grad is not None
     with pytest.raises(ValueError, match="rank is 0"):
         LoRA(network, rank=0)
+    with pytest.raises(ValueError, match="rank is 48, and no weight"):
+        LoRA(network, rank=48)
 
 
 class Points:

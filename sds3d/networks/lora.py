@@ -20,6 +20,9 @@ class LoRA(nn.Module):
         rank: of every change; a weight whose shorter side is smaller is left alone.
         scale: the change is multiplied by scale / rank.
         generator: of A's initial values.
+
+    Raises:
+        ValueError: a rank below 1, or above every weight's shorter side.
     """
 
     def __init__(self, network: nn.Module, rank: int = 8, scale: float = 8.0, generator: torch.Generator | None = None):
@@ -36,6 +39,8 @@ class LoRA(nn.Module):
                 self.down.append(nn.Parameter(a.to(weight.device)))
                 self.up.append(nn.Parameter(weight.new_zeros(len(weight), rank, dtype=torch.float32)))
                 self.names.append(name)
+        if not self.names:
+            raise ValueError(f"LoRA's rank is {rank}, and no weight of the network is wider: give a smaller one")
 
     def weights(self) -> dict[str, Tensor]:
         """The changed weights by name."""
