@@ -133,19 +133,21 @@ def draw_cases(count: int, held_out: bool, generator: torch.Generator) -> list[C
 
 
 @torch.no_grad()
-def judge(net: Classifier, images: Tensor, cases: list[Case]) -> dict[str, float]:
-    """Shares of images (N, 3, 64, 64) whose kind, main colour, second colour and all of them are right."""
-    kind, main, second = (logits.argmax(-1).tolist() for logits in net(images))
-    right = {"kind": [], "main": [], "second": [], "all": []}
-    for k, m, s, case in zip(kind, main, second, cases):
-        named = case.toy.name in STACKS or bool(case.toy.kind.second)
-        verdict = [NAMES[k] == case.toy.name, PAINTS[m] == case.toy.main, PAINTS[s] == case.toy.second]
-        right["kind"].append(verdict[0])
-        right["main"].append(verdict[1])
-        if named:
-            right["second"].append(verdict[2])
-        right["all"].append(all(verdict[: 3 if named else 2]))
-    return {key: sum(values) / len(values) for key, values in right.items()}
+def judge(net: Classifier, images: Tensor, cases: list[Case]) -> list[dict[str, bool]]:
+    """What is right in each of the images (N, 3, 64, 64): kind, main, second colour if the caption has one, all."""
+    found = []
+    for kind, main, second, case in zip(*(logits.argmax(-1).tolist() for logits in net(images)), cases, strict=True):
+        right = {"kind": NAMES[kind] == case.toy.name, "main": PAINTS[main] == case.toy.main}
+        if case.toy.name in STACKS or case.toy.kind.second:
+            right["second"] = PAINTS[second] == case.toy.second
+        found.append(right | {"all": all(right.values())})
+    return found
+
+
+def shares(verdicts: list[dict[str, bool]]) -> dict[str, float]:
+    """How often each is right, of the images that have it."""
+    having = {key: [v[key] for v in verdicts if key in v] for key in ("kind", "main", "second", "all")}
+    return {key: sum(values) / len(values) for key, values in having.items()}
 
 
 def main() -> None:
@@ -167,15 +169,17 @@ def main() -> None:
         pass
     net = classifier(options.classifier, renders.Renders(options.renders), options.classifier_steps, generator)
     cases = draw_cases(options.images, options.captions == "held-out", torch.Generator().manual_seed(2))
-    truth = torch.cat([case.toy.render(case.camera)[0] for case in cases])
+    on_truth = judge(net, torch.cat([case.toy.render(case.camera)[0] for case in cases]), cases)
     teacher = small.load(options.weights, views=options.views)
     drawn, judged = [], {}
     for guidance in map(float, options.guidance.split(",")):
         drawn = draw(teacher, cases, guidance)
-        judged[guidance] = judge(net, torch.cat(drawn), cases)
+        verdicts = judge(net, torch.cat(drawn), cases)
+        readable = [v for v, t in zip(verdicts, on_truth, strict=True) if t["all"]]
+        judged[guidance] = shares(verdicts) | {"all, where the judge reads the true render": shares(readable)["all"]}
         print(f"guidance {guidance}: {judged[guidance]}", file=sys.stderr, flush=True)
     result = {
-        "classifier_on_true_renders": judge(net, truth, cases),
+        "classifier_on_true_renders": shares(on_truth),
         "teacher": judged if len(judged) > 1 else judged[guidance],
         "images": len(cases),
         "captions": options.captions,

@@ -1,7 +1,7 @@
 """Training captions: which colours an object gets, what its caption says, and what it leaves out.
 
 Colours never fall on a held-out combination. Where the second colour is the kind's own default it is often left
-unsaid, otherwise nearly always named, so an unsaid second colour is the default about three times in four.
+unsaid, otherwise nearly always named, so an unsaid second colour is the default about seven times in eight.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class CaptionDraw:
         while True:
             main = self.choose(list(COLOURS))
             default = main if kind.second_default == "main" else kind.second_default
-            canonical = not kind.second or (name in KINDS and self.chance(0.5))
+            canonical = not kind.second or (name in KINDS and self.chance(0.3))
             second = default if canonical else self.choose(list(COLOURS))
             if not is_held_out(name, main, second):
                 return main, second
@@ -76,7 +76,7 @@ class CaptionDraw:
             kind = KINDS[name]
             default = main if kind.second_default == "main" else kind.second_default
             text = _noun(said_size, said_main, name)
-            if kind.second and self.chance(0.4 if second == default else 0.85):
+            if kind.second and self.chance(0.4 if second == default else 0.95):
                 text += f" {'and' if self.chance(0.1) else 'with'} {_noun('', second, kind.second)}"
         bare = text.removeprefix("a ").removeprefix("an ")
         text = text if self.chance(0.85) else f"the {bare}" if self.chance(0.4) else bare
