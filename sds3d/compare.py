@@ -7,6 +7,7 @@ Figures of a run, beside its pictures:
     colour                       distance of the mean colour of what is not background from the teacher's own samples
     saturation                   mean saturation (max - min over RGB) of the same pixels, less that of the samples
     diversity                    mean root-mean-square difference between seeds (and between images)
+    coarse                       the same of pictures averaged down to 8 x 8, where noise and texture are gone
     seconds, asked, memory       of the loop: time, images the teacher was asked about, peak memory in MB
 """
 
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from sds3d import config as configs
@@ -45,6 +47,7 @@ COLUMNS = {
     "colour": page.Column("colour off", 3, False),
     "saturation": page.Column("saturation off", 3),
     "diversity": page.Column("diversity", 3, True),
+    "coarse": page.Column("diversity at 8 x 8", 3, True),
     "seconds": page.Column("seconds", 0, False),
     "asked": page.Column("teacher evaluations", 0, False),
     "memory": page.Column("peak memory, MB", 0, False),
@@ -211,20 +214,26 @@ def colour_of(images: Tensor) -> tuple[Tensor, Tensor]:
     return pixels.mean(0), (pixels.amax(1) - pixels.amin(1)).mean()
 
 
-def diversity(entries: list[Entry]) -> float | None:
-    """Mean root-mean-square difference between two pictures of one prompt and method that should be as different as the
-    prompt allows: one view of a scene from two seeds, or any two images. None where there are no two."""
+def diversity(entries: list[Entry]) -> dict[str, float | None]:
+    """How different two pictures of one prompt and method are, which should be as different as the prompt allows: one
+    view of a scene from two seeds, or any two images."""
     shown = [entry.pictures for entry in entries if not entry.failure]
     if not shown:
-        return None
+        return {}
     stacks = torch.stack(shown)  # (S, B, 3, H, W)
     if entries[0].student == "image":
         stacks = stacks.flatten(0, 1)[:, None]
     return spread(stacks)
 
 
-def spread(stacks: Tensor) -> float | None:
-    """Mean root-mean-square difference between two of S stacks of pictures (S, B, 3, H, W); None where S is 1."""
+def spread(stacks: Tensor) -> dict[str, float | None]:
+    """Diversity, in full and coarse, of S stacks of pictures (S, B, 3, H, W): the mean over all pairs of stacks of the
+    root-mean-square difference of their pictures; none where S is 1."""
+    coarse = F.adaptive_avg_pool3d(stacks, (3, 8, 8))
+    return {"diversity": _apart(stacks), "coarse": _apart(coarse)}
+
+
+def _apart(stacks: Tensor) -> float | None:
     pairs = [(a - b).square().flatten(1).mean(1).sqrt().mean() for a, b in combinations(stacks, 2)]
     return float(torch.stack(pairs).mean()) if pairs else None
 
@@ -235,7 +244,7 @@ def summary(entries: list[Entry]) -> dict[str, dict[str, float | None]]:
     for method in dict.fromkeys(entry.method for entry in entries):
         own = [entry for entry in entries if entry.method == method]
         rows = [entry.figures for entry in own]
-        rows += [{"diversity": diversity([e for e in own if e.prompt == p])} for p in {e.prompt for e in own}]
+        rows += [diversity([e for e in own if e.prompt == p]) for p in {e.prompt for e in own}]
         found[method] = {name: _mean([row.get(name) for row in rows]) for name in COLUMNS}
     return found
 
@@ -250,7 +259,7 @@ def _write(comparison: Comparison, out: Path, entries: list[Entry], samples: Map
     total = [page.Row(method, figures) for method, figures in summary(entries).items()]
     sections = [page.Section(f"Mean over {len(comparison.prompts)} prompts and {len(comparison.seeds)} seeds", total)]
     for prompt in comparison.prompts:
-        own_spread = {"diversity": spread(samples[prompt][:, None])} if comparison.student == "image" else {}
+        own_spread = spread(samples[prompt][:, None]) if comparison.student == "image" else {}
         rows = [page.Row("the teacher's own samples", own_spread, samples[prompt], reference=True)]
         for method in comparison.methods:
             own = [entry for entry in entries if entry.prompt == prompt and entry.method == method]

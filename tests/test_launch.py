@@ -237,6 +237,18 @@ def test_colours_are_those_of_what_is_not_background():
     assert mean.tolist() == [1, 1, 1] and float(saturation) == 0
 
 
+def test_diversity_is_the_mean_difference_of_pairs_and_coarse_without_what_is_fine():
+    flat = torch.stack(
+        [torch.full((1, 3, 16, 16), level) for level in (0.0, 0.3, 0.9)]
+    )  # three seeds, one picture each
+    found = comparing.spread(flat)
+    assert found["diversity"] == pytest.approx((0.3 + 0.6 + 0.9) / 3) and found["coarse"] == pytest.approx(0.6)
+    chequered = (torch.arange(16)[:, None] + torch.arange(16)) % 2
+    found = comparing.spread(torch.stack([chequered.expand(1, 3, 16, 16), 1 - chequered.expand(1, 3, 16, 16)]).float())
+    assert found["diversity"] == pytest.approx(1) and found["coarse"] == pytest.approx(0)
+    assert comparing.spread(flat[:1]) == {"diversity": None, "coarse": None}
+
+
 def test_the_best_of_a_column_is_bold(tmp_path):
     columns = {"a": page.Column("A", 1, True), "b": page.Column("B & C", 0, False), "c": page.Column("none", 0, True)}
     rows = [

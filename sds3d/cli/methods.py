@@ -75,7 +75,8 @@ def compare(
 
     Figures: IoU, PSNR, Chamfer, F-score against the toybox's own object (for images the PSNR to its most similar true
     view); colour off: distance of the mean colour from the teacher's own samples; saturation off: how much stronger
-    than theirs; diversity: mean difference between seeds; seconds, teacher evaluations and peak memory of a run.
+    than theirs; diversity: mean difference between seeds, also of pictures averaged to 8 x 8, where noise is gone;
+    seconds, teacher evaluations and peak memory of a run.
 
     [bold]Examples[/bold]
 
