@@ -61,7 +61,7 @@ def main() -> None:
         for key, value in measure(teacher, prompt, generator).items():
             values[key].append(value)
     print(*(f"{key}: {value}" for key, value in machine(teacher.device).items()), sep="\n")
-    print("start  s   ", *(f"t={level:<5}" for level in LEVELS))
+    print("start  s  ", *(f"t={level:<5}" for level in LEVELS))
     for start in ("true", "grey"):
         for scale in SCALES:
             row = [sum(values[start, scale, level]) / len(fit.GRID_PROMPTS) for level in LEVELS]

@@ -9,6 +9,7 @@ Figures of a run, beside its pictures:
     diversity                    mean root-mean-square difference between seeds (and between images)
     coarse                       the same of pictures averaged down to 8 x 8, where noise and texture are gone
     seconds, asked, memory       of the loop: time, images the teacher was asked about, peak memory in MB
+    diverged                     share of the runs that did; the other figures are of those that did not
 """
 
 from __future__ import annotations
@@ -51,12 +52,15 @@ COLUMNS = {
     "seconds": page.Column("seconds", 0, False),
     "asked": page.Column("teacher evaluations", 0, False),
     "memory": page.Column("peak memory, MB", 0, False),
+    "diverged": page.Column("diverged", 2, False),
 }
 KINDS = {"scene": Config, "image": PaintConfig}
 VIEWS = 6  # of a scene, in the pictures
 SAMPLES = 6  # of the teacher
 NOTHING = torch.zeros(0, 3, 1, 1)  # the pictures of a run that diverged
-BACKGROUND = 0.1  # a pixel is background where no channel differs more than this from white
+BACKGROUND = 0.1  # a pixel is background where no channel differs more than this from white,
+BLURRED = 0.2  # or, averaged over BLUR x BLUR pixels, more than this: noise is no object
+BLUR = 5
 
 
 @dataclass(frozen=True)
@@ -149,7 +153,7 @@ def compare(comparison: Comparison, out: Path) -> Iterator[Entry]:
                 done[key] = Entry(*key, comparison.student, run, figures, pictures)
             except (Diverged, NonFiniteGradient) as error:
                 done[key] = Entry(*key, comparison.student, "", {}, NOTHING, str(error))
-            _save(comparison, out, done)
+            _save(comparison, out, done, samples)
         yield done[key]
     _write(comparison, out, [done[key] for key in wanted], samples)
 
@@ -207,8 +211,9 @@ def against_samples(pictures: Tensor, samples: Tensor) -> dict[str, float]:
 
 def colour_of(images: Tensor) -> tuple[Tensor, Tensor]:
     """Mean colour (3,) and mean saturation () of the pixels that are not white background."""
-    pixels = images.permute(0, 2, 3, 1).reshape(-1, 3)
-    pixels = pixels[(1 - pixels).amax(1) > BACKGROUND]
+    blurred = F.avg_pool2d(images, BLUR, 1, BLUR // 2, count_include_pad=False)
+    shown = ((1 - images).amax(1) > BACKGROUND) & ((1 - blurred).amax(1) > BLURRED)  # (B, H, W)
+    pixels = images.permute(0, 2, 3, 1)[shown]  # (P, 3)
     if not len(pixels):
         return torch.ones(3), torch.zeros(())
     return pixels.mean(0), (pixels.amax(1) - pixels.amin(1)).mean()
@@ -223,17 +228,17 @@ def diversity(entries: list[Entry]) -> dict[str, float | None]:
     stacks = torch.stack(shown)  # (S, B, 3, H, W)
     if entries[0].student == "image":
         stacks = stacks.flatten(0, 1)[:, None]
-    return spread(stacks)
+    return diversity_of(stacks)
 
 
-def spread(stacks: Tensor) -> dict[str, float | None]:
+def diversity_of(stacks: Tensor) -> dict[str, float | None]:
     """Diversity, in full and coarse, of S stacks of pictures (S, B, 3, H, W): the mean over all pairs of stacks of the
     root-mean-square difference of their pictures; none where S is 1."""
     coarse = F.adaptive_avg_pool3d(stacks, (3, 8, 8))
-    return {"diversity": _apart(stacks), "coarse": _apart(coarse)}
+    return {"diversity": _mean_distance(stacks), "coarse": _mean_distance(coarse)}
 
 
-def _apart(stacks: Tensor) -> float | None:
+def _mean_distance(stacks: Tensor) -> float | None:
     pairs = [(a - b).square().flatten(1).mean(1).sqrt().mean() for a, b in combinations(stacks, 2)]
     return float(torch.stack(pairs).mean()) if pairs else None
 
@@ -245,6 +250,8 @@ def summary(entries: list[Entry]) -> dict[str, dict[str, float | None]]:
         own = [entry for entry in entries if entry.method == method]
         rows = [entry.figures for entry in own]
         rows += [diversity([e for e in own if e.prompt == p]) for p in {e.prompt for e in own}]
+        if any(entry.failure for entry in own):
+            rows += [{"diverged": float(bool(entry.failure))} for entry in own]
         found[method] = {name: _mean([row.get(name) for row in rows]) for name in COLUMNS}
     return found
 
@@ -256,11 +263,13 @@ def _mean(values: list[float | None]) -> float | None:
 
 def _write(comparison: Comparison, out: Path, entries: list[Entry], samples: Mapping[str, Tensor]) -> None:
     """index.html and sheet.png."""
-    total = [page.Row(method, figures) for method, figures in summary(entries).items()]
+    total = [
+        page.Row(method, figures, reference=bool(figures["diverged"])) for method, figures in summary(entries).items()
+    ]
     sections = [page.Section(f"Mean over {len(comparison.prompts)} prompts and {len(comparison.seeds)} seeds", total)]
+    natural = of_samples(comparison, samples)
     for prompt in comparison.prompts:
-        own_spread = spread(samples[prompt][:, None]) if comparison.student == "image" else {}
-        rows = [page.Row("the teacher's own samples", own_spread, samples[prompt], reference=True)]
+        rows = [page.Row("the teacher's own samples", natural[prompt], samples[prompt], reference=True)]
         for method in comparison.methods:
             own = [entry for entry in entries if entry.prompt == prompt and entry.method == method]
             label = "; ".join([method] + [f"seed {e.seed} diverged: {e.failure}" for e in own if e.failure])
@@ -274,11 +283,20 @@ def _write(comparison: Comparison, out: Path, entries: list[Entry], samples: Map
     page.contact_sheet(out / "sheet.png", sections)
 
 
-def _save(comparison: Comparison, out: Path, done: Mapping[tuple, Entry]) -> None:
+def of_samples(comparison: Comparison, samples: Mapping[str, Tensor]) -> dict[str, dict[str, float | None]]:
+    """Prompt -> figures of the teacher's own samples: how different they are, where images are compared."""
+    if comparison.student != "image":
+        return dict.fromkeys(samples, {})
+    return {prompt: diversity_of(images[:, None]) for prompt, images in samples.items()}
+
+
+def _save(comparison: Comparison, out: Path, done: Mapping[tuple, Entry], samples: Mapping[str, Tensor]) -> None:
     stored = ("prompt", "method", "seed", "student", "run", "figures", "failure")
     rows = [{name: getattr(entry, name) for name in stored} for entry in done.values()]
     with replacing(out / "results.json") as part:
-        part.write_text(json.dumps({"settings": comparison.settings(), "runs": rows}, indent=1) + "\n")
+        found = {"settings": comparison.settings(), "machine": doctor.machine(make.pick_device("auto"))}
+        found |= {"mean": summary(list(done.values())), "samples": of_samples(comparison, samples), "runs": rows}
+        part.write_text(json.dumps(found, indent=1) + "\n")
 
 
 def _load(comparison: Comparison, out: Path) -> dict[tuple[str, str, int], Entry]:

@@ -239,10 +239,8 @@ def load(
         raise ValueError('there is no prompt; say what to make, as in: sds3d generate "a red mug"')
     if given.get("method") is None:  # null is the default
         given.pop("method", None)
-    teacher = given.get("teacher")
-    weights = Path(str(teacher.get("name"))).expanduser() if isinstance(teacher, Mapping) else None
-    if weights is not None and str(weights) not in PACKAGED_TEACHERS and weights.is_file():
-        given["teacher"] = {**teacher, "name": str(weights.resolve())}  # so that resume works from any folder
+    for section, key in (("teacher", "name"), ("source", "run"), ("image", "start")):
+        given |= _from_anywhere(given, section, key)
     method = given.get("method") or {}
     name = method.get("name", DEFAULT_METHOD) if isinstance(method, Mapping) else str(method)
     if name not in METHODS:
@@ -254,6 +252,15 @@ def load(
     if kind is PaintConfig:
         defaults["optim"]["lr"]["pixels"] = ["${part:0.5}", 0.05, 0.005, "${steps}"]
     return _typed(_resolved(merge(merge(defaults, recipe(name, kind)), given)), name, kind)
+
+
+def _from_anywhere(given: Mapping[str, Any], section: str, key: str) -> dict[str, Any]:
+    """The section, whose path is made absolute where it leads somewhere, so that resume works from any folder."""
+    values = given.get(section)
+    text = values.get(key) if isinstance(values, Mapping) else None
+    if not isinstance(text, str) or text in ("", *PACKAGED_TEACHERS) or not Path(text).expanduser().exists():
+        return {}
+    return {section: {**values, key: str(Path(text).expanduser().resolve())}}
 
 
 def _typed(values: dict[str, Any], name: str, kind: type[RunConfig]) -> RunConfig:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,6 @@ def start(config: RunConfig) -> tuple[Asset | Painting, Iterator[Step]]:
         ValueError: the prompt is not for this teacher, weights are missing, the method lacks what it needs, the folder
             cannot be written ...
     """
-    config = _anywhere(config)
     parts = _Parts(config)
     parts.begin_from_source()
     run = Run.create(config.out, config.prompt, configs.to_yaml(config))
@@ -62,17 +60,6 @@ def resume(path: str | Path, layer: Mapping[str, Any] | None = None) -> tuple[As
     if layer:
         run.write_text(run.config, configs.to_yaml(config))
     return made, steps
-
-
-def _anywhere(config: RunConfig) -> RunConfig:
-    """The same config, whose paths hold from any folder, so that the run can be resumed from there."""
-
-    def absolute(path: str) -> str:
-        return str(Path(path).expanduser().absolute()) if path else path
-
-    if isinstance(config, PaintConfig):
-        config = replace(config, image=replace(config.image, start=absolute(config.image.start)))
-    return replace(config, source=replace(config.source, run=absolute(config.source.run)))
 
 
 class _Parts:

@@ -216,10 +216,13 @@ def test_a_run_that_diverges_does_not_end_a_comparison(oracle, tmp_path, monkeyp
     monkeypatch.setattr("sds3d.distill.csd.CSD.__call__", lambda self, q: q.x * float("nan"))
     layer = own_settings("sds") | {"steps": 5, "image.count": 2}
     wanted = comparing.Comparison(("a disc",), ("csd", "sds"), (0,), "image", layer)
-    for _ in range(2):  # the second time, from what was stored
+    for _ in range(2):
         broken, sound = comparing.compare(wanted, tmp_path / "out")
         assert "CSD: non-finite gradient at step 0" in broken.failure and not broken.figures
         assert not sound.failure and sound.figures["asked"] == 5 * 2 * 2
+        found = comparing.summary([broken, sound])
+        assert found["csd"]["diverged"] == 1 and found["csd"]["psnr"] is None and found["sds"]["diverged"] is None
+        monkeypatch.setattr("sds3d.launch.start", None)  # the second time, from what was stored
     assert "csd; seed 0 diverged: CSD: non-finite" in (tmp_path / "out" / "index.html").read_text()
 
 
@@ -233,6 +236,10 @@ def test_nothing_is_run_where_a_method_of_a_comparison_lacks_what_it_needs(oracl
 def test_colours_are_those_of_what_is_not_background():
     mean, saturation = comparing.colour_of(pictures()[:1])
     assert torch.allclose(mean, torch.tensor([1.0, 0.0, 0.0])) and float(saturation) == pytest.approx(1.0)
+    noisy = 1 - 0.15 * torch.rand((1, 3, 64, 64), generator=torch.Generator().manual_seed(0))
+    noisy[:, :, 16:48, 16:48] = torch.tensor([0.0, 0.0, 1.0])[:, None, None]  # blue on noise that is nearly white
+    mean, saturation = comparing.colour_of(noisy)
+    assert torch.allclose(mean, torch.tensor([0.0, 0.0, 1.0]), atol=0.15) and float(saturation) > 0.85
     mean, saturation = comparing.colour_of(torch.ones((2, 3, 4, 4)))
     assert mean.tolist() == [1, 1, 1] and float(saturation) == 0
 
@@ -241,12 +248,14 @@ def test_diversity_is_the_mean_difference_of_pairs_and_coarse_without_what_is_fi
     flat = torch.stack(
         [torch.full((1, 3, 16, 16), level) for level in (0.0, 0.3, 0.9)]
     )  # three seeds, one picture each
-    found = comparing.spread(flat)
+    found = comparing.diversity_of(flat)
     assert found["diversity"] == pytest.approx((0.3 + 0.6 + 0.9) / 3) and found["coarse"] == pytest.approx(0.6)
     chequered = (torch.arange(16)[:, None] + torch.arange(16)) % 2
-    found = comparing.spread(torch.stack([chequered.expand(1, 3, 16, 16), 1 - chequered.expand(1, 3, 16, 16)]).float())
+    found = comparing.diversity_of(
+        torch.stack([chequered.expand(1, 3, 16, 16), 1 - chequered.expand(1, 3, 16, 16)]).float()
+    )
     assert found["diversity"] == pytest.approx(1) and found["coarse"] == pytest.approx(0)
-    assert comparing.spread(flat[:1]) == {"diversity": None, "coarse": None}
+    assert comparing.diversity_of(flat[:1]) == {"diversity": None, "coarse": None}
 
 
 def test_the_best_of_a_column_is_bold(tmp_path):
