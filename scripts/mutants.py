@@ -1,6 +1,7 @@
 """Plant a bug in every method and in the core, one at a time, and see which test fails.
 
-    python scripts/mutants.py            prints a line a bug; exit code 1 if one survives
+    python scripts/mutants.py                              prints a line a bug; exit code 1 if one survives
+    python scripts/mutants.py distill/dds.py noise.py      only the bugs of these files
 
 Works on a copy: the checkout stays as it is.
 """
@@ -53,7 +54,7 @@ MUTANTS = (  # file under sds3d/, what stands there, what is put there
     ("distill/bridge.py", "- q.noise", "+ q.noise"),
     ("distill/dds.py", "q.guided(scale) - q.guided_at(source_t", "q.guided(scale) + q.guided_at(source_t"),
     ("distill/dds.py", "noised(source, q.noise", "noised(q.x, q.noise"),
-    ("distill/dds.py", ", prompt=prompt)", ")"),
+    ("distill/dds.py", "scale, away, prompt)", "scale, away)"),
     ("distill/core.py", "(w.view(-1, *[1] * (d.dim() - 1)) * d)", "d"),
     ("distill/core.py", "(x - (x - g).detach())", "(x - (x + g).detach())"),
     ("distill/core.py", ".square().sum() / len(x)", ".square().sum()"),
@@ -88,17 +89,18 @@ def catcher(copy: Path, file: str, old: str, new: str) -> str:
 
 
 def main() -> None:
+    wanted = [mutant for mutant in MUTANTS if not sys.argv[1:] or mutant[0] in sys.argv[1:]]
     alive = 0
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder)
         for name in ("sds3d", "tests", "configs"):
             shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
         shutil.copy(ROOT / "pyproject.toml", copy)
-        for file, old, new in MUTANTS:
+        for file, old, new in wanted:
             caught = catcher(copy, file, old, new)
             alive += not caught
             print(f"{file}: {old}  ->  {new or '(nothing)'}\n    {caught or 'SURVIVES'}", flush=True)
-    print(f"{len(MUTANTS) - alive} of {len(MUTANTS)} bugs were caught")
+    print(f"{len(wanted) - alive} of {len(wanted)} bugs were caught")
     sys.exit(bool(alive))
 
 

@@ -257,10 +257,9 @@ def load(
 def _from_anywhere(given: Mapping[str, Any], section: str, key: str) -> dict[str, Any]:
     """The section, whose path is made absolute where it leads somewhere, so that resume works from any folder."""
     values = given.get(section)
-    text = values.get(key) if isinstance(values, Mapping) else None
-    if not isinstance(text, str) or text in ("", *PACKAGED_TEACHERS) or not Path(text).expanduser().exists():
-        return {}
-    return {section: {**values, key: str(Path(text).expanduser().resolve())}}
+    path = Path(str(values.get(key) or "")).expanduser() if isinstance(values, Mapping) else Path()
+    as_it_is = path == Path() or str(path) in PACKAGED_TEACHERS or not path.exists()
+    return {} if as_it_is else {section: {**values, key: str(path.resolve())}}
 
 
 def _typed(values: dict[str, Any], name: str, kind: type[RunConfig]) -> RunConfig:
