@@ -293,9 +293,9 @@ def of_samples(comparison: Comparison, samples: Mapping[str, Tensor]) -> dict[st
 def _save(comparison: Comparison, out: Path, done: Mapping[tuple, Entry], samples: Mapping[str, Tensor]) -> None:
     stored = ("prompt", "method", "seed", "student", "run", "figures", "failure")
     rows = [{name: getattr(entry, name) for name in stored} for entry in done.values()]
+    found = {"settings": comparison.settings(), "machine": doctor.machine(make.pick_device("auto"))}
+    found |= {"mean": summary(list(done.values())), "samples": of_samples(comparison, samples), "runs": rows}
     with replacing(out / "results.json") as part:
-        found = {"settings": comparison.settings(), "machine": doctor.machine(make.pick_device("auto"))}
-        found |= {"mean": summary(list(done.values())), "samples": of_samples(comparison, samples), "runs": rows}
         part.write_text(json.dumps(found, indent=1) + "\n")
 
 

@@ -245,15 +245,12 @@ def test_colours_are_those_of_what_is_not_background():
 
 
 def test_diversity_is_the_mean_difference_of_pairs_and_coarse_without_what_is_fine():
-    flat = torch.stack(
-        [torch.full((1, 3, 16, 16), level) for level in (0.0, 0.3, 0.9)]
-    )  # three seeds, one picture each
+    flat = torch.stack([torch.full((1, 3, 16, 16), level) for level in (0.0, 0.3, 0.9)])  # three seeds
     found = comparing.diversity_of(flat)
     assert found["diversity"] == pytest.approx((0.3 + 0.6 + 0.9) / 3) and found["coarse"] == pytest.approx(0.6)
     chequered = (torch.arange(16)[:, None] + torch.arange(16)) % 2
-    found = comparing.diversity_of(
-        torch.stack([chequered.expand(1, 3, 16, 16), 1 - chequered.expand(1, 3, 16, 16)]).float()
-    )
+    boards = [board.expand(1, 3, 16, 16) for board in (chequered, 1 - chequered)]
+    found = comparing.diversity_of(torch.stack(boards).float())
     assert found["diversity"] == pytest.approx(1) and found["coarse"] == pytest.approx(0)
     assert comparing.diversity_of(flat[:1]) == {"diversity": None, "coarse": None}
 
