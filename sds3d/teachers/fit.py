@@ -61,6 +61,8 @@ class FitConfig:
         batch: images a step; a coarse step takes twice as many.
         coarse: for so many first steps the images are shrunk to 32 x 32, which halves the time of one; what words and
             cameras mean is learnt there, detail afterwards.
+        part: in the coarse steps, how much more than others a pixel weighs that shows the second colour: handles and
+            stems are small, and their colours are what is learnt last.
         lr: learning rate after 200 steps of warm-up; falls linearly to 0 over the last ``decay`` of the steps.
         images: renders to draw from.
         ema: decay of the weights' running mean, which is what is saved.
@@ -71,6 +73,7 @@ class FitConfig:
     steps: int = 16_000
     batch: int = 32
     coarse: int = 12_000
+    part: float = 3.0
     lr: float = 1e-3
     decay: float = 0.25
     images: int = 16_800
@@ -83,6 +86,7 @@ class FitConfig:
             ("steps", 1, math.inf),
             ("batch", 1, math.inf),
             ("coarse", 0, math.inf),
+            ("part", 0, math.inf),
             ("lr", 1e-9, 1),
             ("decay", 1e-3, 1),
             ("images", 1, math.inf),
@@ -111,9 +115,17 @@ class FitStep:
 
 @dataclass
 class Batch:
-    """Clean images (B, 3, 64, 64) in [-1, 1], captions, cameras, and (B,) bool whether the camera is given."""
+    """Training images.
+
+    Args:
+        x: (B, 3, 64, 64) clean, in [-1, 1].
+        part: (B, 1, 64, 64), 1 where the second colour shows, else 0.
+        captions, cameras: B each.
+        seen: (B,) bool, whether the network is told the camera.
+    """
 
     x: Tensor
+    part: Tensor
     captions: list[str]
     cameras: Cameras
     seen: Tensor
@@ -152,7 +164,8 @@ class Batches:
         index = torch.randint(len(self.store), (size,), generator=self.generator)
         rows = [self.captions(self.store.names[i], self.store.sizes[i]) for i in index.tolist()]
         main, second = (torch.tensor([COLOURS[getattr(r, k)] for r in rows]) for k in ("main", "second"))
-        rgb, coverage = paint(self.store.batch(index), main, second)
+        layers = self.store.batch(index)
+        rgb, coverage = paint(layers, main, second)
         behind = torch.stack([background_colour(r.background) for r in rows])
         images = rgb + (1 - coverage) * behind[:, :, None, None]
         for i, row in enumerate(rows):
@@ -166,7 +179,7 @@ class Batches:
         said = draws[1] < torch.where(seen, 0.15, 0.9)
         texts = [v if s else r.text for v, s, r in zip(viewed, said.tolist(), rows)]
         captions = ["" if drop else text for text, drop in zip(texts, dropped.tolist())]
-        return Batch(images * 2 - 1, captions, cameras, seen)
+        return Batch(images * 2 - 1, (layers[:, 1:2] > 0).float(), captions, cameras, seen)
 
 
 def is_inner(name: str, weight: Tensor) -> bool:
@@ -194,19 +207,19 @@ class Fit:
 
     def loss(self, batch: Batch) -> Tensor:
         """Mean squared error of v at drawn t; t leans towards 1, where the caption and the camera decide most."""
-        b, clean = len(batch.x), batch.x
+        b, clean, weight = len(batch.x), batch.x, torch.ones(())
         if self.step < self.config.coarse:
-            clean = F.avg_pool2d(clean, 2)
+            clean, weight = F.avg_pool2d(clean, 2), 1 + self.config.part * F.avg_pool2d(batch.part, 2)
         strata = (torch.arange(b) + torch.rand(b, generator=self.generator)) / b
-        t = strata[torch.randperm(b, generator=self.generator)].sqrt()
+        t = strata[torch.randperm(b, generator=self.generator)] ** (1 / 3)
         eps = torch.randn(clean.shape, generator=self.generator)
-        clean, eps, t, seen = (x.to(self.device) for x in (clean, eps, t, batch.seen.float()))
+        clean, eps, t, weight, seen = (x.to(self.device) for x in (clean, eps, t, weight, batch.seen.float()))
         alpha, sigma = small.SmallTeacher.schedule.alpha_sigma(t)
         text: TextEncoder = self.nets["text"]
         known = text(text.tokens(batch.captions).to(self.device))
         with torch.autocast(self.device.type, torch.bfloat16, enabled=small.fast_bf16(self.device)):
             v = self.nets["unet"](noised(clean, eps, alpha, sigma), t, known, batch.cameras.to(self.device), seen)
-        return F.mse_loss(v.float(), target("v", clean, eps, alpha, sigma))
+        return (weight * (v.float() - target("v", clean, eps, alpha, sigma)).square()).mean()
 
     def advance(self, batch: Batch) -> float:
         """One optimiser step; returns the loss."""
@@ -313,8 +326,8 @@ def settings_of(out: Path) -> dict[str, Any]:
     """
     try:
         values = json.loads((out / "fit.json").read_text())
-        return {field.name: values[field.name] for field in fields(FitConfig)}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return {field.name: values.get(field.name, field.default) for field in fields(FitConfig)}
+    except (OSError, ValueError, AttributeError) as error:
         raise ValueError(f"{out} has no training to resume (no fit.json): leave --resume out") from error
 
 
