@@ -12,6 +12,7 @@ import torch
 
 import sds3d
 from sds3d import config, make, ops
+from sds3d.teachers.base import TeacherConfig
 
 PACKAGES = (
     "torch",
@@ -31,9 +32,17 @@ PACKAGES = (
     "transformers",
     "peft",
     "nerfacc",
+    "triton",
     "tinycudann",
 )
-OPTIONAL = ("diffusers", "transformers", "peft", "nerfacc", "tinycudann")  # the default run needs none of them
+OPTIONAL = (
+    "diffusers",
+    "transformers",
+    "peft",
+    "nerfacc",
+    "triton",
+    "tinycudann",
+)  # the default run needs none of them
 
 
 def examine() -> dict[str, Any]:
@@ -98,7 +107,7 @@ def _backend(device: torch.device, name: str) -> str:
 
 def _teacher(name: str) -> str:
     try:
-        teacher = make.load_teacher(config.TeacherConfig(name), "cpu")
+        teacher = make.load_teacher(TeacherConfig(name), "cpu")
     except ValueError as error:
         return f"no: {error}"
     path = Path(sds3d.__file__).parent / "teachers" / f"{name}.safetensors"

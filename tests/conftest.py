@@ -1,5 +1,6 @@
 """A teacher that knows exactly one thing, a ball, settings that make a run take a second, and every schedule."""
 
+import os
 from dataclasses import dataclass, field
 
 import pytest
@@ -9,6 +10,8 @@ from torch import Tensor
 from sds3d.cameras import Cameras, orbit
 from sds3d.noise import Prediction, Schedule
 from sds3d.teachers.base import decode_pixels, encode_pixels
+
+os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton: its kernels run on a CPU
 
 TINY = (
     "steps=6 field.levels=4 field.log2_table=10 field.finest=32 field.hidden=8 render.views=2 render.resolution=16 "

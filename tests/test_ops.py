@@ -9,8 +9,11 @@ from torch import Tensor
 from sds3d.ops import Backend, GridSpec, choose, reference
 
 SMALL = GridSpec(levels=3, features=2, log2_table=8, base=4, finest=16)  # dense, hashed, hashed
-BACKENDS = [choose("cpu", "torch"), choose("cpu", "numba")]
+BACKENDS = [choose("cpu", name) for name in ("torch", "numba", "triton")]  # triton is interpreted: see conftest.py
+REFERENCE, *OTHERS = BACKENDS
 each_backend = pytest.mark.parametrize("backend", BACKENDS, ids=lambda backend: backend.name)
+# Interpreted programs take minutes over many steps; those are compared with the reference alone.
+each_compiled_backend = pytest.mark.parametrize("backend", BACKENDS[:2], ids=lambda backend: backend.name)
 
 
 def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64, normal: bool = False) -> Tensor:
@@ -80,7 +83,7 @@ def test_hashed_corner_has_the_papers_address(backend: Backend):
         assert value == pytest.approx(address, abs=1e-9)
 
 
-@each_backend
+@each_compiled_backend
 def test_encoding_against_finite_differences(backend: Backend):
     """First and second derivatives; central differences over a piecewise smooth function."""
     spec = GridSpec(levels=2, features=2, log2_table=5, base=3, finest=6)  # dense, hashed
@@ -104,19 +107,27 @@ def test_encoding_against_finite_differences(backend: Backend):
         (GridSpec(), torch.float32, 128 * 6e-8 * 4),
     ],
 )
-def test_numba_encodes_as_the_reference(spec: GridSpec, dtype: torch.dtype, tolerance: float):
-    points = draw(700, 3, dtype=dtype) * 1.2 - 0.1  # some outside; 700 is no multiple of a chunk
+def test_every_backend_encodes_as_the_reference(spec: GridSpec, dtype: torch.dtype, tolerance: float):
+    """Features, their gradients in points and table, and what those gradients have in table and weights."""
+    points = draw(300, 3, dtype=dtype) * 1.2 - 0.1  # some outside; 300 is no multiple of a chunk
     points[:4] = torch.tensor([[0.0, 0, 0], [1, 1, 1], [math.nan, 0.5, 0.5], [math.inf, -math.inf, 0.3]])
+    points[4:40] = ((points[4:40] * spec.scales[-1]).floor() + 0.5) / spec.scales[-1]  # on borders: their slopes jump
     points = points.t().contiguous().t()  # not contiguous
-    table, weights = draw(spec.entries, spec.features, seed=1, dtype=dtype), draw(700, spec.width, seed=2, dtype=dtype)
-    results = []
+    table, weights = draw(spec.entries, spec.features, seed=1, dtype=dtype), draw(300, spec.width, seed=2, dtype=dtype)
+    along, results = draw(300, 3, seed=3, dtype=dtype, normal=True), []
     for backend in BACKENDS:
-        p, t = points.clone().requires_grad_(), table.clone().requires_grad_()
+        p, t, w = (x.clone().requires_grad_() for x in (points, table, weights))
         out = backend.hash_encode(p, t, spec)
-        results.append((out.detach(), *torch.autograd.grad(out, (p, t), weights)))
-    for name, expected, got in zip(("features", "points", "table"), *results):
+        in_points, in_table = torch.autograd.grad(out, (p, t), w, create_graph=True)
+        off_borders = torch.cat([in_points[:4], in_points[40:]])
+        second = torch.autograd.grad((off_borders * along[36:]).sum(), (t, w))
+        results.append([x.detach() for x in (out, off_borders, in_table, *second)])
+    names = ("features", "points", "table", "points, then table", "points, then weights")
+    for name, expected, *others in zip(names, *results, strict=True):
         size = float(expected.abs().max())
-        torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance * size, msg=name)
+        for backend, got in zip(OTHERS, others, strict=True):
+            message = f"{backend.name}: {name}"
+            torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance * size, msg=message)
 
 
 @each_backend
@@ -128,6 +139,60 @@ def test_points_outside_are_clamped_and_nan_reads_as_zero(backend: Backend):
     assert torch.equal(out, backend.hash_encode(clamped, table, SMALL))
     (slope,) = torch.autograd.grad(out.sum(), points)
     assert (slope[[0, 0, 1], [0, 2, 0]] == 0).all() and (slope[[0, 1, 1], [1, 1, 2]] != 0).all()
+
+
+@each_backend
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
+def test_half_tables_are_computed_with_in_full(backend: Backend, half: torch.dtype):
+    """Within the half's own rounding of a float64 encoding of the same numbers; so is the gradient."""
+    points, weights = (
+        draw(300, 3, dtype=torch.float32),
+        draw(300, SMALL.width, dtype=torch.float32, normal=True).to(half),
+    )
+    table = draw(SMALL.entries, 2, dtype=torch.float32, normal=True).to(half).requires_grad_()
+    exact = table.detach().double().requires_grad_()
+    got, expected = backend.hash_encode(points, table, SMALL), reference.hash_encode(points.double(), exact, SMALL)
+    assert got.dtype == half
+    slopes = [torch.autograd.grad(x, t, weights.to(x.dtype))[0] for x, t in ((got, table), (expected, exact))]
+    for ours, true in ((got.detach(), expected.detach()), slopes):
+        rounding = torch.finfo(half).eps
+        torch.testing.assert_close(ours.double(), true, rtol=rounding, atol=1e-5)
+
+
+def test_fixed_point_sums_are_the_same_in_any_order():
+    """Permuting the points permutes the atomics: float sums may change, whole numbers may not."""
+    from sds3d.ops import triton_gpu
+
+    points, along = draw(600, 3, dtype=torch.float32), draw(600, 3, seed=1, dtype=torch.float32, normal=True)
+    grad = draw(600, SMALL.width, seed=2, dtype=torch.float32, normal=True) * 1e-3
+    order = torch.randperm(600, generator=torch.Generator().manual_seed(0))
+    for moving in (None, along):
+        turned = None if moving is None else moving[order]
+        first = triton_gpu.FIXED_POINT.scatter(points, moving, grad, SMALL)
+        assert torch.equal(first, triton_gpu.FIXED_POINT.scatter(points[order], turned, grad[order], SMALL))
+        exact = triton_gpu.ATOMIC.scatter(
+            points.double(), None if moving is None else moving.double(), grad.double(), SMALL
+        )
+        torch.testing.assert_close(first.double(), exact, rtol=1e-5, atol=1e-5 * float(exact.abs().max()))
+
+
+@each_backend
+def test_no_kernel_trusts_a_new_buffer(backend: Backend):
+    """torch fills what is not initialised with NaN while its deterministic algorithms are on."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.empty(3).isnan().all()
+        points, table = draw(40, 3).requires_grad_(), draw(SMALL.entries, 2, seed=1).requires_grad_()
+        features = backend.hash_encode(points, table, SMALL)
+        slopes = torch.autograd.grad(features.sum(), (points, table), create_graph=True)
+        slopes += torch.autograd.grad(slopes[0].sum(), table)
+        samples = backend.march(*rays(20), ball(8), 0.1, room=400)
+        sigma, values = (draw(400) * 50).requires_grad_(), draw(400, 3, seed=2).requires_grad_()  # some rays end early
+        out = backend.composite(sigma, samples.dt, values, samples.offsets)
+        slopes += torch.autograd.grad(out.opacity.sum() + out.accumulated.sum(), (sigma, values))
+        assert all(x.isfinite().all() for x in (features, *slopes, *samples, *out))
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 @each_backend
@@ -184,7 +249,7 @@ def test_slab_has_its_thickness(backend: Backend):
 def test_jitter_makes_the_chord_unbiased(backend: Backend):
     """Over 100 even jitters the mean of sum(dt) is the length in the box, for any step."""
     origins, directions = rays(1)
-    enter, leave = reference.box_interval(origins, directions, 1.0)
+    enter, leave = reference.box_interval(origins, directions)
     jitter = (torch.arange(100, dtype=torch.float64) + 0.5) / 100
     samples = backend.march(origins.expand(100, 3), directions.expand(100, 3), ball(4, 9.0), 0.37, jitter)
     assert samples.dt.sum().item() / 100 == pytest.approx((leave - enter).item(), abs=0.37 / 100)
@@ -209,14 +274,39 @@ def test_near_far_and_an_origin_inside(backend: Backend):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_numba_marches_as_the_reference(dtype: torch.dtype):
-    """Bit for bit: both take the same steps in the same order, without fused products."""
+def test_every_backend_marches_as_the_reference(dtype: torch.dtype):
+    """Bit for bit: all take the same steps in the same order, without fused products."""
     origins, directions = rays(300, dtype)
     jitter = draw(300, dtype=dtype)
-    for options in ({}, {"jitter": jitter}, {"jitter": jitter, "near": 2.1, "far": 3.4, "box": 0.8}):
-        expected, got = (backend.march(origins, directions, ball(16), 0.07, **options) for backend in BACKENDS)
+    for options in ({}, {"jitter": jitter}, {"jitter": jitter, "near": 2.1, "far": 3.4}):
+        expected, *others = (backend.march(origins, directions, ball(16), 0.07, **options) for backend in BACKENDS)
         assert expected.t.numel() > 500
-        assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(expected, got))
+        for got in others:
+            assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(expected, got))
+
+
+@each_backend
+def test_room_cuts_off_or_fills_up(backend: Backend):
+    """More room leaves rows of 0 that weigh nothing and get no gradient; less cuts the last rays off."""
+    full = backend.march(*rays(30), ball(8), 0.1)
+    count = len(full.t)
+    wide, tight = (backend.march(*rays(30), ball(8), 0.1, room=count + more) for more in (9, -9))
+    for field, got, less in zip(full, wide, tight, strict=True):
+        if field.shape == full.offsets.shape:
+            assert torch.equal(got, field) and torch.equal(less, field.clamp(max=count - 9))
+        else:
+            assert len(got) == count + 9 and torch.equal(got[:count], field) and not got[count:].any()
+            assert torch.equal(less, field[: count - 9])
+    sigma, values = draw(count + 9).mul(5).requires_grad_(), draw(count + 9, 2, seed=1).requires_grad_()
+    exact = backend.composite(sigma[:count], full.dt, values[:count], full.offsets)
+    filled = backend.composite(sigma, wide.dt, values, wide.offsets)
+    assert torch.equal(filled.weights[:count], exact.weights) and not filled.weights[count:].any()
+    assert torch.equal(filled.accumulated, exact.accumulated) and torch.equal(filled.opacity, exact.opacity)
+    pull = [(out.weights[:count].square().sum() + out.accumulated.sum()) for out in (exact, filled)]
+    slopes = [torch.autograd.grad(x, (sigma, values)) for x in pull]
+    for once, again in zip(*slopes, strict=True):
+        torch.testing.assert_close(again, once, rtol=1e-12, atol=1e-14)
+        assert not again[count:].any()
 
 
 @each_backend
@@ -230,7 +320,7 @@ def test_no_rays(backend: Backend):
 # --- compositing ---
 
 
-@each_backend
+@each_compiled_backend
 def test_fog_of_even_density_follows_beer_lambert(backend: Backend):
     """Through the ball's cells: opacity = 1 - exp(-sigma length), however it is cut; depth in closed form."""
     origins = torch.tensor([[0, 0, 3.0]], dtype=torch.float64)
@@ -286,7 +376,7 @@ def test_solid_and_hollow_samples(backend: Backend):
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-13), (torch.float32, 3e-6)])
-def test_numba_composites_as_the_reference(dtype: torch.dtype, tolerance: float):
+def test_every_backend_composites_as_the_reference(dtype: torch.dtype, tolerance: float):
     """float32: the light is a product here and the exponential of a sum there, some 40 roundings apart."""
     samples = reference.march(*rays(200, dtype), ball(16), 0.05)
     count = samples.t.numel()
@@ -296,8 +386,9 @@ def test_numba_composites_as_the_reference(dtype: torch.dtype, tolerance: float)
         out = backend.composite(sigma, samples.dt, values, samples.offsets)
         pull = sum((x * draw(*x.shape, seed=i, dtype=dtype)).sum() for i, x in enumerate(out))
         results.append((*(x.detach() for x in out), *torch.autograd.grad(pull, (sigma, values))))
-    for expected, got in zip(*results):
-        torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
+    for expected, *others in zip(*results):
+        for got in others:
+            torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
 
 
 @each_backend
@@ -320,18 +411,33 @@ def test_nerfacc_composites_the_same(backend: Backend):
 def test_choice_says_what_and_why():
     assert choose("cpu").name == "numba" and "CPU" in str(choose("cpu"))
     assert choose("cpu", "torch").hash_encode is reference.hash_encode
-    assert choose("cuda").name == "torch"  # nothing that compiles on first use
-    for device, wanted in (("cpu", "nerfacc"), ("cpu", "tcnn"), ("cuda", "numba"), ("cpu", "metal")):
-        with pytest.raises(ValueError, match=wanted):
+    assert choose("cuda").name == "triton" and "GPU" in str(choose("cuda"))
+    for device, wanted in (("cpu", "nerfacc"), ("cpu", "tinycudann"), ("cuda", "numba"), ("cpu", "metal")):
+        with pytest.raises(ValueError, match=wanted) as caught:
             choose(device, wanted)
+        if wanted != "metal":
+            assert str(caught.value).endswith(f"--backend auto, which takes {choose(device).name} here")
+
+
+def test_choice_without_triton(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET")
+    with pytest.raises(ValueError, match="triton runs on CUDA, not on cpu"):
+        choose("cpu", "triton")
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    assert choose("cuda").name == "torch" and "C compiler" in str(choose("cuda"))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert choose("cuda").name == "torch" and "pip install triton" in str(choose("cuda"))
+    with pytest.raises(ValueError, match="pip install triton"):
+        choose("cuda", "triton")
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["tcnn", "nerfacc"])
+@pytest.mark.parametrize("name", ["tinycudann", "nerfacc"])
 def test_cuda_adapters_match_the_reference(name: str):
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
-    pytest.importorskip("tinycudann" if name == "tcnn" else "nerfacc")
+    pytest.importorskip("tinycudann" if name == "tinycudann" else "nerfacc")
     backend, spec = choose("cuda", name), GridSpec()
     points, table = draw(1000, 3, dtype=torch.float32).cuda(), draw(spec.entries, 2, dtype=torch.float32).cuda()
     table.requires_grad_()

@@ -31,10 +31,13 @@ def composite(
     import nerfacc
 
     check_composite(sigma, dt, values, offsets)
-    rays, counts = offsets.shape[0] - 1, offsets.diff()
+    rays, counts, size = offsets.shape[0] - 1, offsets.diff(), sigma.shape[0]
     packed = torch.stack([offsets[:-1], counts], -1)  # (R, 2) start and count
     ray_index = torch.repeat_interleave(torch.arange(rays, device=sigma.device), counts)
+    used = ray_index.shape[0]
+    sigma, dt, values = sigma[:used], dt[:used], values[:used]
     weights, light, _ = nerfacc.render_weight_from_density(torch.zeros_like(dt), dt, sigma, packed_info=packed)
     weights = torch.where(light >= threshold, weights, 0)
     opacity = nerfacc.accumulate_along_rays(weights, None, ray_index, rays)[:, 0]
-    return Composite(weights, opacity, nerfacc.accumulate_along_rays(weights, values, ray_index, rays))
+    accumulated = nerfacc.accumulate_along_rays(weights, values, ray_index, rays)
+    return Composite(torch.cat([weights, weights.new_zeros(size - used)]), opacity, accumulated)

@@ -13,18 +13,17 @@ import numba
 import numpy as np
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from sds3d.ops import numba_kernels
+from sds3d.ops import autograd, numba_kernels
 from sds3d.ops.reference import (
     PRIMES,
     TERMINATION,
     Composite,
     GridSpec,
     Samples,
-    check_composite,
     check_hash_encode,
     check_march,
+    fitted,
 )
 
 BLOCK = 65536  # points that go through one level before the next: a level of the table is read into cache once
@@ -41,8 +40,8 @@ def _levels(spec: GridSpec, dtype: torch.dtype) -> tuple[np.ndarray, np.ndarray,
 
 
 def _flat(tensor: Tensor) -> np.ndarray:
-    """A contiguous tensor's numbers as one row, without its graph."""
-    return tensor.detach().contiguous().view(-1).numpy()
+    """A contiguous tensor's numbers as one row."""
+    return tensor.view(-1).numpy()
 
 
 def _share_threads() -> int:
@@ -54,86 +53,72 @@ def _share_threads() -> int:
     return threads
 
 
-def _run_gather(points: Tensor, along: Tensor, table: Tensor, spec: GridSpec) -> Tensor:
-    """Features of points (N, 3); or, with `along` (N, 3) and not empty, their change -> (N, L * F)."""
-    scales, levels, lanes = _levels(spec, points.dtype)
-    out = torch.empty(points.shape[0], spec.width, dtype=table.dtype)
-    block = max(1, min(BLOCK, -(-points.shape[0] // _share_threads())))
-    numba_kernels.gather(_flat(points), _flat(along), _flat(table), scales, levels, lanes, block, _flat(out))
-    return out
+class Loops:
+    """`autograd.Loops` in numba."""
 
+    def gather(self, points: Tensor, along: Tensor | None, table: Tensor, spec: GridSpec) -> Tensor:
+        """Features (N, L * F), or their change."""
+        scales, levels, lanes = _levels(spec, points.dtype)
+        out = torch.empty(points.shape[0], spec.width, dtype=table.dtype)
+        block = max(1, min(BLOCK, -(-points.shape[0] // _share_threads())))
+        moving = points.new_empty(0) if along is None else along
+        numba_kernels.gather(_flat(points), _flat(moving), _flat(table), scales, levels, lanes, block, _flat(out))
+        return out
 
-def _run_scatter(points: Tensor, along: Tensor, grad: Tensor, spec: GridSpec) -> Tensor:
-    """The table's gradient (entries, F), given grad (N, L * F)."""
-    scales, levels, lanes = _levels(spec, points.dtype)
-    out = torch.zeros(spec.entries, spec.features, dtype=grad.dtype)
-    groups = min(_share_threads(), spec.levels)
-    numba_kernels.scatter(_flat(points), _flat(along), _flat(grad), scales, levels, lanes, groups, BLOCK, _flat(out))
-    return out
+    def scatter(self, points: Tensor, along: Tensor | None, grad: Tensor, spec: GridSpec) -> Tensor:
+        """The table's gradient (entries, F)."""
+        scales, levels, lanes = _levels(spec, points.dtype)
+        out = torch.zeros(spec.entries, spec.features, dtype=grad.dtype)
+        groups, moving = min(_share_threads(), spec.levels), points.new_empty(0) if along is None else along
+        arrays = (_flat(points), _flat(moving), _flat(grad), scales, levels, lanes)
+        numba_kernels.scatter(*arrays, groups, BLOCK, _flat(out))
+        return out
 
-
-class _HashEncode(torch.autograd.Function):
-    """Features of points, twice differentiable except twice in the points."""
-
-    @staticmethod
-    def forward(ctx, points: Tensor, table: Tensor, spec: GridSpec) -> Tensor:
-        ctx.save_for_backward(points, table)
-        ctx.spec = spec
-        return _run_gather(points, points.new_empty(0), table, spec)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        points, table = ctx.saved_tensors
-        in_points = None
-        if ctx.needs_input_grad[0]:
-            inside = (points >= 0) & (points <= 1)
-            in_points = torch.where(inside, _PointGradient.apply(points, table, grad, ctx.spec), 0)
-        in_table = _TableGradient.apply(points, grad, ctx.spec) if ctx.needs_input_grad[1] else None
-        return in_points, in_table, None
-
-
-class _TableGradient(torch.autograd.Function):
-    """The gradient in the table (entries, F), linear in the incoming gradient."""
-
-    @staticmethod
-    def forward(ctx, points: Tensor, grad: Tensor, spec: GridSpec) -> Tensor:
-        ctx.save_for_backward(points)
-        ctx.spec = spec
-        return _run_scatter(points, points.new_empty(0), grad, spec)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: Tensor):
-        (points,) = ctx.saved_tensors
-        return None, _run_gather(points, points.new_empty(0), grad, ctx.spec), None
-
-
-class _PointGradient(torch.autograd.Function):
-    """The gradient in the points (N, 3), differentiable in the table and the incoming gradient only."""
-
-    @staticmethod
-    def forward(ctx, points: Tensor, table: Tensor, grad: Tensor, spec: GridSpec) -> Tensor:
-        ctx.save_for_backward(points, table, grad)
-        ctx.spec = spec
+    def point_gradient(self, points: Tensor, table: Tensor, grad: Tensor, spec: GridSpec) -> Tensor:
+        """The points' gradient (N, 3)."""
         scales, levels, lanes = _levels(spec, points.dtype)
         out = torch.zeros(points.shape, dtype=points.dtype)
         _share_threads()
         numba_kernels.point_gradient(_flat(points), _flat(grad), _flat(table), scales, levels, lanes, _flat(out))
         return out
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, along: Tensor):
-        points, table, grad = ctx.saved_tensors
-        in_table = _run_scatter(points, along, grad, ctx.spec) if ctx.needs_input_grad[1] else None
-        in_grad = _run_gather(points, along, table, ctx.spec) if ctx.needs_input_grad[2] else None
-        return None, in_table, in_grad, None
+    def blend(
+        self, sigma: Tensor, dt: Tensor, values: Tensor, offsets: Tensor, threshold: float
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """See `autograd.Loops.blend`."""
+        rays = offsets.shape[0] - 1
+        weights, light = torch.zeros_like(sigma), torch.empty_like(sigma)
+        opacity, accumulated = sigma.new_empty(rays), values.new_zeros(rays, values.shape[1])
+        inputs, outputs = (sigma, dt, values, offsets), (weights, light, opacity, accumulated)
+        limit = sigma.numpy().dtype.type(threshold)
+        _share_threads()
+        numba_kernels.composite(*(x.numpy() for x in inputs), limit, *(x.numpy() for x in outputs))
+        return weights, light, opacity, accumulated
+
+    def blend_backward(
+        self,
+        dt: Tensor,
+        values: Tensor,
+        offsets: Tensor,
+        weights: Tensor,
+        light: Tensor,
+        grads: tuple[Tensor, Tensor, Tensor],
+    ) -> tuple[Tensor, Tensor]:
+        """See `autograd.Loops.blend_backward`."""
+        g_sigma, g_values = torch.zeros_like(weights), torch.zeros_like(values)
+        arrays = (dt, values, offsets, weights, light, *grads, g_sigma, g_values)
+        _share_threads()
+        numba_kernels.composite_backward(*(x.numpy() for x in arrays))
+        return g_sigma, g_values
+
+
+LOOPS = Loops()
 
 
 def hash_encode(points: Tensor, table: Tensor, spec: GridSpec) -> Tensor:
-    """As `reference.hash_encode`, in float32 or float64: (N, 3), (entries, F) -> (N, levels * F)."""
+    """As `reference.hash_encode`."""
     check_hash_encode(points, table, spec)
-    return _HashEncode.apply(points, table, spec)
+    return autograd.hash_encode(LOOPS, points, table.to(points.dtype), spec).to(table.dtype)
 
 
 @torch.no_grad()
@@ -145,54 +130,29 @@ def march(
     jitter: Tensor | None = None,  # (R,)
     near: float = 0.0,
     far: float = math.inf,
-    box: float = 1.0,
+    room: int | None = None,
 ) -> Samples:
     """As `reference.march`, sample for sample."""
     check_march(origins, directions, occupancy, step)
     rays = origins.shape[0]
     jitter = origins.new_full((rays,), 0.5) if jitter is None else jitter
-    setting = torch.tensor([step, near, far, box], dtype=origins.dtype).numpy()
+    setting = torch.tensor([step, near, far], dtype=origins.dtype).numpy()
     inputs = (*(x.contiguous().numpy() for x in (origins, directions, occupancy, jitter)), setting)
     offsets = torch.zeros(rays + 1, dtype=torch.int64)
 
     def run(ray_index: Tensor, points: Tensor, t: Tensor) -> None:
         numba_kernels.march(*inputs, offsets.numpy(), ray_index.numpy(), points.numpy(), t.numpy())
 
-    def room(samples: int) -> tuple[Tensor, Tensor, Tensor]:
+    def empty(samples: int) -> tuple[Tensor, Tensor, Tensor]:
         return torch.empty(samples, dtype=torch.int64), origins.new_empty(samples, 3), origins.new_empty(samples)
 
     _share_threads()
-    run(*room(0))
+    run(*empty(0))
     offsets = offsets.cumsum(0)
-    samples = room(int(offsets[-1]))
+    samples = empty(int(offsets[-1]))
     if samples[0].numel():
         run(*samples)
-    return Samples(*samples, torch.full_like(samples[2], step), offsets)
-
-
-class _Composite(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, sigma: Tensor, dt: Tensor, values: Tensor, offsets: Tensor, threshold: float):
-        rays = offsets.shape[0] - 1
-        sigma, dt, values, offsets = (x.detach().contiguous() for x in (sigma, dt, values, offsets))
-        weights, light = torch.empty_like(sigma), torch.empty_like(sigma)
-        opacity, accumulated = sigma.new_empty(rays), values.new_zeros(rays, values.shape[1])
-        inputs, outputs = (sigma, dt, values, offsets), (weights, light, opacity, accumulated)
-        limit = sigma.numpy().dtype.type(threshold)
-        _share_threads()
-        numba_kernels.composite(*(x.numpy() for x in inputs), limit, *(x.numpy() for x in outputs))
-        ctx.save_for_backward(dt, values, offsets, weights, light)
-        return weights, opacity, accumulated
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, *grads: Tensor):
-        dt, values, offsets, weights, light = ctx.saved_tensors
-        g_sigma, g_values = torch.empty_like(weights), torch.empty_like(values)
-        arrays = (dt, values, offsets, weights, light, *(g.contiguous() for g in grads), g_sigma, g_values)
-        _share_threads()
-        numba_kernels.composite_backward(*(x.numpy() for x in arrays))
-        return g_sigma, None, g_values, None, None
+    return fitted(Samples(*samples, torch.full_like(samples[2], step), offsets), room)
 
 
 def composite(
@@ -203,5 +163,4 @@ def composite(
     threshold: float = TERMINATION,
 ) -> Composite:
     """As `reference.composite`, differentiable once in sigma and values."""
-    check_composite(sigma, dt, values, offsets)
-    return Composite(*_Composite.apply(sigma, dt, values, offsets, threshold))
+    return autograd.composite(LOOPS, sigma, dt, values, offsets, threshold)

@@ -208,17 +208,18 @@ def point_gradient(points, grad, table, scales, levels, lanes, out):
 
 
 @njit(**EXACT)
-def _interval(origin, direction, near, far, box):
+def _interval(origin, direction, near, far):
     """First distance of a ray in the box and the length from there: 0 where it misses or holds a NaN."""
-    start, stop, zero = near, far, origin.dtype.type(0)  # a plain 0 would make all this float64
+    real = origin.dtype.type  # a plain 0 would make all this float64
+    start, stop, zero, one = near, far, real(0), real(1)
     for axis in range(3):
         o, d = origin[axis], direction[axis]
         if d != 0:
-            a, b = (-box - o) / d, (box - o) / d
+            a, b = (-one - o) / d, (one - o) / d
             if not (a == a and b == b):
                 return zero, zero
             start, stop = max(start, min(a, b)), min(stop, max(a, b))
-        elif not (-box <= o <= box):
+        elif not (-one <= o <= one):
             return zero, zero
     if not (stop > start and stop < np.inf):
         return zero, zero
@@ -229,15 +230,15 @@ def _interval(origin, direction, near, far, box):
 def march(origins, directions, occupancy, jitter, setting, offsets, ray_index, points, t):
     """Count the samples of every ray into offsets[1:] if t is empty, else write them at offsets[:-1].
 
-    setting: (step, near, far, box), the rays' dtype.
+    setting: (step, near, far), the rays' dtype.
     """
     real = origins.dtype.type
-    step, near, far, box = setting[0], setting[1], setting[2], setting[3]
+    step, near, far, one = setting[0], setting[1], setting[2], real(1)
     cells = occupancy.shape[0]
-    scale, last = real(cells) / (box + box), real(cells - 1)
+    scale, last = real(cells) / real(2), real(cells - 1)
     write = t.size > 0
     for ray in prange(origins.shape[0]):
-        start, reach = _interval(origins[ray], directions[ray], near, far, box)
+        start, reach = _interval(origins[ray], directions[ray], near, far)
         ox, oy, oz = origins[ray, 0], origins[ray, 1], origins[ray, 2]
         dx, dy, dz = directions[ray, 0], directions[ray, 1], directions[ray, 2]
         place = word(offsets[ray]) if write else word(0)
@@ -247,9 +248,9 @@ def march(origins, directions, occupancy, jitter, setting, offsets, ray_index, p
                 break
             distance = start + along
             x, y, z = ox + distance * dx, oy + distance * dy, oz + distance * dz
-            cx = word(min(max((x + box) * scale, real(0)), last))
-            cy = word(min(max((y + box) * scale, real(0)), last))
-            cz = word(min(max((z + box) * scale, real(0)), last))
+            cx = word(min(max((x + one) * scale, real(0)), last))
+            cy = word(min(max((y + one) * scale, real(0)), last))
+            cz = word(min(max((z + one) * scale, real(0)), last))
             if occupancy[cx, cy, cz]:
                 if write:
                     ray_index[place], t[place] = ray, distance

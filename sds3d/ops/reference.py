@@ -100,13 +100,25 @@ class GridSpec:
 
 
 class Samples(NamedTuple):
-    """Samples along rays, packed: those of ray r are offsets[r] to offsets[r + 1], near to far."""
+    """Samples along rays, packed: those of ray r are offsets[r] to offsets[r + 1], near to far. Rows after offsets[-1]
+    belong to no ray."""
 
     ray_index: Tensor  # (S,) int64
     points: Tensor  # (S, 3) world
     t: Tensor  # (S,) distance along the ray
     dt: Tensor  # (S,) length each sample stands for
     offsets: Tensor  # (R + 1,) int64
+
+
+def fitted(samples: Samples, room: int | None) -> Samples:
+    """The samples in tensors of ``room`` rows: cut off, ray by ray from the last, or filled up with rows of 0 that
+    belong to no ray (they stand after offsets[-1]). With None, as they are."""
+    if room is None:
+        return samples
+    ray_index, points, t, dt, offsets = samples
+    more = max(room - t.shape[0], 0)
+    whole = [torch.cat([x[:room], x.new_zeros(more, *x.shape[1:])]) for x in (ray_index, points, t, dt)]
+    return Samples(*whole, offsets.clamp(max=room))
 
 
 class Composite(NamedTuple):
@@ -118,10 +130,10 @@ class Composite(NamedTuple):
 
 
 def check_hash_encode(points: Tensor, table: Tensor, spec: GridSpec) -> None:
-    """Raise AssertionError unless points are (N, 3), table is (entries, features) and dtypes agree."""
+    """Raise AssertionError unless points are (N, 3), table is (entries, features), and of their dtype or a half."""
     assert points.ndim == 2 and points.shape[1] == 3, points.shape
     assert table.shape == (spec.entries, spec.features), (table.shape, spec)
-    assert points.dtype == table.dtype, (points.dtype, table.dtype)
+    assert table.dtype in (points.dtype, torch.float16, torch.bfloat16), (points.dtype, table.dtype)
 
 
 def check_march(origins: Tensor, directions: Tensor, occupancy: Tensor, step: float) -> None:
@@ -157,33 +169,33 @@ def hash_encode(points: Tensor, table: Tensor, spec: GridSpec) -> Tensor:
     Args:
         points: (N, 3) in [0, 1]. What lies outside is clamped to the box (no gradient flows to it);
             NaN reads as 0.
-        table: (spec.entries, features), the points' dtype.
+        table: (spec.entries, features), the points' dtype, or a half, which is computed with in the points' dtype.
 
     Returns:
-        (N, levels * features), level by level. Differentiable in the table, and in the points.
+        (N, levels * features) in the table's dtype, level by level. Differentiable in the table, and in the points.
     """
     check_hash_encode(points, table, spec)
-    inside = torch.where(points.isnan(), 0, points.clamp(0, 1))
+    inside, wide = torch.where(points.isnan(), 0, points.clamp(0, 1)), table.to(points.dtype)
     features = []
     for level, scale in enumerate(spec.scales):
         position = inside * scale + 0.5  # (N, 3)
         cell = position.detach().floor()
         fraction = position - cell
-        total = table.new_zeros(points.shape[0], spec.features)
+        total = points.new_zeros(points.shape[0], spec.features)
         for bits in range(8):
             offset = torch.tensor([bits >> axis & 1 for axis in range(3)], device=points.device)  # (3,)
             weight = torch.where(offset.bool(), fraction, 1 - fraction).prod(-1)  # (N,)
             index = spec.offsets[level] + corner_index(cell.long() + offset, level, spec)
-            total = total + weight[:, None] * table.index_select(0, index)
+            total = total + weight[:, None] * wide.index_select(0, index)
         features.append(total)
-    return torch.cat(features, -1)
+    return torch.cat(features, -1).to(table.dtype)
 
 
-def box_interval(origins: Tensor, directions: Tensor, box: float) -> tuple[Tensor, Tensor]:
-    """Where rays (R, 3) enter and leave [-box, box]^3: two (R,); enter >= leave where they miss."""
+def box_interval(origins: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]:
+    """Where rays (R, 3) enter and leave [-1, 1]^3: two (R,); enter >= leave where they miss."""
     parallel = directions == 0
-    outside = (parallel & ~(origins.abs() <= box)).any(-1)  # so written that NaN is outside
-    a, b = (-box - origins) / directions, (box - origins) / directions  # (R, 3)
+    outside = (parallel & ~(origins.abs() <= 1)).any(-1)  # so written that NaN is outside
+    a, b = (-1 - origins) / directions, (1 - origins) / directions  # (R, 3)
     enter = torch.where(parallel, -math.inf, torch.minimum(a, b)).amax(-1)
     leave = torch.where(parallel, math.inf, torch.maximum(a, b)).amin(-1)
     return enter, torch.where(outside, -math.inf, leave)
@@ -198,17 +210,19 @@ def march(
     jitter: Tensor | None = None,  # (R,)
     near: float = 0.0,
     far: float = math.inf,
-    box: float = 1.0,
+    room: int | None = None,
 ) -> Samples:
     """Evenly spaced samples through the box, kept where the occupancy grid is true.
 
     Args:
         directions: unit vectors; samples stand at start + (i + jitter) * step for i = 0, 1, ... up to
             the box's far side or ``far``, where start is the larger of ``near`` and the box's near side.
-        occupancy: indexed [x, y, z], cell 0 at -box.
+        occupancy: indexed [x, y, z], cell 0 at -1.
         step: scene units, > 0; each sample's dt.
         jitter: in [0, 1), one a ray; None is 0.5, the middle of each interval. With a uniform jitter
             the sum over samples is an unbiased estimate of the integral along the ray.
+        room: rows to make, whatever the number of samples (see ``fitted``), so that a GPU need not be asked for it;
+            None makes as many as there are.
 
     Returns:
         Samples without gradient. A ray with a NaN or of zero direction has none.
@@ -219,7 +233,7 @@ def march(
     check_march(origins, directions, occupancy, step)
     rays, device = origins.shape[0], origins.device
     jitter = origins.new_full((rays,), 0.5) if jitter is None else jitter
-    enter, leave = box_interval(origins, directions, box)
+    enter, leave = box_interval(origins, directions)
     start, stop = enter.clamp(min=near), leave.clamp(max=far)
     hit = (stop > start) & torch.isfinite(start) & torch.isfinite(stop)
     reach = torch.where(hit, stop - start, 0)
@@ -228,11 +242,12 @@ def march(
     t = torch.where(hit, start, 0)[:, None] + place
     points = origins[:, None] + t[..., None] * directions[:, None]  # (R, N, 3)
     cells = occupancy.shape[0]
-    cell = torch.where(points.isnan(), 0, (points + box) * (cells / (2 * box))).clamp(0, cells - 1).long()
+    cell = torch.where(points.isnan(), 0, (points + 1) * (cells / 2)).clamp(0, cells - 1).long()
     keep = (place < reach[:, None]) & occupancy[cell[..., 0], cell[..., 1], cell[..., 2]]
     offsets = torch.cat([keep.new_zeros(1, dtype=torch.int64), keep.sum(-1).cumsum(0)])
     ray_index = keep.nonzero()[:, 0]
-    return Samples(ray_index, points[keep], t[keep], t.new_full((ray_index.shape[0],), step), offsets)
+    samples = Samples(ray_index, points[keep], t[keep], t.new_full((ray_index.shape[0],), step), offsets)
+    return fitted(samples, room)
 
 
 def composite(
@@ -248,17 +263,19 @@ def composite(
         sigma: densities >= 0, per scene unit.
         dt: lengths, scene units.
         values: whatever is to be blended: colours, distances, normals. C may be 0.
-        offsets: int64, as `march` gives them.
+        offsets: int64, as `march` gives them. Samples after offsets[-1] weigh nothing and get no gradient.
         threshold: a sample that less light than this reaches weighs nothing and gets no gradient.
 
     Returns:
         Composite, differentiable in sigma and values.
     """
     check_composite(sigma, dt, values, offsets)
-    rays = offsets.shape[0] - 1
+    rays, size = offsets.shape[0] - 1, sigma.shape[0]
     counts = offsets.diff()
     ray_index = torch.repeat_interleave(torch.arange(rays, device=sigma.device), counts)  # (S,)
-    column = torch.arange(sigma.shape[0], device=sigma.device) - offsets[ray_index]
+    used = ray_index.shape[0]
+    sigma, dt, values = sigma[:used], dt[:used], values[:used]
+    column = torch.arange(used, device=sigma.device) - offsets[ray_index]
     width = int(counts.max()) if rays else 0
     depth = (sigma * dt).new_zeros(rays, width).index_put((ray_index, column), sigma * dt)  # (R, N)
     before = torch.cat([depth.new_zeros(rays, 1), depth.cumsum(-1)[:, :-1]], -1)[:, :width]
@@ -267,4 +284,4 @@ def composite(
     weights = (light * -torch.expm1(-depth))[ray_index, column]  # (S,)
     opacity = weights.new_zeros(rays).index_add(0, ray_index, weights)
     accumulated = values.new_zeros(rays, values.shape[1]).index_add(0, ray_index, weights[:, None] * values)
-    return Composite(weights, opacity, accumulated)
+    return Composite(torch.cat([weights, weights.new_zeros(size - used)]), opacity, accumulated)

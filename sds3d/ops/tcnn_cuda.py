@@ -16,14 +16,14 @@ def check() -> None:
         import tinycudann  # noqa: F401
     except ImportError as error:
         raise ValueError(
-            "backend tcnn needs tinycudann, which no package registry carries; build it from "
+            "backend tinycudann needs tinycudann, which no package registry carries; build it from "
             "github.com/NVlabs/tiny-cuda-nn (bindings/torch), or give --backend auto"
         ) from error
 
 
 @lru_cache(maxsize=8)
-def _encoding(spec: GridSpec) -> nn.Module:
-    """tinycudann's float32 encoding of that shape; its own numbers are never used."""
+def _encoding(spec: GridSpec, dtype: torch.dtype) -> nn.Module:
+    """tinycudann's encoding of that shape, which gives float16 or float32; its own numbers are never used."""
     import tinycudann
 
     config = {
@@ -35,17 +35,20 @@ def _encoding(spec: GridSpec) -> nn.Module:
         "per_level_scale": spec.per_level_scale,
         "interpolation": "Linear",
     }
-    encoding = tinycudann.Encoding(3, config, dtype=torch.float32)
-    if encoding.params.numel() != spec.entries * spec.features:  # it rounds scales in float32
+    encoding = tinycudann.Encoding(3, config, dtype=dtype)
+    theirs, ours = encoding.params.numel(), spec.entries * spec.features
+    if theirs != ours:  # it rounds scales in float32
         raise ValueError(
-            f"backend tcnn lays out {encoding.params.numel()} numbers for {spec}, not {spec.entries * spec.features}; "
+            f"backend tinycudann lays out {theirs} numbers for {spec}, not {ours}; "
             "change finest by 1, or give --backend torch"
         )
     return encoding
 
 
 def hash_encode(points: Tensor, table: Tensor, spec: GridSpec) -> Tensor:
-    """As `reference.hash_encode`, on CUDA in float32: (N, 3), (entries, F) -> (N, levels * F)."""
+    """As `reference.hash_encode`, on CUDA, in float16 for tables of it, else in float32."""
     check_hash_encode(points, table, spec)
     inside = torch.where(points.isnan(), 0, points.clamp(0, 1))
-    return torch.func.functional_call(_encoding(spec), {"params": table.view(-1)}, (inside,))[:, : spec.width]
+    encoding = _encoding(spec, torch.float16 if table.dtype == torch.float16 else torch.float32)
+    features = torch.func.functional_call(encoding, {"params": table.float().view(-1)}, (inside,))
+    return features[:, : spec.width].to(table.dtype)

@@ -1,0 +1,144 @@
+"""The derivatives of the kernels, for backends that compute forward and backward by loops of their own.
+
+Hash encoding is linear in its table and piecewise trilinear in its points, so three loops give every first and second
+derivative (but twice in the points): gather, its transpose scatter, and the gradient in the points. Compositing has one
+backward loop. A `Loops` holds them.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from sds3d.ops.reference import TERMINATION, Composite, GridSpec, check_composite, check_hash_encode
+
+
+class Loops(Protocol):
+    """What a backend computes. Tensors are detached and contiguous."""
+
+    def gather(self, points: Tensor, along: Tensor | None, table: Tensor, spec: GridSpec) -> Tensor:
+        """Features of points (N, 3) -> (N, L * F); with ``along`` (N, 3), their change as the points move so."""
+        ...
+
+    def scatter(self, points: Tensor, along: Tensor | None, grad: Tensor, spec: GridSpec) -> Tensor:
+        """The transpose of ``gather`` in the table: grad (N, L * F) -> (entries, F)."""
+        ...
+
+    def point_gradient(self, points: Tensor, table: Tensor, grad: Tensor, spec: GridSpec) -> Tensor:
+        """The gradient in the points (N, 3), given grad (N, L * F)."""
+        ...
+
+    def blend(
+        self, sigma: Tensor, dt: Tensor, values: Tensor, offsets: Tensor, threshold: float
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Weights (S,), light behind each sample (S,), opacity (R,), accumulated values (R, C)."""
+        ...
+
+    def blend_backward(
+        self,
+        dt: Tensor,
+        values: Tensor,
+        offsets: Tensor,
+        weights: Tensor,
+        light: Tensor,
+        grads: tuple[Tensor, Tensor, Tensor],  # in the weights, the opacity, the accumulated values
+    ) -> tuple[Tensor, Tensor]:
+        """The gradients in sigma (S,) and in the values (S, C)."""
+        ...
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """A tensor as the loops want it."""
+    return tensor.detach().contiguous()
+
+
+class _HashEncode(torch.autograd.Function):
+    """Features of points, twice differentiable except twice in the points."""
+
+    @staticmethod
+    def forward(ctx, points: Tensor, table: Tensor, spec: GridSpec, loops: Loops) -> Tensor:
+        ctx.save_for_backward(points, table)
+        ctx.rest = spec, loops
+        return loops.gather(_plain(points), None, _plain(table), spec)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        (points, table), rest = ctx.saved_tensors, ctx.rest
+        in_points = None
+        if ctx.needs_input_grad[0]:
+            inside = (points >= 0) & (points <= 1)
+            in_points = torch.where(inside, _PointGradient.apply(points, table, grad, *rest), 0)
+        in_table = _TableGradient.apply(points, grad, *rest) if ctx.needs_input_grad[1] else None
+        return in_points, in_table, None, None
+
+
+class _TableGradient(torch.autograd.Function):
+    """The gradient in the table (entries, F), linear in the incoming gradient."""
+
+    @staticmethod
+    def forward(ctx, points: Tensor, grad: Tensor, spec: GridSpec, loops: Loops) -> Tensor:
+        ctx.save_for_backward(points)
+        ctx.rest = spec, loops
+        return loops.scatter(_plain(points), None, _plain(grad), spec)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        (points,), (spec, loops) = ctx.saved_tensors, ctx.rest
+        return None, loops.gather(_plain(points), None, _plain(grad), spec), None, None
+
+
+class _PointGradient(torch.autograd.Function):
+    """The gradient in the points (N, 3), differentiable in the table and the incoming gradient only."""
+
+    @staticmethod
+    def forward(ctx, points: Tensor, table: Tensor, grad: Tensor, spec: GridSpec, loops: Loops) -> Tensor:
+        ctx.save_for_backward(points, table, grad)
+        ctx.rest = spec, loops
+        return loops.point_gradient(_plain(points), _plain(table), _plain(grad), spec)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, along: Tensor):
+        (points, table, grad, along), (spec, loops) = map(_plain, (*ctx.saved_tensors, along)), ctx.rest
+        in_table = loops.scatter(points, along, grad, spec) if ctx.needs_input_grad[1] else None
+        in_grad = loops.gather(points, along, table, spec) if ctx.needs_input_grad[2] else None
+        return None, in_table, in_grad, None, None
+
+
+class _Composite(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, sigma: Tensor, dt: Tensor, values: Tensor, offsets: Tensor, threshold: float, loops: Loops):
+        sigma, dt, values, offsets = map(_plain, (sigma, dt, values, offsets))
+        weights, light, opacity, accumulated = loops.blend(sigma, dt, values, offsets, threshold)
+        ctx.save_for_backward(dt, values, offsets, weights, light)
+        ctx.loops = loops
+        return weights, opacity, accumulated
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads: Tensor):
+        in_sigma, in_values = ctx.loops.blend_backward(*ctx.saved_tensors, tuple(map(_plain, grads)))
+        return in_sigma, None, in_values, None, None, None
+
+
+def hash_encode(loops: Loops, points: Tensor, table: Tensor, spec: GridSpec) -> Tensor:
+    """As `reference.hash_encode`."""
+    check_hash_encode(points, table, spec)
+    return _HashEncode.apply(points, table, spec, loops)
+
+
+def composite(
+    loops: Loops,
+    sigma: Tensor,  # (S,)
+    dt: Tensor,  # (S,)
+    values: Tensor,  # (S, C)
+    offsets: Tensor,  # (R + 1,)
+    threshold: float = TERMINATION,
+) -> Composite:
+    """As `reference.composite`, differentiable once in sigma and values."""
+    check_composite(sigma, dt, values, offsets)
+    return Composite(*_Composite.apply(sigma, dt, values, offsets, threshold, loops))
