@@ -21,6 +21,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sds3d.transfer import onto
+
 
 @dataclass(frozen=True)
 class Cameras:
@@ -48,7 +50,7 @@ class Cameras:
         return Cameras(self.azimuth[index], self.elevation[index], self.distance[index], self.fov[index])
 
     def to(self, device: torch.device | str) -> Cameras:
-        return Cameras(*(x.to(device) for x in (self.azimuth, self.elevation, self.distance, self.fov)))
+        return Cameras(*(onto(x, device) for x in (self.azimuth, self.elevation, self.distance, self.fov)))
 
     def positions(self) -> Tensor:
         """World positions, (B, 3)."""

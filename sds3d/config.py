@@ -24,33 +24,13 @@ from sds3d.scenes.image import ImageConfig
 from sds3d.scenes.occupancy import OccupancyConfig
 from sds3d.scenes.regularisers import RegulariserConfig
 from sds3d.scenes.student import RenderConfig
-from sds3d.teachers.base import VIEWS
+from sds3d.teachers.base import TeacherConfig
 from sds3d.times import TimeDraw
 from sds3d.train import OptimConfig, Plan
 from sds3d.typed import build, convert, keys, merge, nearest, plain
 
 PACKAGED_TEACHERS = ("small",)
 DEFAULT_METHOD = "sds"
-
-
-@dataclass(frozen=True)
-class TeacherConfig:
-    """
-    Args:
-        name: a packaged teacher, or a path to weights of the same kind.
-        views: how it learns where an image is seen from: "camera" (exactly) or "words" (front, side, back view).
-        dtype: "auto", "float32" or "bfloat16".
-    """
-
-    name: str = "small"
-    views: str = "camera"
-    dtype: str = "auto"
-
-    def __post_init__(self):
-        if self.views not in VIEWS:
-            raise ValueError(f"teacher.views is {self.views!r}; give {' or '.join(VIEWS)}")
-        if self.dtype not in ("auto", "float32", "bfloat16"):
-            raise ValueError(f"teacher.dtype is {self.dtype!r}; give auto, float32 or bfloat16")
 
 
 @dataclass(frozen=True)
@@ -120,6 +100,8 @@ class RunConfig:
         seed: of every random draw.
         steps: of the loop.
         device: "auto", "cpu", "cuda" ...
+        deterministic: on a GPU, make the same run the same bit for bit, which costs time (a warning names what cannot
+            be); on a CPU it always is.
         out: folder for run folders.
         method: a method of distill.METHODS; in YAML its name and its fields.
         weight: W(t), one of noise.WEIGHTS; "auto" is the method's own.
@@ -139,6 +121,7 @@ class RunConfig:
     seed: int = 0
     steps: int = 400
     device: str = "auto"
+    deterministic: bool = False
     out: str = "outputs"
     teacher: TeacherConfig = TeacherConfig()
     method: Any = METHODS[DEFAULT_METHOD]()

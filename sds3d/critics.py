@@ -23,6 +23,7 @@ from sds3d.noise import Prediction, noised, target
 from sds3d.prompts import with_view
 from sds3d.students import Draw
 from sds3d.teachers.base import Teacher
+from sds3d.transfer import onto
 
 CAMERA_WIDTH = 16  # what a camera becomes before it is widened to the network's condition
 
@@ -97,7 +98,7 @@ class Exact:
     ) -> Prediction:
         return self.score.predict(x_t, t, prompts, cameras if self.score.views == "camera" else None, camera_mask)
 
-    def fit(self, draw: Draw, generator: torch.Generator) -> float:
+    def fit(self, draw: Draw, generator: torch.Generator) -> Tensor:
         raise AssertionError("an exact critic is not trained")
 
     def state_dict(self) -> dict[str, Any]:
@@ -146,20 +147,20 @@ class Learnt:
         extra = None
         if self.camera is not None and cameras is not None:
             told = torch.ones(len(x_t), device=x_t.device) if camera_mask is None else camera_mask.float()
-            extra = self.camera(camera_features(cameras)) * told[:, None]
+            extra = self.camera(camera_features(cameras.to(x_t.device))) * told[:, None]
         if self.teacher.views == "words":
             cameras = camera_mask = None
         return self.teacher.answer(self.network, x_t, t, prompts, cameras, camera_mask, extra)
 
-    def fit(self, draw: Draw, generator: torch.Generator) -> float:
-        """One step of the denoising loss on a draw's images; returns the loss.
+    def fit(self, draw: Draw, generator: torch.Generator) -> Tensor:
+        """One step of the denoising loss on a draw's images; returns the loss, ().
 
         t is uniform in [0, 1], one an image; a share of the cameras is dropped.
         """
         with torch.no_grad():
             x = self.teacher.encode(draw.images).float()
-        t, dropped = torch.rand((2, len(x)), generator=generator).to(x.device)
-        noise = torch.randn(x.shape, generator=generator).to(x.device)
+        t, dropped = onto(torch.rand((2, len(x)), generator=generator), x.device)
+        noise = onto(torch.randn(x.shape, generator=generator), x.device)
         alpha, sigma = self.teacher.schedule.alpha_sigma(t)
         prompts, mask = draw.prompts, None
         if draw.cameras is not None:
@@ -171,7 +172,7 @@ class Learnt:
         self.optimiser.zero_grad(set_to_none=True)
         loss.backward()
         self.optimiser.step()
-        return loss.item()
+        return loss.detach()
 
     def state_dict(self) -> dict[str, Any]:
         """The critic's own weights and its optimiser; of a LoRA the changes alone."""

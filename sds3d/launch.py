@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from sds3d import config as configs
 from sds3d import make
@@ -99,7 +103,7 @@ class _Parts:
 
     def steps(self, made: Asset | Painting, resume: bool = False) -> Iterator[Step]:
         """The loop."""
-        return train(
+        steps = train(
             self.student if self.source is None else EditedScene(self.student, self.source),
             {self.objective.name: self.objective},
             self.config.plan(),
@@ -108,6 +112,36 @@ class _Parts:
             picture=made.picture,
             critic=self.critic,
         )
+        return _guarded(steps, self.config)
+
+
+@contextmanager
+def repeatable(device: torch.device) -> Iterator[None]:
+    """Let a GPU use only what gives the same bits every time; a CPU does anyway. Put back as it was afterwards."""
+    before = torch.are_deterministic_algorithms_enabled()
+    if device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which CUDA's matrix products ask for
+        torch.use_deterministic_algorithms(True, warn_only=True)  # a warning names what still cannot be repeated
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+def _guarded(steps: Iterator[Step], config: RunConfig) -> Iterator[Step]:
+    """The steps; where memory ends, an error that names the settings to lower, those that help most first."""
+    try:
+        with repeatable(make.pick_device(config.device)) if config.deterministic else nullcontext():
+            yield from steps
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
+            raise
+        lower = "render.chunk (rays at a time, 65536 or less), render.views, render.resolution"
+        if isinstance(config, PaintConfig):
+            lower = "image.count"
+        raise ValueError(
+            f"out of memory on {make.pick_device(config.device)}; lower {lower}, in this order. {error}"
+        ) from error
 
 
 def generate(prompt: str, **overrides: Any) -> Asset:

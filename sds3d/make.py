@@ -9,7 +9,7 @@ import torch
 
 from sds3d import ops
 from sds3d.cameras import Cameras
-from sds3d.config import PACKAGED_TEACHERS, Config, PaintConfig, RunConfig, TeacherConfig
+from sds3d.config import PACKAGED_TEACHERS, Config, PaintConfig, RunConfig
 from sds3d.critics import Learnt
 from sds3d.distill.bridge import Bridge
 from sds3d.distill.core import ScoreObjective
@@ -17,7 +17,7 @@ from sds3d.prompts import COLOURS, VIEW_WORDS, named_background, words
 from sds3d.scenes.image import ImageStudent
 from sds3d.scenes.student import SceneConfig, SceneStudent
 from sds3d.students import Particles
-from sds3d.teachers.base import Teacher
+from sds3d.teachers.base import Teacher, TeacherConfig
 
 
 def pick_device(wanted: str) -> torch.device:
@@ -27,6 +27,8 @@ def pick_device(wanted: str) -> torch.device:
     try:
         device = torch.device(wanted)
         torch.zeros(1, device=device)
+        if device.type == "cuda" and device.index is not None:
+            torch.cuda.set_device(device)  # kernels and events go to the current one
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"device {wanted!r} is not usable here; give auto, cpu or cuda") from error
     return device
@@ -41,7 +43,7 @@ def load_teacher(settings: TeacherConfig, device: str = "auto") -> Teacher:
         packaged = ", ".join(PACKAGED_TEACHERS)
         raise ValueError(f"teacher {settings.name!r} is neither packaged ({packaged}) nor a file of weights")
     dtype = None if settings.dtype == "auto" else getattr(torch, settings.dtype)
-    return small.load(path, views=settings.views, device=pick_device(device), dtype=dtype)
+    return small.load(path, settings.views, pick_device(device), dtype, settings.compile)
 
 
 def teacher(config: RunConfig) -> Teacher:

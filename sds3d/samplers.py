@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sds3d.noise import Prediction, Schedule, noised
+from sds3d.transfer import onto
 
 
 def ddim(
@@ -44,7 +45,7 @@ def ddim(
         raise ValueError(f"eta lies in [0, 1], got {eta}")
     dtype = torch.promote_types(x_t.dtype, torch.float32)
     start, end = (torch.as_tensor(v, dtype=dtype, device=x_t.device).expand(len(x_t)) for v in (t_start, t_end))
-    if not bool(((start >= 0) & (start <= 1) & (end >= 0) & (end <= 1)).all()):
+    if not x_t.is_cuda and not bool(((start >= 0) & (start <= 1) & (end >= 0) & (end <= 1)).all()):  # see transfer
         raise ValueError(f"t lies in [0, 1], got t_start {t_start} and t_end {t_end}")
     for i in range(steps):
         t, s = (torch.lerp(start, end, k / steps) for k in (i, i + 1))
@@ -59,7 +60,8 @@ def ddim(
             ratio = torch.minimum(ratio, 1 / ratio)
             fresh = eta * sigma_s * (1 - ratio**2).clamp_min(0).sqrt()  # h
             kept = (sigma_s**2 - fresh**2).clamp_min(0).sqrt()
-            z = torch.randn(x_t.shape, generator=generator, dtype=dtype, device=_device(generator, x_t)).to(x_t.device)
+            z = torch.randn(x_t.shape, generator=generator, dtype=dtype, device=_device(generator, x_t))
+            z = onto(z, x_t.device)
             x_t = noised(noised(x0, prediction.eps, alpha_s, kept), z, torch.ones_like(fresh), fresh)
         yield s, x0, x_t
 

@@ -19,8 +19,8 @@ class Draw:
     Args:
         images: (B, 3, H, W) in [0, 1], differentiable in the student's parameters.
         prompts: B prompts, without view words.
-        cameras: B cameras, or None where images have no camera.
-        group: (B,) long; images of one group are views of one scene and share t.
+        cameras: B cameras, on the CPU, or None where images have no camera.
+        group: (B,) long, on the CPU; images of one group are views of one scene and share t.
         particle: which of the student's particles made them.
         source: what the images were before an edit began, (B, 3, H, W), for methods that compare with it.
     """

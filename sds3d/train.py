@@ -1,5 +1,6 @@
 """The one loop: a student draws, objectives judge, one backward, one optimiser step. It yields a typed Step.
 
+A GPU is told a whole step before anything is asked of it: figures and checks come back in one copy at its end.
 Between two yields there is exactly one whole step, so closing the generator (Ctrl-C in the command line does
 that) always leaves a consistent state, which goes into the checkpoint. Resuming repeats the same random
 stream: on a CPU, with the same backend and number of threads, an interrupted run ends bit for bit where an
@@ -19,13 +20,14 @@ from torch import Tensor
 from sds3d.ramp import Ramp
 from sds3d.runs import Run
 from sds3d.students import Draw, Student
+from sds3d.transfer import Figures
 
 
 class Judged(Protocol):
     """What an objective answers: a loss to go backward from, and named figures."""
 
     loss: Tensor
-    metrics: Mapping[str, float | Tensor]
+    metrics: Mapping[str, float | Tensor]  # of one number each
 
 
 Objective = Callable[[Draw, int, torch.Generator], Judged]
@@ -36,7 +38,7 @@ class Critic(Protocol):
 
     steps: int
 
-    def fit(self, draw: Draw, generator: torch.Generator) -> float: ...
+    def fit(self, draw: Draw, generator: torch.Generator) -> Tensor: ...
 
     def state_dict(self) -> dict[str, Any]: ...
 
@@ -207,7 +209,8 @@ def _loop(
     saved = state.done
     try:
         while state.done < plan.steps:
-            loss, metrics = _one_step(state, objectives, plan)
+            metrics = _one_step(state, objectives, plan).read()
+            loss = metrics.pop("loss")
             last = state.done == plan.steps
             shown = None
             if picture is not None and plan.picture_every and (last or state.done % plan.picture_every == 0):
@@ -251,57 +254,58 @@ def make_optimiser(student: Student, config: OptimConfig) -> torch.optim.Adam:
     )
 
 
-def _one_step(state: _State, objectives: Mapping[str, Objective], plan: Plan) -> tuple[float, dict[str, float]]:
-    """Draw, judge, go backward, move; returns the loss and the step's figures."""
+def _one_step(state: _State, objectives: Mapping[str, Objective], plan: Plan) -> Figures:
+    """Draw, judge, go backward, move; returns the step's figures, "loss" among them."""
     student, optimiser, step, generator = state.student, state.optimiser, state.done, state.generator
-    metrics: dict[str, float] = {}
+    figures = Figures()
     if state.critic is not None and state.critic.steps:
-        metrics["critic"] = _fit(state.critic, student, step, generator)
+        _fit(state.critic, student, step, generator, figures)
     draw = student.draw(step, generator)
     total = draw.images.new_zeros(())
     for name, objective in objectives.items():
         judged = objective(draw, step, generator)
-        _require_finite(judged.loss, f"the loss {name!r}", step)
+        _require_finite(figures, judged.loss, f"the loss {name!r}", step)
         total = total + judged.loss
-        prefix = "" if len(objectives) == 1 else f"{name}/"
-        metrics |= {f"{prefix}{key}": float(value) for key, value in judged.metrics.items()}
+        for key, value in judged.metrics.items():
+            figures.add(key if len(objectives) == 1 else f"{name}/{key}", value)
     for name, value in student.regularisers().items():
-        _require_finite(value, f"the regulariser {name!r}", step)
+        _require_finite(figures, value, f"the regulariser {name!r}", step)
         weight = plan.lambdas[name](step) if name in plan.lambdas else 0.0
         if weight and value.requires_grad:
             total = total + weight * value
-        metrics[name] = float(value.detach())
+        figures.add(name, value.detach())
     optimiser.zero_grad(set_to_none=True)
     total.backward()
     for group in optimiser.param_groups:
         group["lr"] = plan.optim.lr[group["name"]](step)
         limit = plan.optim.clip.get(group["name"], float("inf"))
         norm = torch.nn.utils.clip_grad_norm_(group["params"], limit)
-        _require_finite(norm, f"the gradient of {group['name']!r}", step)
-        metrics[f"grad/{group['name']}"] = float(norm)
+        _require_finite(figures, norm, f"the gradient of {group['name']!r}", step)
+        figures.add(f"grad/{group['name']}", norm)
     optimiser.step()
     student.after_step(step, generator)
     state.done += 1
-    return float(total.detach()), metrics
+    figures.add("loss", total.detach())
+    return figures
 
 
-def _fit(critic: Critic, student: Student, step: int, generator: torch.Generator) -> float:
-    """The critic's fits of one step; returns their mean loss."""
+def _fit(critic: Critic, student: Student, step: int, generator: torch.Generator, figures: Figures) -> None:
+    """The critic's fits of one step; their mean loss is the figure "critic"."""
     losses = []
     for _ in range(critic.steps):
         with torch.no_grad():
             draw = student.draw(step, generator)
         losses.append(critic.fit(draw, generator))
-    loss = sum(losses) / len(losses)
-    _require_finite(torch.tensor(loss), "the critic's loss", step)
-    return loss
+    loss = torch.stack(losses).mean()
+    _require_finite(figures, loss, "the critic's loss", step)
+    figures.add("critic", loss)
 
 
-def _require_finite(value: Tensor, what: str, step: int) -> None:
-    if not bool(torch.isfinite(value).all()):
-        raise Diverged(
-            f"{what} is not finite at step {step}; the last checkpoint is good: lower optim.lr or the method's scale"
-        )
+def _require_finite(figures: Figures, value: Tensor, what: str, step: int) -> None:
+    error = Diverged(
+        f"{what} is not finite at step {step}; the last checkpoint is good: lower optim.lr or the method's scale"
+    )
+    figures.require(torch.isfinite(value).all(), error)
 
 
 def _restore(

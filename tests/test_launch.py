@@ -1,6 +1,7 @@
 """Runs of every kind, put together and carried out with teachers that know the answer."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -119,7 +120,7 @@ def test_particles_share_a_critic_and_keep_to_themselves():
 
         def fit(self, draw, generator):
             self.draws.append(draw.particle)
-            return 0.0
+            return torch.zeros(())
 
     config = ImageConfig(count=1, size=4)
     students = [ImageStudent(config, "", torch.Generator().manual_seed(i)) for i in range(3)]
@@ -152,7 +153,7 @@ def test_vsd_makes_as_many_assets_as_particles(ball_teacher, in_folder, monkeypa
             {
                 "steps": 1,
                 "predict": lambda self, x_t, t, prompts, cameras, mask: ball.predict(x_t, t, prompts, cameras),
-                "fit": lambda self, draw, g: 0.0,
+                "fit": lambda self, draw, g: torch.zeros(()),
                 "state_dict": lambda self: {},
                 "load_state_dict": lambda self, state: None,
             },
@@ -311,3 +312,43 @@ def test_an_edit_may_have_another_background_than_its_source(ball_teacher, in_fo
 def test_overrides_of_a_method_and_of_its_settings_meet():
     for texts in (["method=vsd", "method.particles=2"], ["method.particles=2", "method=vsd"]):
         assert configs.load("a ball", configs.parse_overrides(texts)).method.particles == 2
+
+
+@pytest.mark.parametrize(
+    ("kind", "error", "lower"),
+    [
+        (Config, torch.OutOfMemoryError("tried to allocate 9 GiB"), "render.chunk .*, render.views, render.resolution"),
+        (PaintConfig, RuntimeError("DefaultCPUAllocator: not enough memory"), "image.count"),
+    ],
+)
+def test_out_of_memory_names_the_settings_to_lower(oracle, monkeypatch, kind, error, lower):
+    def full(*arguments, **named):
+        raise error
+        yield
+
+    monkeypatch.setattr(launch, "train", full)
+    _, steps = launch.start(configs.load("a disc", tiny() if kind is Config else {}, kind=kind))
+    with pytest.raises(ValueError, match=f"out of memory on cpu; lower {lower}.*{error}"):
+        next(steps)
+
+
+def test_other_errors_stay_what_they_are(oracle, monkeypatch):
+    def broken(*arguments, **named):
+        raise RuntimeError("something else")
+        yield
+
+    monkeypatch.setattr(launch, "train", broken)
+    _, steps = launch.start(configs.load("a disc", tiny(), kind=Config))
+    with pytest.raises(RuntimeError, match="something else"):
+        next(steps)
+
+
+def test_a_deterministic_run_leaves_no_trace(oracle, monkeypatch):
+    """On a GPU, while it runs; a CPU is left alone."""
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    with launch.repeatable(torch.device("cuda")):
+        assert torch.are_deterministic_algorithms_enabled() and os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    assert not torch.are_deterministic_algorithms_enabled()
+    _, steps = launch.start(configs.load("a disc", tiny(), {"deterministic": True}, kind=Config))
+    assert next(steps).step == 1 and not torch.are_deterministic_algorithms_enabled()
+    steps.close()

@@ -167,3 +167,25 @@ def test_density_and_colours_for_the_mesh():
 def test_mistakes_are_told(build):
     with pytest.raises(ValueError, match="give one of|; give|as #ffffff"):
         build()
+
+
+def test_a_scene_that_never_asks_for_its_samples_draws_the_same(monkeypatch):
+    """As on a GPU: with room for more samples than there are, and in a critic's draws without gradients."""
+    asking, guessing = scene(), scene()
+    monkeypatch.setattr(guessing, "_asks", lambda: False)
+    generators = seeded(1), seeded(1)
+    for step in range(4):
+        for student, generator in zip((asking, guessing), generators, strict=True):
+            with torch.no_grad():
+                student.draw(step, generator)
+        drawn = [student.draw(step, generator) for student, generator in zip((asking, guessing), generators)]
+        torch.testing.assert_close(drawn[1].images, drawn[0].images, rtol=1e-6, atol=1e-6)
+        found = [student.regularisers() for student in (asking, guessing)]
+        for name, value in found[0].items():
+            torch.testing.assert_close(found[1][name], value, rtol=1e-5, atol=1e-6, msg=name)
+        for student, draw, kept in zip((asking, guessing), drawn, found):
+            (draw.images.sum() + sum(v for v in kept.values() if v.requires_grad)).backward()
+            student.after_step(step, seeded(step))
+    assert guessing._room.rows() > 0 and asking._room.rows() is None
+    for one, other in zip(asking.parameters(), guessing.parameters(), strict=True):
+        torch.testing.assert_close(other.grad, one.grad, rtol=1e-4, atol=1e-5)

@@ -16,6 +16,7 @@ from sds3d.scenes import regularisers
 from sds3d.scenes.field import Field, FieldConfig, LearnedBackground
 from sds3d.scenes.occupancy import Occupancy, OccupancyConfig
 from sds3d.scenes.render import RenderOptions, Shading, Trace, render
+from sds3d.scenes.room import Room, rays_at_a_time
 
 BACKEND = ops.choose("cpu", "torch")
 SMALL = FieldConfig(levels=4, log2_table=10, base=4, finest=32, hidden=16)
@@ -110,6 +111,45 @@ def test_chunks_and_backgrounds_change_nothing_else():
     other = render(solid, everywhere(), VIEWS, 16, colours, options)
     expected = whole.rgb + (1 - whole.opacity) * (colours[:, :, None, None] - 1)
     assert other.rgb.allclose(expected, atol=1e-6)
+
+
+def test_chunks_with_gradients_give_the_same_and_keep_no_samples():
+    """Images, traces and regularisers alike; each chunk's field is asked once more for its gradients."""
+    field = Field(SMALL, BACKEND, seeded())
+    asked, found = [], []
+    field.register_forward_pre_hook(lambda module, points: asked.append(len(points[0])))
+    for chunk in (10_000, 100):
+        out = render(field, everywhere(), VIEWS, 16, WHITE, RenderOptions(0.1, chunk=chunk, normals=True), seeded())
+        kept = regularisers.measure({"sparsity", "margin", "distortion", "orientation"}, field, out.trace, seeded())
+        pull = (out.rgb * torch.linspace(0, 1, 16)).sum() + sum(kept.values())
+        slopes = torch.autograd.grad(pull, list(field.parameters()))
+        found.append((out.rgb, out.depth, *out.trace.samples, out.trace.weights, *kept.values(), *slopes))
+    for whole, chunked in zip(*found, strict=True):
+        torch.testing.assert_close(chunked, whole, rtol=2e-5, atol=2e-6)
+    whole, *chunks = asked
+    assert sum(chunks) == 2 * whole and max(chunks) < whole / 4
+
+
+def test_rays_at_a_time_follow_the_memory():
+    assert rays_at_a_time(torch.device("cpu"), 32, 24, 32) > 4 * 64 * 64  # the default recipe is one chunk
+    assert rays_at_a_time(torch.device("cpu"), 64, 24, 32) == rays_at_a_time(torch.device("cpu"), 32, 24, 32) // 2
+
+
+def test_room_follows_the_last_count():
+    """With slack; a room that was too small doubles, and a count is looked at once."""
+
+    def seen(count: int, rows: int) -> Samples:
+        empty = torch.zeros(rows)
+        return Samples(empty, empty, empty, empty, torch.tensor([0, count]))
+
+    room = Room()
+    assert room.rows() is None
+    room.saw(seen(10_000, 10_000))
+    assert room.rows() == 4 * 4096  # 15,000, rounded up
+    room.saw(seen(30_000, 16_384)._replace(offsets=torch.tensor([0, 16_384])))  # cut off
+    assert room.rows() == 8 * 4096
+    room.saw(seen(9_000, 8 * 4096))
+    assert room.rows() == 4 * 4096 and room.rows() == 4 * 4096
 
 
 @torch.no_grad()

@@ -40,6 +40,21 @@ def test_it_denoises_what_it_was_asked_for(teacher):
         assert image[:, :6, :6].mean() > 0.85
 
 
+def test_a_compiled_teacher_answers_the_same(teacher, monkeypatch):
+    """In fresh memory each time: a CUDA graph writes every answer to the same place."""
+    modes, place = [], torch.empty(1, 3, 64, 64)
+
+    def compiled(network, mode):
+        modes.append(mode)
+        return lambda *arguments: place.copy_(network(*arguments))
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    replayed = small.load(compiled=True)
+    first, second = (ask(replayed, [prompt]).v for prompt in ("a red mug", "a blue chair"))
+    assert torch.equal(first, ask(teacher, ["a red mug"]).v) and torch.equal(second, ask(teacher, ["a blue chair"]).v)
+    assert modes == ["reduce-overhead"]
+
+
 def test_answers_do_not_depend_on_the_company(teacher):
     prompts = ["a red mug", "", "a green cube on a yellow cylinder"]
     cameras = orbit(3)

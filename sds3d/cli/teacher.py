@@ -32,11 +32,12 @@ def sample(
 
       sds3d teacher sample "a red mug" --orbit
     """
-    from sds3d import cameras, config, make
+    from sds3d import cameras, make
     from sds3d.export import sheet
     from sds3d.teachers import fit
+    from sds3d.teachers.base import TeacherConfig
 
-    judge = make.load_teacher(config.TeacherConfig(teacher))
+    judge = make.load_teacher(TeacherConfig(teacher))
     judge.check(prompt)
     turn = cameras.orbit(number) if orbit else None
     images = fit.sample(judge, prompt, number, seed, guidance, cameras=turn)
@@ -51,9 +52,10 @@ def words(teacher: Teacher = "small") -> None:
 
       sds3d teacher words
     """
-    from sds3d import config, make
+    from sds3d import make
+    from sds3d.teachers.base import TeacherConfig
 
-    print(" ".join(make.load_teacher(config.TeacherConfig(teacher)).vocabulary))
+    print(" ".join(make.load_teacher(TeacherConfig(teacher)).vocabulary))
 
 
 @app.command(name="train")

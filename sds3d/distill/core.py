@@ -28,6 +28,7 @@ from sds3d.samplers import ddim
 from sds3d.students import Draw
 from sds3d.teachers.base import Teacher
 from sds3d.times import TimeDraw
+from sds3d.transfer import onto
 
 BRANCHES = ("cond", "uncond", "negative", "spoilt", *VIEW_WORDS)
 NOISES = ("fresh", "fixed")
@@ -117,7 +118,7 @@ class Query:
         if self.cameras is not None and self.teacher.views == "camera":
             cameras = cam.cat([self.cameras] * count)
             told = [branch in ("cond", "spoilt") or self.uncond_camera for branch in branches]
-            mask = torch.tensor(told, device=x_t.device).repeat_interleave(size)
+            mask = onto(torch.tensor(told).repeat_interleave(size), x_t.device)
         self.asked.append(size * count)
         with torch.no_grad():
             both = self.teacher.predict(torch.cat([x_t] * count), torch.cat([t] * count), prompts, cameras, mask)
@@ -139,7 +140,7 @@ class Query:
         cond, uncond = found[0], found[1]
         if views:
             weights = [view_negatives(azimuth) for azimuth in self.cameras.azimuth.tolist()]
-            each = torch.tensor([[w[v] for w in weights] for v in views], device=x_t.device, dtype=x_t.dtype)
+            each = onto(torch.tensor([[w[v] for w in weights] for v in views], dtype=x_t.dtype), x_t.device)
             eps = perp_neg(
                 uncond.eps, cond.eps, torch.stack([p.eps for p in found[2:]]), self.guidance.perp_neg * each, scale
             )
@@ -240,7 +241,7 @@ class Distilled:
     """
 
     loss: Tensor
-    metrics: dict[str, float]
+    metrics: dict[str, float | Tensor]
     query: Query
 
 
@@ -318,12 +319,12 @@ class ScoreObjective:
         """
         x = self.teacher.encode(draw.images)
         x = x.to(torch.promote_types(x.dtype, torch.float32))
-        t = self.time.draw(step, draw.group.to(x.device), generator, self.teacher.schedule)
+        t = self.time.draw(step, draw.group, generator, self.teacher.schedule)
         source = generator if self.noise == "fresh" else torch.Generator().manual_seed(self.noise_seed)
-        noise = torch.randn(x.shape, generator=source, device=source.device, dtype=x.dtype).to(x.device)
-        query = self.query(draw, x, t, noise, step, generator)
+        noise = onto(torch.randn(x.shape, generator=source, device=source.device, dtype=x.dtype), x.device)
+        query = self.query(draw, x, onto(t, x.device), noise, step, generator)
         g = self.gradient(query)
-        return Distilled(surrogate(x, g), _metrics(g, query.t) | {"asked": sum(query.asked)}, query)
+        return Distilled(surrogate(x, g), _metrics(g, t.tolist()) | {"asked": sum(query.asked)}, query)
 
     def query(
         self,
@@ -365,14 +366,15 @@ class ScoreObjective:
         """g = W N d, (B, C, H, W), detached; the gradient on x is g / B.
 
         Raises:
-            NonFiniteGradient: naming method, step and the first t where it happened.
+            NonFiniteGradient: naming method, step and the first t where it happened. On a GPU nobody looks here, since
+                looking would wait: the loop finds it in the loss, when the step has been told.
         """
         with torch.no_grad():
             d = self.method(q)
             assert d.shape == q.x.shape, (d.shape, q.x.shape)
             w = weight(self.weight, q.alpha, q.sigma)  # (B,)
             g = (w.view(-1, *[1] * (d.dim() - 1)) * d).to(q.x.dtype)
-        if not bool(g.isfinite().all()):
+        if not g.is_cuda and not bool(g.isfinite().all()):
             bad = int((~g.isfinite()).flatten(1).any(1).nonzero()[0, 0])
             cause = "the teacher's answer or the weight is not finite"
             if not bool(q.x[bad].isfinite().all()):
@@ -386,10 +388,10 @@ def surrogate(x: Tensor, g: Tensor) -> Tensor:
     return 0.5 * (x - (x - g).detach()).square().sum() / len(x)
 
 
-def _metrics(g: Tensor, t: Tensor) -> dict[str, float]:
-    norms, times = g.flatten(1).norm(dim=1).tolist(), t.tolist()
+def _metrics(g: Tensor, times: list[float]) -> dict[str, float | Tensor]:
+    norms = g.flatten(1).norm(dim=1).unbind()  # left where they are: asking a GPU for a number would wait
     metrics = {"g_norm": sum(norms) / len(norms), "t": sum(times) / len(times)}
-    bins: dict[int, list[float]] = {}
+    bins: dict[int, list[Tensor]] = {}
     for norm, time in zip(norms, times, strict=True):
         bins.setdefault(min(int(time * T_BINS), T_BINS - 1), []).append(norm)
     for i, members in sorted(bins.items()):

@@ -10,8 +10,11 @@ from torch import Tensor
 from sds3d.files import replacing
 
 
-def chart(lines: Mapping[str, tuple[Tensor, Tensor]], path: str | Path, x: str, y: str) -> Path:
+def chart(lines: Mapping[str, tuple[Tensor, Tensor]], path: str | Path, x: str, y: str, points: bool = False) -> Path:
     """Write lines (name -> values of x (N,), values of y (N,)) with a logarithmic y axis; the last is drawn on top.
+
+    Args:
+        points: draw all lines alike, with a mark at each value, and x logarithmic, too.
 
     Raises:
         ValueError: the name does not end in .png, or the place cannot be written.
@@ -21,9 +24,10 @@ def chart(lines: Mapping[str, tuple[Tensor, Tensor]], path: str | Path, x: str, 
     figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
     axes = figure.add_subplot()
     for i, (name, (across, up)) in enumerate(lines.items()):
-        last = i == len(lines) - 1
-        axes.plot(across.cpu(), up.cpu(), label=name, linewidth=1.6 if last else 0.4, alpha=1 if last else 0.35)
-    axes.set(xlabel=x, ylabel=y, yscale="log")
+        strong = points or i == len(lines) - 1
+        look = {"linewidth": 1.6 if strong else 0.4, "alpha": 1 if strong else 0.35, "marker": "o" if points else ""}
+        axes.plot(across.cpu(), up.cpu(), label=name, **look)
+    axes.set(xlabel=x, ylabel=y, yscale="log", xscale="log" if points else "linear")
     axes.grid(True, which="both", alpha=0.25)
     axes.legend(frameon=False)
     with replacing(path, (".png",)) as temporary:

@@ -26,6 +26,7 @@ from torch.autograd.function import once_differentiable
 
 from sds3d.ops import Backend, GridSpec
 from sds3d.ramp import Ramp
+from sds3d.transfer import onto
 
 # Corners of a tetrahedron: sum_i k_i k_i^T = 4 I, so sum_i k_i f(x + h k_i) = 4 h grad f + O(h^3 for odd terms).
 _TETRAHEDRON = ((1.0, -1.0, -1.0), (-1.0, -1.0, 1.0), (-1.0, 1.0, -1.0), (1.0, 1.0, 1.0))
@@ -115,6 +116,7 @@ class Field(nn.Module):
         self.w2 = uniform(1 / math.sqrt(hidden), 4, hidden)
         self.b2 = nn.Parameter(-(self.w2 @ self.b1.relu()).detach())
         self.register_buffer("mask", torch.ones(inputs))
+        self.register_buffer("corners", torch.tensor(_TETRAHEDRON), persistent=False)  # (4, 3)
         self.register_buffer("gain", torch.tensor([config.density_gain, 1.0, 1.0, 1.0]), persistent=False)
 
     def open(self, step: int) -> None:
@@ -122,7 +124,7 @@ class Field(nn.Module):
         if self.config.open_levels is None:
             return
         level = torch.arange(self.spec.levels, dtype=torch.float32).repeat_interleave(self.spec.features)
-        self.mask.copy_((self.config.open_levels(step) - level).clamp(0, 1))
+        self.mask.copy_(onto((self.config.open_levels(step) - level).clamp(0, 1), self.mask.device))
 
     def blob(self, points: Tensor) -> Tensor:
         """Pre-activation of the starting blob at points (N, 3), (N,)."""
@@ -157,7 +159,7 @@ class Field(nn.Module):
         Four central-type differences on a tetrahedron of half a finest cell; the differences are of the
         density before the softplus (same direction, no saturation), so one backward gives their gradient.
         """
-        corners = points.new_tensor(_TETRAHEDRON)  # (4, 3)
+        corners = self.corners.to(points.dtype)
         step = 1.0 / self.spec.finest
         around = points[None] + step * corners[:, None]  # (4, N, 3)
         values = self.logit(around.view(-1, 3)).view(4, -1)

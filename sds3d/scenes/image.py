@@ -67,7 +67,7 @@ class ImageStudent(nn.Module):
     def draw(self, step: int, generator: torch.Generator) -> Draw:
         """All images, each a group of its own."""
         count = self.config.count
-        group = torch.arange(count, device=self.device)
+        group = torch.arange(count)
         return Draw(self.pixels, [self.prompt] * count, None, group, source=self.start)
 
     def regularisers(self) -> dict[str, Tensor]:

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sds3d.scenes.field import Field
+from sds3d.transfer import onto
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ class Occupancy(nn.Module):
         axis = torch.arange(size, dtype=torch.float32)
         corners = torch.stack(torch.meshgrid(axis, axis, axis, indexing="ij"), -1).view(-1, 3)  # (G^3, 3)
         points = (corners + torch.rand(corners.shape, generator=generator)) * (2 / size) - 1
-        density = field.density(points.to(device)).view_as(self.ema)
+        density = field.density(onto(points, device)).view_as(self.ema)
         self.ema.mul_(self.config.decay)
         torch.maximum(self.ema, density, out=self.ema)
         self._mark()
@@ -91,9 +92,7 @@ class Occupancy(nn.Module):
     def _mark(self) -> None:
         """Rebuild ``cells`` from ``ema``."""
         occupied = self.ema > self.threshold
-        if not occupied.any():  # an empty grid would end all learning: look everywhere again
-            self.cells.fill_(True)
-            return
+        occupied = occupied | ~occupied.any()  # an empty grid would end all learning: look everywhere again
         if self.config.grow:
             width = 2 * self.config.grow + 1
             grown = F.max_pool3d(occupied[None, None].float(), width, stride=1, padding=self.config.grow)
@@ -103,7 +102,7 @@ class Occupancy(nn.Module):
     def thinned(self, generator: torch.Generator) -> Tensor:
         """The cells that one training render visits: all dense ones and a random share of the rim, (G, G, G) bool."""
         lucky = torch.rand(self.cells.shape, generator=generator) < self.config.rim
-        return self.cells & ((self.ema > self.threshold) | lucky.to(self.cells.device))
+        return self.cells & ((self.ema > self.threshold) | onto(lucky, self.cells.device))
 
     def at(self, points: Tensor) -> Tensor:
         """Whether the cells of points (N, 3) in the box are occupied, (N,) bool."""

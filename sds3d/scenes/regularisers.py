@@ -21,6 +21,7 @@ from torch import Tensor
 from sds3d.ramp import Ramp
 from sds3d.scenes.field import Field
 from sds3d.scenes.render import Trace
+from sds3d.transfer import onto
 
 _OFF = Ramp.constant(0.0)
 _NEIGHBOURS = 2048  # points at which total variation is measured
@@ -89,8 +90,9 @@ def total_variation(field: Field, trace: Trace, generator: torch.Generator) -> T
     points = trace.samples.points
     if not points.shape[0]:
         return trace.opacity.sum()  # 0, with a graph
-    chosen = torch.randint(points.shape[0], (_NEIGHBOURS,), generator=generator).to(points.device)
-    shift = (torch.rand(_NEIGHBOURS, 3, generator=generator).to(points) * 2 - 1) * (2 / field.spec.finest)
+    place = onto(torch.rand(_NEIGHBOURS, generator=generator, dtype=torch.float64), points.device)
+    chosen = (place * trace.samples.offsets[-1]).long()
+    shift = (onto(torch.rand(_NEIGHBOURS, 3, generator=generator), points.device) * 2 - 1) * (2 / field.spec.finest)
     here = points[chosen]
     density = field.density(torch.cat([here, (here + shift).clamp_(-1, 1)]))
     opaque = -torch.expm1(-density * trace.samples.dt[0])

@@ -13,15 +13,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from sds3d.cameras import Cameras
 from sds3d.ops import Samples
 from sds3d.scenes.field import Field
 from sds3d.scenes.occupancy import Occupancy
+from sds3d.transfer import onto
 
 SHADINGS = ("albedo", "lambertian", "textureless")
 
@@ -58,7 +61,10 @@ class RenderOptions:
         shading: how colour is lit.
         normals: render normals even where the shading does not need them.
         dark: a sample that less light than this reaches weighs nothing.
-        chunk: rays rendered at a time when no gradient is wanted.
+        chunk: rays rendered at a time. Where gradients are wanted and there are more, each chunk is rendered again when
+            its gradients are due, so that memory is that of one chunk: a quarter slower.
+        room: samples to make room for, without asking a GPU how many there are (see ops.reference.march); None asks.
+            Not used where there are several chunks.
     """
 
     step: float = 2 / 32
@@ -66,6 +72,7 @@ class RenderOptions:
     normals: bool = False
     dark: float = 1e-3
     chunk: int = 16384
+    room: int | None = None
 
 
 @dataclass
@@ -137,20 +144,23 @@ def render(
     jitter, cells = None, occupancy.cells
     if generator is not None:
         cells = occupancy.thinned(generator)
-        jitter = torch.rand(rays, generator=generator, dtype=origins.dtype).to(origins.device)
-    behind = background(directions) if callable(background) else background.to(origins)
+        jitter = onto(torch.rand(rays, generator=generator, dtype=origins.dtype), origins.device)
+    behind = background(directions) if callable(background) else onto(background, origins.device).to(origins.dtype)
     if behind.ndim == 2 and behind.shape[0] == views and not callable(background):
         behind = behind.repeat_interleave(pixels, 0)
     light = _light(options.shading, cameras)
-    chunk = rays if torch.is_grad_enabled() else options.chunk
-    parts = []
-    for start in range(0, rays, chunk):
-        part = slice(start, start + chunk)
-        shift = None if jitter is None else jitter[part]
-        samples = field.backend.march(origins[part], directions[part], cells, options.step, shift)
+    whole, parts = rays <= options.chunk, []
+    for start in range(0, rays, options.chunk):
+        part = slice(start, start + options.chunk)
+        shift, room = None if jitter is None else jitter[part], options.room if whole else None
+        samples = field.backend.march(origins[part], directions[part], cells, options.step, shift, room=room)
         lit = None if light is None else light[(samples.ray_index + start) // pixels]
-        parts.append(_shoot(field, samples, directions[part], lit, options))
-    image, trace = parts[0] if len(parts) == 1 else (torch.cat([p[0] for p in parts]), None)
+        if whole or not torch.is_grad_enabled():
+            parts.append(_shoot(field, samples, directions[part], lit, options))
+        else:
+            again = partial(_shoot, field, samples, directions[part], lit, options)
+            parts.append(checkpoint(again, use_reentrant=False, preserve_rng_state=False))
+    image, trace = parts[0] if whole else (torch.cat([p[0] for p in parts]), _joined([p[1] for p in parts]))
     opacity = image[:, 4:5]
     rgb = torch.addcmul(image[:, :3], 1 - opacity, behind.expand(rays, 3))
     depth = image[:, 3:4] / opacity.clamp_min(1e-6)
@@ -162,11 +172,33 @@ def render(
     return RenderOut(fold(rgb), fold(opacity), fold(depth), normal, trace)
 
 
+def _joined(traces: list[Trace | None]) -> Trace | None:
+    """The traces of chunks of rays as one."""
+    if traces[0] is None:
+        return None
+    samples, first_ray, first_sample = [], 0, 0
+    for trace in traces:
+        s = trace.samples
+        samples.append(s._replace(ray_index=s.ray_index + first_ray, offsets=s.offsets[1:] + first_sample))
+        first_ray, first_sample = first_ray + len(trace.opacity), first_sample + len(s.t)
+    start = traces[0].samples.offsets[:1]
+    parts = [torch.cat(columns) for columns in zip(*samples, strict=True)]
+    parts[-1] = torch.cat([start, parts[-1]])
+
+    def joined(name: str) -> Tensor:
+        return torch.cat([getattr(trace, name) for trace in traces])
+
+    normals = None if traces[0].normals is None else joined("normals")
+    return Trace(Samples(*parts), joined("sigma"), joined("weights"), joined("opacity"), normals, joined("directions"))
+
+
 def _light(shading: Shading, cameras: Cameras) -> Tensor | None:
     """Unit directions towards the light, (B, 3), or None where colour is not lit."""
     if shading.kind == "albedo":
         return None
-    light = cameras.positions() if shading.light is None else shading.light.to(cameras.azimuth)
+    light = cameras.positions()
+    if shading.light is not None:
+        light = onto(shading.light, light.device).to(light.dtype)
     return F.normalize(light.expand(len(cameras), 3), dim=-1)
 
 

@@ -22,7 +22,9 @@ from sds3d.scenes.field import Field, FieldConfig, LearnedBackground
 from sds3d.scenes.occupancy import Occupancy, OccupancyConfig
 from sds3d.scenes.regularisers import RegulariserConfig, measure
 from sds3d.scenes.render import ALBEDO, SHADINGS, RenderOptions, RenderOut, Shading, Trace, render
+from sds3d.scenes.room import Room, rays_at_a_time
 from sds3d.students import Draw
+from sds3d.transfer import onto
 
 BACKGROUNDS = {"white": (1.0, 1.0, 1.0), "grey": COLOURS["grey"], "black": COLOURS["black"]}
 
@@ -46,6 +48,8 @@ class RenderConfig:
         shading_start: see there.
         ambient: share of the light that comes from everywhere, 0 to 1.
         dark: a sample that less light than this reaches weighs nothing.
+        chunk: rays rendered at a time; 0 chooses by the device's memory. Less memory than a training render needs makes
+            it render each chunk twice.
     """
 
     views: int = 4
@@ -58,6 +62,7 @@ class RenderConfig:
     shading_start: int = 100
     ambient: float = 0.3
     dark: float = 1e-3
+    chunk: int = 0
 
     def __post_init__(self):
         for name, low, high in (
@@ -72,6 +77,8 @@ class RenderConfig:
         for name in ("other_share", "ambient"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"render.{name} is {getattr(self, name)}; give a number from 0 to 1")
+        if self.chunk < 0:
+            raise ValueError(f"render.chunk is {self.chunk}; give rays at a time, or 0 to have it chosen")
         if not 0 < self.dark < 1:
             raise ValueError(f"render.dark is {self.dark}; give a transmittance between 0 and 1, as 0.001")
         if self.shading not in (*SHADINGS, "mixed"):
@@ -129,6 +136,10 @@ class SceneStudent(nn.Module):
             known = ", ".join(self._plain)
             raise ValueError(f"render.background is {wanted!r}; give one of {known}, #rrggbb, learned, random")
         self.background_name = next(iter(self._plain)) if wanted == "random" else wanted
+        self._chunk = config.render.chunk or rays_at_a_time(
+            self.device, config.render.samples, self.field.spec.width, config.field.hidden
+        )
+        self._room = Room()
         self._trace: Trace | None = None
         self._active: set[str] = set()
         self._noise = generator
@@ -143,14 +154,24 @@ class SceneStudent(nn.Module):
         self.background_name = self._choose_background(generator)
         shading = self._shading(step, cameras, generator)
         self._active, self._noise = self.config.regularise.active(step), generator
-        options = RenderOptions(2 / settings.samples, shading, "orientation" in self._active, settings.dark)
+        ask = self._asks()
+        options = RenderOptions(
+            2 / settings.samples,
+            shading,
+            "orientation" in self._active,
+            settings.dark,
+            self._chunk,
+            None if ask else self._room.rows(),
+        )
         out = render(
             self.field, self.occupancy, cameras.to(self.device), settings.resolution,
             self._background(self.background_name), options, generator,
         )  # fmt: skip
         self._trace = out.trace
-        group = torch.zeros(settings.views, dtype=torch.long, device=self.device)
-        return Draw(out.rgb, self.prompts(cameras, self.background_name), cameras.to(self.device), group)
+        if not ask and out.trace is not None:  # a critic's draws leave no trace
+            self._room.saw(out.trace.samples)
+        group = torch.zeros(settings.views, dtype=torch.long)
+        return Draw(out.rgb, self.prompts(cameras, self.background_name), cameras, group)
 
     def regularisers(self) -> dict[str, Tensor]:
         """Those of the last draw that weigh anything at its step, unweighted, and the mean opacity, detached."""
@@ -195,7 +216,8 @@ class SceneStudent(nn.Module):
             background = next(iter(self._plain)) if wanted == "random" else wanted
         behind = self._background(background)
         size = self.config.render.resolution if resolution is None else resolution
-        options = RenderOptions(2 / self.config.render.fine_samples, shading, normals, self.config.render.dark)
+        chunk = self._chunk if self.device.type == "cuda" else min(self._chunk, RenderOptions.chunk)
+        options = RenderOptions(2 / self.config.render.fine_samples, shading, normals, self.config.render.dark, chunk)
         return render(self.field, self.occupancy, cameras.to(self.device), size, behind, options)
 
     @torch.no_grad()
@@ -214,6 +236,10 @@ class SceneStudent(nn.Module):
         parts = [self.field(part.clamp(-1, 1))[1] for part in points.to(self.device).split(65536)]
         return torch.cat(parts) if parts else points.new_zeros(0, 3)
 
+    def _asks(self) -> bool:
+        """Whether a render asks how many samples there are: a GPU is asked only where a run must be repeatable."""
+        return self.device.type != "cuda" or torch.are_deterministic_algorithms_enabled()
+
     def _choose_background(self, generator: torch.Generator) -> str:
         """Name of this step's background."""
         settings, names = self.config.render, list(self._plain)
@@ -229,7 +255,7 @@ class SceneStudent(nn.Module):
         if name == "learned":
             assert self.learned is not None, "this scene has no learned background"
             return self.learned
-        return self._plain[name].to(self.device)
+        return onto(self._plain[name], self.device)
 
     def _shading(self, step: int, cameras: Cameras, generator: torch.Generator) -> Shading:
         """This step's light: one for each view, near its camera."""

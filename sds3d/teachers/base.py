@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch.nn.functional as F
@@ -11,6 +12,29 @@ from sds3d.cameras import Cameras
 from sds3d.noise import Prediction, Schedule
 
 VIEWS = ("camera", "words")  # how a teacher may be told where an image is seen from
+
+
+@dataclass(frozen=True)
+class TeacherConfig:
+    """
+    Args:
+        name: a packaged teacher, or a path to weights of the same kind.
+        views: how it learns where an image is seen from: "camera" (exactly) or "words" (front, side, back view).
+        dtype: "auto", "float32" or "bfloat16".
+        compile: compile its network and replay it as a CUDA graph (torch.compile, which needs a C compiler): slow to
+            begin, then faster where a GPU waits for its launches.
+    """
+
+    name: str = "small"
+    views: str = "camera"
+    dtype: str = "auto"
+    compile: bool = False
+
+    def __post_init__(self):
+        if self.views not in VIEWS:
+            raise ValueError(f"teacher.views is {self.views!r}; give {' or '.join(VIEWS)}")
+        if self.dtype not in ("auto", "float32", "bfloat16"):
+            raise ValueError(f"teacher.dtype is {self.dtype!r}; give auto, float32 or bfloat16")
 
 
 class Teacher(Protocol):

@@ -7,6 +7,7 @@ It predicts v on a cosine schedule at 64 x 64 pixels. One set of weights answers
 from __future__ import annotations
 
 import json
+import warnings
 from dataclasses import asdict
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from sds3d.networks.unet import UNet, UNetConfig
 from sds3d.noise import Prediction, Schedule
 from sds3d.prompts import unknown_words, words
 from sds3d.teachers.base import VIEWS, decode_pixels, encode_pixels
+from sds3d.transfer import onto
 
 ADDED_WORDS = 6  # a run may add "side view" and "on a grey background" to a prompt
 WEIGHTS = Path(__file__).with_name("small.safetensors")
@@ -33,6 +35,7 @@ class SmallTeacher:
         vocabulary: the words it knows.
         views: "camera" or "words".
         dtype: torch.bfloat16 to run under autocast, torch.float32 otherwise.
+        compiled: whether ``predict`` runs the U-Net through torch.compile, with CUDA graphs on a GPU.
     """
 
     schedule = Schedule.cosine()
@@ -45,10 +48,12 @@ class SmallTeacher:
         vocabulary: tuple[str, ...],
         views: str = "camera",
         dtype: torch.dtype = torch.float32,
+        compiled: bool = False,
     ):
         if views not in VIEWS:
             raise ValueError(f"teacher.views is '{views}'; choose one of {', '.join(VIEWS)}")
         self.unet, self.text, self.vocabulary, self.views, self.dtype = unet, text, vocabulary, views, dtype
+        self._judge = torch.compile(unet, mode="reduce-overhead") if compiled else unet
         self._embedded: dict[str, tuple[Tensor, Tensor]] = {}
 
     @property
@@ -88,7 +93,7 @@ class SmallTeacher:
     def extra_width(self) -> int:
         return self.unet.config.condition
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def predict(
         self,
         x_t: Tensor,  # (B, 3, 64, 64)
@@ -98,7 +103,7 @@ class SmallTeacher:
         camera_mask: Tensor | None = None,  # (B,) bool
     ) -> Prediction:
         """See `sds3d.teachers.base.Teacher.predict`."""
-        return self.answer(self.unet, x_t, t, prompts, cameras, camera_mask)
+        return self.answer(self._judge, x_t, t, prompts, cameras, camera_mask)
 
     def answer(
         self,
@@ -112,22 +117,25 @@ class SmallTeacher:
     ) -> Prediction:
         """See `sds3d.critics.Trainable.answer`."""
         seen = torch.ones(len(x_t), device=x_t.device) if camera_mask is None else camera_mask.float()
-        text = self._embed(prompts)
+        text, cameras = self._embed(prompts), cameras.to(x_t.device) if cameras else None
         with torch.autocast(x_t.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
             v = network(x_t.float(), t.float(), text, cameras, seen, extra).float()
+        if network is not self.unet and network is self._judge:
+            v = v.clone()  # a CUDA graph writes its next answer where this one lies
         alpha, sigma = self.schedule.alpha_sigma(t)
         return Prediction(v, x_t, alpha, sigma, "v")
 
+    @torch.inference_mode(False)  # what is kept here also goes through a critic, with gradients
     @torch.no_grad()
     def _embed(self, prompts: list[str]) -> tuple[Tensor, Tensor, Tensor]:
         """Word vectors (B, L, D), mask (B, L), whole (B, D); every prompt is encoded once and kept."""
         for prompt in dict.fromkeys(prompts):
             if prompt not in self._embedded:
-                vectors, _, whole = self.text(self.text.tokens([prompt]).to(self.device))
+                vectors, _, whole = self.text(onto(self.text.tokens([prompt]), self.device))
                 self._embedded[prompt] = (vectors[0], whole[0])
         vectors = [self._embedded[p][0] for p in prompts]
         padded = torch.nn.utils.rnn.pad_sequence(vectors, batch_first=True)
-        lengths = torch.tensor([len(v) for v in vectors], device=self.device)
+        lengths = onto(torch.tensor([len(v) for v in vectors]), self.device)
         mask = torch.arange(padded.shape[1], device=self.device) < lengths[:, None]
         return padded, mask, torch.stack([self._embedded[p][1] for p in prompts])
 
@@ -137,6 +145,17 @@ def fast_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device)[0] >= 8
     return device.type == "cpu" and torch.cpu._is_amx_tile_supported()
+
+
+def pick_dtype(device: torch.device, wanted: torch.dtype | None = None) -> torch.dtype:
+    """What to compute in; None takes bfloat16 where it is fast. A GPU too old for it gets float32, and a warning."""
+    if device.type == "cuda" and not fast_bf16(device) and wanted != torch.float32:
+        name, (major, minor) = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
+        warnings.warn(
+            f"{name} (compute capability {major}.{minor}) has no bfloat16: the teacher runs in float32", stacklevel=2
+        )
+        return torch.float32
+    return wanted or (torch.bfloat16 if fast_bf16(device) else torch.float32)
 
 
 def save(path: Path, unet: UNet, text: TextEncoder, vocabulary: tuple[str, ...]) -> None:
@@ -155,11 +174,13 @@ def load(
     views: str = "camera",
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
+    compiled: bool = False,
 ) -> SmallTeacher:
     """Load a teacher that `save` wrote; the packaged one without a path.
 
     Args:
-        dtype: None takes bfloat16 where the device is fast at it, else float32.
+        dtype: see ``pick_dtype``.
+        compiled: see ``SmallTeacher``.
 
     Raises:
         ValueError: if the file is missing or damaged, or views is unknown.
@@ -181,5 +202,4 @@ def load(
         raise ValueError(f"{path} is damaged or no teacher of this project ({error}); restore or retrain it") from error
     for module in (unet, text):
         module.requires_grad_(False).eval().to(device, memory_format=torch.channels_last)
-    dtype = dtype or (torch.bfloat16 if fast_bf16(device) else torch.float32)
-    return SmallTeacher(unet, text, vocabulary, views, dtype)
+    return SmallTeacher(unet, text, vocabulary, views, pick_dtype(device, dtype), compiled)
