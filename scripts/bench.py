@@ -2,21 +2,25 @@
 
     python scripts/bench.py                                            all of them
     python scripts/bench.py --only hash_encode --points 65536 --json   one, for a program to read
+    python scripts/bench.py --device cuda --points 16384,2097152 --log2-table 15,19 --dtype float16
     python scripts/bench.py --clock cpu                                CPU seconds of all threads together:
                                                                        steadier where others use the machine
 
 Backends take turns, round by round, so that a busy moment hits all of them; a row holds the median of its
-rounds in milliseconds. ``speedup`` is plain torch's forward_backward_ms over the row's own.
+rounds in milliseconds. ``speedup`` is plain torch's forward_backward_ms over the row's own. ``bytes`` is what the
+forward pass has to read and write at least, each number once where it is used once (an encoding reads eight entries a
+point and level), and ``of_copy`` the share of the device's copy bandwidth, measured here, that this amounts to.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict
 
 import torch
 
@@ -40,12 +44,12 @@ def rays(count: int, device: torch.device, generator: torch.Generator) -> tuple[
     return tuple(x.contiguous().to(device) for x in (origins, directions, squares < 0.5, jitter))
 
 
-def hash_case(backend: Backend, points: int, spec: GridSpec, device: torch.device) -> Case:
+def hash_case(backend: Backend, points: int, spec: GridSpec, dtype: torch.dtype, device: torch.device) -> Case:
     """Encode uniform points; the gradient is the table's."""
     generator = torch.Generator().manual_seed(0)
     place = torch.rand(points, 3, generator=generator).to(device)
-    table = torch.randn(spec.entries, spec.features, generator=generator).to(device).requires_grad_()
-    incoming = torch.randn(points, spec.width, generator=generator).to(device)
+    table = torch.randn(spec.entries, spec.features, generator=generator).to(device, dtype).requires_grad_()
+    incoming = torch.randn(points, spec.width, generator=generator).to(device, dtype)
     return (
         lambda: backend.hash_encode(place, table, spec),
         lambda out: torch.autograd.grad(out, table, incoming),
@@ -73,26 +77,53 @@ def composite_case(backend: Backend, points: int, device: torch.device) -> Case:
     return lambda: backend.composite(sigma, samples.dt, values, samples.offsets), backward
 
 
+def bytes_of(op: str, points: int, spec: GridSpec, dtype: torch.dtype) -> int:
+    """What the forward pass of an op reads and writes, see above; samples are taken to be as many as points."""
+    if op == "hash_encode":
+        return points * (12 + (8 + 1) * spec.width * dtype.itemsize)
+    if op == "march":
+        return points * (8 + 12 + 4)  # ray, place and distance of each sample
+    return points * (4 + 4 + 16 + 4)  # density, length, four values; the weight
+
+
+def copy_bandwidth(device: torch.device, rounds: int = 5) -> float:
+    """Bytes a second that a large copy reads and writes."""
+    source = torch.empty(2**28 if device.type == "cuda" else 2**26, dtype=torch.uint8, device=device).fill_(1)
+    target, best = torch.empty_like(source), 0.0
+    for _ in range(rounds):
+        wait(device)
+        begun = time.perf_counter()
+        target.copy_(source)
+        wait(device)
+        best = max(best, 2 * source.numel() / (time.perf_counter() - begun))
+    return best
+
+
+def wait(device: torch.device) -> None:
+    """Until the device has done what it was told."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
 def measure(cases: dict[str, Case], rounds: int, clock: Callable[[], float], device: torch.device) -> dict[str, list]:
     """Seconds (forward, backward) of each round, by backend; the first turn compiles and is dropped."""
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     seconds = {name: [] for name in cases}
     for turn in range(rounds + 1):
         for name, (forward, backward) in cases.items():
-            wait()
+            wait(device)
             start = clock()
             state = forward()
-            wait()
+            wait(device)
             middle = clock()
             if backward is not None:
                 backward(state)
-                wait()
+                wait(device)
             if turn:
                 seconds[name].append((middle - start, clock() - middle if backward else None))
     return seconds
 
 
-def rows_of(op: str, points: int, seconds: dict[str, list]) -> list[dict]:
+def rows_of(op: str, points: int, seconds: dict[str, list], moved: int, bandwidth: float) -> list[dict]:
     """One row a backend."""
     rows = []
     for name, turns in seconds.items():
@@ -101,7 +132,8 @@ def rows_of(op: str, points: int, seconds: dict[str, list]) -> list[dict]:
         both = statistics.median(a + (b or 0) for a, b in turns)
         times = zip(("forward_ms", "backward_ms", "forward_backward_ms"), (forward, backward, both))
         row = {"op": op, "backend": name, "points": points}
-        rows.append(row | {key: None if value is None else round(value * 1e3, 3) for key, value in times})
+        row |= {key: None if value is None else round(value * 1e3, 3) for key, value in times}
+        rows.append(row | {"bytes": moved, "of_copy": round(moved / forward / bandwidth, 4)})
     plain = next((r["forward_backward_ms"] for r in rows if r["backend"] == "torch"), None)
     for row in rows:
         row["speedup"] = round(plain / row["forward_backward_ms"], 2) if plain else None
@@ -111,41 +143,62 @@ def rows_of(op: str, points: int, seconds: dict[str, list]) -> list[dict]:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=OPS, help="one kernel instead of all")
-    parser.add_argument("--points", type=int, default=65536, help="points to encode; about as many samples to march")
+    parser.add_argument("--points", default="65536", help="points to encode, about as many samples to march; 1,2,3")
     parser.add_argument("--backends", default="", help="comma-separated; all that run here unless given")
     parser.add_argument("--levels", type=int, default=16)
     parser.add_argument("--features", type=int, default=2)
-    parser.add_argument("--log2-table", type=int, default=17)
+    parser.add_argument("--log2-table", default="17", help="one or several; matters to hash_encode")
+    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="of the table")
     parser.add_argument("--finest", type=int, default=512)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--json", action="store_true", help="print a list of rows; the machine goes to stderr")
     return parser.parse_args()
 
 
 def main() -> None:
     args = arguments()
     device = torch.device(args.device)
-    names = args.backends.split(",") if args.backends else ["torch", "numba"] if device.type == "cpu" else ["torch"]
-    backends = [choose(device, name) for name in names]
-    spec = GridSpec(args.levels, args.features, args.log2_table, 16, args.finest)
-    build = {
-        "hash_encode": lambda backend: hash_case(backend, args.points, spec, device),
-        "march": lambda backend: march_case(backend, args.points, device),
-        "composite": lambda backend: composite_case(backend, args.points, device),
-    }
+    dtype, bandwidth = getattr(torch, args.dtype), copy_bandwidth(device)
     clock = time.perf_counter if args.clock == "wall" else time.process_time
     rows = []
     for op in [args.only] if args.only else OPS:
-        cases = {backend.name: build[op](backend) for backend in backends}
-        rows += rows_of(op, args.points, measure(cases, args.rounds, clock, device))
+        names = args.backends.split(",") if args.backends else backends_here(op, device)
+        backends = [choose(device, name) for name in names]
+        for log2_table in numbers(args.log2_table)[: None if op == "hash_encode" else 1]:
+            spec = GridSpec(args.levels, args.features, log2_table, 16, args.finest)
+            for points in numbers(args.points):
+                build = {
+                    "hash_encode": lambda backend, n=points, s=spec: hash_case(backend, n, s, dtype, device),
+                    "march": lambda backend, n=points: march_case(backend, n, device),
+                    "composite": lambda backend, n=points: composite_case(backend, n, device),
+                }
+                cases = {backend.name: build[op](backend) for backend in backends}
+                moved = bytes_of(op, points, spec, dtype)
+                found = rows_of(op, points, measure(cases, args.rounds, clock, device), moved, bandwidth)
+                rows += [row | ({"log2_table": log2_table} if op == "hash_encode" else {}) for row in found]
+    about = machine(device) | {"copy_gb_s": round(bandwidth / 1e9, 1)}
+    lines = [f"{key}: {value}" for key, value in about.items()] + [f"clock: {args.clock}"]
+    print(*lines, sep="\n", file=sys.stderr if args.json else sys.stdout)
     if args.json:
-        print(json.dumps({"machine": machine(device), "grid": asdict(spec), "clock": args.clock, "rows": rows}))
+        print(json.dumps(rows))
         return
-    print(*(f"{key}: {value}" for key, value in machine(device).items()), f"clock: {args.clock}", sep="\n")
     for row in rows:
         print("  ".join(f"{key} {'-' if value is None else value}" for key, value in row.items()))
+
+
+def numbers(text: str) -> list[int]:
+    """ "1,2" -> [1, 2]"""
+    return [int(part) for part in text.split(",")]
+
+
+def backends_here(op: str, device: torch.device) -> list[str]:
+    """The backends that have their own kernel for an op on this device, and are installed."""
+    own = {"torch": OPS, "numba": OPS} if device.type == "cpu" else {"torch": OPS, "triton": OPS}
+    if device.type == "cuda":
+        own |= {"tinycudann": ("hash_encode",), "nerfacc": ("composite",)}
+    return [name for name, ops in own.items() if op in ops and importlib.util.find_spec(name) is not None]
 
 
 if __name__ == "__main__":
