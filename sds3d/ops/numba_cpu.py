@@ -16,7 +16,6 @@ from torch import Tensor
 
 from sds3d.ops import autograd, numba_kernels
 from sds3d.ops.reference import (
-    PRIMES,
     TERMINATION,
     Composite,
     GridSpec,
@@ -24,6 +23,7 @@ from sds3d.ops.reference import (
     check_hash_encode,
     check_march,
     fitted,
+    level_rows,
 )
 
 BLOCK = 65536  # points that go through one level before the next: a level of the table is read into cache once
@@ -31,12 +31,8 @@ BLOCK = 65536  # points that go through one level before the next: a level of th
 
 @lru_cache(maxsize=64)
 def _levels(spec: GridSpec, dtype: torch.dtype) -> tuple[np.ndarray, np.ndarray, tuple[int, ...]]:
-    """The grid as the kernels read it: scales (L,), uint32 rows (L, 5) of `_corners`, lanes."""
-    rows = [
-        (r, r * r, size, first, 1) if dense else (PRIMES[1], PRIMES[2], size, first, 0)
-        for r, size, first, dense in zip(spec.resolutions, spec.sizes, spec.offsets, spec.dense)
-    ]
-    return torch.tensor(spec.scales, dtype=dtype).numpy(), np.array(rows, np.uint32), (0,) * spec.features
+    """The grid as the kernels read it: scales (L,), uint32 `reference.level_rows` (L, 5), lanes."""
+    return torch.tensor(spec.scales, dtype=dtype).numpy(), np.array(level_rows(spec), np.uint32), (0,) * spec.features
 
 
 def _flat(tensor: Tensor) -> np.ndarray:

@@ -152,6 +152,14 @@ def check_composite(sigma: Tensor, dt: Tensor, values: Tensor, offsets: Tensor) 
     assert offsets.ndim == 1 and offsets.shape[0] >= 1 and offsets.dtype == torch.int64, (offsets.shape, offsets.dtype)
 
 
+def level_rows(spec: GridSpec) -> list[tuple[int, int, int, int, int]]:
+    """Of each level, for loops: strides of y and z (the primes, where it is hashed), size, first entry, 1 if dense."""
+    return [
+        (r, r * r, size, first, 1) if dense else (PRIMES[1], PRIMES[2], size, first, 0)
+        for r, size, first, dense in zip(spec.resolutions, spec.sizes, spec.offsets, spec.dense)
+    ]
+
+
 def corner_index(corner: Tensor, level: int, spec: GridSpec) -> Tensor:
     """Entry, within its level, of integer grid points (N, 3) int64 -> (N,) int64."""
     size, resolution = spec.sizes[level], spec.resolutions[level]

@@ -19,7 +19,7 @@ import triton
 from torch import Tensor
 
 from sds3d.ops import autograd, triton_kernels
-from sds3d.ops.reference import PRIMES, TERMINATION, Composite, GridSpec, Samples, check_march
+from sds3d.ops.reference import TERMINATION, Composite, GridSpec, Samples, check_march, level_rows
 
 POINTS = 256  # a program of the encoding
 RAYS = 128  # a program of the march
@@ -29,12 +29,8 @@ ROOM = 60  # bits for a fixed-point sum
 
 @lru_cache(maxsize=64)
 def _grid(spec: GridSpec, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The grid as the kernels read it: scales (L,), rows (L, 5) of `_level`."""
-    rows = [
-        (r, r * r, size, first, 1) if dense else (PRIMES[1], PRIMES[2], size, first, 0)
-        for r, size, first, dense in zip(spec.resolutions, spec.sizes, spec.offsets, spec.dense)
-    ]
-    return torch.tensor(spec.scales, dtype=dtype, device=device), torch.tensor(rows, device=device)
+    """The grid as the kernels read it: scales (L,), `reference.level_rows` (L, 5)."""
+    return torch.tensor(spec.scales, dtype=dtype, device=device), torch.tensor(level_rows(spec), device=device)
 
 
 @lru_cache(maxsize=64)

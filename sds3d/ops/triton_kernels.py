@@ -21,22 +21,24 @@ def _axis(points, n, live, axis: tl.constexpr, scale):
 
 
 @triton.jit
-def _level(scales, levels):
-    """Of this program's level: scale, strides of y and z, size, first entry, 1 if dense."""
-    row = levels + 5 * tl.program_id(1)
-    return (
-        tl.load(scales + tl.program_id(1)),
-        tl.load(row).to(tl.uint32),
-        tl.load(row + 1).to(tl.uint32),
-        tl.load(row + 2).to(tl.uint32),
-        tl.load(row + 3),
-        tl.load(row + 4),
-    )
+def _block(points, count, scales, levels, BLOCK: tl.constexpr):
+    """This program's points: index, whether there is one, the level's scale, its cell (see `_entry`), fractions."""
+    n = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
+    live, level, row = n < count, tl.program_id(1), levels + 5 * tl.program_id(1)
+    scale = tl.load(scales + level)
+    x, fx = _axis(points, n, live, 0, scale)
+    y, fy = _axis(points, n, live, 1, scale)
+    z, fz = _axis(points, n, live, 2, scale)
+    sy, sz, size = tl.load(row).to(tl.uint32), tl.load(row + 1).to(tl.uint32), tl.load(row + 2).to(tl.uint32)
+    return n, live, scale, (x, y, z, sy, sz, size, tl.load(row + 3), tl.load(row + 4)), fx, fy, fz
 
 
 @triton.jit
-def _entry(x, y, z, size, first, dense):
-    """Row of the table (int64) of a corner whose coordinates are multiplied by their strides."""
+def _entry(k: tl.constexpr, cell):
+    """Row of the table (int64) of a cell's corner k. A cell is its x, y, z; and of its level: strides of y and z,
+    size, first entry, 1 if dense."""
+    x, y, z, sy, sz, size, first, dense = cell
+    x, y, z = x + (k & 1), (y + (k >> 1 & 1)) * sy, (z + (k >> 2)) * sz
     line = x + y + z
     line = tl.where(line >= size, line - size, line)
     hashed = (x ^ y ^ z) & (size - 1)
@@ -58,13 +60,14 @@ def _weight(k: tl.constexpr, fx, fy, fz, vx, vy, vz, ALONG: tl.constexpr):
 
 
 @triton.jit
-def _velocity(along, n, live, axis: tl.constexpr, scale, ALONG: tl.constexpr):
-    """The points' velocity along an axis, in cells; nothing where they stand still."""
+def _velocity(along, n, live, scale, ALONG: tl.constexpr):
+    """The points' velocity, in cells along each axis; nothing where they stand still."""
+    vx, vy, vz = 0.0, 0.0, 0.0
     if ALONG:
-        velocity = tl.load(along + 3 * n + axis, mask=live, other=0.0) * scale
-    else:
-        velocity = 0.0
-    return velocity
+        vx = tl.load(along + 3 * n, mask=live, other=0.0) * scale
+        vy = tl.load(along + 3 * n + 1, mask=live, other=0.0) * scale
+        vz = tl.load(along + 3 * n + 2, mask=live, other=0.0) * scale
+    return vx, vy, vz
 
 
 @triton.jit
@@ -73,19 +76,13 @@ def gather(
     ALONG: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """out (N, L F) = sum over corners of weight * table."""
-    n = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
-    live, f = n < count, tl.arange(0, FP)
-    scale, sy, sz, size, first, dense = _level(scales, levels)
-    x0, fx = _axis(points, n, live, 0, scale)
-    y0, fy = _axis(points, n, live, 1, scale)
-    z0, fz = _axis(points, n, live, 2, scale)
-    vx = _velocity(along, n, live, 0, scale, ALONG)
-    vy = _velocity(along, n, live, 1, scale, ALONG)
-    vz = _velocity(along, n, live, 2, scale, ALONG)
+    n, live, scale, cell, fx, fy, fz = _block(points, count, scales, levels, BLOCK)
+    f = tl.arange(0, FP)
+    vx, vy, vz = _velocity(along, n, live, scale, ALONG)
     mask = live[:, None] & (f < F)[None, :]
     total = tl.zeros((BLOCK, FP), dtype=scale.dtype)
     for k in tl.static_range(8):
-        entry = _entry(x0 + (k & 1), (y0 + (k >> 1 & 1)) * sy, (z0 + (k >> 2)) * sz, size, first, dense)
+        entry = _entry(k, cell)
         weight = _weight(k, fx, fy, fz, vx, vy, vz, ALONG)
         rows = tl.load(table + entry[:, None] * F + f[None, :], mask=mask, other=0.0)
         total += weight[:, None] * rows.to(scale.dtype)
@@ -99,21 +96,15 @@ def scatter(
     ALONG: tl.constexpr, FIXED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """out (entries, F) += weight * grad (N, L F); with FIXED in whole numbers of 1 / factor."""
-    n = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
-    live, f = n < count, tl.arange(0, FP)
-    scale, sy, sz, size, first, dense = _level(scales, levels)
-    x0, fx = _axis(points, n, live, 0, scale)
-    y0, fy = _axis(points, n, live, 1, scale)
-    z0, fz = _axis(points, n, live, 2, scale)
-    vx = _velocity(along, n, live, 0, scale, ALONG)
-    vy = _velocity(along, n, live, 1, scale, ALONG)
-    vz = _velocity(along, n, live, 2, scale, ALONG)
+    n, live, scale, cell, fx, fy, fz = _block(points, count, scales, levels, BLOCK)
+    f = tl.arange(0, FP)
+    vx, vy, vz = _velocity(along, n, live, scale, ALONG)
     mask = live[:, None] & (f < F)[None, :]
     place = grad + (n * width + tl.program_id(1) * F)[:, None] + f[None, :]
     incoming = tl.load(place, mask=mask, other=0.0).to(scale.dtype)
     mask = mask & (incoming != 0)  # rows that belong to no ray all lie at one place: nobody waits for their zeros
     for k in tl.static_range(8):
-        entry = _entry(x0 + (k & 1), (y0 + (k >> 1 & 1)) * sy, (z0 + (k >> 2)) * sz, size, first, dense)
+        entry = _entry(k, cell)
         share = _weight(k, fx, fy, fz, vx, vy, vz, ALONG)[:, None] * incoming
         target = out + entry[:, None] * F + f[None, :]
         if FIXED:
@@ -128,12 +119,8 @@ def point_gradient(
     points, grad, table, scales, levels, out, count, width, F: tl.constexpr, FP: tl.constexpr, BLOCK: tl.constexpr
 ):
     """out (L, N, 3) = each level's part of the gradient in the points."""
-    n = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
-    live, f = n < count, tl.arange(0, FP)
-    scale, sy, sz, size, first, dense = _level(scales, levels)
-    x0, fx = _axis(points, n, live, 0, scale)
-    y0, fy = _axis(points, n, live, 1, scale)
-    z0, fz = _axis(points, n, live, 2, scale)
+    n, live, scale, cell, fx, fy, fz = _block(points, count, scales, levels, BLOCK)
+    f = tl.arange(0, FP)
     mask = live[:, None] & (f < F)[None, :]
     place = grad + (n * width + tl.program_id(1) * F)[:, None] + f[None, :]
     incoming = tl.load(place, mask=mask, other=0.0).to(scale.dtype)
@@ -141,7 +128,7 @@ def point_gradient(
     gy = tl.zeros((BLOCK,), dtype=scale.dtype)
     gz = tl.zeros((BLOCK,), dtype=scale.dtype)
     for k in tl.static_range(8):
-        entry = _entry(x0 + (k & 1), (y0 + (k >> 1 & 1)) * sy, (z0 + (k >> 2)) * sz, size, first, dense)
+        entry = _entry(k, cell)
         rows = tl.load(table + entry[:, None] * F + f[None, :], mask=mask, other=0.0)
         dot = tl.sum(rows.to(scale.dtype) * incoming, axis=1) * scale
         wx = fx if k & 1 else 1 - fx
