@@ -9,7 +9,8 @@
 Backends take turns, round by round, so that a busy moment hits all of them; a row holds the median of its
 rounds in milliseconds. ``speedup`` is plain torch's forward_backward_ms over the row's own. ``bytes`` is what the
 forward pass has to read and write at least, each number once where it is used once (an encoding reads eight entries a
-point and level), and ``of_copy`` the share of the device's copy bandwidth, measured here, that this amounts to.
+point and level; samples are counted, a march makes fewer than ``points``), and ``of_copy`` the share of the device's
+copy bandwidth, measured here, that this amounts to.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
@@ -28,7 +30,7 @@ from sds3d.doctor import machine
 from sds3d.ops import Backend, GridSpec, choose, reference
 
 OPS = ("hash_encode", "march", "composite")
-Case = tuple[Callable, Callable | None]  # forward() -> state, backward(state)
+Case = tuple[Callable, Callable | None, int]  # forward() -> state, backward(state), points or samples
 
 
 def rays(count: int, device: torch.device, generator: torch.Generator) -> tuple[torch.Tensor, ...]:
@@ -53,13 +55,15 @@ def hash_case(backend: Backend, points: int, spec: GridSpec, dtype: torch.dtype,
     return (
         lambda: backend.hash_encode(place, table, spec),
         lambda out: torch.autograd.grad(out, table, incoming),
+        points,
     )
 
 
 def march_case(backend: Backend, points: int, device: torch.device) -> Case:
     """March about as many rays as give that many samples."""
     origins, directions, occupancy, jitter = rays(points // 12, device, torch.Generator().manual_seed(0))
-    return lambda: backend.march(origins, directions, occupancy, 0.05, jitter), None
+    march = partial(backend.march, origins, directions, occupancy, 0.05, jitter)
+    return march, None, march().t.shape[0]
 
 
 def composite_case(backend: Backend, points: int, device: torch.device) -> Case:
@@ -74,11 +78,11 @@ def composite_case(backend: Backend, points: int, device: torch.device) -> Case:
     def backward(out: reference.Composite) -> None:
         torch.autograd.grad(out.accumulated.sum() + out.opacity.sum(), (sigma, values))
 
-    return lambda: backend.composite(sigma, samples.dt, values, samples.offsets), backward
+    return lambda: backend.composite(sigma, samples.dt, values, samples.offsets), backward, count
 
 
 def bytes_of(op: str, points: int, spec: GridSpec, dtype: torch.dtype) -> int:
-    """What the forward pass of an op reads and writes, see above; samples are taken to be as many as points."""
+    """What the forward pass of an op reads and writes for so many points or samples, see above."""
     if op == "hash_encode":
         return points * (12 + (8 + 1) * spec.width * dtype.itemsize)
     if op == "march":
@@ -109,7 +113,7 @@ def measure(cases: dict[str, Case], rounds: int, clock: Callable[[], float], dev
     """Seconds (forward, backward) of each round, by backend; the first turn compiles and is dropped."""
     seconds = {name: [] for name in cases}
     for turn in range(rounds + 1):
-        for name, (forward, backward) in cases.items():
+        for name, (forward, backward, _) in cases.items():
             wait(device)
             start = clock()
             state = forward()
@@ -175,7 +179,7 @@ def main() -> None:
                     "composite": lambda backend, n=points: composite_case(backend, n, device),
                 }
                 cases = {backend.name: build[op](backend) for backend in backends}
-                moved = bytes_of(op, points, spec, dtype)
+                moved = bytes_of(op, next(iter(cases.values()))[2], spec, dtype)
                 found = rows_of(op, points, measure(cases, args.rounds, clock, device), moved, bandwidth)
                 rows += [row | ({"log2_table": log2_table} if op == "hash_encode" else {}) for row in found]
     about = machine(device) | {"copy_gb_s": round(bandwidth / 1e9, 1)}

@@ -207,12 +207,18 @@ def test_threads_change_no_bit_and_stay_as_they_were():
     backend, before = choose("cpu", "numba"), torch.get_num_threads()
     points, spec = draw(5000, 3, dtype=torch.float32), GridSpec()
     weights, results = draw(5000, spec.width, dtype=torch.float32), []
+    samples = backend.march(*rays(200, torch.float32), ball(16), 0.05)
     try:
         for threads in (1, 2):
             torch.set_num_threads(threads)
             table = draw(spec.entries, 2, dtype=torch.float32).requires_grad_()
             out = backend.hash_encode(points, table, spec)
-            results.append((out.detach(), torch.autograd.grad(out, table, weights)[0]))
+            sigma = (samples.t * 2).requires_grad_()
+            blend = backend.composite(sigma, samples.dt, samples.points, samples.offsets)
+            (slope,) = torch.autograd.grad(blend.accumulated.sum(), sigma, retain_graph=True)
+            results.append(
+                (out.detach(), torch.autograd.grad(out, table, weights)[0], *map(Tensor.detach, blend), slope)
+            )
             assert torch.get_num_threads() == threads
     finally:
         torch.set_num_threads(before)
@@ -389,6 +395,15 @@ def test_every_backend_composites_as_the_reference(dtype: torch.dtype, tolerance
     for expected, *others in zip(*results):
         for got in others:
             torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
+
+
+def test_numba_absorbs_to_the_last_bit():
+    """float32 takes a polynomial for the exponential: one sample a ray, against float64, within one last place."""
+    sigma = torch.cat([torch.logspace(-30, 3, 100_000), torch.tensor([0.0, 1e-38, math.inf, math.nan])])
+    offsets = torch.arange(len(sigma) + 1)
+    weights = choose("cpu", "numba").composite(sigma, torch.ones_like(sigma), sigma[:, None], offsets).weights
+    exact = -torch.expm1(-sigma.double())
+    torch.testing.assert_close(weights.double(), exact, rtol=2.0**-23, atol=0, equal_nan=True)
 
 
 @each_backend

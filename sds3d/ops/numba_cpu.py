@@ -82,13 +82,14 @@ class Loops:
         self, sigma: Tensor, dt: Tensor, values: Tensor, offsets: Tensor, threshold: float
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """See `autograd.Loops.blend`."""
-        rays = offsets.shape[0] - 1
-        weights, light = torch.zeros_like(sigma), torch.empty_like(sigma)
-        opacity, accumulated = sigma.new_empty(rays), values.new_zeros(rays, values.shape[1])
+        rays, channels, used = offsets.shape[0] - 1, values.shape[1], int(offsets[-1])
+        weights, light = torch.empty_like(sigma), torch.empty_like(sigma)
+        weights[used:].zero_()
+        opacity, accumulated = sigma.new_empty(rays), values.new_zeros(rays, channels)
+        limit, lanes = sigma.numpy().dtype.type(threshold), (0,) * channels
         inputs, outputs = (sigma, dt, values, offsets), (weights, light, opacity, accumulated)
-        limit = sigma.numpy().dtype.type(threshold)
         _share_threads()
-        numba_kernels.composite(*(x.numpy() for x in inputs), limit, *(x.numpy() for x in outputs))
+        numba_kernels.composite(*map(_flat, inputs), limit, lanes, *map(_flat, outputs))
         return weights, light, opacity, accumulated
 
     def blend_backward(
@@ -101,10 +102,11 @@ class Loops:
         grads: tuple[Tensor, Tensor, Tensor],
     ) -> tuple[Tensor, Tensor]:
         """See `autograd.Loops.blend_backward`."""
-        g_sigma, g_values = torch.zeros_like(weights), torch.zeros_like(values)
-        arrays = (dt, values, offsets, weights, light, *grads, g_sigma, g_values)
+        g_sigma, g_values, used = torch.empty_like(weights), torch.empty_like(values), int(offsets[-1])
+        g_sigma[used:].zero_(), g_values[used:].zero_()
+        inputs, outputs = (dt, values, offsets, weights, light), (*grads, g_sigma, g_values)
         _share_threads()
-        numba_kernels.composite_backward(*(x.numpy() for x in arrays))
+        numba_kernels.composite_backward(*map(_flat, inputs), (0,) * values.shape[1], *map(_flat, outputs))
         return g_sigma, g_values
 
 
