@@ -28,6 +28,7 @@ for real, table in (("fp32", "fp16"), ("fp32", "bf16"), ("fp64", "fp64")):
         fixed = {"grad": f"*{table}", "factor": "*fp64", "out": "*i64"}
         build(kernels.scatter, {**ENCODING, "ALONG": along, "FIXED": True}, real, **fixed)
     build(kernels.point_gradient, ENCODING, real, table=f"*{table}", grad=f"*{table}")
+build(kernels.touch, {}, "fp32")
 build(kernels.gather, {"F": 3, "FP": 4, "BLOCK": 256, "ALONG": False}, "fp32")
 for real in ("fp32", "fp64"):
     for write in (False, True):

@@ -1,6 +1,7 @@
 """Kernels against closed forms, finite differences, nerfacc's pure torch, and one another."""
 
 import math
+import subprocess
 
 import pytest
 import torch
@@ -215,7 +216,7 @@ def test_threads_change_no_bit_and_stay_as_they_were():
             out = backend.hash_encode(points, table, spec)
             sigma = (samples.t * 2).requires_grad_()
             blend = backend.composite(sigma, samples.dt, samples.points, samples.offsets)
-            (slope,) = torch.autograd.grad(blend.accumulated.sum(), sigma, retain_graph=True)
+            (slope,) = torch.autograd.grad(blend.accumulated.sum(), sigma)
             results.append(
                 (out.detach(), torch.autograd.grad(out, table, weights)[0], *map(Tensor.detach, blend), slope)
             )
@@ -445,6 +446,35 @@ def test_choice_without_triton(monkeypatch):
     assert choose("cuda").name == "torch" and "pip install triton" in str(choose("cuda"))
     with pytest.raises(ValueError, match="pip install triton"):
         choose("cuda", "triton")
+
+
+def test_choice_where_triton_cannot_launch(monkeypatch):
+    """A compiler without Python's headers, say: found out by one launch, told, and torch taken."""
+    from sds3d.ops import triton_gpu
+
+    class Broken:
+        tries = 0
+
+        def __getitem__(self, programs: tuple):
+            Broken.tries += 1
+            raise subprocess.CalledProcessError(1, ["gcc", "cuda_utils.c"])
+
+    here = torch.device("cpu")
+    triton_gpu.refusal.cache_clear()
+    assert triton_gpu.refusal(here) == ""
+    triton_gpu.refusal.cache_clear()
+    monkeypatch.setattr(triton_gpu.triton_kernels, "touch", Broken())
+    reasons = {triton_gpu.refusal(here) for _ in range(2)}
+    triton_gpu.refusal.cache_clear()
+    assert Broken.tries == 1 and "CalledProcessError" in (reason := reasons.pop()) and "cuda_utils.c" in reason
+    monkeypatch.setattr(triton_gpu, "refusal", lambda device: reason)
+    assert choose("cuda").name == "triton"  # interpreted: nothing is launched
+    monkeypatch.delenv("TRITON_INTERPRET")
+    monkeypatch.setenv("CC", "gcc")
+    assert choose("cuda").name == "torch" and "python3-dev" in str(choose("cuda")) and reason in str(choose("cuda"))
+    with pytest.raises(ValueError, match="python3-dev.*which takes torch here"):
+        choose("cuda", "triton")
+    assert choose("cpu").name == "numba"
 
 
 @pytest.mark.gpu

@@ -20,6 +20,11 @@ __all__ = ["BACKENDS", "TERMINATION", "Backend", "Composite", "GridSpec", "Sampl
 
 BACKENDS = ("auto", "torch", "numba", "triton", "tinycudann", "nerfacc", "tinycudann+nerfacc")
 
+LINK = (
+    "backend triton wants a C compiler and Python's headers, with which Triton builds its link to the driver once: "
+    "install gcc and python3-dev"
+)
+
 
 @dataclass(frozen=True)
 class Backend:
@@ -64,7 +69,7 @@ def choose(device: torch.device | str = "cpu", wanted: str = "auto") -> Backend:
 def _automatic(device: torch.device) -> Backend:
     """The fastest that runs here without building or compiling anything."""
     if device.type == "cuda":
-        missing = _missing_for_triton()
+        missing = _missing_for_triton(device)
         return _torch(f"{missing}; many times faster on a GPU") if missing else _triton(device, "made for GPUs")
     if device.type != "cpu":
         return _torch(f"plain torch is what runs on {device.type} without building anything")
@@ -96,21 +101,26 @@ def _triton(device: torch.device, reason: str) -> Backend:
             f"backend triton runs on CUDA, not on {device.type} (TRITON_INTERPRET=1 interprets it there, for tests); "
             "give --device cuda or --backend auto"
         )
-    if missing := _missing_for_triton():
+    if missing := _missing_for_triton(device):
         raise ValueError(f"{missing}; or give --backend auto")
     from sds3d.ops import triton_gpu
 
     return Backend("triton", reason, triton_gpu.hash_encode, triton_gpu.march, triton_gpu.composite)
 
 
-def _missing_for_triton() -> str:
-    """What Triton would need, "" where nothing is missing."""
+def _missing_for_triton(device: torch.device) -> str:
+    """What Triton would need on a device, "" where nothing is missing; a GPU is tried, once."""
     if importlib.util.find_spec("triton") is None:
         return "backend triton wants triton: pip install triton"
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if not (interpreted or os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
-        return "backend triton wants a C compiler (gcc or clang), with which Triton builds its link to the driver once"
-    return ""
+        return LINK
+    if interpreted or device.type != "cuda":
+        return ""
+    from sds3d.ops import triton_gpu
+
+    refused = triton_gpu.refusal(device)
+    return refused and f"{LINK} (a first launch failed: {refused})"
 
 
 def _cuda(device: torch.device, wanted: str) -> Backend:

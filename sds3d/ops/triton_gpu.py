@@ -12,11 +12,13 @@ this file is imported everything runs on a CPU, slowly: that is how the tests ch
 from __future__ import annotations
 
 import math
+import subprocess
 from functools import lru_cache
 
 import torch
 import triton
 from torch import Tensor
+from triton.errors import TritonError
 
 from sds3d.ops import autograd, triton_kernels
 from sds3d.ops.reference import TERMINATION, Composite, GridSpec, Samples, check_march, level_rows
@@ -25,6 +27,18 @@ POINTS = 256  # a program of the encoding
 RAYS = 128  # a program of the march
 SAMPLES = 64  # a block of the compositing
 ROOM = 60  # bits for a fixed-point sum
+# No compiler, a header that is missing, a library that does not load, no driver, an assembler that refuses:
+FAILURES = (RuntimeError, subprocess.SubprocessError, OSError, ImportError, AssertionError, TritonError)
+
+
+@lru_cache(maxsize=8)
+def refusal(device: torch.device) -> str:
+    """Why no kernel can be launched on a device, "" where one can: found out once, by launching the smallest."""
+    try:
+        triton_kernels.touch[(1,)](torch.empty(1, device=device))
+    except FAILURES as error:
+        return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    return ""
 
 
 @lru_cache(maxsize=64)

@@ -10,6 +10,12 @@ import triton.language as tl
 
 
 @triton.jit
+def touch(out):
+    """The smallest kernel: shows that kernels can be launched at all."""
+    tl.store(out, 1.0)
+
+
+@triton.jit
 def _axis(points, n, live, axis: tl.constexpr, scale):
     """Grid cell (uint32) below each point along an axis, and the fraction beyond it. NaN reads as 0."""
     x = tl.load(points + 3 * n + axis, mask=live, other=0.0)
