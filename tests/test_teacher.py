@@ -1,5 +1,6 @@
 """The embedded teacher and its training."""
 
+import shutil
 from dataclasses import asdict, replace
 
 import pytest
@@ -53,6 +54,19 @@ def test_a_compiled_teacher_answers_the_same(teacher, monkeypatch):
     first, second = (ask(replayed, [prompt]).v for prompt in ("a red mug", "a blue chair"))
     assert torch.equal(first, ask(teacher, ["a red mug"]).v) and torch.equal(second, ask(teacher, ["a blue chair"]).v)
     assert modes == ["reduce-overhead"]
+
+
+@pytest.mark.slow
+def test_torch_compile_answers_the_same(teacher):
+    """The real compiler, on a CPU: no CUDA graph, but everything before it."""
+    if not (shutil.which("g++") or shutil.which("clang++")):
+        pytest.skip("torch.compile needs a C++ compiler on a CPU")
+    replayed, prompts = small.load(compiled=True), ["a red mug", ""]
+    for seed in range(2):  # the second answer is not to write into the first
+        exact = ask(teacher, prompts, orbit(2), seed=seed)
+        first = ask(replayed, prompts, orbit(2), seed=seed)
+        ask(replayed, prompts, orbit(2), seed=9)
+        assert torch.allclose(first.v, exact.v, rtol=0, atol=1e-5)
 
 
 def test_answers_do_not_depend_on_the_company(teacher):
