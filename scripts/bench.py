@@ -201,7 +201,7 @@ def backends_here(op: str, device: torch.device) -> list[str]:
     """The backends that have their own kernel for an op on this device, and are installed."""
     own = {"torch": OPS, "numba": OPS} if device.type == "cpu" else {"torch": OPS, "triton": OPS}
     if device.type == "cuda":
-        own |= {"tinycudann": ("hash_encode",), "nerfacc": ("composite",)}
+        own |= {"tinycudann": ("hash_encode",), "nerfacc": ("march", "composite")}
     return [name for name, ops in own.items() if op in ops and importlib.util.find_spec(name) is not None]
 
 

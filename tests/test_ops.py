@@ -2,12 +2,13 @@
 
 import math
 import subprocess
+from typing import NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
 
-from sds3d.ops import Backend, GridSpec, choose, reference
+from sds3d.ops import Backend, GridSpec, choose, nerfacc_cuda, reference
 
 SMALL = GridSpec(levels=3, features=2, log2_table=8, base=4, finest=16)  # dense, hashed, hashed
 BACKENDS = [choose("cpu", name) for name in ("torch", "numba", "triton")]  # triton is interpreted: see conftest.py
@@ -421,6 +422,43 @@ def test_nerfacc_composites_the_same(backend: Backend):
     torch.testing.assert_close(out.accumulated, nerfacc.accumulate_along_rays(weights, values), rtol=0, atol=1e-12)
 
 
+class Walk(NamedTuple):
+    """What nerfacc's traversal gives, as far as it is read."""
+
+    vals: Tensor
+    ray_indices: Tensor
+
+
+def walk(origins, directions, grids, boxes, near_planes, far_planes, step_size, t_sorted, t_indices, hits):
+    """nerfacc's traverse_grids of one grid, which runs on CUDA only, as its source (0.5.3) reads: the middles of whole
+    steps from the near plane, inside the box and before the far plane, in occupied cells."""
+    assert t_indices.tolist() == [[0, 1]] * len(origins) and boxes.tolist() == [[-1, -1, -1, 1, 1, 1]]
+    middle = near_planes[:, None] + (torch.arange(200) + 0.5) * step_size
+    points = origins[:, None] + middle[..., None] * directions[:, None]
+    cells = grids.shape[-1]
+    x, y, z = torch.where(points.isnan(), 0, (points + 1) * cells / 2).clamp(0, cells - 1).long().unbind(-1)
+    first, last = torch.maximum(t_sorted[:, 0], near_planes), torch.minimum(t_sorted[:, 1], far_planes)
+    keep = hits & (middle >= first[:, None]) & (middle < last[:, None]) & grids[0, x, y, z]
+    return None, Walk(middle[keep], keep.nonzero()[:, 0]), None
+
+
+@pytest.mark.parametrize("near", [0.0, 2.3])
+@pytest.mark.parametrize("shifted", [False, True])
+def test_nerfacc_is_asked_for_the_samples_of_the_definition(near: float, shifted: bool, monkeypatch):
+    nerfacc = pytest.importorskip("nerfacc")
+    monkeypatch.setattr(nerfacc, "traverse_grids", walk)
+    origins, directions = rays(100)
+    origins[:20] /= 10  # from inside
+    directions[20], origins[21] = 0, math.nan
+    jitter = draw(100, seed=5) if shifted else None
+    for count in (100, 0):
+        arguments = origins[:count], directions[:count], ball(16), 0.05, jitter if count or not shifted else jitter[:0]
+        for got, wanted in zip(
+            nerfacc_cuda.march(*arguments, near=near, far=3.5), reference.march(*arguments, near=near, far=3.5)
+        ):
+            assert torch.equal(got, wanted)
+
+
 # --- the choice ---
 
 
@@ -475,6 +513,19 @@ def test_choice_where_triton_cannot_launch(monkeypatch):
     with pytest.raises(ValueError, match="python3-dev.*which takes torch here"):
         choose("cuda", "triton")
     assert choose("cpu").name == "numba"
+
+
+@pytest.mark.gpu
+def test_nerfacc_marches_to_the_samples_of_the_definition():
+    """But for those within rounding of a cell's border, which either may keep."""
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    pytest.importorskip("nerfacc")
+    arguments = (*(x.cuda() for x in rays(2000, torch.float32)), ball(16).cuda(), 0.05)
+    jitter = draw(2000, seed=5, dtype=torch.float32).cuda()
+    got, wanted = (choose("cuda", name).march(*arguments, jitter) for name in ("nerfacc", "torch"))
+    found, right = (set(zip(s.ray_index.tolist(), (s.t / 0.01).round().tolist())) for s in (got, wanted))
+    assert len(found ^ right) < 0.001 * len(right)
 
 
 @pytest.mark.gpu

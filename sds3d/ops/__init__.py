@@ -128,7 +128,7 @@ def _cuda(device: torch.device, wanted: str) -> Backend:
     if device.type != "cuda":
         raise ValueError(f"backend {wanted} runs on CUDA, not on {device.type}; give --device cuda or --backend auto")
     others = choose(device)
-    hash_encode, composite = others.hash_encode, others.composite
+    hash_encode, march, composite = others.hash_encode, others.march, others.composite
     if "tinycudann" in wanted:
         from sds3d.ops import tcnn_cuda
 
@@ -138,5 +138,5 @@ def _cuda(device: torch.device, wanted: str) -> Backend:
         from sds3d.ops import nerfacc_cuda
 
         nerfacc_cuda.check()
-        composite = nerfacc_cuda.composite
-    return Backend(wanted, f"asked for; the rest is {others.name}", hash_encode, others.march, composite)
+        march, composite = nerfacc_cuda.march, nerfacc_cuda.composite
+    return Backend(wanted, f"asked for; the rest is {others.name}", hash_encode, march, composite)

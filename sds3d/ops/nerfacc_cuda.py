@@ -1,15 +1,20 @@
-"""Compositing by nerfacc (arXiv 2305.04966), opt-in: its CUDA code builds itself on first use.
+"""Marching and compositing by nerfacc (arXiv 2305.04966), opt-in: its CUDA code builds itself on first use.
 
-Marching stays with `reference`: nerfacc's restarts its steps at each occupied cell, so its samples are not
-those of the definition.
+Its march walks from cell to cell and advances by whole steps from a ray's near plane, through empty cells too: a
+sample is kept where its middle, near + (k + 1/2) step, lies in an occupied cell. So a near plane of start + (jitter -
+1/2) step gives the samples of the definition. It sums its steps in float32 and finds cells by their
+borders, so a sample within rounding of a border may be kept by one and not by the other. It asks how many samples there
+are: the host waits.
 """
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
-from sds3d.ops.reference import TERMINATION, Composite, check_composite
+from sds3d.ops.reference import TERMINATION, Composite, Samples, box_interval, check_composite, check_march, fitted
 
 
 def check() -> None:
@@ -18,6 +23,52 @@ def check() -> None:
         import nerfacc  # noqa: F401
     except ImportError as error:
         raise ValueError("backend nerfacc is not installed; pip install nerfacc, or give --backend auto") from error
+
+
+@torch.no_grad()
+def march(
+    origins: Tensor,  # (R, 3)
+    directions: Tensor,  # (R, 3)
+    occupancy: Tensor,  # (G, G, G) bool
+    step: float,
+    jitter: Tensor | None = None,  # (R,)
+    near: float = 0.0,
+    far: float = math.inf,
+    room: int | None = None,
+) -> Samples:
+    """As `reference.march`, up to rounding at the borders of cells."""
+    import nerfacc
+
+    check_march(origins, directions, occupancy, step)
+    rays, device = origins.shape[0], origins.device
+    jitter = origins.new_full((rays,), 0.5) if jitter is None else jitter
+    enter, leave = box_interval(origins, directions)
+    start, stop = enter.clamp(min=near), leave.clamp(max=far)
+    hit = (stop > start) & torch.isfinite(start) & torch.isfinite(stop)
+    start, stop = torch.where(hit, start, 0), torch.where(hit, stop, 0)
+    index, place = torch.zeros(0, dtype=torch.int64, device=device), origins.new_zeros(0)
+    if rays:  # it launches a thread a ray, and none cannot be launched
+        first, box = start + (jitter - 0.5) * step, [-1.0, -1.0, -1.0, 1.0, 1.0, 1.0]
+        _, found, _ = nerfacc.traverse_grids(
+            origins.float(),
+            directions.float(),
+            occupancy[None],
+            torch.tensor([box], device=device),
+            near_planes=first.float(),
+            far_planes=stop.float(),
+            step_size=step,
+            t_sorted=torch.stack([start, stop], -1).float(),
+            t_indices=torch.arange(2, device=device).repeat(rays, 1),
+            hits=hit[:, None],
+        )
+        index = found.ray_indices
+        steps = ((found.vals.to(origins.dtype) - start[index]) / step - jitter[index]).round()
+        place = (steps + jitter[index]) * step  # as the definition rounds it
+    t = start[index] + place
+    points = origins[index] + t[:, None] * directions[index]
+    ends = torch.bincount(index, minlength=rays).cumsum(0)
+    offsets = torch.cat([ends.new_zeros(1), ends])
+    return fitted(Samples(index, points, t, torch.full_like(t, step), offsets), room)
 
 
 def composite(
