@@ -1,8 +1,14 @@
-"""Samplers: loops over a predict function that yield every step."""
+"""Samplers: loops over a predict function that yield every step.
+
+Each takes x_t along given times: ``ddpm`` adds noise on the way, the others follow the probability-flow ODE, which
+in y = x_t / alpha and r = sigma / alpha is ``dy/dr = eps(x_t, t)``, the same in every schedule (Karras et al., arXiv
+2206.00364, eq. 4). At t = 1 alpha may be 0 and r endless: x_t is pure noise there, and the first step treats it so.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -10,9 +16,152 @@ from torch import Tensor
 from sds3d.noise import Prediction, Schedule, noised
 from sds3d.transfer import onto
 
+Predict = Callable[[Tensor, Tensor], Prediction]  # (x_t (B, C, H, W), t (B,)) -> Prediction
+Steps = Iterator[tuple[Tensor, Tensor, Tensor]]  # t (B,) reached, the x0 predicted on the way there, x_t there
+
+SAMPLERS = ("ddim", "ddpm", "heun", "dpm++")
+R_MAX, R_MIN = 80.0, 0.002  # sigma/alpha where sampling begins and ends (Karras et al., table 1)
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """A way from noise to images.
+
+    Args:
+        name: one of SAMPLERS. "ddim" (evenly spaced t), "ddpm" (the same with fresh noise in every step), "heun"
+            (EDM's, two evaluations a step but in the last), "dpm++" (DPM-Solver++(2M)).
+        steps: how many.
+
+    Raises:
+        ValueError: unknown name, no step.
+    """
+
+    name: str = "ddim"
+    steps: int = 30
+
+    def __post_init__(self):
+        if self.name not in SAMPLERS:
+            raise ValueError(f"sampler is {self.name!r}; give {', '.join(SAMPLERS)}")
+        if self.steps < 1:
+            raise ValueError(f"sampling needs at least 1 step, got {self.steps}")
+
+    @property
+    def evaluations(self) -> int:
+        """How often it asks for a prediction in a schedule that ends without noise; heun asks once more in others."""
+        return 2 * self.steps - 1 if self.name == "heun" else self.steps
+
+    @staticmethod
+    def within(name: str, evaluations: int) -> Sampler:
+        """The sampler of that name that takes at most so many ``evaluations``."""
+        return Sampler(name, (evaluations + 1) // 2 if name == "heun" else evaluations)
+
+    def __call__(
+        self, predict: Predict, noise: Tensor, schedule: Schedule, generator: torch.Generator | None = None
+    ) -> Steps:
+        """From noise (B, C, H, W) of standard deviation 1 to the least noise of the schedule.
+
+        Args:
+            generator: of fresh noise, for "ddpm".
+        """
+        if self.name in ("ddim", "ddpm"):
+            _, sigma = schedule.alpha_sigma(torch.ones(1))
+            return ddim(predict, float(sigma) * noise, schedule, self.steps, float(self.name == "ddpm"), generator)
+        solve, times = (heun, edm_times) if self.name == "heun" else (dpm_solver, log_times)
+        found = times(schedule, self.steps)
+        _, sigma = schedule.alpha_sigma(found[:1])
+        return solve(predict, float(sigma) * noise, schedule, found)
+
+
+def edm_times(schedule: Schedule, steps: int, rho: float = 7.0) -> Tensor:
+    """Times (steps + 1,) float64, falling: r^(1/rho) falls evenly (Karras et al., arXiv 2206.00364, eq. 5).
+
+    r goes from R_MAX to R_MIN and then to 0; where the schedule does not reach as far, from and to its own ends.
+    """
+    return _times(schedule, steps, lambda r: r ** (1 / rho), lambda y: y**rho)
+
+
+def log_times(schedule: Schedule, steps: int) -> Tensor:
+    """Times (steps + 1,) float64, falling: log r falls evenly (Lu et al., arXiv 2206.00927, section 3.3); its ends are
+    those of ``edm_times``."""
+    return _times(schedule, steps, torch.log, torch.exp)
+
+
+def _times(schedule: Schedule, steps: int, scale: Callable, back: Callable) -> Tensor:
+    """Times between the ends, even in scale(r)."""
+    alpha, sigma = schedule.alpha_sigma(torch.tensor([0.0, 1.0], dtype=torch.float64))
+    low, high = sigma / alpha.clamp_min(1e-12)
+    ends = torch.stack([high.clamp_max(R_MAX), low.clamp_min(R_MIN)])
+    to_zero = bool(low == 0)  # the last step is to sigma = 0, where log r has no end
+    places = torch.arange(steps + (not to_zero), dtype=torch.float64) / max(steps - to_zero, 1)
+    ratios = back(torch.lerp(*scale(ends), places)).clamp(ends[1], ends[0])
+    times = schedule.t_of_ratio(ratios)
+    return torch.cat([times, times.new_zeros(1)]) if to_zero else times
+
+
+@dataclass(frozen=True)
+class _Level:
+    """t, alpha and sigma, each (B,); whether sigma is 0."""
+
+    t: Tensor
+    alpha: Tensor
+    sigma: Tensor
+    clean: bool
+
+
+def _levels(schedule: Schedule, times: Tensor, like: Tensor) -> list[_Level]:
+    """The levels at all times, where x_t (B, C, H, W) is."""
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    alpha, sigma = schedule.alpha_sigma(times.double())
+    rows = onto(torch.stack([times.double(), alpha, sigma], -1).to(dtype), like.device)
+    clean = (sigma == 0).tolist()
+    return [_Level(*(value.expand(len(like)) for value in row), end) for row, end in zip(rows, clean)]
+
+
+def heun(predict: Predict, x_t: Tensor, schedule: Schedule, times: Tensor) -> Steps:
+    """Heun's second order steps of dy/dr = eps (Karras et al., arXiv 2206.00364, algorithm 1); a step to sigma = 0 is
+    Euler's.
+
+    Args:
+        x_t: (B, C, H, W) at times[0]: noise times sigma, where it is nearly pure noise.
+        times: (S + 1,), falling.
+    """
+    levels = _levels(schedule, times, x_t)
+    for at, to in zip(levels[:-1], levels[1:]):
+        here = predict(x_t, at.t)
+        if to.clean:
+            x0, x_t = here.x0, noised(here.x0, here.eps, to.alpha, to.sigma)
+        else:
+            there = predict(noised(here.x0, here.eps, to.alpha, to.sigma), to.t)
+            x0, apart = there.x0, to.alpha * (to.sigma / to.alpha - at.sigma / at.alpha) / 2
+            x_t = noised(noised(x_t, here.eps, to.alpha / at.alpha, apart), there.eps, torch.ones_like(apart), apart)
+        yield to.t, x0, x_t
+
+
+def dpm_solver(predict: Predict, x_t: Tensor, schedule: Schedule, times: Tensor) -> Steps:
+    """DPM-Solver++(2M) (Lu et al., arXiv 2211.01095, algorithm 2): second order in steps h of l = log(alpha/sigma).
+
+        x_s = sigma_s / sigma_t x_t - alpha_s (e^-h - 1) D        with D = x0 + h / (2 h') (x0 - x0')
+
+    where primes are of the step before. The first step, and a step to sigma = 0, have D = x0: first order. Arguments
+    as ``heun``'s.
+    """
+    levels = _levels(schedule, times, x_t)
+    before, length = None, None
+    for at, to in zip(levels[:-1], levels[1:]):
+        x0 = predict(x_t, at.t).x0
+        if to.clean:
+            x_t = to.alpha.view(-1, *[1] * (x0.dim() - 1)) * x0
+        else:
+            h = torch.log(to.alpha / to.sigma * at.sigma / at.alpha)
+            share = torch.zeros_like(h) if before is None else h / (2 * length)
+            straight = x0 if before is None else noised(x0, before, 1 + share, -share)
+            x_t = noised(x_t, straight, to.sigma / at.sigma, -to.alpha * torch.expm1(-h))
+            before, length = x0, h
+        yield to.t, x0, x_t
+
 
 def ddim(
-    predict: Callable[[Tensor, Tensor], Prediction],
+    predict: Predict,
     x_t: Tensor,
     schedule: Schedule,
     steps: int,

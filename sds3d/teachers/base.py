@@ -11,6 +11,7 @@ from torch import Tensor
 from sds3d.cameras import Cameras
 from sds3d.noise import Prediction, Schedule
 
+PACKAGED = ("small", "toybox", "digits")  # "toybox" is another name of "small"
 VIEWS = ("camera", "words")  # how a teacher may be told where an image is seen from
 
 
@@ -43,12 +44,14 @@ class Teacher(Protocol):
     Attributes:
         schedule: its noise levels; every t below is that of this schedule.
         image_size: side of the images it was trained on, pixels.
+        shape: (C, h, w) of one x, the space it denoises in.
         views: how it is told where an image is seen from: "camera" (cameras are passed, no view words) or
             "words" (the prompts carry view words, cameras are not passed).
     """
 
     schedule: Schedule
     image_size: int
+    shape: tuple[int, int, int]
     views: str
 
     def encode(self, images: Tensor) -> Tensor:
@@ -80,11 +83,13 @@ class Teacher(Protocol):
         ...
 
 
-def encode_pixels(images: Tensor, image_size: int) -> Tensor:
-    """images (B, 3, H, W) in [0, 1] -> (B, 3, image_size, image_size) in [-1, 1]: a pixel teacher's ``encode``.
+def encode_pixels(images: Tensor, image_size: int, channels: int = 3) -> Tensor:
+    """images (B, 3, H, W) in [0, 1] -> (B, channels, image_size, image_size) in [-1, 1]: a pixel teacher's ``encode``.
 
-    Shrinks by area, grows bilinearly; differentiable.
+    Shrinks by area, grows bilinearly; one channel is the mean of the three. Differentiable.
     """
+    if channels == 1:
+        images = images.mean(1, keepdim=True)
     height, width = images.shape[-2:]
     if min(height, width) >= image_size and max(height, width) > image_size:
         images = F.interpolate(images, (image_size, image_size), mode="area")
@@ -94,5 +99,5 @@ def encode_pixels(images: Tensor, image_size: int) -> Tensor:
 
 
 def decode_pixels(x: Tensor) -> Tensor:
-    """x (B, 3, H, W) in [-1, 1] -> images in [0, 1], clamped: a pixel teacher's ``decode``."""
-    return ((x + 1) / 2).clamp(0, 1)
+    """x (B, 1 or 3, H, W) in [-1, 1] -> images (B, 3, H, W) in [0, 1], clamped: a pixel teacher's ``decode``."""
+    return ((x + 1) / 2).clamp(0, 1).expand(-1, 3, -1, -1)

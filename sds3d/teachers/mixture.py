@@ -127,6 +127,7 @@ class MixtureTeacher:
         self.cameras, self.view_width, self.pixels = cameras, view_width, pixels
         self.views = "words" if cameras is None else "camera"
         self.image_size = mixture.means.shape[-1]
+        self.shape = tuple(mixture.means.shape[1:])
         self.classes = {"": mixture.weights}
         for prompt, weights in (classes or {}).items():
             weights = torch.as_tensor(weights, dtype=torch.float64)
