@@ -21,7 +21,8 @@ from sds3d.data import toybox
 from sds3d.doctor import machine
 from sds3d.guidance import cfg
 from sds3d.noise import Prediction, noised
-from sds3d.teachers import fit, small
+from sds3d.teachers import small
+from sds3d.teachers.sources import GRID_PROMPTS
 
 LEVELS = (1.0, 0.98, 0.9, 0.8, 0.65, 0.5, 0.3)
 SCALES = (1.0, 2.0, 5.0)
@@ -57,14 +58,14 @@ def main() -> None:
     parser.add_argument("--weights", type=Path, help="a teacher; the packaged one by default")
     teacher = small.load(parser.parse_args().weights)
     generator, values = torch.Generator().manual_seed(0), defaultdict(list)
-    for prompt in fit.GRID_PROMPTS:
+    for prompt in GRID_PROMPTS:
         for key, value in measure(teacher, prompt, generator).items():
             values[key].append(value)
     print(*(f"{key}: {value}" for key, value in machine(teacher.device).items()), sep="\n")
     print("start  s  ", *(f"t={level:<5}" for level in LEVELS))
     for start in ("true", "grey"):
         for scale in SCALES:
-            row = [sum(values[start, scale, level]) / len(fit.GRID_PROMPTS) for level in LEVELS]
+            row = [sum(values[start, scale, level]) / len(GRID_PROMPTS) for level in LEVELS]
             print(f"{start}  {scale:<4}", *(f"{value:<7.1f}" for value in row))
 
 

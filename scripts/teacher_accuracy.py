@@ -31,6 +31,7 @@ from sds3d.export.sheet import contact_sheet
 from sds3d.prompts import COLOURS
 from sds3d.teachers import fit, small
 from sds3d.teachers.base import VIEWS
+from sds3d.teachers.drawing import sample
 
 NAMES, PAINTS = list(KINDS | STACKS), list(COLOURS)
 
@@ -92,7 +93,7 @@ def classifier(path: Path | None, store: renders.Renders, steps: int, generator:
 def draw(teacher: small.SmallTeacher, cases: list[Case], guidance: float) -> list[Tensor]:
     """One sample a case, each (1, 3, 64, 64)."""
     told = [case.camera if teacher.views == "camera" else None for case in cases]
-    return [fit.sample(teacher, case.caption, 1, i, guidance, told[i]) for i, case in enumerate(cases)]
+    return [sample(teacher, [case.caption], i, guidance, told[i]) for i, case in enumerate(cases)]
 
 
 @dataclass

@@ -160,11 +160,11 @@ def compare(comparison: Comparison, out: Path) -> Iterator[Entry]:
 
 def teacher_samples(config: RunConfig) -> Tensor:
     """What the teacher itself draws for a prompt, (SAMPLES, 3, H, W) in [0, 1]; for a scene from cameras around it."""
-    from sds3d.teachers import fit
+    from sds3d.teachers.drawing import sample
 
     teacher = make.teacher(config)
     cameras = orbit(SAMPLES) if isinstance(config, Config) and teacher.views == "camera" else None
-    return fit.sample(teacher, config.prompt, SAMPLES, seed=1, cameras=cameras).cpu()
+    return sample(teacher, [config.prompt] * SAMPLES, seed=1, guidance=2.0, cameras=cameras).cpu()
 
 
 def _carry_out(config: RunConfig, samples: Tensor) -> tuple[Asset | Painting, dict[str, float | None], Tensor]:

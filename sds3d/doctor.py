@@ -12,7 +12,8 @@ import torch
 
 import sds3d
 from sds3d import config, make, ops
-from sds3d.teachers.base import TeacherConfig
+from sds3d.teachers import small
+from sds3d.teachers.base import PACKAGED, TeacherConfig
 
 PACKAGES = (
     "torch",
@@ -55,7 +56,7 @@ def examine() -> dict[str, Any]:
         "device": str(device) if device.type == "cpu" else f"{device} ({torch.cuda.get_device_name(device)})",
         "threads": f"{torch.get_num_threads()} of {os.cpu_count()} processors",
         "backends": {name: _backend(device, name) for name in ops.BACKENDS},
-        "teachers": {name: _teacher(name) for name in config.PACKAGED_TEACHERS},
+        "teachers": {name: _teacher(name) for name in PACKAGED},
         "recipes": sorted(path.stem for path in config.recipes_folder().glob("*.yaml")),
     }
     report["problems"] = _problems(report)
@@ -110,7 +111,7 @@ def _teacher(name: str) -> str:
         teacher = make.load_teacher(TeacherConfig(name), "cpu")
     except ValueError as error:
         return f"no: {error}"
-    path = Path(sds3d.__file__).parent / "teachers" / f"{name}.safetensors"
+    path = small.packaged(name)
     return f"{path.stat().st_size / 1e6:.1f} MB, {len(teacher.vocabulary)} words, {path}"
 
 

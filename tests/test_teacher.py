@@ -12,7 +12,8 @@ from sds3d.data.toybox import VOCABULARY
 from sds3d.networks.ema import EMA
 from sds3d.networks.text import TextEncoder
 from sds3d.networks.unet import UNet, UNetConfig, ray_features
-from sds3d.teachers import fit, small
+from sds3d.teachers import fit, small, sources
+from sds3d.teachers.drawing import sample
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +27,7 @@ def ask(teacher, prompts, cameras=None, mask=None, seed=0):
 
 
 def test_the_packaged_weights_are_small_and_know_the_toybox(teacher):
-    assert small.WEIGHTS.stat().st_size < 16e6
+    assert small.packaged("small").stat().st_size < 16e6
     assert teacher.vocabulary == VOCABULARY
     count = sum(p.numel() for m in (teacher.unet, teacher.text) for p in m.parameters())
     assert 4e6 <= count <= 8e6
@@ -35,7 +36,7 @@ def test_the_packaged_weights_are_small_and_know_the_toybox(teacher):
 def test_it_denoises_what_it_was_asked_for(teacher):
     """From pure noise, a red ball is red in the middle and white in the corners; a blue one is blue."""
     for prompt, channel in (("a red cube", 0), ("a blue cone", 2)):
-        image = fit.sample(teacher, prompt, 1, cameras=orbit(1), steps=8)[0]
+        image = sample(teacher, [prompt], cameras=orbit(1), steps=8)[0]
         middle = image[:, 28:36, 28:36].mean((1, 2))
         assert middle.argmax() == channel and middle[channel] - middle.min() > 0.2, (prompt, middle)
         assert image[:, :6, :6].mean() > 0.85
@@ -93,9 +94,9 @@ def front_and_back(teacher, prompt, views):
     found = []
     for word, camera in zip(("front", "back"), (orbit(2, elevation=0)[i] for i in (0, 1))):
         if views == "camera":
-            found.append(fit.sample(teacher, prompt, 4, cameras=cat([camera] * 4), steps=12, seed=1))
+            found.append(sample(teacher, [prompt] * 4, cameras=cat([camera] * 4), steps=12, seed=1))
         else:
-            found.append(fit.sample(teacher, f"{prompt}, {word} view", 4, steps=12, seed=1))
+            found.append(sample(teacher, [f"{prompt}, {word} view"] * 4, steps=12, seed=1))
     return found
 
 
@@ -165,7 +166,7 @@ def test_unknown_words_name_their_neighbours(teacher):
 def test_damaged_weights_are_refused(tmp_path, damage):
     path = tmp_path / "teacher.safetensors"
     if damage == "cut":
-        path.write_bytes(small.WEIGHTS.read_bytes()[:100_000])
+        path.write_bytes(small.packaged("small").read_bytes()[:100_000])
     if damage == "other":
         from safetensors.torch import save_file
 
@@ -212,23 +213,23 @@ def test_ema_follows_and_ends_near():
 @pytest.mark.parametrize("quality", ["blur", "noise", "fade", "burn", "coarse", "darken"])
 def test_degraded_images_stay_images(quality):
     image = torch.rand((3, 64, 64), generator=torch.Generator().manual_seed(0))
-    spoilt = fit.degrade(image, quality, torch.Generator().manual_seed(1))
+    spoilt = sources.degrade(image, quality, torch.Generator().manual_seed(1))
     assert spoilt.shape == image.shape and 0 <= spoilt.min() and spoilt.max() <= 1
     assert (spoilt - image).abs().mean() > 0.02
 
 
 def test_training_learns_and_resumes_bit_for_bit(tmp_path, monkeypatch):
     small_net = UNetConfig(widths=(8, 8, 16, 16), blocks=(1, 1, 1), condition=16, heads=2)
-    monkeypatch.setattr(fit, "UNetConfig", lambda: small_net)
-    monkeypatch.setattr(fit, "save_grid", lambda teacher, path: None)
+    monkeypatch.setattr(sources.Toybox, "network", small_net)
+    monkeypatch.setattr(fit, "save_grid", lambda teacher, prompts, path: None)
     config = fit.FitConfig(steps=6, batch=2, coarse=3, images=20, save_every=3)
-    whole = list(fit.train(tmp_path / "whole", config))
-    stopped = fit.train(tmp_path / "parts", config)
+    whole = list(fit.train(tmp_path / "whole", config, sources.Toybox()))
+    stopped = fit.train(tmp_path / "parts", config, sources.Toybox())
     for row in stopped:
         if row.step == 4:  # between two saves
             break
     stopped.close()
-    rest = list(fit.train(tmp_path / "parts", config, resume=True))
+    rest = list(fit.train(tmp_path / "parts", config, sources.Toybox(), resume=True))
     assert [r.step for r in rest] == [5, 6]
     assert (tmp_path / "parts" / "loss.png").is_file()
     a, b = (torch.load(tmp_path / k / "state.pt", weights_only=True) for k in ("whole", "parts"))
@@ -237,15 +238,15 @@ def test_training_learns_and_resumes_bit_for_bit(tmp_path, monkeypatch):
     loaded = small.load(tmp_path / "whole" / "teacher.safetensors")
     assert isinstance(loaded.unet, UNet) and loaded.unet.config == small_net
     with pytest.raises(ValueError, match="--resume"):
-        next(fit.train(tmp_path / "whole", config))
+        next(fit.train(tmp_path / "whole", config, sources.Toybox()))
     with pytest.raises(ValueError, match="no training"):
-        next(fit.train(tmp_path / "new", config, resume=True))
+        next(fit.train(tmp_path / "new", config, sources.Toybox(), resume=True))
     assert fit.settings_of(tmp_path / "parts") == asdict(config)
     with pytest.raises(ValueError, match="has done 6 of 6 steps; give more"):
-        next(fit.train(tmp_path / "parts", config, resume=True))
+        next(fit.train(tmp_path / "parts", config, sources.Toybox(), resume=True))
     (tmp_path / "parts" / "state.pt").write_bytes(b"junk")
     with pytest.raises(ValueError, match="state.pt is damaged or of another version"):
-        next(fit.train(tmp_path / "parts", config, resume=True))
+        next(fit.train(tmp_path / "parts", config, sources.Toybox(), resume=True))
 
 
 class TwoSquares:
@@ -265,16 +266,19 @@ class TwoSquares:
 
 def test_coarse_steps_weigh_the_second_colour_more(monkeypatch):
     """Where it shows, and only there; a fine step weighs all pixels alike."""
-    monkeypatch.setattr(fit, "UNetConfig", lambda: UNetConfig((8, 8, 16, 16), (1, 1, 1), condition=16, heads=2))
-    batch = fit.Batches(TwoSquares(), torch.Generator().manual_seed(0))(2)
+    toybox_source = sources.Toybox()
+    monkeypatch.setattr(toybox_source, "network", UNetConfig((8, 8, 16, 16), (1, 1, 1), condition=16, heads=2), False)
+    batch = sources.RenderBatches(TwoSquares(), torch.Generator().manual_seed(0))(2)
     assert batch.part.sum() == 2 * 10 * 10 and batch.part[:, :, 40:50, 40:50].all()
     losses = {}
     for part in (0.0, 3.0):
         for coarse in (0, 1):
-            losses[part, coarse] = fit.Fit(fit.FitConfig(steps=2, part=part, coarse=coarse)).loss(batch).item()
+            losses[part, coarse] = (
+                fit.Fit(fit.FitConfig(steps=2, part=part, coarse=coarse), toybox_source).loss(batch).item()
+            )
     assert losses[0.0, 0] == losses[3.0, 0] and losses[3.0, 1] > losses[0.0, 1]
     nowhere = replace(batch, part=torch.zeros_like(batch.part))
-    assert fit.Fit(fit.FitConfig(steps=2, part=3.0, coarse=1)).loss(nowhere).item() == losses[0.0, 1]
+    assert fit.Fit(fit.FitConfig(steps=2, part=3.0, coarse=1), toybox_source).loss(nowhere).item() == losses[0.0, 1]
 
 
 @pytest.mark.parametrize("bad", [{"steps": 0}, {"decay": 0.0}, {"ema": 2.0}, {"lr": -1.0}, {"coarse": -3}])

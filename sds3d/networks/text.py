@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from sds3d.prompts import words
 
 MAX_WORDS = 24
+PROMPT_WORDS = MAX_WORDS - 6  # of a user's: a run may add "side view" and "on a grey background"
 
 
 class TextEncoder(nn.Module):

@@ -1,10 +1,6 @@
-"""Trains the embedded teacher on the toybox.
+"""Trains an embedded teacher: denoising with v-prediction on the cosine schedule (Salimans and Ho, arXiv 2202.00512).
 
-Denoising with v-prediction on the cosine schedule (Salimans and Ho, arXiv 2202.00512). Every use of a render draws
-colours, caption, background, degradation, t and noise anew. The caption is dropped in a tenth of the images for
-guidance (Ho and Salimans, arXiv 2207.12598); the exact camera is dropped in a fifth, whose captions then nearly
-always carry view words. Guidance by default compares with neither caption nor camera, so half of the dropped captions
-drop the camera too.
+What it sees is a `Source`: the toybox, scikit-learn's digits, or a user's own folder.
 """
 
 from __future__ import annotations
@@ -14,7 +10,8 @@ import math
 import pickle
 import struct
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -24,32 +21,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sds3d import cameras as cam
-from sds3d.cameras import Cameras
-from sds3d.data import renders
-from sds3d.data.captions import CaptionDraw
-from sds3d.data.toybox import VOCABULARY, background_colour
-from sds3d.data.tracing import paint
 from sds3d.files import replacing
-from sds3d.guidance import cfg
 from sds3d.networks.ema import EMA
 from sds3d.networks.muon import Muon
 from sds3d.networks.text import TextEncoder
-from sds3d.networks.unet import UNet, UNetConfig
-from sds3d.noise import Prediction, noised, target
-from sds3d.prompts import COLOURS, with_view
-from sds3d.samplers import ddim
+from sds3d.networks.unet import UNet
+from sds3d.noise import noised, target
 from sds3d.teachers import small
+from sds3d.teachers.drawing import sample
+from sds3d.teachers.sources import Batch, Source
 
-GRID_PROMPTS = (  # none is held out
-    "a red mug with a white handle",
-    "a red rocket",
-    "a blue chair",
-    "a red house",
-    "a white snowman",
-    "a yellow car",
-    "a green fish",
-    "a yellow ball",
-)
+DIGITS_STEPS = 5000  # of the packaged digits teacher; beyond, images it never saw are denoised no better
 
 
 @dataclass(frozen=True)
@@ -57,19 +39,23 @@ class FitConfig:
     """How to train.
 
     Args:
+        data: "toybox", "digits", or a folder of pictures with captions.
+        size: pixels a side of a folder's pictures, 32 or 64.
         steps: in all; may be changed on resuming.
         batch: images a step; a coarse step takes twice as many.
-        coarse: for so many first steps the images are shrunk to 32 x 32, which halves the time of one; what words and
-            cameras mean is learnt there, detail afterwards.
-        part: in the coarse steps, how much more than others a pixel weighs that shows the second colour: handles and
-            stems are small, and their colours are what is learnt last.
+        coarse: for so many first steps the images are shrunk to half their side, which halves the time of one; what
+            words and cameras mean is learnt there, detail afterwards.
+        part: in the coarse steps of the toybox, how much more than others a pixel weighs that shows the second colour:
+            handles and stems are small, and their colours are what is learnt last.
         lr: learning rate after 200 steps of warm-up; falls linearly to 0 over the last ``decay`` of the steps.
-        images: renders to draw from.
+        images: renders to draw from, of the toybox.
         ema: decay of the weights' running mean, which is what is saved.
         seed: of everything.
         save_every: steps between checkpoints, each with a sample grid.
     """
 
+    data: str = "toybox"
+    size: int = 64
     steps: int = 16_000
     batch: int = 32
     coarse: int = 12_000
@@ -97,6 +83,15 @@ class FitConfig:
             if not low <= getattr(self, name) <= high:
                 raise ValueError(f"{name} is {getattr(self, name)}; give a number from {low:g} to {high:g}")
 
+    @staticmethod
+    def usual(data: str) -> FitConfig:
+        """What suits a kind of data."""
+        if data == "toybox":
+            return FitConfig()
+        if data == "digits":
+            return FitConfig(data, size=8, steps=DIGITS_STEPS, batch=128, coarse=0, decay=0.5, ema=0.999)
+        return FitConfig(data, steps=20_000, coarse=0, decay=0.5)
+
     def rate(self, step: int) -> float:
         """The learning rate of a step."""
         left = (self.steps - step) / (self.decay * self.steps)
@@ -113,75 +108,6 @@ class FitStep:
     seconds: float
 
 
-@dataclass
-class Batch:
-    """Training images.
-
-    Args:
-        x: (B, 3, 64, 64) clean, in [-1, 1].
-        part: (B, 1, 64, 64), 1 where the second colour shows, else 0.
-        captions, cameras: B each.
-        seen: (B,) bool, whether the network is told the camera.
-    """
-
-    x: Tensor
-    part: Tensor
-    captions: list[str]
-    cameras: Cameras
-    seen: Tensor
-
-
-def degrade(image: Tensor, quality: str, generator: torch.Generator) -> Tensor:
-    """Spoil an image (3, H, W) in [0, 1] in the way a key of `toybox.QUALITIES` names."""
-    amount = torch.rand((), generator=generator).item()
-    if quality == "blur":
-        small_side = int(22 - 10 * amount)
-        return F.interpolate(F.interpolate(image[None], small_side, mode="area"), image.shape[-1], mode="bicubic")[
-            0
-        ].clamp(0, 1)
-    if quality == "coarse":
-        small_side = 16 if amount < 0.5 else 8
-        return F.interpolate(F.interpolate(image[None], small_side, mode="area"), image.shape[-1])[0]
-    if quality == "noise":
-        return (image + (0.1 + 0.2 * amount) * torch.randn(image.shape, generator=generator)).clamp(0, 1)
-    mean = image.mean(0, keepdim=True)
-    if quality == "fade":
-        return 0.6 + (0.2 + 0.3 * amount) * (image - 0.6)
-    if quality == "burn":
-        return (0.5 + (1.3 + amount) * (mean + (1.5 + amount) * (image - mean) - 0.5)).clamp(0, 1)
-    return image * (0.25 + 0.3 * amount)  # "darken"
-
-
-class Batches:
-    """Draws training batches from stored renders."""
-
-    def __init__(self, store: renders.Renders, generator: torch.Generator):
-        self.store, self.generator = store, generator
-        self.captions = CaptionDraw(generator)
-
-    def __call__(self, size: int) -> Batch:
-        """``size`` training images."""
-        index = torch.randint(len(self.store), (size,), generator=self.generator)
-        rows = [self.captions(self.store.names[i], self.store.sizes[i]) for i in index.tolist()]
-        main, second = (torch.tensor([COLOURS[getattr(r, k)] for r in rows]) for k in ("main", "second"))
-        layers = self.store.batch(index)
-        rgb, coverage = paint(layers, main, second)
-        behind = torch.stack([background_colour(r.background) for r in rows])
-        images = rgb + (1 - coverage) * behind[:, :, None, None]
-        for i, row in enumerate(rows):
-            if row.quality:
-                images[i] = degrade(images[i], row.quality, self.generator)
-        cameras = self.store.cameras[index]
-        draws = torch.rand(3, size, generator=self.generator)
-        dropped = draws[2] < 0.1
-        seen = (draws[0] < 0.8) & ~(dropped & (draws[1] < 0.5))
-        viewed = with_view([r.text for r in rows], cameras)
-        said = draws[1] < torch.where(seen, 0.15, 0.9)
-        texts = [v if s else r.text for v, s, r in zip(viewed, said.tolist(), rows)]
-        captions = ["" if drop else text for text, drop in zip(texts, dropped.tolist())]
-        return Batch(images * 2 - 1, (layers[:, 1:2] > 0).float(), captions, cameras, seen)
-
-
 def is_inner(name: str, weight: Tensor) -> bool:
     """Whether Muon steps a weight: hidden matrices and convolutions, neither embeddings nor first and last layers."""
     return weight.ndim >= 2 and name.split(".")[1] not in ("words", "places", "first", "last", "rays", "time", "camera")
@@ -190,11 +116,12 @@ def is_inner(name: str, weight: Tensor) -> bool:
 class Fit:
     """A training in progress: networks, their mean, optimiser, random state."""
 
-    def __init__(self, config: FitConfig, device: torch.device | str = "cpu"):
-        self.config, self.step, self.device = config, 0, torch.device(device)
+    def __init__(self, config: FitConfig, source: Source, device: torch.device | str = "cpu"):
+        self.config, self.source, self.step, self.device = config, source, 0, torch.device(device)
         with torch.random.fork_rng(devices=[]):  # modules draw their first weights from the global stream
             torch.manual_seed(config.seed)
-            self.nets = nn.ModuleDict({"unet": UNet(UNetConfig()), "text": TextEncoder(VOCABULARY)})
+            text = TextEncoder(source.vocabulary, source.network.text)
+            self.nets = nn.ModuleDict({"unet": UNet(source.network), "text": text})
         self.nets.to(self.device, memory_format=torch.channels_last)
         self.ema = EMA(self.nets, config.ema)
         inner, outer = [], []
@@ -209,17 +136,30 @@ class Fit:
         """Mean squared error of v at drawn t; t leans towards 1, where the caption and the camera decide most."""
         b, clean, weight = len(batch.x), batch.x, torch.ones(())
         if self.step < self.config.coarse:
-            clean, weight = F.avg_pool2d(clean, 2), 1 + self.config.part * F.avg_pool2d(batch.part, 2)
+            clean = F.avg_pool2d(clean, 2)
+            if batch.part is not None:
+                weight = 1 + self.config.part * F.avg_pool2d(batch.part, 2)
         strata = (torch.arange(b) + torch.rand(b, generator=self.generator)) / b
         t = strata[torch.randperm(b, generator=self.generator)] ** (1 / 3)
         eps = torch.randn(clean.shape, generator=self.generator)
-        clean, eps, t, weight, seen = (x.to(self.device) for x in (clean, eps, t, weight, batch.seen.float()))
+        clean, eps, t, weight = (x.to(self.device) for x in (clean, eps, t, weight))
         alpha, sigma = small.SmallTeacher.schedule.alpha_sigma(t)
         text: TextEncoder = self.nets["text"]
         known = text(text.tokens(batch.captions).to(self.device))
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=small.fast_bf16(self.device)):
-            v = self.nets["unet"](noised(clean, eps, alpha, sigma), t, known, batch.cameras.to(self.device), seen)
+        told = () if batch.cameras is None else (batch.cameras.to(self.device), batch.seen.float().to(self.device))
+        with (
+            self._noise_of_step(),
+            torch.autocast(self.device.type, torch.bfloat16, enabled=small.fast_bf16(self.device)),
+        ):
+            v = self.nets["unet"](noised(clean, eps, alpha, sigma), t, known, *told)
         return (weight * (v.float() - target("v", clean, eps, alpha, sigma)).square()).mean()
+
+    @contextmanager
+    def _noise_of_step(self) -> Iterator[None]:
+        """Dropout takes its noise from the global stream, which is seeded for the step and then put back."""
+        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+            torch.manual_seed(self.config.seed * 1_000_003 + self.step)
+            yield
 
     def advance(self, batch: Batch) -> float:
         """One optimiser step; returns the loss."""
@@ -244,47 +184,70 @@ class Fit:
             "optimisers": [optimiser.state_dict() for optimiser in self.optimisers],
             "generator": self.generator.get_state(),
             "losses": torch.tensor(self.losses),
+            "source": self._source(),
         }
         with replacing(out / "state.pt") as part:
             torch.save(state, part)
-        small.save(out / "teacher.safetensors", self.ema.module["unet"], self.ema.module["text"], VOCABULARY)
+        nets = self.ema.module
+        small.save(out / small.FILE, nets["unet"], nets["text"], self.source.vocabulary, self.source.prompts)
         with replacing(out / "fit.json") as part:
             part.write_text(json.dumps({"step": self.step, **asdict(self.config)}, indent=1))
+
+    def _source(self) -> tuple[int, tuple[str, ...]]:
+        """Pixels a side and all words; a word's number comes from its place among them."""
+        return self.source.network.size, self.source.vocabulary
 
     def load(self, out: Path) -> None:
         """Take up the state that `save` left in ``out``.
 
         Raises:
-            ValueError: it is damaged, of another version, or has done all its steps.
+            ValueError: it is damaged, of another version or of other data, or has done all its steps.
         """
         path = out / "state.pt"
-        try:
+        with _undamaged(path):
             state = torch.load(path, map_location="cpu", weights_only=True)
+            trained, given = state.get("source", self._source()), self._source()  # older states do not say
+        if trained != given:
+            new, gone = (sorted(set(a[1]) - set(b[1])) for a, b in ((given, trained), (trained, given)))
+            raise ValueError(
+                f"{out} was trained on {trained[0]} pixels a side and {len(trained[1])} words, not on {given[0]} and "
+                f"{len(given[1])} (new: {' '.join(new[:5]) or 'none'}; gone: {' '.join(gone[:5]) or 'none'}); give the "
+                "same size and captions, or another --out"
+            )
+        with _undamaged(path):
             self.nets.load_state_dict(state["nets"])
             self.ema.module.load_state_dict(state["ema"])
             for optimiser, values in zip(self.optimisers, state["optimisers"], strict=True):
                 optimiser.load_state_dict(values)
             self.generator.set_state(state["generator"])
             self.losses = state["losses"].tolist()
-        except (
-            pickle.UnpicklingError,
-            struct.error,
-            EOFError,
-            OSError,
-            LookupError,
-            RuntimeError,
-            TypeError,
-            ValueError,
-        ) as error:
-            reason = f"{type(error).__name__}: {error}".splitlines()[0]
-            raise ValueError(f"{path} is damaged or of another version ({reason}); start a new folder") from error
         self.step = len(self.losses)
         if self.step >= self.config.steps:
             raise ValueError(f"{out} has done {self.step} of {self.config.steps} steps; give more, as in steps=20000")
 
 
+@contextmanager
+def _undamaged(path: Path) -> Iterator[None]:
+    """Whatever reading a state can end with, as one sentence."""
+    try:
+        yield
+    except (
+        pickle.UnpicklingError,
+        struct.error,
+        EOFError,
+        OSError,
+        AttributeError,
+        LookupError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise ValueError(f"{path} is damaged or of another version ({reason}); start a new folder") from error
+
+
 def train(
-    out: Path, config: FitConfig = FitConfig(), resume: bool = False, device: torch.device | str = "cpu"
+    out: Path, config: FitConfig, source: Source, resume: bool = False, device: torch.device | str = "cpu"
 ) -> Iterator[FitStep]:
     """Train a teacher into a folder: state.pt, teacher.safetensors, fit.json, loss.png, a sample grid at every save.
 
@@ -292,24 +255,28 @@ def train(
 
     Raises:
         ValueError: if ``out`` already holds a training and ``resume`` is not asked for, or the other way round; if the
-            training there is damaged or finished; if the disk says no.
+            training there is damaged, finished or of other data; if a batch is larger than the data; if the disk says
+            no.
     """
     if (out / "state.pt").exists() != resume:
         raise ValueError(
             f"{out} has no training to resume: leave --resume out" if resume else f"{out} holds a training: --resume it"
         )
-    for _ in renders.build(out / "renders", config.images, config.seed):
-        pass
-    fit = Fit(config, device)
+    *_, ready = source.prepare(out, config.images, config.seed)
+    if config.batch > ready:
+        raise ValueError(f"batch is {config.batch} and there are {ready} images; give batch={ready} or more images")
+    fit = Fit(config, source, device)
     if resume:
         fit.load(out)
-    batches, begun = Batches(renders.Renders(out / "renders"), fit.generator), time.monotonic()
+    batches, begun = source.batches(out, fit.generator), time.monotonic()
     while fit.step < config.steps:
         fit.advance(batches(config.batch * (2 if fit.step < config.coarse else 1)))
         recent = fit.losses[-200:]
         if fit.step % config.save_every == 0 or fit.step == config.steps:
             fit.save(out)
-            save_grid(small.load(out / "teacher.safetensors", device=device), out / f"grid-{fit.step:06d}.png")
+            save_grid(
+                small.load(out / small.FILE, device=device), source.prompts[:10], out / f"grid-{fit.step:06d}.png"
+            )
             save_curve(fit.losses, out / "loss.png")
         try:
             yield FitStep(fit.step, config.steps, sum(recent) / len(recent), time.monotonic() - begun)
@@ -341,36 +308,11 @@ def save_curve(losses: list[float], path: Path) -> None:
     chart({"step": (each, torch.tensor(losses)), "mean of 100": (late, mean)}, path, "step", "mean squared error of v")
 
 
-def save_grid(teacher: small.SmallTeacher, path: Path) -> None:
-    """Samples of a few prompts, four views each, one prompt a row."""
-    from sds3d.export.sheet import contact_sheet
+def save_grid(teacher: small.SmallTeacher, prompts: Sequence[str], path: Path) -> None:
+    """Samples of a few prompts, one a row: four views each, or eight images where the teacher takes no camera."""
+    from sds3d.export.sheet import contact_sheet, seen
 
-    views = cam.orbit(4, elevation=20, start=30)
-    contact_sheet([sample(teacher, p, 4, cameras=views, steps=16) for p in GRID_PROMPTS], path, list(GRID_PROMPTS))
-
-
-def sample(
-    teacher: small.SmallTeacher,
-    prompt: str,
-    n: int,
-    seed: int = 0,
-    guidance: float = 2.0,
-    cameras: Cameras | None = None,
-    steps: int = 30,
-) -> Tensor:
-    """Images the teacher draws, (n, 3, 64, 64) in [0, 1], by DDIM.
-
-    Args:
-        cameras: n exact cameras, or None to leave the view to the prompt's words.
-    """
-    x = torch.randn((n, 3, 64, 64), generator=torch.Generator().manual_seed(seed)).to(teacher.device)
-    both = cam.cat([cameras] * 2).to(teacher.device) if cameras else None
-    mask = (torch.arange(2 * n, device=teacher.device) < n) if cameras else None
-
-    def predict(x_t: Tensor, t: Tensor):
-        answer = teacher.predict(torch.cat([x_t] * 2), torch.cat([t] * 2), [prompt] * n + [""] * n, both, mask)
-        cond, uncond = answer[:n], answer[n:]
-        return Prediction(cfg(uncond.v, cond.v, guidance), x_t, cond.alpha, cond.sigma, "v")
-
-    *_, (_, x0, _) = ddim(predict, x, teacher.schedule, steps)
-    return teacher.decode(x0)
+    told = {"cameras": cam.orbit(4, elevation=20, start=30)} if teacher.views == "camera" else {}
+    number = 4 if told else 8
+    rows = [sample(teacher, [p] * number, steps=16, guidance=2.0, **told) for p in prompts]
+    contact_sheet(rows, path, list(prompts), seen(rows[0]))

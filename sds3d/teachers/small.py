@@ -1,30 +1,38 @@
-"""The embedded teacher: a small U-Net that draws toys, whose weights ship with the package.
+"""The embedded teachers: small U-Nets whose weights ship with the package or were trained by `sds3d teacher train`.
 
-It predicts v on a cosine schedule at 64 x 64 pixels. One set of weights answers in two modes: told the exact camera
-(``views="camera"``, as multi-view teachers are) or view words only (``views="words"``, as ordinary 2D teachers are).
+They predict v on a cosine schedule. "small" (or "toybox") draws toys at 64 x 64 pixels, and one set of weights answers
+in two modes: told the exact camera (``views="camera"``, as multi-view teachers are) or view words only
+(``views="words"``, as ordinary 2D teachers are). "digits" draws handwritten digits at 8 x 8 and knows no camera.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
 
 from sds3d.cameras import Cameras
 from sds3d.files import replacing
-from sds3d.networks.text import MAX_WORDS, TextEncoder
+from sds3d.networks.text import PROMPT_WORDS, TextEncoder
 from sds3d.networks.unet import UNet, UNetConfig
 from sds3d.noise import Prediction, Schedule
 from sds3d.prompts import unknown_words, words
 from sds3d.teachers.base import VIEWS, decode_pixels, encode_pixels
 from sds3d.transfer import onto
 
-ADDED_WORDS = 6  # a run may add "side view" and "on a grey background" to a prompt
-WEIGHTS = Path(__file__).with_name("small.safetensors")
+FILE = "teacher.safetensors"  # the weights in a training's folder
+
+
+def packaged(name: str) -> Path:
+    """The weights of a packaged teacher, one of `sds3d.teachers.base.PACKAGED`."""
+    return Path(__file__).with_name(f"{'small' if name == 'toybox' else name}.safetensors")
 
 
 class SmallTeacher:
@@ -33,13 +41,17 @@ class SmallTeacher:
     Args:
         unet, text: the networks.
         vocabulary: the words it knows.
-        views: "camera" or "words".
+        views: "camera" or "words"; a network that takes no camera reads words, whatever this says.
         dtype: torch.bfloat16 to run under autocast, torch.float32 otherwise.
         compiled: whether ``predict`` runs the U-Net through torch.compile, with CUDA graphs on a GPU.
+
+    Attributes:
+        fingerprint: of the file it was loaded from, "" where there is none.
+        prompts: what it may be asked for, of those it was trained on.
+        told: the file's header.
     """
 
     schedule = Schedule.cosine()
-    image_size = 64
 
     def __init__(
         self,
@@ -52,9 +64,15 @@ class SmallTeacher:
     ):
         if views not in VIEWS:
             raise ValueError(f"teacher.views is '{views}'; choose one of {', '.join(VIEWS)}")
-        self.unet, self.text, self.vocabulary, self.views, self.dtype = unet, text, vocabulary, views, dtype
+        self.unet, self.text, self.vocabulary, self.dtype = unet, text, vocabulary, dtype
+        self.views = views if unet.config.cameras else "words"
+        self.image_size = unet.config.size
+        self.shape = (unet.config.channels, unet.config.size, unet.config.size)
         self._judge = torch.compile(unet, mode="reduce-overhead") if compiled else unet
         self._embedded: dict[str, tuple[Tensor, Tensor]] = {}
+        self.fingerprint = ""
+        self.prompts: tuple[str, ...] = ()
+        self.told: dict[str, str] = {}
 
     @property
     def device(self) -> torch.device:
@@ -68,9 +86,9 @@ class SmallTeacher:
         """
         if not words(prompt):
             raise ValueError('the prompt is empty: say what to make, for example "a red mug"')
-        length, most = len(words(prompt)), MAX_WORDS - ADDED_WORDS
-        if length > most:
-            raise ValueError(f"the prompt has {length} words; the embedded teacher reads {most}: shorten it")
+        length = len(words(prompt))
+        if length > PROMPT_WORDS:
+            raise ValueError(f"the prompt has {length} words; the embedded teacher reads {PROMPT_WORDS}: shorten it")
         unknown = unknown_words(prompt, self.vocabulary)
         if unknown:
             raise ValueError(
@@ -80,7 +98,7 @@ class SmallTeacher:
             )
 
     def encode(self, images: Tensor) -> Tensor:
-        return encode_pixels(images, self.image_size)
+        return encode_pixels(images, self.image_size, self.shape[0])
 
     def decode(self, x: Tensor) -> Tensor:
         return decode_pixels(x)
@@ -91,12 +109,12 @@ class SmallTeacher:
 
     @property
     def extra_width(self) -> int:
-        return self.unet.config.condition
+        return self.unet.config.condition if self.unet.config.cameras else 0
 
     @torch.inference_mode()
     def predict(
         self,
-        x_t: Tensor,  # (B, 3, 64, 64)
+        x_t: Tensor,  # (B, C, S, S)
         t: Tensor,  # (B,)
         prompts: list[str],
         cameras: Cameras | None = None,
@@ -108,7 +126,7 @@ class SmallTeacher:
     def answer(
         self,
         network: nn.Module,
-        x_t: Tensor,  # (B, 3, 64, 64)
+        x_t: Tensor,  # (B, C, S, S)
         t: Tensor,  # (B,)
         prompts: list[str],
         cameras: Cameras | None = None,
@@ -116,14 +134,21 @@ class SmallTeacher:
         extra: Tensor | None = None,  # (B, extra_width)
     ) -> Prediction:
         """See `sds3d.critics.Trainable.answer`."""
+        exact = self.unet.last.weight.dtype  # float32, or float64 where somebody wants it
         seen = torch.ones(len(x_t), device=x_t.device) if camera_mask is None else camera_mask.float()
         text, cameras = self._embed(prompts), cameras.to(x_t.device) if cameras else None
         with torch.autocast(x_t.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
-            v = network(x_t.float(), t.float(), text, cameras, seen, extra).float()
+            v = network(x_t.to(exact), t.to(exact), text, cameras, seen, extra).to(exact)
         if network is not self.unet and network is self._judge:
             v = v.clone()  # a CUDA graph writes its next answer where this one lies
         alpha, sigma = self.schedule.alpha_sigma(t)
         return Prediction(v, x_t, alpha, sigma, "v")
+
+    def features(self, network: nn.Module, x_t: Tensor, t: Tensor, prompts: list[str]) -> list[Tensor]:
+        """The maps of the network's way down for x_t (B, C, S, S) at t (B,), highest first; differentiable."""
+        with torch.autocast(x_t.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+            exact = self.unet.last.weight.dtype
+            return network.features(x_t.to(exact), t.to(exact), self._embed(prompts))
 
     @torch.inference_mode(False)  # what is kept here also goes through a critic, with gradients
     @torch.no_grad()
@@ -158,15 +183,36 @@ def pick_dtype(device: torch.device, wanted: torch.dtype | None = None) -> torch
     return wanted or (torch.bfloat16 if fast_bf16(device) else torch.float32)
 
 
-def save(path: Path, unet: UNet, text: TextEncoder, vocabulary: tuple[str, ...]) -> None:
-    """Write both networks as fp16 safetensors; vocabulary and sizes go into the header."""
-    from safetensors.torch import save_file
+def save(
+    path: Path,
+    unet: UNet,
+    text: TextEncoder,
+    vocabulary: tuple[str, ...],
+    prompts: Sequence[str] = (),
+    told: Mapping[str, str] = MappingProxyType({}),
+) -> None:
+    """Write both networks as fp16 safetensors; vocabulary, sizes and prompts it may be asked for go into the header.
+
+    Args:
+        told: what else the header says.
+    """
+    from safetensors.torch import save as to_bytes
 
     tensors = {f"unet.{k}": v for k, v in unet.state_dict().items()}
     tensors |= {f"text.{k}": v for k, v in text.state_dict().items()}
     header = {"vocabulary": json.dumps(vocabulary), "unet": json.dumps(asdict(unet.config))}
+    header |= {"prompts": json.dumps(prompts), **told}
+    data = to_bytes({k: v.half().contiguous() for k, v in tensors.items()}, header)
     with replacing(path, (".safetensors",)) as part:
-        save_file({k: v.half().contiguous() for k, v in tensors.items()}, part, header)
+        part.write_bytes(data)
+
+
+def _fingerprint(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> str:
+    """12 letters that stand for weights, sizes and vocabulary; a file's own bytes have no fixed order."""
+    mark = hashlib.sha256((header["vocabulary"] + header["unet"]).encode())
+    for name in sorted(tensors):
+        mark.update(name.encode() + tensors[name].numpy().tobytes())
+    return mark.hexdigest()[:12]
 
 
 def load(
@@ -176,9 +222,10 @@ def load(
     dtype: torch.dtype | None = None,
     compiled: bool = False,
 ) -> SmallTeacher:
-    """Load a teacher that `save` wrote; the packaged one without a path.
+    """Load a teacher that `save` wrote; the packaged "small" one without a path.
 
     Args:
+        path: a file of weights.
         dtype: see ``pick_dtype``.
         compiled: see ``SmallTeacher``.
 
@@ -187,7 +234,7 @@ def load(
     """
     from safetensors import SafetensorError, safe_open
 
-    path, device = Path(path or WEIGHTS), torch.device(device)
+    path, device = Path(path or packaged("small")), torch.device(device)
     if not path.is_file():
         raise ValueError(f"no teacher weights at {path}; give a .safetensors file that `sds3d teacher train` wrote")
     try:
@@ -202,4 +249,7 @@ def load(
         raise ValueError(f"{path} is damaged or no teacher of this project ({error}); restore or retrain it") from error
     for module in (unet, text):
         module.requires_grad_(False).eval().to(device, memory_format=torch.channels_last)
-    return SmallTeacher(unet, text, vocabulary, views, pick_dtype(device, dtype), compiled)
+    teacher = SmallTeacher(unet, text, vocabulary, views, pick_dtype(device, dtype), compiled)
+    teacher.fingerprint, teacher.told = _fingerprint(tensors, header), header
+    teacher.prompts = tuple(json.loads(header.get("prompts", "[]")))
+    return teacher

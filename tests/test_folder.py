@@ -1,0 +1,241 @@
+"""A user's own pictures: what is read, what is skipped and why, and the teacher that is trained on them."""
+
+import csv
+import json
+
+import numpy
+import pytest
+import torch
+from PIL import Image
+
+from sds3d import make
+from sds3d.data import folder
+from sds3d.networks.unet import UNetConfig
+from sds3d.teachers import fit, sources
+from sds3d.teachers.base import TeacherConfig
+from sds3d.teachers.drawing import sample
+
+LONGEST = 18
+RED, BLUE = (200, 20, 30), (10, 40, 220)
+
+
+def picture(path, colour=RED, size=(40, 30), mode="RGB", caption=None, **saved):
+    """Write an image of one colour, and its caption beside it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new(mode, size, colour).save(path, **saved)
+    if caption is not None:
+        path.with_suffix(".txt").write_text(caption, encoding="utf-8")
+    return path
+
+
+def read(path, size=8):
+    return folder.read(path, size, LONGEST)
+
+
+def colours(found: folder.Folder) -> list[tuple[int, ...]]:
+    """The colour in the middle of each image."""
+    side = found.pictures.size // 2
+    return [tuple(image[:, side, side].tolist()) for image in found.pictures.images]
+
+
+def test_a_txt_beside_each_image_holds_its_captions_one_a_line(tmp_path):
+    picture(tmp_path / "a.png", RED, caption="a red wall\n\n  the wall, red  \n...\n")
+    picture(tmp_path / "deeper" / "still" / "b.JPEG", BLUE, caption="\ufeffa blue wall", quality=95)
+    found = read(tmp_path)
+    assert found.pictures.captions == [("a red wall", "the wall, red"), ("a blue wall",)]
+    assert found.skipped == [] and found.pictures.images.shape == (2, 3, 8, 8)
+    assert found.pictures.vocabulary() == ("a", "blue", "red", "the", "wall")
+    assert colours(found)[0] == RED
+    assert max(abs(a - b) for a, b in zip(colours(found)[1], BLUE)) <= 4  # JPEG is not exact
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+def test_a_table_names_files_and_captions(tmp_path, kind):
+    for name in ("a.png", "in/b.png", "c.png"):
+        picture(tmp_path / name, caption="the table wins" if name == "a.png" else None)
+    rows = [("a.png", "a wall"), ("./in/b.png", 'say "two", or\nmore'), ("a.png", "one more"), ("gone.png", "nothing")]
+    rows += [("c.png", "")]
+    with (tmp_path / f"captions.{kind}").open("w", encoding="utf-8-sig", newline="") as file:
+        if kind == "csv":
+            csv.writer(file).writerows([("file", "caption"), *rows])
+        else:
+            file.writelines(json.dumps({"file": name, "caption": text}) + "\n\n" for name, text in rows)
+    found = read(tmp_path)
+    assert found.pictures.captions == [("a wall", "one more"), ('say "two", or\nmore',)]
+    assert found.skipped == [
+        f"captions.{kind}, row 5: it needs file and caption",
+        "c.png: no caption",
+        "gone.png: captioned and not there",
+    ]
+
+
+def test_what_cannot_be_used_is_listed_with_its_reason(tmp_path):
+    whole = picture(tmp_path / "whole.png", caption="a wall").read_bytes()
+    for name, data in (("cut.png", whole[: len(whole) // 2]), ("empty.png", b""), ("text.jpg", b"no image")):
+        (tmp_path / name).write_bytes(data)
+        (tmp_path / name).with_suffix(".txt").write_text("a wall")
+    picture(tmp_path / "bare.png")
+    picture(tmp_path / "numbers.png", caption="1 2 3")
+    picture(tmp_path / "latin.png").with_suffix(".txt").write_bytes("für".encode("latin-1"))
+    picture(tmp_path / "long.png", caption="word " * 19)
+    picture(tmp_path / "mixed.png", caption="word " * 18 + "\n" + "word " * 40)
+    found = read(tmp_path)
+    assert found.skipped == [
+        "bare.png: no caption",
+        "cut.png: it cannot be read (OSError)",
+        "empty.png: it cannot be read (UnidentifiedImageError)",
+        "latin.png: latin.txt cannot be read (UnicodeDecodeError)",
+        "long.png: a caption of 19 words, at most 18 are read",
+        "mixed.png: a caption of 40 words, at most 18 are read",
+        "numbers.png: no caption",
+        "text.jpg: it cannot be read (UnidentifiedImageError)",
+    ]
+    assert found.pictures.captions == [(("word " * 18).strip(),), ("a wall",)]
+
+
+def test_every_kind_of_image_becomes_what_a_viewer_shows(tmp_path):
+    half = numpy.zeros((8, 8, 4), numpy.uint8)
+    half[:, :4] = (*RED, 255)  # the right half is transparent black
+    Image.fromarray(half).save(tmp_path / "alpha.png")
+    picture(tmp_path / "cmyk.jpg", (0, 0, 0, 255), (8, 8), "CMYK")
+    picture(tmp_path / "grey.png", 77, (8, 8), "L")
+    picture(tmp_path / "grey-alpha.png", (0, 51), (8, 8), "LA")
+    Image.fromarray(numpy.full((8, 8), 30000, numpy.uint16)).save(tmp_path / "grey16.png")
+    picture(tmp_path / "palette.gif", 1, (8, 8), "P")
+    turned = numpy.zeros((8, 8, 3), numpy.uint8)
+    turned[:4] = BLUE
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be shown a quarter turn clockwise: its top is the viewer's right
+    Image.fromarray(turned).save(tmp_path / "turned.png", exif=exif)
+    for path in tmp_path.iterdir():
+        path.with_suffix(".txt").write_text("a thing")
+    found = read(tmp_path)
+    assert found.skipped == [] and len(found.pictures) == 7
+    alpha, cmyk, grey_alpha, grey, grey16, _, turned = found.pictures.images
+    assert alpha[:, 4, 1].tolist() == list(RED) and alpha[:, 4, 6].tolist() == [255] * 3
+    assert int(cmyk.max()) < 10
+    assert grey.unique().tolist() == [77] and grey_alpha.unique().tolist() == [204]  # a fifth of black on white
+    assert grey16.unique().tolist() == [round(30000 / 257 - 0.5)]
+    assert turned[:, 4, 6].tolist() == list(BLUE) and turned[:, 4, 1].tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("shape", [(60, 20), (20, 60)], ids=["wide", "high"])
+def test_the_middle_square_is_taken(tmp_path, shape):
+    image = Image.new("RGB", shape, BLUE)
+    image.paste(RED, (20, 0, 40, 20) if shape[0] > shape[1] else (0, 20, 20, 40))
+    image.save(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_text("a square")
+    assert read(tmp_path, 20).pictures.images.flatten(2).amin(-1).tolist() == [list(RED)]
+    assert read(tmp_path, 32).pictures.size == 32
+
+
+@pytest.mark.parametrize(
+    ("files", "words"),
+    [
+        (None, "there is no folder .*pictures; give one of images with captions"),
+        ({}, r"holds no image \(.png, .jpg"),
+        ({"a.txt": b"a wall", "notes.md": b""}, "holds no image"),
+        ({"a.png": b"junk", "a.txt": b"a wall"}, r"none of the 1 images .* \(a.png: it cannot be read"),
+        ({"a.png": b"", "b.png": b""}, r"none of the 2 images .* \(a.png: no caption; b.png: no caption\); put a .txt"),
+        ({"a.png": b"", "captions.csv": b"\xff\xfe"}, "cannot read .*captions.csv"),
+        ({"a.png": b"", "captions.jsonl": b'{"file": '}, "cannot read .*captions.jsonl"),
+        ({"a.png": b"", "captions.jsonl": b"[1, 2]"}, "every line must be an object with file and caption"),
+    ],
+)
+def test_a_folder_nobody_can_learn_from_is_refused(tmp_path, files, words):
+    place = tmp_path / "pictures"
+    if files is not None:
+        place.mkdir()
+        for name, data in files.items():
+            (place / name).write_bytes(data)
+    with pytest.raises(ValueError, match=words):
+        read(place)
+    if files is not None:
+        with pytest.raises(ValueError, match="size is 48; give 8, 32, 64"):
+            sources.of(str(place), 48)
+
+
+@pytest.fixture
+def walls(in_folder, monkeypatch):
+    """Five small pictures to train on and two that cannot be, and a network of seconds."""
+    network = UNetConfig(widths=(8, 16), blocks=(1,), condition=16, text=16, heads=2, fold=2, dropout=0.1)
+    monkeypatch.setattr(sources, "NETWORKS", {32: network, 64: network})
+    for i, (name, colour) in enumerate((("red", RED), ("blue", BLUE), ("green", (9, 150, 9)), ("red", RED))):
+        picture(in_folder / "walls" / f"{i}.png", colour, caption=f"a {name} wall\n{name}")
+    picture(in_folder / "walls" / "odd" / "4.jpg", BLUE, caption="a wall")
+    (in_folder / "walls" / "5.png").write_bytes(b"junk")
+    (in_folder / "walls" / "5.txt").write_text("a wall")
+    picture(in_folder / "walls" / "6.png")
+    return in_folder / "walls"
+
+
+def test_a_folder_becomes_a_teacher_that_draws(call, walls, in_folder):
+    quick = ("size=32", "steps=4", "batch=2", "save_every=9")
+    code, out, err = call("teacher", "train", "walls/", *quick)
+    assert code == 0, err
+    assert out.split() == ["outputs/walls-teacher/teacher.safetensors"]
+    assert err.splitlines()[:3] == [
+        "skipped: 5.png: it cannot be read (UnidentifiedImageError)",
+        "skipped: 6.png: no caption",
+        "2 skipped",
+    ]
+    made = in_folder / "outputs" / "walls-teacher"
+    assert sorted(p.name for p in made.iterdir()) == sorted(
+        "fit.json grid-000004.png loss.png state.pt teacher.safetensors".split()
+    )
+    teacher = make.load_teacher(TeacherConfig(str(made)))
+    assert teacher.vocabulary == ("a", "blue", "green", "red", "wall")
+    assert teacher.prompts == ("a red wall", "a blue wall", "a green wall", "a wall")
+    assert (teacher.shape, teacher.image_size, teacher.views) == ((3, 32, 32), 32, "words")
+    code, out, err = call(
+        "teacher", "sample", "a red wall", "--teacher", str(made), "--sampler", "heun", "--steps", "2", "-n", "3"
+    )
+    assert (code, out.split()) == (0, ["grid.png"]), err
+    shown = torch.from_numpy(numpy.array(Image.open("grid.png"))).permute(2, 0, 1)
+    drawn = sample(teacher, ["a red wall"] * 3, steps=2, sampler="heun")
+    assert torch.equal(shown[:, :, :32], (drawn[0] * 255).round().to(torch.uint8))
+    code, _, err = call("teacher", "sample", "a red roof", "--teacher", str(made))
+    assert code == 2 and "does not know 'roof'" in err
+    code, _, err = call("teacher", "sample", "a red wall", "--teacher", str(made), "--orbit")
+    assert code == 2 and "takes no camera" in err
+
+
+def test_a_training_on_a_folder_resumes_bit_for_bit(call, walls, in_folder, monkeypatch):
+    monkeypatch.setattr(fit, "save_grid", lambda teacher, prompts, path: None)
+    quick = ("size=32", "steps=4", "batch=2", "save_every=9")
+    assert call("teacher", "train", "walls", "-o", "whole", *quick)[0] == 0
+    config = fit.FitConfig(str(walls), size=32, steps=4, batch=2, save_every=9, coarse=0, decay=0.5)
+    stopped = fit.train(in_folder / "parts", config, sources.of(str(walls), 32)[0])
+    assert [next(stopped).step, next(stopped).step] == [1, 2]
+    stopped.close()
+    monkeypatch.chdir(walls)
+    assert call("teacher", "train", ".", "-o", "../parts", "--resume")[0] == 0  # the same folder, from elsewhere
+    whole, parts = (torch.load(in_folder / name / "state.pt", weights_only=True) for name in ("whole", "parts"))
+    assert len(whole["losses"]) == 4 and torch.equal(whole["losses"], parts["losses"])
+    for kind in ("nets", "ema"):
+        assert all(torch.equal(value, parts[kind][key]) for key, value in whole[kind].items())
+
+
+def test_a_training_is_not_resumed_with_other_data(call, walls, in_folder, monkeypatch):
+    monkeypatch.setattr(fit, "save_grid", lambda teacher, prompts, path: None)
+    assert call("teacher", "train", "walls", "-o", "t", "size=32", "steps=1", "batch=2")[0] == 0
+    before = (in_folder / "t" / "state.pt").read_bytes()
+    picture(in_folder / "others" / "a.png", caption="a wall")
+
+    def refused(*arguments):
+        code, _, err = call("teacher", "train", *arguments, "-o", "t", "--resume", "steps=2")
+        assert (code, err.count("error: ")) == (2, 1)
+        assert (in_folder / "t" / "state.pt").read_bytes() == before
+        return err
+
+    assert f"t was trained on {walls}, not on {in_folder / 'others'}" in refused("others")
+    assert "was trained on 32 pixels a side and 5 words, not on 64 and 5 (new: none" in refused("walls", "size=64")
+    (walls / "2.txt").write_text("a grey wall\ngrey")  # as many words, of which one means another thing
+    assert "32 and 5 (new: grey; gone: green)" in refused("walls")
+
+
+def test_a_batch_larger_than_the_data_is_refused_before_anything_is_written(call, walls, in_folder):
+    code, _, err = call("teacher", "train", "walls", "size=32", "batch=6")
+    assert code == 2
+    assert err.splitlines()[-1] == "error: batch is 6 and there are 5 images; give batch=5 or more images"
+    assert not (in_folder / "outputs").exists()
