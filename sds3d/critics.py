@@ -21,6 +21,7 @@ from sds3d.networks.lora import LoRA
 from sds3d.networks.unet import CAMERA_FEATURES, camera_features
 from sds3d.noise import Prediction, noised, target
 from sds3d.prompts import with_view
+from sds3d.shares import Share
 from sds3d.students import Draw
 from sds3d.teachers.base import Teacher
 from sds3d.transfer import onto
@@ -50,6 +51,15 @@ class Trainable(Teacher, Protocol):
         extra: Tensor | None = None,  # (B, extra_width)
     ) -> Prediction:
         """As ``predict``, by another network of the same form, with gradients."""
+        ...
+
+
+class Featured(Trainable, Protocol):
+    """A teacher whose network shows its features."""
+
+    def features(self, network: nn.Module, x_t: Tensor, t: Tensor, prompts: list[str]) -> list[Tensor]:
+        """Maps (B, width, h, w) of what a network of the same form sees of x_t (B, C, h, w) at t (B,), with gradients,
+        lowest resolution last."""
         ...
 
 
@@ -115,10 +125,11 @@ class Learnt:
         teacher: whose network it starts from.
         config: how.
         generator: of the LoRA's initial values.
+        share: of the batch, where several processes train.
     """
 
-    def __init__(self, teacher: Trainable, config: CriticConfig, generator: torch.Generator):
-        self.teacher, self.config, self.steps = teacher, config, config.steps
+    def __init__(self, teacher: Trainable, config: CriticConfig, generator: torch.Generator, share: Share = Share()):
+        self.teacher, self.config, self.steps, self.share = teacher, config, config.steps, share
         frozen = teacher.network.eval()  # dropout stays off, in the copy too: the student's step must not see it
         device = next(frozen.parameters()).device
         if config.kind == "lora":
@@ -153,14 +164,24 @@ class Learnt:
         return self.teacher.answer(self.network, x_t, t, prompts, cameras, camera_mask, extra)
 
     def fit(self, draw: Draw, generator: torch.Generator) -> Tensor:
-        """One step of the denoising loss on a draw's images; returns the loss, ().
+        """One step on a draw's images; returns the loss, ()."""
+        with torch.no_grad():
+            x = draw.x(self.teacher.encode)
+            x = x.to(torch.promote_types(x.dtype, torch.float32))
+        loss = self.loss(draw, x, generator)
+        self.optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        self.share.average(self.parameters())
+        self.optimiser.step()
+        return loss.detach()
+
+    def loss(self, draw: Draw, x: Tensor, generator: torch.Generator) -> Tensor:
+        """The denoising loss on x (B, C, h, w), ().
 
         t is uniform in [0, 1], one an image; a share of the cameras is dropped.
         """
-        with torch.no_grad():
-            x = self.teacher.encode(draw.images).float()
-        t, dropped = onto(torch.rand((2, len(x)), generator=generator), x.device)
-        noise = onto(torch.randn(x.shape, generator=generator), x.device)
+        t, dropped = onto(self.share.rand((len(x), 2), generator), x.device).to(x.dtype).unbind(1)
+        noise = onto(self.share.randn(x.shape, generator, x.dtype), x.device)
         alpha, sigma = self.teacher.schedule.alpha_sigma(t)
         prompts, mask = draw.prompts, None
         if draw.cameras is not None:
@@ -168,11 +189,7 @@ class Learnt:
             prompts = with_view(prompts, draw.cameras) if self.teacher.views == "words" else prompts
         answer = self.predict(noised(x, noise, alpha, sigma), t, prompts, draw.cameras, mask)
         rates = self.teacher.schedule.rates(t)
-        loss = F.mse_loss(answer.output, target(answer.kind, x, noise, alpha, sigma, rates))
-        self.optimiser.zero_grad(set_to_none=True)
-        loss.backward()
-        self.optimiser.step()
-        return loss.detach()
+        return F.mse_loss(answer.output, target(answer.kind, x, noise, alpha, sigma, rates))
 
     def state_dict(self) -> dict[str, Any]:
         """The critic's own weights and its optimiser; of a LoRA the changes alone."""

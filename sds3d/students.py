@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -10,6 +11,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from sds3d.cameras import Cameras
+from sds3d.shares import Share
 
 
 @dataclass
@@ -17,12 +19,14 @@ class Draw:
     """Images a student made for one step, with what the teacher needs to judge them.
 
     Args:
-        images: (B, 3, H, W) in [0, 1], differentiable in the student's parameters.
+        images: (B, 3, H, W) in [0, 1] unless ``encoded``, differentiable in the student's parameters.
         prompts: B prompts, without view words.
         cameras: B cameras, on the CPU, or None where images have no camera.
         group: (B,) long, on the CPU; images of one group are views of one scene and share t.
         particle: which of the student's particles made them.
         source: what the images were before an edit began, (B, 3, H, W), for methods that compare with it.
+        share: of the batch that these rows are, where several processes train.
+        encoded: the images are already x (B, C, h, w), in the space in which the teacher denoises.
     """
 
     images: Tensor  # (B, 3, H, W)
@@ -31,6 +35,12 @@ class Draw:
     group: Tensor  # (B,) long
     particle: int = 0
     source: Tensor | None = None  # (B, 3, H, W)
+    encoded: bool = False
+    share: Share = Share()
+
+    def x(self, encode: Callable[[Tensor], Tensor]) -> Tensor:
+        """The images in the space in which a teacher denoises, (B, C, h, w), given how it encodes images."""
+        return self.images if self.encoded else encode(self.images)
 
 
 class Student(Protocol):

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from sds3d.ramp import Ramp
 from sds3d.runs import Run
+from sds3d.shares import Share
 from sds3d.students import Draw, Student
 from sds3d.transfer import Figures
 
@@ -141,6 +142,7 @@ def train(
     resume: bool = False,
     picture: Callable[[], Tensor] | None = None,
     critic: Critic | None = None,
+    share: Share = Share(),
 ) -> Iterator[Step]:
     """Train ``student``; gives an iterator that yields after every step. A checkpoint is read at once.
 
@@ -152,6 +154,7 @@ def train(
         resume: go on from the run's checkpoint.
         picture: makes the views (B, 3, H, W) of a progress picture.
         critic: follows what the student draws: fitted ``critic.steps`` times on fresh draws before every step.
+        share: of every batch, where several processes train; the first of them writes.
 
     Raises:
         ValueError: the disk is full, a checkpoint is missing or damaged or does not fit the student, a group
@@ -168,9 +171,10 @@ def train(
             raise ValueError(
                 f"{run.path} has done {done} steps; steps={plan.steps} is less: give steps={2 * done} or so"
             )
-        run.rewind(done)
+        if share.index == 0:
+            run.rewind(done)
     state = _State(student, optimiser, generator, done, seconds, critic)
-    return _loop(state, objectives, plan, run, picture)
+    return _loop(state, objectives, plan, run if share.index == 0 else None, picture)
 
 
 @dataclass
@@ -276,6 +280,7 @@ def _one_step(state: _State, objectives: Mapping[str, Objective], plan: Plan) ->
         figures.add(name, value.detach())
     optimiser.zero_grad(set_to_none=True)
     total.backward()
+    draw.share.average([p for group in optimiser.param_groups for p in group["params"]])
     for group in optimiser.param_groups:
         group["lr"] = plan.optim.lr[group["name"]](step)
         limit = plan.optim.clip.get(group["name"], float("inf"))
@@ -308,6 +313,15 @@ def _require_finite(figures: Figures, value: Tensor, what: str, step: int) -> No
     figures.require(torch.isfinite(value).all(), error)
 
 
+def _lay_out(optimiser: torch.optim.Optimizer) -> None:
+    """Give the optimiser's state the memory layout of its parameters, which a fused step takes for granted and a
+    checkpoint does not keep."""
+    for parameter, state in optimiser.state.items():
+        for name, value in state.items():
+            if torch.is_tensor(value) and value.shape == parameter.shape:
+                state[name] = torch.empty_like(parameter).copy_(value)
+
+
 def _restore(
     run: Run,
     student: Student,
@@ -320,6 +334,7 @@ def _restore(
     try:
         student.load_state_dict(state["student"])
         optimiser.load_state_dict(state["optimiser"])
+        _lay_out(optimiser)
         generator.set_state(state["generator"])
         if critic is not None:
             critic.load_state_dict(state["critic"])

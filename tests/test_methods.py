@@ -17,7 +17,8 @@ from conftest import SCHEDULES, every_schedule
 from torch import Tensor
 
 from sds3d.distill import METHODS
-from sds3d.distill.core import T_CLEAN, ScoreObjective, surrogate
+from sds3d.distill.core import ScoreObjective, surrogate
+from sds3d.distill.query import T_CLEAN
 from sds3d.noise import Prediction, Schedule, target
 from sds3d.students import Draw
 from sds3d.times import TimeDraw
@@ -382,9 +383,9 @@ def test_inverting_and_sampling_again_returns_at_first_order(schedule):
 def test_what_a_method_needs_is_asked_for_before_anything_runs(name):
     method = METHODS[name]()
     for need in method.NEEDS:
-        with pytest.raises(ValueError, match=f"{name.upper() if name != 'bridge' else 'Bridge'} needs a"):
+        with pytest.raises(ValueError, match=f"{type(method).__name__} needs a"):
             ScoreObjective(Gaussians(SCHEDULES["cosine"], GAUSSIANS), method, TimeDraw(0.1, 0.9))
-        assert need in ("critic", "negative", "source")
+        assert need in ("critic", "negative", "source", "pairs", "real")
 
 
 @pytest.mark.parametrize(
@@ -400,10 +401,15 @@ def test_what_a_method_needs_is_asked_for_before_anything_runs(name):
         ("ism", {"gap": 0.0}),
         ("bridge", {"second": -1}),
         ("dds", {"scale": -1}),
+        ("diffinstruct", {"scale": -1}),
+        ("dmd", {"floor": 0.0}),
+        ("dmd", {"regression": -1}),
+        ("dmd2", {"floor": 0.0}),
+        ("dmd2", {"adversarial": -1}),
     ],
 )
 def test_settings_out_of_range_are_refused(name, bad):
-    with pytest.raises(ValueError, match="at least|eta|gap"):
+    with pytest.raises(ValueError, match="at least|eta|gap|above 0"):
         METHODS[name](**bad)
 
 
@@ -413,14 +419,14 @@ def test_method_files_are_short_and_say_their_paper():
     import sds3d.distill
 
     for file in Path(sds3d.distill.__file__).parent.glob("*.py"):
-        if file.stem not in ("core", "__init__"):
+        if file.stem not in ("core", "query", "__init__"):
             assert len(file.read_text().splitlines()) < 60, file
     for method in METHODS.values():
         assert dataclasses.is_dataclass(method) and "arXiv" in method.__doc__
 
 
 def test_every_method_has_the_weight_of_its_paper():
-    own = {"sdi": "x0", "ism": "x0", "dds": "uniform"}
+    own = {"sdi": "x0", "ism": "x0", "dds": "uniform", "diffinstruct": "x0", "dmd": "x0", "dmd2": "x0"}
     for name, method in METHODS.items():
         assert method.WEIGHT == own.get(name, "sigma2"), name
         assert objective(SCHEDULES["cosine"], name, negative="ugly").weight == method.WEIGHT

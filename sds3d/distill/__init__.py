@@ -4,6 +4,9 @@ from sds3d.distill.bridge import Bridge
 from sds3d.distill.core import Method
 from sds3d.distill.csd import CSD
 from sds3d.distill.dds import DDS
+from sds3d.distill.diffinstruct import DiffInstruct
+from sds3d.distill.dmd import DMD
+from sds3d.distill.dmd2 import DMD2
 from sds3d.distill.ism import ISM
 from sds3d.distill.nfsd import NFSD
 from sds3d.distill.sdi import SDI
@@ -19,4 +22,7 @@ METHODS: dict[str, type[Method]] = {
     "ism": ISM,
     "bridge": Bridge,
     "dds": DDS,
+    "diffinstruct": DiffInstruct,
+    "dmd": DMD,
+    "dmd2": DMD2,
 }

@@ -1,0 +1,24 @@
+"""Diff-Instruct."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from sds3d.distill.core import ScoreDifference
+from sds3d.ramp import Ramp
+
+
+@dataclass(frozen=True)
+class DiffInstruct(ScoreDifference):
+    """Diff-Instruct (Luo et al., arXiv 2305.18455): d = eps_s - eps_phi, weighted as a difference of denoised images.
+
+    The gradient of the KL divergence between what the generator draws and the data, both noised, integrated over t.
+
+    Raises:
+        ValueError: a scale below 0.
+    """
+
+    WEIGHT: ClassVar[str] = "x0"
+
+    scale: Ramp | float = 1.0  # guidance s, of the teacher alone

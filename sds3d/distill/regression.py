@@ -1,0 +1,50 @@
+"""The regression objective: draw from a pair's noise what the teacher made of it (DMD, arXiv 2311.18828, eq. 9)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sds3d.distill.core import Judgement
+from sds3d.pairs import Pairs
+from sds3d.shares import Share
+from sds3d.students import Draw
+
+Distance = Callable[[Tensor, Tensor], Tensor]  # x and what it should be, (B, C, h, w) each -> (B,)
+
+
+@dataclass
+class Regression:
+    """weight * distance(G(z), y), times the numbers in a sample as the core's loss is a sum over them, mean over the
+    batch.
+
+    Args:
+        pairs: z and y.
+        paint: G: noise (B, C, h, w) and B prompts -> x, with gradients.
+        distance: see `sds3d.perceptual`.
+        weight: 0.25 is the paper's.
+        batch: pairs a step.
+        share: of them, where several processes train.
+
+    Raises:
+        ValueError: the batch cannot be shared evenly.
+    """
+
+    pairs: Pairs
+    paint: Callable[[Tensor, list[str]], Tensor]
+    distance: Distance
+    weight: float
+    batch: int
+    share: Share = Share()
+
+    def __post_init__(self):
+        self.share.of(self.batch)
+
+    def __call__(self, draw: Draw, step: int, generator: torch.Generator) -> Judgement:
+        index = self.share.randint(len(self.pairs.prompts), self.share.of(self.batch), generator)
+        chosen = self.pairs[index]
+        apart = self.distance(self.paint(chosen.noise, chosen.prompts), chosen.x).mean()
+        return Judgement(self.weight * chosen.x[0].numel() * apart, {"distance": apart.detach()})

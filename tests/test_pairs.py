@@ -1,0 +1,156 @@
+"""Pairs of noise and what the teacher makes of it: the right ones, made once, and safe on disk."""
+
+import errno
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from sds3d import pairs
+from sds3d.samplers import Sampler
+from sds3d.teachers.drawing import draw
+from sds3d.teachers.mixture import Mixture, MixtureTeacher
+
+PROMPTS = ("left", "right", "any")
+CONFIG = pairs.PairsConfig(count=20, batch=3, sampler="dpm++", steps=4)
+
+
+@pytest.fixture(autouse=True)
+def small_parts(monkeypatch):
+    """20 pairs are three parts, and no part is a whole number of batches."""
+    monkeypatch.setattr(pairs, "PART", 8)
+
+
+@pytest.fixture(scope="module")
+def teacher() -> MixtureTeacher:
+    """Two spots, each of 2 x 3 numbers; "left" has the one, "right" the other."""
+    means = torch.stack([torch.full((2, 1, 3), v, dtype=torch.float64) for v in (-2.0, 3.0)])
+    classes = {"left": [1, 0], "right": [0, 1], "any": [1, 1]}
+    return MixtureTeacher(Mixture(torch.ones(2), means, 0.1), classes, kind="v")
+
+
+def make(teacher, folder: Path, config=CONFIG, prompts=PROMPTS, identity="spots 1", guidance=1.0) -> list[int]:
+    return list(pairs.make(teacher, identity, config, prompts, folder, guidance))
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_a_pair_is_noise_and_what_the_teacher_draws_of_it(teacher, tmp_path):
+    assert make(teacher, tmp_path, guidance=1.5) == [8, 16, 20]
+    found = pairs.load(tmp_path, CONFIG)
+    assert found.noise.shape == found.x.shape == (20, 2, 1, 3) and set(found.prompts) == set(PROMPTS)
+    alone = [
+        draw(teacher, noise[None], [prompt], Sampler("dpm++", 4), 1.5)[0]
+        for noise, prompt in zip(found.noise, found.prompts)
+    ]
+    # the same float32 sums in batches of another size
+    assert torch.allclose(found.x, torch.stack(alone), atol=1e-5)
+    left = torch.tensor([prompt == "left" for prompt in found.prompts])
+    assert float(found.x[left].max()) < -1 and len(found.noise.unique()) == found.noise.numel()
+    some = found[torch.tensor([7, 2])]
+    assert torch.equal(some.x, found.x[[7, 2]]) and some.prompts == [found.prompts[7], found.prompts[2]]
+
+
+def test_more_pairs_are_added_to_those_that_are_there(teacher, tmp_path):
+    make(teacher, tmp_path, replace(CONFIG, count=8))
+    first = files(tmp_path)
+    more = replace(CONFIG, count=13)
+    assert make(teacher, tmp_path, more) == [8, 13]
+    assert first.items() <= files(tmp_path).items()
+    few, many = (pairs.load(tmp_path, config) for config in (replace(CONFIG, count=8), more))
+    assert torch.equal(many.x[:8], few.x) and many.prompts[:8] == few.prompts and len(many.x) == 13
+
+
+def test_an_interrupted_making_goes_on_to_the_same_bits(teacher, tmp_path):
+    make(teacher, tmp_path / "whole")
+    begun = pairs.make(teacher, "spots 1", CONFIG, PROMPTS, tmp_path / "parts")
+    assert next(begun) == 8
+    begun.close()
+    assert sorted(files(tmp_path / "parts")) == ["00000.safetensors", "pairs.json"]
+    (tmp_path / "parts" / ".00001-x1y2.safetensors").write_bytes(b"what a killed process leaves")
+    assert make(teacher, tmp_path / "parts") == [8, 16, 20]
+    assert files(tmp_path / "whole").items() <= files(tmp_path / "parts").items()
+    assert torch.equal(*(pairs.load(tmp_path / name, CONFIG).x for name in ("whole", "parts")))
+
+
+def test_what_is_there_is_not_made_again(teacher, tmp_path, monkeypatch):
+    make(teacher, tmp_path)
+    monkeypatch.setattr(teacher, "predict", None)
+    assert make(teacher, tmp_path) == [8, 16, 20]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"identity": "spots 2"}, "made with teacher=spots 1, not spots 2"),
+        ({"config": replace(CONFIG, sampler="heun")}, r"made with sampler=dpm\+\+, not heun"),
+        ({"config": replace(CONFIG, steps=5)}, "made with steps=4, not 5"),
+        ({"guidance": 2.0}, "made with guidance=1.0, not 2.0"),
+        ({"prompts": ("left",)}, r"made with prompts=\['left', 'right', 'any'\], not \['left'\]"),
+    ],
+)
+def test_a_folder_of_other_pairs_is_refused_with_both_values(teacher, tmp_path, change, words):
+    make(teacher, tmp_path)
+    before = files(tmp_path)
+    with pytest.raises(ValueError, match=f"{words}; give another pairs.folder"):
+        make(teacher, tmp_path, **change)
+    assert files(tmp_path) == before
+
+
+@pytest.mark.parametrize("data", [None, b"{", b"[1]"], ids=["missing", "cut", "other"])
+def test_pairs_that_nobody_can_tell_the_origin_of_are_refused(teacher, tmp_path, data):
+    make(teacher, tmp_path)
+    (tmp_path / "pairs.json").unlink()
+    if data is not None:
+        (tmp_path / "pairs.json").write_bytes(data)
+    for ask in (lambda: make(teacher, tmp_path), lambda: pairs.load(tmp_path, CONFIG)):
+        with pytest.raises(ValueError, match="pairs.json is missing or damaged; remove "):
+            ask()
+
+
+def test_a_damaged_part_is_named_and_made_again(teacher, tmp_path):
+    make(teacher, tmp_path)
+    part = tmp_path / "00001.safetensors"
+    whole = part.read_bytes()
+    part.write_bytes(whole[:-10])
+    with pytest.raises(ValueError, match="00001.safetensors is damaged; remove it, and it is made again"):
+        pairs.load(tmp_path, CONFIG)
+    part.unlink()
+    with pytest.raises(ValueError, match="holds 16 pairs and 20 are wanted; make them first"):
+        pairs.load(tmp_path, CONFIG)  # and does not take the third part for the second
+    make(teacher, tmp_path)
+    assert part.read_bytes() == whole
+
+
+def test_too_few_pairs_are_refused(teacher, tmp_path):
+    with pytest.raises(ValueError, match="pairs.count is 10; give at least pairs.batch, 16"):
+        pairs.PairsConfig(count=10, batch=16)
+    with pytest.raises(ValueError, match="pairs.sampler is 'ddpm', which draws anew each time"):
+        pairs.PairsConfig(sampler="ddpm")
+    with pytest.raises(ValueError, match="sampler is 'ode'"):
+        pairs.PairsConfig(sampler="ode")
+    with pytest.raises(ValueError, match="holds 0 pairs and 20 are wanted"):
+        pairs.load(tmp_path / "nothing", CONFIG)
+    make(teacher, tmp_path)
+    with pytest.raises(ValueError, match="holds 24 pairs and 30 are wanted"):
+        pairs.load(tmp_path, replace(CONFIG, count=30))
+
+
+def test_a_full_disk_leaves_what_was_there(teacher, tmp_path, monkeypatch):
+    make(teacher, tmp_path, replace(CONFIG, count=8))
+    before = files(tmp_path)
+
+    def full(path, data):
+        with path.open("wb") as file:
+            file.write(data[:100])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", full)
+        with pytest.raises(ValueError, match="cannot write .*00001.safetensors: No space left on device; make room"):
+            make(teacher, tmp_path)
+    assert files(tmp_path) == before
+    assert make(teacher, tmp_path) == [8, 16, 20]
