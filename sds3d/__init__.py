@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sds3d.asset import Asset
-    from sds3d.launch import generate, paint
+    from sds3d.generated import Generated, load_generator
+    from sds3d.launch import generate, paint, train_generator
     from sds3d.painting import Painting
 
 # torch's OpenMP threads would spin between two operations and take the cores from numba's: on two cores a step of the
@@ -18,14 +19,15 @@ if TYPE_CHECKING:
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 __version__ = "0.1.0"
-__all__ = ["Asset", "Painting", "generate", "paint"]
+__all__ = ["Asset", "Generated", "Painting", "generate", "load_generator", "paint", "train_generator"]
 
 
 def __getattr__(name: str) -> Any:
     if name in __all__:
-        from sds3d import asset, launch, painting
+        from sds3d import asset, generated, launch, painting
 
-        home = {"Asset": asset, "Painting": painting}.get(name, launch)
+        home = {"Asset": asset, "Painting": painting, "Generated": generated, "load_generator": generated}
+        home = home.get(name, launch)
         return getattr(home, name)
     raise AttributeError(f"module 'sds3d' has no attribute {name!r}; it has {', '.join(__all__)}")
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from sds3d import config as configs
 from sds3d import make
 from sds3d.cameras import Cameras, orbit
-from sds3d.config import Config
+from sds3d.config import Config, DistillConfig
 from sds3d.export import mesh as meshes
 from sds3d.export import sheet, video
 from sds3d.runs import Run
@@ -56,6 +56,8 @@ class Asset:
         run = Run.open(path)
         config = configs.of_run(run.config)
         if not isinstance(config, Config):
+            if isinstance(config, DistillConfig):
+                raise ValueError(f"{run.path} trains a generator and is not finished; sds3d resume {run.path}")
             raise ValueError(f"{run.path} holds images, not a scene; look at its image.png")
         config = configs.changed(config, {"device": device, "backend": backend})
         state = run.load_checkpoint()

@@ -9,189 +9,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sds3d import ops
-from sds3d.cameras import CameraRanges
-from sds3d.critics import CriticConfig
 from sds3d.distill import METHODS
-from sds3d.guidance import Guidance
-from sds3d.ramp import Ramp
-from sds3d.scenes.field import FieldConfig
-from sds3d.scenes.image import ImageConfig
-from sds3d.scenes.occupancy import OccupancyConfig
-from sds3d.scenes.regularisers import RegulariserConfig
-from sds3d.scenes.student import RenderConfig
-from sds3d.teachers.base import TeacherConfig
-from sds3d.times import TimeDraw
-from sds3d.train import OptimConfig, Plan
+from sds3d.settings import Config, DistillConfig, PaintConfig, RunConfig
+from sds3d.teachers.base import PACKAGED
 from sds3d.typed import build, convert, keys, merge, nearest, plain
-
-PACKAGED_TEACHERS = ("small",)
-DEFAULT_METHOD = "sds"
-
-
-@dataclass(frozen=True)
-class LogConfig:
-    """
-    Args:
-        save_every: steps between checkpoints.
-        picture_every: steps between progress pictures, 0 for none.
-    """
-
-    save_every: int = 100
-    picture_every: int = 50
-
-
-@dataclass(frozen=True)
-class ExportConfig:
-    """
-    Args:
-        mesh_resolution: voxels along each side of the box.
-        threshold: density at the surface; null chooses it.
-        keep: pieces smaller than this share of the largest piece's area are dropped.
-        frames, size, elevation: of the turntable; pixels, degrees. ``size`` is the preview's, too.
-    """
-
-    mesh_resolution: int = 96
-    threshold: float | None = None
-    keep: float = 0.05
-    frames: int = 48
-    size: int = 128
-    elevation: float = 15.0
-
-    def __post_init__(self):
-        if not 8 <= self.mesh_resolution <= 512:
-            raise ValueError(f"export.mesh_resolution is {self.mesh_resolution}; give 8 to 512 voxels a side")
-        if self.threshold is not None and not self.threshold > 0:
-            raise ValueError(f"export.threshold is {self.threshold}; give a density above 0, or null")
-        if not 0 <= self.keep <= 1:
-            raise ValueError(f"export.keep is {self.keep}; give a share from 0 to 1")
-        if not -90 <= self.elevation <= 90:
-            raise ValueError(f"export.elevation is {self.elevation}; give degrees from -90 to 90")
-        if not 2 <= self.frames <= 10_000:
-            raise ValueError(f"export.frames is {self.frames}; give 2 to 10000")
-        if not 16 <= self.size <= 2048 or self.size % 2:
-            raise ValueError(f"export.size is {self.size}; give an even number from 16 to 2048")
-
-
-@dataclass(frozen=True)
-class SourceConfig:
-    """What an edit starts from.
-
-    Args:
-        prompt: what the source shows.
-        run: the run folder of a scene to edit; images begin from image.start.
-    """
-
-    prompt: str = ""
-    run: str = ""
-
-
-@dataclass(frozen=True)
-class RunConfig:
-    """What every run is told, whatever its student.
-
-    Args:
-        prompt: what to make.
-        negative: what not to make; "" for nothing.
-        seed: of every random draw.
-        steps: of the loop.
-        device: "auto", "cpu", "cuda" ...
-        deterministic: on a GPU, make the same run the same bit for bit, which costs time (a warning names what cannot
-            be); on a CPU it always is.
-        out: folder for run folders.
-        method: a method of distill.METHODS; in YAML its name and its fields.
-        weight: W(t), one of noise.WEIGHTS; "auto" is the method's own.
-        uncond_camera: whether the null and negative prompts are told the camera.
-        noise: "fresh" every step, or "fixed", the same for every step (some methods find their own, by inversion).
-        guidance: Perp-Neg and CFG rescale, beside the method's own scale.
-        time: where t comes from.
-        critic: how the student's own score is learnt, for methods that need it.
-        source: what is edited, for methods that edit.
-
-    Raises:
-        ValueError: an empty prompt or a number that makes no sense.
-    """
-
-    prompt: str
-    negative: str = ""
-    seed: int = 0
-    steps: int = 400
-    device: str = "auto"
-    deterministic: bool = False
-    out: str = "outputs"
-    teacher: TeacherConfig = TeacherConfig()
-    method: Any = METHODS[DEFAULT_METHOD]()
-    weight: str = "auto"
-    uncond_camera: bool = False
-    noise: str = "fresh"
-    guidance: Guidance = Guidance()
-    critic: CriticConfig = CriticConfig()
-    source: SourceConfig = SourceConfig()
-    time: TimeDraw = dataclasses.field(default_factory=lambda: TimeDraw(Ramp.constant(0.087), Ramp(0, 0.951, 0.5, 300)))
-    optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
-    log: LogConfig = LogConfig()
-
-    def __post_init__(self):
-        if not self.prompt.strip():
-            raise ValueError('the prompt is empty; say what to make, as in: sds3d generate "a red mug"')
-        if not 0 <= self.seed < 2**62:
-            raise ValueError(f"seed is {self.seed}; give 0 or more")
-        self.plan()
-
-    def plan(self) -> Plan:
-        """What the loop is told."""
-        return Plan(self.steps, 2 * self.seed, {}, self.optim, self.log.save_every, self.log.picture_every)
-
-    @property
-    def particles(self) -> int:
-        """Students that share the method's critic."""
-        return getattr(self.method, "particles", 1)
-
-
-@dataclass(frozen=True)
-class Config(RunConfig):
-    """Everything that makes a scene.
-
-    Args:
-        backend: of the hot kernels; one of ops.BACKENDS.
-    """
-
-    backend: str = "auto"
-    field: FieldConfig = FieldConfig()
-    occupancy: OccupancyConfig = OccupancyConfig()
-    render: RenderConfig = RenderConfig()
-    camera: CameraRanges = CameraRanges()
-    regularise: RegulariserConfig = RegulariserConfig()
-    export: ExportConfig = ExportConfig()
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.backend not in ops.BACKENDS:
-            raise ValueError(f"backend is {self.backend!r}; {nearest(self.backend, ops.BACKENDS)}")
-
-    def plan(self) -> Plan:
-        return dataclasses.replace(super().plan(), lambdas=self.regularise.ramps())
-
-
-@dataclass(frozen=True)
-class PaintConfig(RunConfig):
-    """Everything that makes images without a scene."""
-
-    steps: int = 200
-    optim: OptimConfig = dataclasses.field(
-        default_factory=lambda: OptimConfig({"pixels": Ramp(100, 0.05, 0.005, 200)}, eps=1e-8)
-    )
-    log: LogConfig = LogConfig(picture_every=25)
-    image: ImageConfig = ImageConfig()
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.particles > 1:
-            raise ValueError("method.particles counts scenes; for images give image.count")
 
 
 def load(
@@ -200,13 +24,14 @@ def load(
     file: str | Path | None = None,
     kind: type[RunConfig] | None = None,
 ) -> Any:
-    """The config of a prompt: a ``Config``, or a ``PaintConfig``.
+    """The config of a run: a ``Config``, a ``PaintConfig`` or a ``DistillConfig``.
 
     Args:
         prompt: what to make; None takes it from the layers (a run's config.yaml has one).
         layers: nested or dotted keys, later ones win.
         file: a YAML file under the layers, over the recipe.
-        kind: which; None takes a PaintConfig where there are settings of an image, else a Config.
+        kind: which; None takes a PaintConfig where there are settings of an image, a DistillConfig where there are
+            some of a generator, else a Config.
 
     Raises:
         ValueError: unknown keys, wrong types, values nobody can use, a file that is missing or is no YAML.
@@ -218,30 +43,48 @@ def load(
         )
     if prompt is not None:
         given["prompt"] = prompt.replace("${", "\\${")
+    kind = kind or (PaintConfig if "image" in given else DistillConfig if "generator" in given else Config)
+    if kind is DistillConfig:
+        given.setdefault("prompt", "")
     if "prompt" not in given:
         raise ValueError('there is no prompt; say what to make, as in: sds3d generate "a red mug"')
+    real = Path(str(given.get("real") or "")).expanduser()
+    if real != Path() and real.is_dir():  # so that resume works from any folder
+        given["real"] = str(real.resolve())
     if given.get("method") is None:  # null is the default
         given.pop("method", None)
-    for section, key in (("teacher", "name"), ("source", "run"), ("image", "start")):
+    for section, key in (
+        ("teacher", "name"),
+        ("source", "run"),
+        ("image", "start"),
+        ("generator", "prompts"),
+        ("pairs", "folder"),
+    ):
         given |= _from_anywhere(given, section, key)
     method = given.get("method") or {}
-    name = method.get("name", DEFAULT_METHOD) if isinstance(method, Mapping) else str(method)
+    name = method.get("name", default_method(kind)) if isinstance(method, Mapping) else str(method)
     if name not in METHODS:
         raise ValueError(f"method is {name!r}; {nearest(str(name), METHODS)} (there is {', '.join(METHODS)})")
-    kind = kind or (PaintConfig if "image" in given else Config)
     defaults = plain(kind("a red mug"))  # whole, so that a recipe that sets optim.lr.grid keeps optim.lr.mlp
     del defaults["prompt"], defaults["method"]
     defaults["time"]["steps"] = "${steps}"
     if kind is PaintConfig:
         defaults["optim"]["lr"]["pixels"] = ["${part:0.5}", 0.05, 0.005, "${steps}"]
+    if kind is DistillConfig:
+        defaults["optim"]["lr"]["generator"] = ["${part:0.5}", 2e-4, 0, "${steps}"]
     return _typed(_resolved(merge(merge(defaults, recipe(name, kind)), given)), name, kind)
+
+
+def default_method(kind: type[RunConfig]) -> str:
+    """The name of the method of a run that names none."""
+    return "diffinstruct" if kind is DistillConfig else "sds"
 
 
 def _from_anywhere(given: Mapping[str, Any], section: str, key: str) -> dict[str, Any]:
     """The section, whose path is made absolute where it leads somewhere, so that resume works from any folder."""
     values = given.get(section)
     path = Path(str(values.get(key) or "")).expanduser() if isinstance(values, Mapping) else Path()
-    as_it_is = path == Path() or str(path) in PACKAGED_TEACHERS or not path.exists()
+    as_it_is = path == Path() or str(path) in PACKAGED or not path.exists()
     return {} if as_it_is else {section: {**values, key: str(path.resolve())}}
 
 
@@ -274,10 +117,12 @@ def parse_overrides(texts: Iterable[str]) -> dict[str, Any]:
 
 def recipe(name: str, kind: type[RunConfig] = Config) -> dict[str, Any]:
     """The recipe that ships with the package, by method name; empty where a method has none. The recipes are for
-    scenes: images take from them what is not about scenes, and keep their own learning rate."""
-    path = recipes_folder() / f"{name}.yaml"
+    scenes: images take from them what is not about scenes, and keep their own learning rate. Generators have their own,
+    in the folder distill."""
+    folder = recipes_folder() / "distill" if kind is DistillConfig else recipes_folder()
+    path = folder / f"{name}.yaml"
     values = read_yaml(path) if path.is_file() else {}
-    return values if kind is Config else {k: v for k, v in values.items() if k in _SHARED}
+    return {k: v for k, v in values.items() if k in _SHARED} if kind is PaintConfig else values
 
 
 def recipes_folder() -> Path:
@@ -377,7 +222,15 @@ def changed(config: RunConfig, layer: Mapping[str, Any]) -> Any:
     layer = _nested(layer)
     for key in layer:
         if key not in free:
-            raise ValueError(f"{key} cannot change on resume, only {', '.join(free)}; start a new run with generate")
+            raise ValueError(f"{key} cannot change on resume, only {', '.join(free)}; start a new run")
+    steps = layer.get("steps", config.steps)
+    if isinstance(config, DistillConfig) and steps != config.steps:
+        ends = [name for name, ramp in config.optim.lr.items() if ramp(config.steps) == 0]
+        if ends:
+            raise ValueError(
+                f"the learning rate of {ends[0]} is 0 from step {config.steps} on, so more steps would teach nothing; "
+                f"start a new run with steps={steps}"
+            )
     values = {f.name: plain(getattr(config, f.name)) for f in dataclasses.fields(config) if f.name in layer}
     fresh = build(type(config), {"prompt": config.prompt, **merge(values, layer)})
     return dataclasses.replace(config, **{key: getattr(fresh, key) for key in layer})

@@ -13,11 +13,13 @@ import torch
 from sds3d import config as configs
 from sds3d import make
 from sds3d.asset import Asset
-from sds3d.config import Config, PaintConfig, RunConfig
+from sds3d.config import Config, DistillConfig, PaintConfig, RunConfig
+from sds3d.generated import Generated
 from sds3d.painting import Painting
 from sds3d.runs import Run
 from sds3d.scenes.edit import EditedScene
 from sds3d.scenes.student import SceneStudent
+from sds3d.shares import Share, join
 from sds3d.train import Step, make_optimiser, train
 
 
@@ -28,25 +30,28 @@ def check(config: RunConfig) -> None:
     make_optimiser(parts.student, config.optim)
 
 
-def start(config: RunConfig) -> tuple[Asset | Painting, Iterator[Step]]:
+def start(config: RunConfig) -> tuple[Asset | Painting | Generated, Iterator[Step]]:
     """A new run: its folder, and the loop, not yet begun. The folder is made once everything else is in order.
 
     Raises:
         ValueError: the prompt is not for this teacher, weights are missing, the method lacks what it needs, the folder
             cannot be written ...
     """
-    parts = _Parts(config)
+    parts = _Parts(config, share_of(config))
     parts.begin_from_source()
-    run = Run.create(config.out, config.prompt, configs.to_yaml(config))
+    run = Run.create(config.out, parts.title, configs.to_yaml(config)) if parts.share.index == 0 else None
     made = parts.made(run)
     try:
         return made, parts.steps(made)
     except ValueError:
-        run.discard()
+        if run is not None:
+            run.discard()
         raise
 
 
-def resume(path: str | Path, layer: Mapping[str, Any] | None = None) -> tuple[Asset | Painting, Iterator[Step]]:
+def resume(
+    path: str | Path, layer: Mapping[str, Any] | None = None
+) -> tuple[Asset | Painting | Generated, Iterator[Step]]:
     """A run, and the loop from its checkpoint on.
 
     Args:
@@ -58,10 +63,12 @@ def resume(path: str | Path, layer: Mapping[str, Any] | None = None) -> tuple[As
     """
     run = Run.open(path)
     config = configs.changed(configs.of_run(run.config), layer or {})
-    parts = _Parts(config)
+    for _ in prepare(config):
+        pass
+    parts = _Parts(config, share_of(config))
     made = parts.made(run)
     steps = parts.steps(made, resume=True)
-    if layer:
+    if layer and parts.share.index == 0:
         run.write_text(run.config, configs.to_yaml(config))
     return made, steps
 
@@ -69,12 +76,12 @@ def resume(path: str | Path, layer: Mapping[str, Any] | None = None) -> tuple[As
 class _Parts:
     """What a run consists of, made from its config. Raises ValueError where something is missing."""
 
-    def __init__(self, config: RunConfig):
-        self.config = config
-        teacher = make.teacher(config)
-        self.student = make.student(config)
-        self.critic = make.critic(config, teacher)
-        self.objective = make.objective(config, teacher, self.critic)
+    def __init__(self, config: RunConfig, share: Share = Share()):
+        self.config, self.share = config, share
+        self.teacher = make.teacher(config)
+        self.student = make.student(config, self.teacher, share)
+        self.critic = make.critic(config, self.teacher, share)
+        self.objective = make.objective(config, self.teacher, self.critic)
         self.source: SceneStudent | None = None
         if isinstance(config, Config) and config.source.run:
             self.source = Asset.open(config.source.run, config.device, config.backend).scene
@@ -82,6 +89,14 @@ class _Parts:
         if "source" in config.method.NEEDS and not has_source:
             where = "image.start=picture.png" if isinstance(config, PaintConfig) else "source.run=outputs/00001-..."
             raise ValueError(f"{self.objective.name} edits, and needs what: give {where} and source.prompt")
+
+    @property
+    def title(self) -> str:
+        """What the run folder is named after."""
+        config = self.config
+        if isinstance(config, DistillConfig):
+            return f"{Path(config.teacher.name).stem} {type(config.method).__name__} {config.prompt}"
+        return config.prompt
 
     def begin_from_source(self) -> None:
         """An edited scene begins as its source."""
@@ -95,22 +110,25 @@ class _Parts:
                 "render.background as it has, and leave method.particles at 1"
             ) from error
 
-    def made(self, run: Run) -> Asset | Painting:
+    def made(self, run: Run | None) -> Asset | Painting | Generated:
         """What the run will have made."""
+        if isinstance(self.config, DistillConfig):
+            return Generated(run, self.config, self.student)
         if isinstance(self.config, PaintConfig):
             return Painting(run, self.config, self.student)
         return Asset(run, self.config, self.student)
 
-    def steps(self, made: Asset | Painting, resume: bool = False) -> Iterator[Step]:
+    def steps(self, made: Asset | Painting | Generated, resume: bool = False) -> Iterator[Step]:
         """The loop."""
         steps = train(
             self.student if self.source is None else EditedScene(self.student, self.source),
-            {self.objective.name: self.objective},
+            make.objectives(self.config, self.teacher, self.student, self.critic, self.share),
             self.config.plan(),
             made.run,
             resume=resume,
             picture=made.picture,
             critic=self.critic,
+            share=self.share,
         )
         return _guarded(steps, self.config)
 
@@ -139,9 +157,32 @@ def _guarded(steps: Iterator[Step], config: RunConfig) -> Iterator[Step]:
         lower = "render.chunk (rays at a time, 65536 or less), render.views, render.resolution"
         if isinstance(config, PaintConfig):
             lower = "image.count"
+        if isinstance(config, DistillConfig):
+            lower = "generator.batch, pairs.batch"
         raise ValueError(
             f"out of memory on {make.pick_device(config.device)}; lower {lower}, in this order. {error}"
         ) from error
+
+
+def share_of(config: RunConfig) -> Share:
+    """This process's share of a run that torchrun started. Raises ValueError where a run cannot be shared."""
+    share = join()
+    if share.count > 1 and not isinstance(config, DistillConfig):
+        raise ValueError("torchrun starts several processes, which only sds3d distill can share; start it without")
+    return share
+
+
+def prepare(config: RunConfig) -> Iterator[int]:
+    """Make what a run needs before it begins: the pairs of a regression. Yields how many are there.
+
+    Raises:
+        ValueError: see `sds3d.pairs.make`.
+    """
+    if isinstance(config, DistillConfig) and "pairs" in config.method.NEEDS:
+        share = share_of(config)
+        if share.index == 0:
+            yield from make.make_pairs(config, make.teacher(config))
+        share.wait()
 
 
 def generate(prompt: str, **overrides: Any) -> Asset:
@@ -178,8 +219,28 @@ def paint(prompt: str, **overrides: Any) -> Painting:
     return _finished(configs.load(prompt, overrides, kind=PaintConfig))
 
 
+def train_generator(**overrides: Any) -> Generated:
+    """Train a generator that paints in one step, or a few, what a teacher paints in many.
+
+    Args:
+        overrides: any setting: ``teacher="digits"``, ``method="dmd"``, ``steps=4000``, ``generator={"batch": 64}`` ...
+
+    Returns:
+        The finished run: its folder (``path``) holds generator.safetensors, its card, grid.png;
+        `load_generator(path)` paints.
+
+    Raises:
+        ValueError: a setting that is not known, or a folder that cannot be written.
+    """
+    if isinstance(overrides.get("teacher"), str):
+        overrides["teacher"] = {"name": overrides["teacher"]}
+    return _finished(configs.load(None, overrides, kind=DistillConfig))
+
+
 def _finished(config: RunConfig) -> Any:
     """A new run, carried out."""
+    for _ in prepare(config):
+        pass
     made, steps = start(config)
     for _ in steps:
         pass

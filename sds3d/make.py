@@ -3,21 +3,35 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from sds3d import ops
+from sds3d import ops, pairs, perceptual
+from sds3d.adversary import Adversary, Real
 from sds3d.cameras import Cameras
-from sds3d.config import PACKAGED_TEACHERS, Config, PaintConfig, RunConfig
+from sds3d.config import Config, DistillConfig, PaintConfig, RunConfig
 from sds3d.critics import Learnt
+from sds3d.data import digits, folder
+from sds3d.distill.adversarial import Adversarial
 from sds3d.distill.bridge import Bridge
 from sds3d.distill.core import ScoreObjective
+from sds3d.distill.regression import Regression
+from sds3d.generators.one_step import Generator, paint
 from sds3d.prompts import COLOURS, VIEW_WORDS, named_background, words
+from sds3d.ramp import Ramp
+from sds3d.runs import slug
 from sds3d.scenes.image import ImageStudent
 from sds3d.scenes.student import SceneConfig, SceneStudent
-from sds3d.students import Particles
-from sds3d.teachers.base import Teacher, TeacherConfig
+from sds3d.shares import Share
+from sds3d.students import Particles, Student
+from sds3d.teachers import sources
+from sds3d.teachers.base import PACKAGED, Teacher, TeacherConfig
+from sds3d.train import Objective
+from sds3d.transfer import onto
 
 
 def pick_device(wanted: str) -> torch.device:
@@ -38,12 +52,19 @@ def load_teacher(settings: TeacherConfig, device: str = "auto") -> Teacher:
     """A frozen teacher. Raises ValueError where there is none of that name, or its weights are damaged."""
     from sds3d.teachers import small
 
-    path = None if settings.name in PACKAGED_TEACHERS else Path(settings.name).expanduser()
-    if path is not None and not path.is_file():
-        packaged = ", ".join(PACKAGED_TEACHERS)
-        raise ValueError(f"teacher {settings.name!r} is neither packaged ({packaged}) nor a file of weights")
+    path = small.packaged(settings.name) if settings.name in PACKAGED else Path(settings.name).expanduser()
+    if path.is_dir():
+        path = path / small.FILE
+    if not path.is_file():
+        raise ValueError(
+            f"teacher {settings.name!r} is neither packaged ({', '.join(PACKAGED)}), a file of weights, nor the folder "
+            "of a training (sds3d teacher train)"
+        )
     dtype = None if settings.dtype == "auto" else getattr(torch, settings.dtype)
-    return small.load(path, settings.views, pick_device(device), dtype, settings.compile)
+    found = small.load(path, settings.views, pick_device(device), dtype, settings.compile)
+    if "generator" in found.told:
+        raise ValueError(f"{path} is a generator, which paints by itself (sds3d sample); name the teacher it came from")
+    return found
 
 
 def teacher(config: RunConfig) -> Teacher:
@@ -52,6 +73,8 @@ def teacher(config: RunConfig) -> Teacher:
     if said and isinstance(config, Config):
         raise ValueError(f"the prompt says {said[0]!r}, but a scene is seen from all sides; leave it out")
     found = load_teacher(config.teacher, config.device)
+    if isinstance(config, DistillConfig) and not config.prompt:
+        return found
     for name, prompt in (
         ("", config.prompt),
         ("negative: ", config.negative),
@@ -71,8 +94,8 @@ def _spoilt(config: RunConfig) -> str:
     return f"{config.prompt}, {config.negative}" if isinstance(config.method, Bridge) and config.negative else ""
 
 
-def student(config: RunConfig) -> SceneStudent | ImageStudent | Particles:
-    """What a run trains, new; the same seed gives the same one.
+def student(config: RunConfig, teacher: Teacher | None = None, share: Share = Share()) -> Student:
+    """What a run trains, new; the same seed gives the same one. A generator starts from its teacher.
 
     Raises:
         ValueError: a picture to begin from that cannot be read, a background that is not known.
@@ -81,6 +104,9 @@ def student(config: RunConfig) -> SceneStudent | ImageStudent | Particles:
     if isinstance(config, PaintConfig):
         generator = torch.Generator().manual_seed(seed)
         return ImageStudent(config.image, config.prompt, generator, pick_device(config.device))
+    if isinstance(config, DistillConfig):
+        assert teacher is not None, "a generator starts from its teacher"
+        return Generator(teacher, config.generator, prompts(config, teacher), identity(config, teacher), share)
     assert isinstance(config, Config), config
     if config.particles == 1:
         return scene(config, torch.Generator().manual_seed(seed))
@@ -106,16 +132,118 @@ def scene(config: Config, generator: torch.Generator) -> SceneStudent:
     return SceneStudent(settings, generator, prompts, backgrounds, ops.choose(device, config.backend), device)
 
 
-def critic(config: RunConfig, teacher: Teacher) -> Learnt | None:
-    """A critic that starts from the teacher, where the method needs one."""
+def prompts(config: DistillConfig, teacher: Teacher) -> list[str]:
+    """What a generator learns to draw. Raises ValueError for a file that cannot be read or a word nobody knows."""
+    if config.prompt and config.generator.prompts:
+        raise ValueError("give either prompt or generator.prompts, not both")
+    if config.prompt:
+        return [config.prompt]
+    if not config.generator.prompts:
+        toys = config.teacher.name in ("small", "toybox")  # whose weights are older than the list in their header
+        return list(sources.Toybox().prompts if toys else teacher.prompts)
+    path = Path(config.generator.prompts).expanduser()
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"cannot read generator.prompts {path}: {error}; give a text file, one prompt a line"
+        ) from error
+    for line in lines:
+        teacher.check(line)
+    return lines
+
+
+def identity(config: RunConfig, teacher: Teacher) -> str:
+    """A teacher's name and what its weights are, as in "digits 0123456789ab"."""
+    return f"{Path(config.teacher.name).name} {teacher.fingerprint}"
+
+
+def critic(config: RunConfig, teacher: Teacher, share: Share = Share()) -> Learnt | None:
+    """A critic that starts from the teacher, where the method needs one; a discriminator in it, where it needs that.
+
+    Raises:
+        ValueError: the method is not for this kind of run, or there are no real images for a discriminator.
+    """
+    for need in set(config.method.NEEDS) & {"pairs", "real"}:
+        if not isinstance(config, DistillConfig):
+            raise ValueError(f"{type(config.method).__name__} needs {need}: it trains generators, with sds3d distill")
     if "critic" not in config.method.NEEDS:
         return None
-    return Learnt(teacher, config.critic, torch.Generator().manual_seed(config.seed))
+    generator = torch.Generator().manual_seed(config.seed)
+    if "real" not in config.method.NEEDS:
+        return Learnt(teacher, config.critic, generator, share)
+    assert isinstance(config, DistillConfig), config
+    return Adversary(
+        teacher, config.critic, generator, real(config, teacher, share), config.method.discriminator, share
+    )
+
+
+def real(config: DistillConfig, teacher: Teacher, share: Share = Share()) -> Real:
+    """What draws real images for a discriminator, told as the generator is told: by its own prompts.
+
+    Raises:
+        ValueError: there are none, or none that is captioned with one of the prompts.
+    """
+    if not config.real and config.teacher.name != "digits":
+        raise ValueError(f"{type(config.method).__name__} wants real images; give real=FOLDER, with captions")
+    wanted = set(prompts(config, teacher))
+    found = (
+        digits.pictures() if config.real in ("", "digits") else folder.read(config.real, teacher.image_size).pictures
+    )
+    told = [next((text for text in texts if text in wanted), "") for texts in found.captions]
+    kept = [i for i, text in enumerate(told) if text]
+    if not kept:
+        raise ValueError(f"no real image is captioned {sorted(wanted)[0]!r}, or any of the generator's prompts")
+    x = teacher.encode(found[kept].rgb()).to(pick_device(config.device))
+
+    def draw(count: int, generator: torch.Generator) -> tuple[Tensor, list[str]]:
+        index = share.randint(len(kept), count, generator)
+        return x[onto(index, x.device)], [told[kept[i]] for i in index.tolist()]
+
+    return draw
+
+
+def objectives(
+    config: RunConfig, teacher: Teacher, student: Student, critic: Learnt | None, share: Share = Share()
+) -> dict[str, Objective]:
+    """The method's objectives by name: its score, and beside it a regression or a discriminator's verdict."""
+    score = objective(config, teacher, critic)
+    found: dict[str, Objective] = {score.name: score}
+    if "pairs" in config.method.NEEDS:
+        assert isinstance(student, Generator), student
+        made = pairs.load(pairs_folder(config, teacher), config.pairs, pick_device(config.device))
+
+        def draw(noise: Tensor, prompts: list[str]) -> Tensor:
+            return paint(teacher, student.network, student.times[:1], [noise], prompts)
+
+        apart = perceptual.distance(config.distance, teacher, pick_device(config.device))
+        found["regression"] = Regression(made, draw, apart, config.method.regression, config.pairs.batch, share)
+    if "real" in config.method.NEEDS:
+        assert isinstance(critic, Adversary), critic
+        found["adversarial"] = Adversarial(critic, config.method.adversarial)
+    return found
+
+
+def pairs_folder(config: DistillConfig, teacher: Teacher) -> Path:
+    """Where a run's pairs are."""
+    if config.pairs.folder:
+        return Path(config.pairs.folder).expanduser()
+    told = (config.pairs.sampler, config.pairs.steps, Ramp.parse(config.method.scale)(0), prompts(config, teacher))
+    mark = hashlib.sha256(repr(told).encode()).hexdigest()[:8]  # one folder for each that would differ
+    return Path(config.out).expanduser() / "pairs" / f"{slug(identity(config, teacher))}-{mark}"
+
+
+def make_pairs(config: DistillConfig, teacher: Teacher) -> Iterator[int]:
+    """Make the pairs a run needs and does not have; yields how many are there. Raises ValueError."""
+    scale = float(Ramp.parse(config.method.scale)(0))
+    folder, device = pairs_folder(config, teacher), pick_device(config.device)
+    told = identity(config, teacher)
+    return pairs.make(teacher, told, config.pairs, prompts(config, teacher), folder, scale, device)
 
 
 def objective(config: RunConfig, teacher: Teacher, critic: Learnt | None = None) -> ScoreObjective:
     """The method, bound to its teacher and critic. Raises ValueError where it lacks what it needs."""
-    if config.guidance.perp_neg and (teacher.views != "words" or isinstance(config, PaintConfig)):
+    if config.guidance.perp_neg and (teacher.views != "words" or not isinstance(config, Config)):
         raise ValueError("guidance.perp_neg works through a scene's view words: set teacher.views=words, or leave it 0")
     return ScoreObjective(
         teacher,

@@ -94,3 +94,24 @@ def in_folder(tmp_path, monkeypatch):
     """Work in an empty folder."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.fixture
+def call(call_packaged, ball_teacher):
+    """Run the command line in an empty folder, with a BallTeacher; gives exit code, stdout, stderr."""
+    return call_packaged
+
+
+@pytest.fixture
+def call_packaged(capsys, in_folder):
+    """The same with the packaged teachers."""
+    from sds3d.cli import main
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            main(list(arguments))
+        out, err = capsys.readouterr()
+        return end.value.code or 0, out, err
+
+    return run

@@ -15,23 +15,8 @@ import torch
 from conftest import TINY, BallTeacher
 
 import sds3d
-from sds3d.cli import main
 
 ROOT = Path(__file__).parents[1]
-
-
-@pytest.fixture
-def call(capsys, in_folder, ball_teacher):
-    """Run the command line in an empty folder; gives exit code, stdout, stderr."""
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as end:
-            main(list(arguments))
-        out, err = capsys.readouterr()
-        return end.value.code or 0, out, err
-
-    return run
 
 
 @pytest.fixture(scope="session")
@@ -323,7 +308,7 @@ def test_python_makes_an_asset(in_folder, ball_teacher):
     again = sds3d.Asset.open(asset.path, backend="torch")  # the kernels it was made with: the same to the last bit
     assert again.render(30, 15, 48).tobytes() == image.tobytes()
     assert asset.config.seed == 2
-    with pytest.raises(AttributeError, match="it has Asset, Painting, generate, paint"):
+    with pytest.raises(AttributeError, match="it has Asset, Generated, Painting, generate, load_generator"):
         sds3d.nonsense  # noqa: B018
 
 
@@ -421,7 +406,9 @@ def test_mistakes_about_methods_leave_nothing_behind(call, in_folder, arguments,
 
 
 def test_compare_writes_a_page(call, in_folder, monkeypatch):
-    monkeypatch.setattr("sds3d.teachers.fit.sample", lambda teacher, prompt, n, **rest: torch.ones((n, 3, 8, 8)))
+    monkeypatch.setattr(
+        "sds3d.teachers.drawing.sample", lambda teacher, prompts, **rest: torch.ones((len(prompts), 3, 8, 8))
+    )
     quick = ("steps=3", "image.size=8", "image.count=2", "-o", "c", "--seeds", "0,1")
     code, out, err = call("compare", "a ball", "a red ball", "--methods", "sds,csd", *quick)
     assert code == 0 and out.split() == ["c/index.html", "c/sheet.png", "c/results.json"], err

@@ -133,7 +133,7 @@ def test_devices_and_teachers_that_are_not_here(tmp_path):
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="device 'cuda' is not usable here"):
             make.pick_device("cuda")
-    with pytest.raises(ValueError, match="teacher 'smal' is neither packaged .small. nor a file of weights"):
+    with pytest.raises(ValueError, match="teacher 'smal' is neither packaged .small, toybox, digits., a file"):
         make.teacher(load("a ball", {"teacher.name": "smal"}))
 
 

@@ -64,7 +64,8 @@ def own_settings(name: str) -> dict:
         "negative": "ugly" if "negative" in METHODS[name].NEEDS else "",
         "log.picture_every": 75,
     }
-    return settings | ({"critic.kind": "copy", "critic.steps": 4, "critic.lr": 2e-3} if name == "vsd" else {})
+    critic = {"critic.kind": "copy", "critic.steps": 4, "critic.lr": 2e-3}
+    return settings | (critic if "critic" in METHODS[name].NEEDS else {})
 
 
 def nearest(image: torch.Tensor) -> tuple[int, float]:
@@ -73,7 +74,10 @@ def nearest(image: torch.Tensor) -> tuple[int, float]:
     return int(distance.argmin()), float(distance.min())
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if name != "dds"])
+FOR_GENERATORS = ("dmd", "dmd2")  # they need pairs, or real images
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in ("dds", *FOR_GENERATORS)])
 def test_every_method_paints_a_picture_that_the_oracle_knows(oracle, name):
     painting = sds3d.paint("a disc", method=name, **own_settings(name))
     found = [nearest(image) for image in painting.images.cpu()]
@@ -83,6 +87,12 @@ def test_every_method_paints_a_picture_that_the_oracle_knows(oracle, name):
     files = {p.name for p in painting.path.iterdir()}
     assert {"image.png", "images", "progress", "config.yaml", "metrics.jsonl"} <= files
     assert len(list((painting.path / "images").iterdir())) == 4
+
+
+@pytest.mark.parametrize("name", FOR_GENERATORS)
+def test_methods_for_generators_make_no_pictures(oracle, name):
+    with pytest.raises(ValueError, match=f"{name.upper()} needs (pairs|real): it trains generators, with sds3d"):
+        sds3d.paint("a disc", method=name)
 
 
 def test_dds_turns_a_picture_of_one_kind_into_the_other_and_keeps_a_right_one(oracle, tmp_path):
@@ -186,7 +196,7 @@ def test_dds_edits_a_scene_beside_itself(ball_teacher, in_folder):
 
 
 def test_a_comparison_is_one_page_and_goes_on_where_it_stopped(oracle, tmp_path, monkeypatch):
-    monkeypatch.setattr("sds3d.teachers.fit.sample", lambda teacher, prompt, n, **rest: pictures()[:n])
+    monkeypatch.setattr("sds3d.teachers.drawing.sample", lambda teacher, prompts, **rest: pictures()[: len(prompts)])
     layer = own_settings("sds") | {"steps": 20, "image.count": 2}
     wanted = comparing.Comparison(("a disc",), ("sds", "csd"), (0, 1), "image", layer)
     out = tmp_path / "out"
@@ -213,7 +223,7 @@ def test_a_comparison_is_one_page_and_goes_on_where_it_stopped(oracle, tmp_path,
 
 
 def test_a_run_that_diverges_does_not_end_a_comparison(oracle, tmp_path, monkeypatch):
-    monkeypatch.setattr("sds3d.teachers.fit.sample", lambda teacher, prompt, n, **rest: pictures()[:n])
+    monkeypatch.setattr("sds3d.teachers.drawing.sample", lambda teacher, prompts, **rest: pictures()[: len(prompts)])
     monkeypatch.setattr("sds3d.distill.csd.CSD.__call__", lambda self, q: q.x * float("nan"))
     layer = own_settings("sds") | {"steps": 5, "image.count": 2}
     wanted = comparing.Comparison(("a disc",), ("csd", "sds"), (0,), "image", layer)

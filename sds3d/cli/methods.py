@@ -145,4 +145,4 @@ def methods(json: Json = False) -> None:
     for row in rows:
         needs = f"; needs a {', '.join(row['needs'])}" if row["needs"] else ""
         settings = " ".join(f"{key}={value}" for key, value in row["settings"].items())
-        print(f"{row['name']:8s}{row['title']} (arXiv {row['paper']}){needs}\n        {settings}")
+        print(f"{row['name']:14s}{row['title']} (arXiv {row['paper']}){needs}\n{'':14s}{settings}")

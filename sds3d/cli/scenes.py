@@ -73,11 +73,11 @@ def resume(run: RunFolder, overrides: Overrides = None, quiet: Quiet = False, js
       sds3d resume outputs/00001-a-red-mug export.size=256      [dim]# a finished run: its files again[/dim]
     """
     from sds3d import config as configs
-    from sds3d import launch
+    from sds3d import launch, shares
 
     begun = time.perf_counter()
     made, steps = launch.resume(run, configs.parse_overrides(overrides or []))
-    carry_out(made, steps, begun, make_display(quiet, json), json)
+    carry_out(made, steps, begun, make_display(quiet or shares.join().index > 0, json), json)
 
 
 def export(
@@ -117,16 +117,31 @@ def export(
 
 def evaluate(
     runs: Annotated[list[Path], Argument(metavar="RUN...", help="one run folder or more")],
+    number: Annotated[int, Option("-n", "--number", help="images a seed, of a generator")] = 5000,
+    seeds: Annotated[int, Option(min=1, help="how often to measure a generator")] = 3,
+    quiet: Quiet = False,
     json: Json = False,
 ) -> None:
-    """Compare runs with the true shapes of the toybox: IoU, PSNR, Chamfer, F-score; writes eval.png.
+    """Judge runs: scenes by the toybox's true shapes, generators by real images that nobody trained on.
 
-    [bold]Example[/bold]
+    Scenes: IoU, PSNR, Chamfer, F-score, and eval.png. Generators (of digits): FD-feat and its ratio to the teacher's,
+    class accuracy, precision, recall, speed, and eval.json and eval.png.
+
+    [bold]Examples[/bold]
 
       sds3d eval outputs/00001-a-red-mug
+
+      sds3d eval outputs/00002-digits-diffinstruct -n 2000 --seeds 1
     """
     from sds3d.asset import Asset
+    from sds3d.cli import generators
 
+    for run in list(runs):
+        if generators.is_one(run):
+            generators.evaluate(run, number, seeds, quiet, json)
+            runs.remove(run)
+    if not runs:
+        return
     rows = []
     for asset in [one for run in runs for one in Asset.open(run).particles]:
         scores = asset.evaluate().numbers()

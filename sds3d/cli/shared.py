@@ -29,7 +29,9 @@ RunFolder = Annotated[Path, Argument(metavar="RUN", help="a run folder, as in ou
 Quiet = Annotated[bool, Option("--quiet", "-q", help="no progress; print the results only")]
 Json = Annotated[bool, Option("--json", help="no progress; print one JSON object")]
 
-Teacher = Annotated[str, Option(help="a packaged teacher (small) or a file of weights")]
+Teacher = Annotated[
+    str, Option(help="a packaged teacher (small or toybox, digits), a file of weights or a training's folder")
+]
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,10 @@ class RunOptions:
 
     method: Annotated[str | None, Option(help="how to distil; sds3d methods lists them")] = None
     seed: Annotated[int | None, Option(help="of every random draw")] = None
-    teacher: Annotated[str | None, Option(help="a packaged teacher (small), or a file of weights")] = None
+    teacher: Annotated[
+        str | None,
+        Option(help="a packaged teacher (small or toybox, digits), a file of weights or a training's folder"),
+    ] = None
     out: Annotated[str | None, Option("--out", "-o", help="folder for run folders")] = None
     config: Annotated[Path | None, Option(help="a YAML file of settings, such as another run's config.yaml")] = None
     dry_run: Annotated[bool, Option("--dry-run", help="print the settings and stop")] = False
@@ -55,20 +60,26 @@ class RunOptions:
         return {key: value for key, value in (given | self.own()).items() if value is not None}
 
 
-def begin(prompt: str, overrides: list[str] | None, options: RunOptions, kind: type[RunConfig]) -> None:
+def begin(prompt: str | None, overrides: list[str] | None, options: RunOptions, kind: type[RunConfig]) -> None:
     """Carry out a new run, or print its settings where that is all that is wanted."""
     from sds3d import config as configs
-    from sds3d import launch
+    from sds3d import launch, shares
 
     begun = time.perf_counter()
+    quiet = options.quiet or shares.join().index > 0  # of several processes one speaks
     layers = options.layer(), configs.parse_overrides(overrides or [])
     config = configs.load(prompt, *layers, file=options.config, kind=kind)
     if options.dry_run:
         launch.check(config)
         print(configs.to_yaml(config), end="")
         return
+    for count in launch.prepare(config):
+        if not (quiet or options.json):
+            print(
+                f"pairs of noise and the teacher's image: {count} of {config.pairs.count}", file=sys.stderr, flush=True
+            )
     made, steps = launch.start(config)
-    carry_out(made, steps, begun, make_display(options.quiet, options.json), options.json)
+    carry_out(made, steps, begun, make_display(quiet, options.json), options.json)
 
 
 def make_display(quiet: bool, as_json: bool) -> Silent:
@@ -80,7 +91,9 @@ def make_display(quiet: bool, as_json: bool) -> Silent:
 
 def carry_out(made: Asset | Painting, steps: Iterator[Step], begun: float, display: Silent, as_json: bool) -> None:
     """Run the loop to its end or to Ctrl-C, write the files, say where they are and what to do next."""
-    last = None
+    from sds3d.shares import join
+
+    last, share = None, join()
     with display:
         config = made.config
         teacher = f"teacher {config.teacher.name} ({config.teacher.views})"
@@ -88,7 +101,7 @@ def carry_out(made: Asset | Painting, steps: Iterator[Step], begun: float, displ
         with interruption() as stopped:
             for last in steps:
                 display.show(last)
-                if stopped:
+                if share.agree(bool(stopped)):  # all of them at the same step, or one would wait for ever
                     break
         steps.close()
         if last is None:
@@ -100,11 +113,17 @@ def carry_out(made: Asset | Painting, steps: Iterator[Step], begun: float, displ
                 files.append(str(file))
                 display.note(f"wrote {file}")
     seconds = time.perf_counter() - begun
+    if unfinished and share.index:
+        raise typer.Exit(130)
     if unfinished:
         print(f"stopped after step {last.step} of {last.total}; go on with: sds3d resume {made.path}", file=sys.stderr)
         raise typer.Exit(130)
+    if not files:  # another process writes them
+        return
     result = {"run": str(made.path), "files": files, "steps": config.steps, "seconds": round(seconds, 2)}
     hints = [f"sds3d resume {made.path} steps={2 * config.steps}"]
+    if any(file.endswith("generator.safetensors") for file in files):
+        hints = [f"sds3d sample {made.path}", f"sds3d eval {made.path}"]
     if any(file.endswith(".glb") for file in files):
         hints.insert(0, f"sds3d export {made.path} --format glb,obj,ply")
     display.note(f"done in {seconds:.0f} s; next:\n  " + "\n  ".join(hints))

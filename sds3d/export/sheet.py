@@ -15,6 +15,7 @@ from sds3d.files import replacing
 FORMATS = (".png", ".jpg")
 GAP = 2  # pixels between tiles
 LABEL = 14  # pixels above a row for its label
+VISIBLE = 40  # pixels a tile, for images that have fewer
 
 Render = Callable[[Cameras], Tensor]  # cameras (B) -> images (B, 3, H, W) in [0, 1]
 
@@ -32,6 +33,11 @@ def resize(images: Tensor, size: int) -> Tensor:
         return images
     mode = "area" if images.shape[-1] > size else "bicubic"
     return torch.nn.functional.interpolate(images, size=(size, size), mode=mode).clamp(0, 1)
+
+
+def seen(images: Tensor) -> int:
+    """Pixels a tile at which images (B, 3, H, W) can be made out: their own, at least VISIBLE."""
+    return max(images.shape[-1], VISIBLE)
 
 
 def contact_sheet(

@@ -1,0 +1,105 @@
+"""Commands about one-step generators: distil one, sample from it."""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from typer import Argument, Option
+
+from sds3d.cli.shared import Json, Overrides, Quiet, RunOptions, begin, print_result
+from sds3d.options import spread
+
+
+@dataclass(frozen=True)
+class DistillOptions(RunOptions):
+    """The flags of distill, each short for a key."""
+
+    prompt: Annotated[str | None, Option(help="learn this prompt only, not all the teacher was trained on")] = None
+    steps_of_generator: Annotated[
+        int | None, Option("--sampling-steps", help="steps in which the generator paints, 1 to 8")
+    ] = None
+
+    def own(self) -> dict[str, Any]:
+        return {"prompt": self.prompt, "generator.steps": self.steps_of_generator}
+
+
+@spread
+def distill(overrides: Overrides = None, options: DistillOptions = DistillOptions()) -> None:
+    """Train a generator that paints in one step what a teacher paints in many: generator.safetensors and grid.png.
+
+    Methods: diffinstruct (the default), vsd, dmd (makes pairs first, once), dmd2 (needs the real images too).
+
+    [bold]Examples[/bold]
+
+      sds3d distill --teacher digits --method diffinstruct      [dim]# minutes on a CPU[/dim]
+
+      sds3d distill --teacher digits --method dmd2 --sampling-steps 2 steps=4000
+
+      sds3d distill --teacher toybox --method dmd -o outputs/toy      [dim]# a GPU, or patience[/dim]
+
+      torchrun --nproc-per-node 2 -m sds3d distill --teacher digits
+
+    Ctrl-C stops after the current step and saves; [bold]sds3d resume[/bold] goes on.
+    """
+    from sds3d.config import DistillConfig
+
+    begin(None, overrides, options, DistillConfig)
+
+
+def sample(
+    generator: Annotated[Path, Argument(metavar="RUN", help="a run folder of distill, or its generator.safetensors")],
+    prompts: Annotated[list[str] | None, Argument(metavar="[PROMPT]...", help="what to draw; a few by default")] = None,
+    number: Annotated[int, Option("-n", "--number", min=1, max=4096, help="how many images of each prompt")] = 8,
+    steps: Annotated[int | None, Option(help="of the generator; all it was trained for by default")] = None,
+    seed: Annotated[int, Option(help="of the noise")] = 0,
+    out: Annotated[Path, Option("--out", "-o", help="a .png or .jpg")] = Path("grid.png"),
+    quiet: Quiet = False,
+    json: Json = False,
+) -> None:
+    """Draw images with a generator that distill trained, one row a prompt.
+
+    [bold]Example[/bold]
+
+      sds3d sample outputs/00001-digits-diffinstruct "a handwritten seven" "a handwritten two" -n 16 -o grid.png
+    """
+    from sds3d.export import sheet
+    from sds3d.generated import load_generator
+    from sds3d.generated import spread as a_few
+
+    painter = load_generator(generator)
+    wanted = prompts or a_few(painter.prompts)
+    begun = time.perf_counter()
+    images = painter([prompt for prompt in wanted for _ in range(number)], seed, steps)
+    seconds = time.perf_counter() - begun
+    path = sheet.contact_sheet(list(images.split(number)), out, wanted, sheet.seen(images))
+    if not (quiet or json):
+        rate = len(images) / seconds
+        print(f"{len(images)} images in {steps or painter.steps} step(s), {rate:.0f} a second", file=sys.stderr)
+    print_result({"files": [str(path)], "images": len(images), "seconds": round(seconds, 4)}, [str(path)], json)
+
+
+def is_one(run: Path) -> bool:
+    """Whether a folder or file holds a generator."""
+    from sds3d.generated import find
+
+    return find(run) is not None
+
+
+def evaluate(run: Path, number: int, seeds: int, quiet: bool, json: bool) -> None:
+    """Measure a generator and its teacher; print a table, write eval.json and eval.png beside the generator."""
+    from sds3d import evaluation
+    from sds3d.typed import plain
+
+    def note(who: str, seed: int, row: dict[str, float]) -> None:
+        if not (quiet or json):
+            figures = "  ".join(f"{key} {value:.3f}" for key, value in row.items())
+            print(f"{who}, seed {seed + 1} of {seeds}: {figures}", file=sys.stderr, flush=True)
+
+    report = evaluation.judge_generator(run, number, seeds, note)
+    if not (quiet or json):
+        print(evaluation.table(report.rows), file=sys.stderr)
+    print_result({**plain(report.figures), "files": report.files}, report.files, json)

@@ -1,0 +1,206 @@
+"""How well a generator, or a teacher with a sampler, draws digits: against real ones that neither ever saw.
+
+Every figure is measured with several seeds, and reported as their mean and spread (standard deviation). FD-feat is the
+Frechet distance between the features of a classifier of digits (it is no FID: other features); precision and recall are
+of the same features; a copy is an image nearer to a training image, in pixels, than 99 of 100 held-out ones are.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sds3d import doctor, make
+from sds3d.config import of_run
+from sds3d.data import digits
+from sds3d.export import sheet
+from sds3d.files import replacing
+from sds3d.generated import CARD, LoadedGenerator, find, load_generator, write_card
+from sds3d.metrics import features
+from sds3d.metrics.judge import DigitJudge
+from sds3d.ramp import Ramp
+from sds3d.teachers.base import Teacher
+from sds3d.teachers.drawing import sample
+
+FIGURES = ("fd_feat", "class_accuracy", "precision", "recall", "copy_rate", "samples_per_second")
+CHUNK = 256
+BEST = ("heun", 18)  # the packaged teacher's best sampler and its steps
+Draw = Callable[[list[str], int], Tensor]  # prompts, seed -> images (B, 3, H, W) in [0, 1]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A figure over several seeds."""
+
+    mean: float
+    spread: float
+
+    def __str__(self) -> str:
+        places = 0 if abs(self.mean) >= 100 else 3
+        return f"{self.mean:.{places}f} ± {self.spread:.{places}f}"
+
+    @staticmethod
+    def of(values: list[float]) -> Measured:
+        """Mean and standard deviation; the spread of one value is 0."""
+        values = torch.tensor(values, dtype=torch.float64)
+        return Measured(float(values.mean()), float(values.std()) if len(values) > 1 else 0.0)
+
+
+class Digits:
+    """Real digits, and what they say of drawn ones.
+
+    Args:
+        device: where features are computed.
+    """
+
+    def __init__(self, device: torch.device | str = "cpu"):
+        self.judge = DigitJudge(device)
+        self.train, self.held_out = (digits.pictures(part).rgb() for part in digits.PARTS)
+
+    @cached_property
+    def real(self) -> Tensor:
+        """Features of the held-out images."""
+        return self.judge.features(self.held_out).cpu()
+
+    def prompts(self, number: int) -> tuple[list[str], Tensor]:
+        """``number`` prompts with as many of each digit, in turn, and the digits."""
+        wanted = torch.arange(number) % 10
+        return [digits.prompt(digit) for digit in wanted.tolist()], wanted
+
+    def figures(self, images: Tensor, wanted: Tensor) -> dict[str, float]:
+        """What images (B, 3, 8, 8) of the digits (B,) are worth: FIGURES without the speed. B at least the held-out."""
+        drawn, count = self.judge.features(images).cpu(), len(self.real)
+        alike = torch.randperm(len(drawn), generator=torch.Generator().manual_seed(0))[:count]
+        precision, recall = features.precision_recall(drawn[alike], self.real)
+        flat = [x.mean(1).flatten(1) for x in (images.cpu(), self.train, self.held_out)]
+        return {
+            "fd_feat": features.frechet(drawn, self.real),
+            "class_accuracy": float((self.judge.classify(images).cpu() == wanted).double().mean()),
+            "precision": precision,
+            "recall": recall,
+            "copy_rate": features.copy_rate(*flat),
+        }
+
+    def floor(self) -> dict[str, float]:
+        """The training images' own figures: what a perfect copy of the data would reach."""
+        index = torch.randperm(len(self.train), generator=torch.Generator().manual_seed(0))
+        return self.figures(self.train[index], digits.labels()[index])
+
+
+def measure(draw: Draw, number: int = 5000, seeds: int = 3, real: Digits | None = None) -> Iterator[dict[str, float]]:
+    """Figures of what ``draw`` draws, a row for each seed as it is done.
+
+    Raises:
+        ValueError: too few images to compare with the held-out ones.
+    """
+    real = real or Digits()
+    if number < len(real.held_out):
+        raise ValueError(f"{number} images are too few; give at least {len(real.held_out)}, as many as are held out")
+    prompts, wanted = real.prompts(number)
+    for seed in range(seeds):
+        begun = time.perf_counter()
+        images = draw(prompts, seed)
+        seconds = time.perf_counter() - begun
+        yield {**real.figures(images, wanted), "samples_per_second": number / seconds}
+
+
+def summary(rows: list[dict[str, float]]) -> dict[str, Measured]:
+    """Mean and spread of every figure."""
+    return {name: Measured.of([row[name] for row in rows]) for name in rows[0]}
+
+
+def by_teacher(teacher: Teacher, sampler: str, steps: int, guidance: float = 1.0) -> Draw:
+    """What draws with a teacher, CHUNK images at a time."""
+
+    def draw(prompts: list[str], seed: int) -> Tensor:
+        parts = [prompts[first : first + CHUNK] for first in range(0, len(prompts), CHUNK)]
+        seeds = [1000 * seed + i for i in range(len(parts))]
+        return torch.cat([sample(teacher, p, s, guidance, None, steps, sampler).cpu() for p, s in zip(parts, seeds)])
+
+    return draw
+
+
+def by_generator(generator: LoadedGenerator, steps: int | None = None) -> Draw:
+    """What draws with a generator."""
+    return lambda prompts, seed: generator(prompts, seed, steps, CHUNK)
+
+
+def table(rows: dict[str, dict[str, Measured]]) -> str:
+    """Figures as a Markdown table, a row for each who drew."""
+    names = list(next(iter(rows.values())))
+    lines = ["| | " + " | ".join(name.replace("_", " ") for name in names) + " |", "|---" * (len(names) + 1) + "|"]
+    for who, row in rows.items():
+        lines.append(f"| {who} | " + " | ".join(str(row[name]) for name in names) + " |")
+    return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was measured of a generator.
+
+    Args:
+        figures: FIGURES and "fd_ratio", the generator's FD-feat over its teacher's.
+        rows: the same and the teacher's, by who drew.
+        files: what was written.
+    """
+
+    figures: dict[str, Measured]
+    rows: dict[str, dict[str, Measured]]
+    files: list[str]
+
+
+def judge_generator(
+    path: Path,
+    number: int = 5000,
+    seeds: int = 3,
+    note: Callable[[str, int, dict[str, float]], None] = lambda who, seed, row: None,
+) -> Report:
+    """Measure a generator of digits and its teacher; writes eval.json, eval.png and the card beside it.
+
+    Args:
+        path: its run folder.
+        note: told who drew, the seed, and the figures, as each seed is done.
+
+    Raises:
+        ValueError: it draws no digits, or its teacher is gone or is another one now.
+    """
+    file = find(path)
+    assert file is not None, path
+    painter = load_generator(file)
+    missing = [name for name in map(digits.prompt, range(10)) if name not in painter.prompts]
+    if missing:
+        raise ValueError(f"{path} never learnt {missing[0]!r}; only generators of all ten digits can be judged so far")
+    config = of_run(file.parent / "config.yaml")
+    teacher = make.load_teacher(config.teacher)
+    if make.identity(config, teacher) != painter.told["teacher"]:
+        raise ValueError(
+            f"{path} was distilled from {painter.told['teacher']}; this is {make.identity(config, teacher)}"
+        )
+    real, found = Digits(), {}
+    scale = float(Ramp.parse(config.method.scale)(0))
+    draws = {"generator": by_generator(painter), "teacher": by_teacher(teacher, *BEST, scale)}
+    for who, draw in draws.items():
+        rows = []
+        for row in measure(draw, number, seeds, real):
+            note(who, len(rows), row)
+            rows.append(row)
+        found[who] = rows
+    for ours, theirs in zip(found["generator"], found["teacher"]):
+        ours["fd_ratio"], theirs["fd_ratio"] = ours["fd_feat"] / theirs["fd_feat"], 1.0
+    rows = {who: summary(values) for who, values in found.items()}
+    said = {who: {k: {"mean": v.mean, "spread": v.spread} for k, v in row.items()} for who, row in rows.items()}
+    report = {**said["generator"], "teacher": said["teacher"], "images": number, "seeds": seeds}
+    report |= {"machine": doctor.machine(painter.device), "command": f"sds3d eval {path} -n {number} --seeds {seeds}"}
+    with replacing(file.parent / "eval.json") as part:
+        part.write_text(json.dumps(report, indent=1), encoding="utf-8")
+    shown = painter([prompt for prompt in painter.prompts for _ in range(16)], seed=1)
+    grid = sheet.contact_sheet(list(shown.split(16)), file.parent / "eval.png", painter.prompts, sheet.seen(shown))
+    write_card(file.parent, config, painter.told["teacher"], table(rows))
+    return Report(rows["generator"], rows, [str(file.parent / "eval.json"), str(grid), str(file.parent / CARD)])

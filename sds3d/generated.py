@@ -1,0 +1,205 @@
+"""A trained generator: its run folder while it learns, and the one file that it becomes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sds3d.config import DistillConfig
+from sds3d.export import sheet
+from sds3d.files import replacing
+from sds3d.generators.one_step import Generator, GeneratorConfig, paint, times
+from sds3d.ramp import Ramp
+from sds3d.runs import Run
+from sds3d.teachers import small
+from sds3d.teachers.small import SmallTeacher
+from sds3d.transfer import onto
+from sds3d.typed import plain
+
+FILE = "generator.safetensors"
+CARD = "README.md"
+SHOWN = 8  # images a prompt in grid.png, and prompts in it at most
+
+
+class Generated:
+    """A run that trains a generator.
+
+    Args:
+        run: its folder; None in a process that only helps another one.
+
+    Attributes:
+        path: the run folder.
+        config: everything that made it.
+        student: the generator.
+    """
+
+    def __init__(self, run: Run | None, config: DistillConfig, student: Generator):
+        self.run, self.config, self.student = run, config, student
+
+    @property
+    def path(self) -> Path:
+        return Path(self.config.out) if self.run is None else self.run.path
+
+    @property
+    def kernels(self) -> str:
+        """Where the weights are."""
+        return str(next(self.student.network.parameters()).device)
+
+    def rows(self) -> tuple[list[str], list[Tensor]]:
+        """A few prompts, and SHOWN images of each, (SHOWN, 3, H, W), always of the same noise."""
+        prompts, generator = spread(self.student.prompts), torch.Generator().manual_seed(0)
+        images = self.student.images([p for p in prompts for _ in range(SHOWN)], generator)
+        return prompts, list(images.cpu().split(SHOWN))
+
+    def picture(self) -> Tensor:
+        """An image of each of a few prompts, for a progress picture."""
+        images = torch.stack([row[0] for row in self.rows()[1]])
+        return sheet.resize(images, sheet.seen(images))
+
+    def finish(self) -> Iterator[Path]:
+        """Write generator.safetensors, its card, and grid.png, one after the other; progress/strip.png is there.
+
+        Raises:
+            ValueError: the disk is full.
+        """
+        if self.run is None:
+            return
+        teacher = self.student.teacher
+        assert isinstance(teacher, SmallTeacher), type(teacher)
+        told = {"generator": json.dumps(asdict(self.config.generator)), "teacher": self.student.identity}
+        told |= {"method": type(self.config.method).__name__, "steps": str(self.config.steps)}
+        network = self.student.means[0].module
+        for old in ("eval.json", "eval.png"):  # they were of other weights
+            (self.path / old).unlink(missing_ok=True)
+        small.save(self.path / FILE, network, teacher.text, teacher.vocabulary, self.student.prompts, told)
+        yield self.path / FILE
+        yield write_card(self.path, self.config, self.student.identity)
+        prompts, rows = self.rows()
+        yield sheet.contact_sheet(rows, self.path / "grid.png", prompts, sheet.seen(rows[0]))
+        strip = self.path / "progress" / "strip.png"
+        if strip.is_file():
+            yield strip
+
+
+def spread(prompts: Sequence[str], most: int = 10) -> list[str]:
+    """At most ``most`` of them, evenly taken."""
+    count = min(most, len(prompts))
+    return [prompts[i * len(prompts) // count] for i in range(count)]
+
+
+def write_card(path: Path, config: DistillConfig, teacher: str, figures: str = "") -> Path:
+    """The generator's card: teacher, method, data, command, and figures where they were measured."""
+    method, steps = type(config.method).__name__, config.generator.steps
+    name = config.method.__class__.__name__.lower()
+    seen = "Its discriminator saw real images" if "real" in config.method.NEEDS else "It saw no real image"
+    lines = [
+        f"# A generator of {steps} step{'s' if steps > 1 else ''}, distilled by {method}",
+        "",
+        f"**Teacher.** {teacher}, guidance {plain(Ramp.parse(config.method.scale))}.",
+        f"**Method.** {(type(config.method).__doc__ or '').partition(chr(10))[0]}",
+        f"**Data.** {seen}; what it knows is what its teacher knew.",
+        f"**Command.** `sds3d distill --teacher {config.teacher.name} --method {name} --seed {config.seed} "
+        f"steps={config.steps} generator.steps={steps} generator.batch={config.generator.batch}`; "
+        "config.yaml beside this file has every setting.",
+        "",
+        "```python",
+        "import sds3d",
+        'gen = sds3d.load_generator("THIS FOLDER")',
+        'images = gen(["a prompt"] * 16, seed=0)  # (16, 3, H, W) in [0, 1]',
+        "```",
+        "",
+        figures or f"Not measured yet: `sds3d eval {path.name}`.",
+    ]
+    with replacing(path / CARD) as part:
+        part.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path / CARD
+
+
+class LoadedGenerator:
+    """A generator that is called: prompts in, images out.
+
+    Attributes:
+        prompts: what it learnt to draw.
+        told: what its file says: teacher, method, steps of training, settings.
+    """
+
+    def __init__(self, teacher: SmallTeacher):
+        self._teacher = teacher
+        config = json.loads(teacher.told["generator"])
+        self._config = GeneratorConfig(**{**config, "half_lives": tuple(config["half_lives"])})
+        self.prompts = teacher.prompts
+        self.told = {key: teacher.told[key] for key in ("teacher", "method", "steps", "generator")}
+
+    @property
+    def device(self) -> torch.device:
+        """Where it paints."""
+        return self._teacher.device
+
+    @property
+    def steps(self) -> int:
+        """Of the generator."""
+        return self._config.steps
+
+    def check(self, prompt: str) -> None:
+        """Raises ValueError where it does not know a word of the prompt."""
+        self._teacher.check(prompt)
+
+    def __call__(self, prompts: Sequence[str], seed: int = 0, steps: int | None = None, batch: int = 256) -> Tensor:
+        """Images (B, 3, H, W) in [0, 1], on the CPU.
+
+        Args:
+            prompts: B of them.
+            seed: of the noise; the same prompts and seed give the same images, whatever ``batch`` is.
+            steps: fewer than it was trained for are possible, not more.
+            batch: images at a time.
+
+        Raises:
+            ValueError: an unknown word, or a number of steps that it was not trained for.
+        """
+        for prompt in dict.fromkeys(prompts):
+            self.check(prompt)
+        steps = self.steps if steps is None else steps
+        if not 1 <= steps <= self.steps:
+            raise ValueError(f"steps is {steps}; this generator paints in {self.steps} or fewer")
+        generator, told = torch.Generator().manual_seed(seed), list(prompts)
+        when = times(self._teacher.schedule, self._config)[:steps]
+        noise = torch.randn((steps, len(told), *self._teacher.shape), generator=generator)
+        found = []
+        with torch.inference_mode():
+            for first in range(0, len(told), batch):
+                part = [onto(fresh[first : first + batch], self._teacher.device) for fresh in noise]
+                x = paint(self._teacher, self._teacher.network, when, part, told[first : first + batch])
+                found.append(self._teacher.decode(x).cpu())
+        return torch.cat(found) if found else torch.zeros(0, 3, *self._teacher.shape[1:])
+
+
+def find(path: Path) -> Path | None:
+    """The generator's file in a run folder, the newest in a folder of runs, or the file itself; None where is none."""
+    path = path.expanduser()
+    if path.is_file():
+        return path if path.suffix == ".safetensors" else None
+    if (path / FILE).is_file():
+        return path / FILE
+    return max(path.glob(f"[0-9]*/{FILE}"), default=None)
+
+
+def load_generator(path: str | Path, device: str = "auto") -> LoadedGenerator:
+    """A trained generator, from its run folder, its generator.safetensors, or a folder of runs, whose newest it takes.
+
+    Raises:
+        ValueError: there is none, it is damaged, or it is a teacher's file.
+    """
+    from sds3d import make
+
+    file = find(Path(path))
+    if file is None:
+        raise ValueError(f"{path} holds no {FILE}; train one with sds3d distill, and let it finish (sds3d resume)")
+    network = small.load(file, "words", make.pick_device(device))
+    if "generator" not in network.told:
+        raise ValueError(f"{file} is a teacher's, not a generator's; distil it: sds3d distill --teacher {file}")
+    return LoadedGenerator(network)

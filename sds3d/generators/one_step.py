@@ -1,0 +1,180 @@
+"""A generator that paints in one step, or in a few: a diffusion network whose denoised image is taken as drawn.
+
+G(z, c) = x0_theta(sigma z, t, c) at the noise level sigma/alpha = sigma_init, from the teacher's own weights on (Diff-
+Instruct, arXiv 2305.18455, section 3; DMD, arXiv 2311.18828, section 3.1). With K steps at falling t_1 > ... > t_K
+
+    x_1 = G(z_1, t_1)        x_k = x0_theta(alpha_k x_{k-1} + sigma_k z_k, t_k, c)
+
+and in training a step k is drawn, whose input the generator makes itself, without gradient (backward simulation, DMD2,
+arXiv 2405.14867, section 4.5).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import Parameter
+
+from sds3d.networks.ema import EMA
+from sds3d.noise import Prediction, Schedule, noised
+from sds3d.shares import Share
+from sds3d.students import Draw
+from sds3d.transfer import onto
+
+
+@dataclass(frozen=True)
+class GeneratorConfig:
+    """
+    Args:
+        sigma_init: sigma/alpha that the network is told with pure noise.
+        steps: of the generator, 1 to 8.
+        batch: images a draw.
+        half_lives: of running means of its weights, in images; the first is what is sampled and exported, the others
+            are kept beside it in the checkpoint. A young mean forgets faster: it never keeps more than
+            (1 + step) / (10 + step) of itself in a step.
+        prompts: a text file of prompts, one a line; "" is what the teacher was trained on.
+
+    Raises:
+        ValueError: a number that makes no sense.
+    """
+
+    sigma_init: float = 2.5
+    steps: int = 1
+    batch: int = 128
+    half_lives: tuple[int, ...] = (20_000, 5_000)
+    prompts: str = ""
+
+    def __post_init__(self):
+        if not 0.1 <= self.sigma_init <= 1000:
+            raise ValueError(f"generator.sigma_init is {self.sigma_init}; give a noise level from 0.1 to 1000 (2.5)")
+        if not 1 <= self.steps <= 8:
+            raise ValueError(f"generator.steps is {self.steps}; give 1 to 8")
+        if not 1 <= self.batch <= 65_536:
+            raise ValueError(f"generator.batch is {self.batch}; give 1 to 65536 images")
+        if not self.half_lives or min(self.half_lives) < 1:
+            raise ValueError(f"generator.half_lives is {list(self.half_lives)}; give numbers of images, [20000]")
+
+
+class Network(Protocol):
+    """What a generator asks of the teacher it starts from."""
+
+    schedule: Schedule
+    shape: tuple[int, int, int]
+    network: nn.Module
+
+    def answer(self, network: nn.Module, x_t: Tensor, t: Tensor, prompts: list[str]) -> Prediction: ...
+
+    def decode(self, x: Tensor) -> Tensor: ...
+
+
+def times(schedule: Schedule, config: GeneratorConfig) -> Tensor:
+    """t_1 > ... > t_K, (K,) float64, evenly spaced from the t of sigma_init to 0, which is left out.
+
+    Raises:
+        ValueError: the schedule never gets to sigma_init.
+    """
+    first = schedule.t_of_ratio(torch.tensor(config.sigma_init, dtype=torch.float64))
+    return first * (1 - torch.arange(config.steps, dtype=torch.float64) / config.steps)
+
+
+def paint(teacher: Network, network: nn.Module, t: Tensor, noise: Sequence[Tensor], prompts: list[str]) -> Tensor:
+    """x (B, C, h, w) that ``network`` makes of noise, a tensor (B, C, h, w) for each step, at the times t (K,).
+
+    Gradients, where they are enabled, go through the last step alone.
+    """
+    alpha, sigma = teacher.schedule.alpha_sigma(t)
+    x = torch.zeros_like(noise[0])
+    for i, fresh in enumerate(noise):
+        a, s, when = (onto(v[i : i + 1].to(fresh.dtype), fresh.device).expand(len(fresh)) for v in (alpha, sigma, t))
+        with torch.set_grad_enabled(torch.is_grad_enabled() and i == len(noise) - 1):
+            x = teacher.answer(network, noised(x, fresh, a, s), when, prompts).x0
+    return x
+
+
+class Generator:
+    """A `sds3d.students.Student` that draws images from noise.
+
+    Args:
+        teacher: whose network it starts from, and which reads the prompts.
+        config: how.
+        prompts: what to draw, each as often as the others.
+        identity: the teacher's name and fingerprint, which a checkpoint remembers.
+        share: of the batch, where several processes train.
+
+    Raises:
+        ValueError: no prompt, or a noise level that the teacher's schedule does not reach.
+    """
+
+    def __init__(
+        self,
+        teacher: Network,
+        config: GeneratorConfig,
+        prompts: Sequence[str],
+        identity: str = "",
+        share: Share = Share(),
+    ):
+        if not prompts:
+            raise ValueError("there is no prompt to draw; give generator.prompts=FILE with one a line")
+        self.teacher, self.config, self.prompts, self.identity = teacher, config, list(prompts), identity
+        self.share, self.count = share, share.of(config.batch)
+        self.times = times(teacher.schedule, config)
+        self.network = copy.deepcopy(teacher.network).requires_grad_(True).eval()  # dropout stays off
+        self.means = [EMA(self.network, 0.5 ** (config.batch / half_life)) for half_life in config.half_lives]
+
+    def draw(self, step: int, generator: torch.Generator) -> Draw:
+        """A batch of fresh images as x, each a group of its own."""
+        chosen = self.share.randint(len(self.prompts), self.count, generator).tolist()
+        depth = int(torch.randint(self.config.steps, (), generator=generator)) + 1
+        noise = self.noise(self.count, depth, generator)
+        prompts = [self.prompts[i] for i in chosen]
+        x = paint(self.teacher, self.network, self.times, noise, prompts)
+        return Draw(x, prompts, None, torch.arange(self.count), encoded=True, share=self.share)
+
+    def noise(self, count: int, steps: int, generator: torch.Generator) -> list[Tensor]:
+        """Noise for so many steps, (count, C, h, w) each."""
+        like = next(self.network.parameters())
+        shape = (count, *self.teacher.shape)
+        return [onto(self.share.randn(shape, generator, like.dtype), like.device) for _ in range(steps)]
+
+    @torch.no_grad()
+    def images(self, prompts: list[str], generator: torch.Generator, mean: int = 0, steps: int | None = None) -> Tensor:
+        """Images (B, 3, H, W) in [0, 1] by a running mean's weights."""
+        noise = self.noise(len(prompts), steps or self.config.steps, generator)
+        return self.teacher.decode(paint(self.teacher, self.means[mean].module, self.times, noise, prompts))
+
+    def regularisers(self) -> dict[str, Tensor]:
+        """None."""
+        return {}
+
+    def param_groups(self) -> dict[str, list[Parameter]]:
+        """One group, "generator"."""
+        return {"generator": list(self.network.parameters())}
+
+    def after_step(self, step: int, generator: torch.Generator) -> None:
+        """Bring the running means up to date."""
+        for mean in self.means:
+            mean.update(self.network, step)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The weights, their means, and whose they were at the start."""
+        return {
+            "teacher": self.identity,
+            "prompts": self.prompts,
+            "network": self.network.state_dict(),
+            "means": [mean.module.state_dict() for mean in self.means],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Raises ValueError where the checkpoint is of another teacher's student, or of other prompts."""
+        if state["teacher"] != self.identity:
+            raise ValueError(f"it was begun from the teacher {state['teacher']}, and this one is {self.identity}")
+        if state["prompts"] != self.prompts:
+            raise ValueError("it was learning other prompts; give the file of prompts as it was")
+        self.network.load_state_dict(state["network"])
+        for mean, values in zip(self.means, state["means"], strict=True):
+            mean.module.load_state_dict(values)

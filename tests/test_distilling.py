@@ -1,0 +1,293 @@
+"""Distilling the digits teacher end to end, in a few steps: files, resuming, sampling, judging, and what is refused."""
+
+import json
+import math
+
+import pytest
+import torch
+
+import sds3d
+from sds3d import config as configs
+from sds3d import evaluation, launch, make
+from sds3d.config import DistillConfig, load, recipes_folder
+from sds3d.distill import METHODS
+from sds3d.generators.one_step import Generator, GeneratorConfig, paint, times
+from sds3d.teachers import small
+
+TINY = {
+    "steps": 4,
+    "generator.batch": 8,
+    "log.save_every": 2,
+    "log.picture_every": 2,
+    "pairs.count": 8,
+    "pairs.batch": 4,
+    "pairs.steps": 2,
+    "critic.steps": 1,
+}
+FOR_GENERATORS = ("vsd", "diffinstruct", "dmd", "dmd2")
+
+
+@pytest.fixture(scope="module")
+def teacher():
+    return small.load(small.packaged("digits"), "words")
+
+
+@pytest.mark.parametrize("method", FOR_GENERATORS)
+def test_every_method_for_generators_trains_one_that_loads(in_folder, method):
+    made = sds3d.train_generator(method=method, **TINY)
+    files = {path.name for path in made.path.iterdir()}
+    assert {"generator.safetensors", "README.md", "grid.png", "config.yaml", "metrics.jsonl", "progress"} <= files
+    card = (made.path / "README.md").read_text()
+    for said in ("digits", METHODS[method].__name__, "sds3d distill --teacher digits", "load_generator"):
+        assert said in card
+    rows = made.run.rows()
+    assert [row["step"] for row in rows] == [1, 2, 3, 4] and all(math.isfinite(row["loss"]) for row in rows)
+    generator = sds3d.load_generator("outputs")  # the newest run there
+    images = generator(["a handwritten two"] * 3, seed=1)
+    assert images.shape == (3, 3, 8, 8) and 0 <= images.min() and images.max() <= 1
+    trained = made.student.means[0].module.state_dict()
+    for name, weights in generator._teacher.network.state_dict().items():
+        assert torch.allclose(weights, trained[name], atol=2e-3, rtol=1e-3), name  # float16 on disk
+
+
+def test_an_interrupted_distillation_ends_bit_for_bit_as_an_uninterrupted_one(in_folder):
+    whole = sds3d.train_generator(method="dmd2", **TINY)
+    made, steps = launch.start(load(None, {**TINY, "method": "dmd2"}, kind=DistillConfig))
+    for step in steps:
+        if step.step == 3:
+            break
+    steps.close()
+    made, steps = launch.resume(made.path)
+    assert [step.step for step in steps] == [4]
+    for part in ("network", "means"):
+        ours, theirs = (run.student.state_dict()[part] for run in (made, whole))
+        ours, theirs = (x if isinstance(x, list) else [x] for x in (ours, theirs))
+        for a, b in zip(ours, theirs, strict=True):
+            assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_checkpoint_of_another_teacher_is_refused_with_both_named(in_folder, teacher):
+    made = sds3d.train_generator(**TINY)
+    small.save(in_folder / "other.safetensors", teacher.unet, teacher.text, teacher.vocabulary, teacher.prompts[:3])
+    other = small.load(in_folder / "other.safetensors")
+    text = made.run.config.read_text().replace("name: digits", f"name: {in_folder / 'other.safetensors'}")
+    made.run.write_text(made.run.config, text)
+    with pytest.raises(ValueError, match=f"digits {teacher.fingerprint}.*other.safetensors {other.fingerprint}"):
+        launch.resume(made.path)
+    with pytest.raises(ValueError, match="was distilled from digits"):
+        evaluation.judge_generator(made.path, 600, 1)
+
+
+# the generator itself
+
+
+def test_it_starts_as_the_teacher_s_denoised_image(teacher):
+    config = GeneratorConfig(sigma_init=2.5, batch=4)
+    student = Generator(teacher, config, teacher.prompts)
+    alpha, sigma = teacher.schedule.alpha_sigma(student.times)
+    assert float(sigma / alpha) == pytest.approx(2.5)
+    z = torch.randn((4, 1, 8, 8), generator=torch.Generator().manual_seed(0))
+    prompts = ["a handwritten six"] * 4
+    x = paint(teacher, student.network, student.times, [z], prompts).detach()
+    t = student.times.float().expand(4)
+    assert torch.allclose(x, teacher.predict(float(sigma) * z, t, prompts).x0, atol=1e-5)
+
+
+def test_several_steps_renoise_between_them_and_learn_through_the_last_alone(teacher):
+    config = GeneratorConfig(sigma_init=4.0, steps=3, batch=2)
+    when, asked = times(teacher.schedule, config), []
+    assert when.tolist() == pytest.approx([float(when[0]), float(when[0]) * 2 / 3, float(when[0]) / 3])
+
+    class Watched:
+        schedule, shape = teacher.schedule, teacher.shape
+
+        def answer(self, network, x_t, t, prompts):
+            asked.append((x_t.detach(), float(t[0]), torch.is_grad_enabled()))
+            return teacher.answer(network, x_t, t, prompts)
+
+    noise = [torch.full((2, 1, 8, 8), float(i + 1)) for i in range(3)]
+    network = Generator(teacher, config, teacher.prompts).network
+    x = paint(Watched(), network, when, noise, ["a handwritten one"] * 2)
+    assert [t for _, t, _ in asked] == pytest.approx(when.tolist()) and [g for *_, g in asked] == [False, False, True]
+    alpha, sigma = teacher.schedule.alpha_sigma(when)
+    first = teacher.answer(network, asked[0][0], when[:1].float().expand(2), ["a handwritten one"] * 2).x0.detach()
+    assert torch.allclose(asked[1][0], float(alpha[1]) * first + float(sigma[1]) * noise[1], atol=1e-5)
+    x.sum().backward()
+    assert any(bool(p.grad.abs().sum() > 0) for p in network.parameters() if p.grad is not None)
+
+
+def test_running_means_follow_with_their_half_lives(teacher):
+    student = Generator(teacher, GeneratorConfig(batch=10, half_lives=(10, 1000)), teacher.prompts)
+    before = student.network.last.bias.detach().clone()
+    with torch.no_grad():
+        student.network.last.bias += 1.0
+    student.after_step(5000, torch.Generator())  # old enough: (1 + step) / (10 + step) is above both
+    moved = [float((mean.module.last.bias - before).mean()) for mean in student.means]
+    assert moved == pytest.approx([0.5, 1 - 0.5**0.01], rel=1e-3)
+
+
+def test_real_images_are_told_as_the_generator_is(in_folder, teacher):
+    def draw(**layer):
+        return make.real(load(None, {"method": "dmd2", **layer}, kind=DistillConfig), teacher)
+
+    x, told = draw()(64, torch.Generator().manual_seed(0))
+    assert set(told) == set(teacher.prompts) and x.shape == (64, 1, 8, 8)
+    fours = evaluation.digits.pictures()[(evaluation.digits.labels() == 4).nonzero()[:, 0].tolist()]
+    x, told = draw(prompt="four")(32, torch.Generator().manual_seed(0))
+    assert set(told) == {"four"}
+    known = teacher.encode(fours.rgb())
+    assert bool((x[:, None] == known).flatten(2).all(-1).any(-1).all())
+    with pytest.raises(ValueError, match="no real image is captioned 'digit seven'"):
+        draw(prompt="digit seven")
+    with pytest.raises(ValueError, match="DMD2 wants real images; give real=FOLDER"):
+        draw(**{"teacher.name": "toybox"})
+
+
+def test_pairs_of_other_settings_have_folders_of_their_own(teacher):
+    def place(**layer):
+        return make.pairs_folder(load(None, {"method": "dmd", **layer}, kind=DistillConfig), teacher)
+
+    assert place() == place(seed=3)
+    others = [place(), place(prompt="four"), place(**{"method.scale": 2}), place(**{"pairs.steps": 9})]
+    assert len(set(others)) == 4
+
+
+def test_images_do_not_depend_on_how_many_are_drawn_at_a_time(in_folder):
+    sds3d.train_generator(**{**TINY, "generator.steps": 2})
+    generator = sds3d.load_generator("outputs")
+    prompts = ["a handwritten one", "a handwritten two"] * 3
+    assert torch.allclose(generator(prompts, seed=3, batch=2), generator(prompts, seed=3), atol=1e-5)
+    assert not torch.allclose(generator(prompts, seed=3), generator(prompts, seed=4), atol=1e-2)
+    assert not torch.allclose(generator(prompts, seed=3, steps=1), generator(prompts, seed=3), atol=1e-3)
+    with pytest.raises(ValueError, match="steps is 3; this generator paints in 2 or fewer"):
+        generator(prompts, steps=3)
+    with pytest.raises(ValueError, match="does not know 'sevn'.*seven"):
+        generator(["a handwritten sevn"])
+
+
+# settings
+
+
+@pytest.mark.parametrize("path", sorted((recipes_folder() / "distill").glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_recipe_for_generators_loads_and_is_short(path, tmp_path):
+    assert len(path.read_text().splitlines()) <= 30
+    config = load(None, {"method": path.stem}, kind=DistillConfig)
+    assert METHODS[path.stem] is type(config.method) and config.critic.kind == "copy"
+    assert config.method.scale(0) == 1.0
+    assert load(None, kind=DistillConfig) == load(None, {"method": "diffinstruct"}, kind=DistillConfig)
+    (tmp_path / "config.yaml").write_text(configs.to_yaml(config))
+    assert load(None, file=tmp_path / "config.yaml") == config
+
+
+@pytest.mark.parametrize(
+    ("bad", "said"),
+    [
+        ({"generator.steps": 9}, "generator.steps is 9"),
+        ({"generator.batch": 0}, "generator.batch is 0"),
+        ({"generator.sigma_init": 0.0}, "generator.sigma_init"),
+        ({"generator.half_lives": []}, "half_lives"),
+        ({"pairs.count": 5}, "pairs.count is 5; give at least pairs.batch"),
+        ({"pairs.sampler": "ddpm"}, "draws anew each time"),
+        ({"distance": "lpipz"}, "give teacher, pixels, lpips"),
+        ({"method": "vsd", "method.particles": 2}, "particles"),
+        ({"generatr.steps": 1}, "did you mean generator"),
+        ({"method": "dmd2", "critic.kind": "lora"}, "the discriminator of DMD2 wants copy"),
+        ({"method": "dmd", "negative": "a seven"}, "no part in DMD's pairs"),
+        ({"method": "csd"}, "CSD knows nothing of what a generator draws"),
+    ],
+)
+def test_impossible_settings_are_refused(bad, said):
+    with pytest.raises(ValueError, match=said):
+        load(None, bad, kind=DistillConfig)
+
+
+def test_prompts_come_from_the_teacher_a_file_or_the_user(in_folder, teacher):
+    def prompts(**layer):
+        return make.prompts(load(None, layer, kind=DistillConfig), teacher)
+
+    assert prompts() == [f"a handwritten {name}" for name in evaluation.digits.NAMES]
+    assert prompts(prompt="a seven") == ["a seven"]
+    file = in_folder / "mine.txt"
+    file.write_text("a three\n\na four\n")
+    assert prompts(**{"generator.prompts": str(file)}) == ["a three", "a four"]
+    file.write_text("a thre\n")
+    with pytest.raises(ValueError, match="does not know 'thre'.*three"):
+        prompts(**{"generator.prompts": str(file)})
+    with pytest.raises(ValueError, match="cannot read generator.prompts"):
+        prompts(**{"generator.prompts": "nowhere.txt"})
+
+
+# judging
+
+
+def test_judging_writes_figures_with_their_spread(in_folder, monkeypatch):
+    monkeypatch.setattr(evaluation, "BEST", ("dpm++", 10))
+    made = sds3d.train_generator(**TINY)
+    told = []
+    report = evaluation.judge_generator(made.path, 600, 2, lambda *row: told.append(row))
+    assert [(who, seed) for who, seed, _ in told] == [
+        ("generator", 0),
+        ("generator", 1),
+        ("teacher", 0),
+        ("teacher", 1),
+    ]
+    stored = json.loads((made.path / "eval.json").read_text())
+    for name in ("fd_ratio", *evaluation.FIGURES):
+        assert set(stored[name]) == {"mean", "spread"} and stored[name]["mean"] == report.figures[name].mean
+    ratio = [ours["fd_feat"] / theirs["fd_feat"] for (_, _, ours), (_, _, theirs) in zip(told[:2], told[2:])]
+    assert stored["fd_ratio"]["mean"] == pytest.approx(sum(ratio) / 2)
+    assert stored["fd_ratio"]["mean"] > 2  # four steps teach nothing
+    assert stored["teacher"]["fd_feat"]["mean"] < 5 and stored["teacher"]["class_accuracy"]["mean"] > 0.98
+    assert "fd ratio" in (made.path / "README.md").read_text() and (made.path / "eval.png").is_file()
+    with pytest.raises(ValueError, match="500 images are too few; give at least 596"):
+        evaluation.judge_generator(made.path, 500, 1)
+
+
+def test_real_digits_are_their_own_floor():
+    floor = evaluation.Digits().floor()
+    assert floor["class_accuracy"] > 0.99 and floor["copy_rate"] == 1.0
+    assert floor["precision"] > 0.95 and floor["recall"] > 0.9
+
+
+# the commands
+
+
+def test_distill_sample_and_eval_as_a_user_types_them(call_packaged, in_folder, monkeypatch):
+    monkeypatch.setattr(evaluation, "BEST", ("ddim", 2))
+    call = call_packaged
+    settings = [f"{key}={value}" for key, value in TINY.items()]
+    code, out, err = call("distill", "--teacher", "digits", "--method", "dmd", "-o", "toy", *settings)
+    assert code == 0, err
+    assert "pairs of noise and the teacher's image: 8 of 8" in err and "toy/00001-digits-dmd" in err
+    assert "toy/00001-digits-dmd/generator.safetensors" in out.split()
+    two = ("a handwritten two", "a handwritten one")
+    code, out, err = call("sample", "toy", *two, "-n", "3", "--steps", "1", "-o", "g.png")
+    assert code == 0 and out.split() == ["g.png"] and "6 images in 1 step" in err and (in_folder / "g.png").is_file()
+    code, out, err = call("sample", "toy", "--json", "-n", "2")
+    assert code == 0 and json.loads(out)["images"] == 20 and err == ""  # two of each of ten prompts
+    code, out, err = call("eval", "toy", "-n", "600", "--seeds", "1", "--json")
+    assert code == 0 and {"fd_ratio", *evaluation.FIGURES} <= set(json.loads(out)), err
+    code, out, err = call("resume", "toy/00001-digits-dmd", "steps=8")
+    assert code == 2 and "is 0 from step 4 on, so more steps would teach nothing; start a new run with steps=8" in err
+    code, out, err = call("eval", "nowhere")
+    assert code == 2 and "there is no run folder nowhere" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("distill", "--prompt", "a handwritten sevn"), "does not know 'sevn' (nearest: seven"),
+        (("distill", "--method", "dmdd"), "did you mean dmd"),
+        (("distill", "--method", "sds"), "knows nothing of what a generator draws"),
+        (("distill", "--teacher", "nowhere"), "neither packaged"),
+        (("distill", "--method", "dmd2", "real=nowhere"), "there is no folder nowhere"),
+        (("sample", "nowhere"), "holds no generator.safetensors"),
+        (("eval", "nowhere"), "nowhere"),
+        (("teacher", "sample", "a handwritten two", "--teacher", "digits", "--sampler", "eulr"), "give ddim, ddpm"),
+        (("teacher", "sample", "a handwritten two", "--teacher", "digits", "--orbit"), "takes no camera"),
+    ],
+)
+def test_mistakes_are_one_sentence_and_leave_nothing_behind(call_packaged, in_folder, arguments, said):
+    code, out, err = call_packaged(*arguments)
+    assert code == 2 and out == "" and said in err and len(err.splitlines()) == 1, err
+    assert not list(in_folder.iterdir())
