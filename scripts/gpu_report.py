@@ -27,8 +27,9 @@ if DEVICE.type == "cpu":
 
 from scaling import cost, encoding, scene_step  # noqa: E402
 
-from sds3d import config, launch  # noqa: E402
+from sds3d import config, evaluation, launch  # noqa: E402
 from sds3d.doctor import machine  # noqa: E402
+from sds3d.generated import load_generator  # noqa: E402
 from sds3d.ops import GridSpec, choose, reference  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -173,6 +174,24 @@ def student_step(quick: bool) -> dict:
     return {"pixels a side": side, **cost(scene_step(side, 15, DEVICE), DEVICE, 2 if quick else 20)}
 
 
+def one_step_generators(quick: bool) -> list[dict]:
+    """Diff-Instruct on the digits, judged, and on the toys at 64 pixels, timed alone."""
+    real, rows = evaluation.Digits(DEVICE), []
+    plans = (("digits", 3 if quick else 1000, 8 if quick else 128), ("toybox", 1 if quick else 300, 2 if quick else 64))
+    with tempfile.TemporaryDirectory() as folder:
+        for teacher, steps, batch in plans:
+            begun = time.perf_counter()
+            layer = {"teacher.name": teacher, "steps": steps, "generator.batch": batch, "log.picture_every": 0}
+            made = launch.train_generator(**layer, out=folder, device=DEVICE.type)
+            row = {"teacher": teacher, "steps": steps, "batch": batch, "seconds": time.perf_counter() - begun}
+            row["seconds a step"] = made.run.rows()[-1]["seconds"] / steps
+            if teacher == "digits":
+                draw = evaluation.by_generator(load_generator(made.path, DEVICE.type))
+                row |= next(evaluation.measure(draw, 600 if quick else 5000, 1, real))
+            rows.append(row)
+    return rows
+
+
 def latent_step(quick: bool) -> dict:
     """scripts/latent_step.py: what is not the networks' at Stable Diffusion 2.1's size."""
     command = [sys.executable, "scripts/latent_step.py", "--device", DEVICE.type, *(["--tiny"] if quick else [])]
@@ -216,7 +235,15 @@ def write(report: dict, out: Path) -> None:
     if DEVICE.type == "cpu":
         parts.append("No GPU: the kernels were interpreted. What is right is right; the times mean nothing.")
     parts.append(f"Tests that want a GPU: {report['gpu tests']}")
-    for name in ("main job", "student", "step at SD 2.1's size", "deterministic mode", "benchmarks", "checks"):
+    for name in (
+        "main job",
+        "one-step generators",
+        "student",
+        "step at SD 2.1's size",
+        "deterministic mode",
+        "benchmarks",
+        "checks",
+    ):
         part = report.get(name, {"failed": "not run"})
         parts.append(f"## {name[0].upper()}{name[1:]}\n\n{table(part if isinstance(part, list) else [part])}")
     (out / "gpu_report.md").write_text("\n\n".join(parts) + "\n")
@@ -248,6 +275,7 @@ def main() -> None:
         ("student", student_step),
         ("step at SD 2.1's size", latent_step),
         ("main job", main_job),
+        ("one-step generators", one_step_generators),
         ("benchmarks", benchmarks),
     ):
         try:

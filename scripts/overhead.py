@@ -92,7 +92,7 @@ def step_shares(method: str, steps: int, prompt: str) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    able = [name for name, kind in METHODS.items() if "source" not in kind.NEEDS]
+    able = [name for name, kind in METHODS.items() if not {"source", "pairs", "real"} & set(kind.NEEDS)]
     parser.add_argument("--methods", default=",".join(able), help="names with commas between")
     parser.add_argument("--steps", type=int, default=30, help="measured steps, after as many to warm up")
     parser.add_argument("--prompt", default="a red mug")

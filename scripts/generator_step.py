@@ -1,0 +1,102 @@
+"""What a step of a generator costs beyond its networks' own passes.
+
+    python scripts/generator_step.py --methods diffinstruct,vsd,dmd2
+
+Expected: at most 1.15 times the sum of the passes, each measured alone on the same batch: forward and backward of the
+generator and of the critic (once for each of its fits), forward of the generator for each fit, of the teacher and of
+the critic; DMD2 adds the discriminator's ways down. The two are measured in turns, so that a busy machine slows both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+from sds3d import config as configs
+from sds3d import make
+from sds3d.config import DistillConfig
+from sds3d.doctor import machine
+from sds3d.train import train
+
+
+def milliseconds(call: Callable[[], object]) -> float:
+    begun = time.perf_counter()
+    call()
+    return 1000 * (time.perf_counter() - begun)
+
+
+def passes(teacher, batch: int, prompts: list[str]) -> dict[str, Callable[[], object]]:
+    """A network's forward, its forward and backward, and the same of its way down; the three kinds of passes."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn((batch, *teacher.shape), generator=generator)
+    t, text = torch.rand(batch, generator=generator), teacher._embed([prompts[i % len(prompts)] for i in range(batch)])
+    network = copy.deepcopy(teacher.network).requires_grad_(True)
+
+    def forward():
+        with torch.no_grad():
+            return network(x, t, text)
+
+    def backward():
+        network(x, t, text).square().mean().backward()
+
+    def down(inputs: torch.Tensor = x):
+        network.features(inputs, t, text)[-1].square().mean().backward()
+
+    return {"forward": forward, "backward": backward, "down": down}
+
+
+def counts(method: str, fits: int) -> dict[str, int]:
+    """How many passes of each kind a step has."""
+    found = {"forward": 2 + fits, "backward": 1 + fits}
+    if method == "dmd2":
+        found["down"] = 1 + 2 * fits
+    return found
+
+
+def measure(method: str, batch: int, repeats: int) -> dict[str, float]:
+    """Median milliseconds of a step, of its passes, and their ratio."""
+    layer = {"method": method, "generator.batch": batch, "steps": repeats + 3, "log.picture_every": 0}
+    settings = configs.load(None, layer, kind=DistillConfig)
+    teacher = make.teacher(settings)
+    student = make.student(settings, teacher)
+    critic = make.critic(settings, teacher)
+    goals = make.objectives(settings, teacher, student, critic)
+    alone, needed = passes(teacher, batch, student.prompts), counts(method, settings.critic.steps)
+    steps, sums = [], []
+    loop = train(student, goals, settings.plan(), critic=critic)
+    for i in range(repeats + 3):
+        step = milliseconds(lambda: next(loop))
+        total = sum(count * milliseconds(alone[name]) for name, count in needed.items())
+        if i >= 3:
+            steps.append(step)
+            sums.append(total)
+    step, total = statistics.median(steps), statistics.median(sums)
+    return {"step_ms": step, "passes_ms": total, "ratio": statistics.median(a / b for a, b in zip(steps, sums))}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--methods", default="diffinstruct,vsd,dmd2")
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--repeats", type=int, default=12)
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    options = parser.parse_args()
+    rows = {name: measure(name, options.batch, options.repeats) for name in options.methods.split(",")}
+    report = {"machine": machine(torch.device("cpu")), "methods": rows}
+    if options.json:
+        print(json.dumps(report, indent=1))
+        return
+    for name, row in rows.items():
+        print(
+            f"{name:14s} step {row['step_ms']:.0f} ms, its passes {row['passes_ms']:.0f} ms, ratio {row['ratio']:.3f}"
+        )
+
+
+if __name__ == "__main__":
+    main()
