@@ -256,7 +256,10 @@ def main() -> None:
     options = parser.parse_args()
     quick, begun = options.quick or DEVICE.type == "cpu", time.perf_counter()
 
-    import triton
+    try:
+        import triton
+    except ImportError:
+        sys.exit("the report checks Triton's kernels, on a CPU in its interpreter: pip install triton")
 
     about = machine(DEVICE) | {
         "triton": triton.__version__,

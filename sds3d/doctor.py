@@ -57,7 +57,7 @@ def examine() -> dict[str, Any]:
         "threads": f"{torch.get_num_threads()} of {os.cpu_count()} processors",
         "backends": {name: _backend(device, name) for name in ops.BACKENDS},
         "teachers": {name: _teacher(name) for name in PACKAGED},
-        "recipes": sorted(path.stem for path in config.recipes_folder().glob("*.yaml")),
+        "recipes": sorted({path.stem for path in config.recipes_folder().rglob("*.yaml")}),
     }
     report["problems"] = _problems(report)
     return report

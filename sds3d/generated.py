@@ -74,11 +74,15 @@ class Generated:
         told = {"generator": json.dumps(asdict(self.config.generator)), "teacher": self.student.identity}
         told |= {"method": type(self.config.method).__name__, "steps": str(self.config.steps)}
         network = self.student.means[0].module
-        for old in ("eval.json", "eval.png"):  # they were of other weights
-            (self.path / old).unlink(missing_ok=True)
+        judged = self.path / "eval.json"
+        stale = judged.is_file() and judged.stat().st_mtime < self.run.checkpoint.stat().st_mtime
+        for old in (judged, self.path / "eval.png") if stale else ():  # they were of other weights
+            old.unlink(missing_ok=True)
         small.save(self.path / FILE, network, teacher.text, teacher.vocabulary, self.student.prompts, told)
         yield self.path / FILE
-        yield write_card(self.path, self.config, self.student.identity)
+        if not judged.is_file():  # the card has its figures
+            write_card(self.path, self.config, self.student.identity)
+        yield self.path / CARD
         prompts, rows = self.rows()
         yield sheet.contact_sheet(rows, self.path / "grid.png", prompts, sheet.seen(rows[0]))
         strip = self.path / "progress" / "strip.png"

@@ -44,6 +44,11 @@ def pick_device(wanted: str) -> torch.device:
         if device.type == "cuda" and device.index is not None:
             torch.cuda.set_device(device)  # kernels and events go to the current one
     except (RuntimeError, AssertionError, NotImplementedError) as error:
+        if wanted.startswith("cuda"):
+            raise ValueError(
+                f"device {wanted!r} is not usable here: torch {torch.__version__} sees no such GPU; leave device "
+                "out, or install torch's CUDA build"
+            ) from error
         raise ValueError(f"device {wanted!r} is not usable here; give auto, cpu or cuda") from error
     return device
 
@@ -73,6 +78,13 @@ def teacher(config: RunConfig) -> Teacher:
     if said and isinstance(config, Config):
         raise ValueError(f"the prompt says {said[0]!r}, but a scene is seen from all sides; leave it out")
     found = load_teacher(config.teacher, config.device)
+    known = getattr(found, "vocabulary", None)
+    blind = found.views == "words" and known is not None and not {"front", "back", "view"} <= set(known)
+    if isinstance(config, Config) and blind:
+        raise ValueError(
+            f"the teacher {config.teacher.name} knows neither cameras nor view words, which a scene needs; it can "
+            "paint (sds3d paint) and teach a generator (sds3d distill)"
+        )
     if isinstance(config, DistillConfig) and not config.prompt:
         return found
     for name, prompt in (

@@ -269,8 +269,10 @@ def test_distill_sample_and_eval_as_a_user_types_them(call_packaged, in_folder, 
     assert code == 0 and {"fd_ratio", *evaluation.FIGURES} <= set(json.loads(out)), err
     code, out, err = call("resume", "toy/00001-digits-dmd", "steps=8")
     assert code == 2 and "is 0 from step 4 on, so more steps would teach nothing; start a new run with steps=8" in err
-    code, out, err = call("eval", "nowhere")
-    assert code == 2 and "there is no run folder nowhere" in err
+    judged = (in_folder / "toy/00001-digits-dmd/eval.json").read_bytes()
+    code, out, err = call("resume", "toy/00001-digits-dmd")  # nothing to do: what was measured stays
+    assert code == 0 and (in_folder / "toy/00001-digits-dmd/eval.json").read_bytes() == judged
+    assert "fd ratio" in (in_folder / "toy/00001-digits-dmd/README.md").read_text()
 
 
 @pytest.mark.parametrize(
@@ -280,6 +282,8 @@ def test_distill_sample_and_eval_as_a_user_types_them(call_packaged, in_folder, 
         (("distill", "--method", "dmdd"), "did you mean dmd"),
         (("distill", "--method", "sds"), "knows nothing of what a generator draws"),
         (("distill", "--teacher", "nowhere"), "neither packaged"),
+        (("generate", "a handwritten two", "--teacher", "digits"), "knows neither cameras nor view words"),
+        (("distill", "--device", "gpu"), "give auto, cpu or cuda"),
         (("distill", "--method", "dmd2", "real=nowhere"), "there is no folder nowhere"),
         (("sample", "nowhere"), "holds no generator.safetensors"),
         (("eval", "nowhere"), "nowhere"),

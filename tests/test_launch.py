@@ -157,7 +157,7 @@ def test_vsd_makes_as_many_assets_as_particles(ball_teacher, in_folder, monkeypa
     ball = BallTeacher()
     monkeypatch.setattr(
         "sds3d.make.critic",
-        lambda config, teacher: type(
+        lambda config, teacher, share: type(
             "C",
             (),
             {

@@ -44,6 +44,7 @@ class RunOptions:
         str | None,
         Option(help="a packaged teacher (small or toybox, digits), a file of weights or a training's folder"),
     ] = None
+    device: Annotated[str | None, Option(help="auto, cpu or cuda")] = None
     out: Annotated[str | None, Option("--out", "-o", help="folder for run folders")] = None
     config: Annotated[Path | None, Option(help="a YAML file of settings, such as another run's config.yaml")] = None
     dry_run: Annotated[bool, Option("--dry-run", help="print the settings and stop")] = False
@@ -57,6 +58,7 @@ class RunOptions:
     def layer(self) -> dict[str, Any]:
         """The settings given by flags."""
         given = {"method": self.method, "seed": self.seed, "teacher.name": self.teacher, "out": self.out}
+        given["device"] = self.device
         return {key: value for key, value in (given | self.own()).items() if value is not None}
 
 
