@@ -21,6 +21,7 @@ from sds3d.distill.bridge import Bridge
 from sds3d.distill.core import ScoreObjective
 from sds3d.distill.regression import Regression
 from sds3d.generators.one_step import Generator, paint
+from sds3d.networks.text import PROMPT_WORDS
 from sds3d.prompts import COLOURS, VIEW_WORDS, named_background, words
 from sds3d.ramp import Ramp
 from sds3d.runs import slug
@@ -199,9 +200,8 @@ def real(config: DistillConfig, teacher: Teacher, share: Share = Share()) -> Rea
     if not config.real and config.teacher.name != "digits":
         raise ValueError(f"{type(config.method).__name__} wants real images; give real=FOLDER, with captions")
     wanted = set(prompts(config, teacher))
-    found = (
-        digits.pictures() if config.real in ("", "digits") else folder.read(config.real, teacher.image_size).pictures
-    )
+    own = config.real in ("", "digits")
+    found = digits.pictures() if own else folder.read(config.real, teacher.image_size, PROMPT_WORDS).pictures
     told = [next((text for text in texts if text in wanted), "") for texts in found.captions]
     kept = [i for i, text in enumerate(told) if text]
     if not kept:

