@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from sds3d.doctor import machine
 from sds3d.export.chart import chart
 from sds3d.samplers import SAMPLERS, Sampler
 from sds3d.teachers import small
+from sds3d.typed import plain
 
 EVALUATIONS = (1, 2, 4, 8, 18, 35)
 
@@ -46,9 +48,9 @@ def main() -> None:
         lines[name] = tuple(torch.tensor(column, dtype=torch.float32) for column in zip(*found))
     print(evaluation.table(rows))
     if options.json:
-        plain = {who: {k: {"mean": v.mean, "spread": v.spread} for k, v in row.items()} for who, row in rows.items()}
-        report = {"floor": floor, "teacher": plain, "images": options.images, "seeds": options.seeds}
-        options.json.write_text(json.dumps({**report, "machine": machine(torch.device("cpu"))}, indent=1))
+        report = {"floor": floor, "teacher": plain(rows), "images": options.images, "seeds": options.seeds}
+        report |= {"machine": machine(torch.device("cpu")), "command": " ".join(["python", *sys.argv])}
+        options.json.write_text(json.dumps(report, indent=1))
     if options.chart:
         chart(lines, options.chart, "evaluations", "FD-feat", points=True)
 

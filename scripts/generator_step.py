@@ -66,7 +66,7 @@ def measure(method: str, batch: int, repeats: int) -> dict[str, float]:
     teacher = make.teacher(settings)
     student = make.student(settings, teacher)
     critic = make.critic(settings, teacher)
-    goals = make.objectives(settings, teacher, student, critic)
+    goals = make.objectives(make.objective(settings, teacher, critic), settings, student)
     alone, needed = passes(teacher, batch, student.prompts), counts(method, settings.critic.steps)
     steps, sums = [], []
     loop = train(student, goals, settings.plan(), critic=critic)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from sds3d.distill import METHODS
+from sds3d.distill.core import Method
 from sds3d.settings import Config, DistillConfig, PaintConfig, RunConfig
 from sds3d.teachers.base import PACKAGED
 from sds3d.typed import build, convert, keys, merge, nearest, plain
@@ -165,11 +166,15 @@ def to_yaml(config: RunConfig) -> str:
     from omegaconf import OmegaConf
 
     values = plain(config)
-    name = next(name for name, kind in METHODS.items() if type(config.method) is kind)
-    values["method"] = {"name": name, **values["method"]}
+    values["method"] = {"name": name_of(config.method), **values["method"]}
     for key in ("prompt", "negative"):
         values[key] = values[key].replace("${", "\\${")
     return OmegaConf.to_yaml(OmegaConf.create(values))
+
+
+def name_of(method: Method) -> str:
+    """The name in METHODS of a method."""
+    return next(name for name, kind in METHODS.items() if type(method) is kind)
 
 
 def _resolved(values: dict[str, Any]) -> dict[str, Any]:

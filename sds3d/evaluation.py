@@ -20,14 +20,15 @@ from torch import Tensor
 from sds3d import doctor, make
 from sds3d.config import of_run
 from sds3d.data import digits
+from sds3d.distill.core import scale_of
 from sds3d.export import sheet
 from sds3d.files import replacing
 from sds3d.generated import CARD, LoadedGenerator, find, load_generator, write_card
 from sds3d.metrics import features
 from sds3d.metrics.judge import DigitJudge
-from sds3d.ramp import Ramp
 from sds3d.teachers.base import Teacher
 from sds3d.teachers.drawing import sample
+from sds3d.typed import plain
 
 FIGURES = ("fd_feat", "class_accuracy", "precision", "recall", "copy_rate", "samples_per_second")
 CHUNK = 256
@@ -127,9 +128,9 @@ def by_teacher(teacher: Teacher, sampler: str, steps: int, guidance: float = 1.0
     return draw
 
 
-def by_generator(generator: LoadedGenerator, steps: int | None = None) -> Draw:
+def by_generator(generator: LoadedGenerator) -> Draw:
     """What draws with a generator."""
-    return lambda prompts, seed: generator(prompts, seed, steps, CHUNK)
+    return lambda prompts, seed: generator(prompts, seed, batch=CHUNK)
 
 
 def table(rows: dict[str, dict[str, Measured]]) -> str:
@@ -184,8 +185,8 @@ def judge_generator(
             f"{path} was distilled from {painter.told['teacher']}; this is {make.identity(config, teacher)}"
         )
     real, found = Digits(), {}
-    scale = float(Ramp.parse(config.method.scale)(0))
-    draws = {"generator": by_generator(painter), "teacher": by_teacher(teacher, *BEST, scale)}
+    guided = by_teacher(teacher, *BEST, scale_of(config.method.scale, 0))
+    draws = {"generator": by_generator(painter), "teacher": guided}
     for who, draw in draws.items():
         rows = []
         for row in measure(draw, number, seeds, real):
@@ -195,8 +196,7 @@ def judge_generator(
     for ours, theirs in zip(found["generator"], found["teacher"]):
         ours["fd_ratio"], theirs["fd_ratio"] = ours["fd_feat"] / theirs["fd_feat"], 1.0
     rows = {who: summary(values) for who, values in found.items()}
-    said = {who: {k: {"mean": v.mean, "spread": v.spread} for k, v in row.items()} for who, row in rows.items()}
-    report = {**said["generator"], "teacher": said["teacher"], "images": number, "seeds": seeds}
+    report = {**plain(rows["generator"]), "teacher": plain(rows["teacher"]), "images": number, "seeds": seeds}
     report |= {"machine": doctor.machine(painter.device), "command": f"sds3d eval {path} -n {number} --seeds {seeds}"}
     with replacing(file.parent / "eval.json") as part:
         part.write_text(json.dumps(report, indent=1), encoding="utf-8")

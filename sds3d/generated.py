@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sds3d.config import DistillConfig
+from sds3d.config import DistillConfig, name_of
 from sds3d.export import sheet
 from sds3d.files import replacing
 from sds3d.generators.one_step import Generator, GeneratorConfig, paint, times
@@ -23,7 +23,7 @@ from sds3d.typed import plain
 
 FILE = "generator.safetensors"
 CARD = "README.md"
-SHOWN = 8  # images a prompt in grid.png, and prompts in it at most
+SHOWN = 8  # images a prompt in grid.png
 
 
 class Generated:
@@ -52,7 +52,7 @@ class Generated:
 
     def rows(self) -> tuple[list[str], list[Tensor]]:
         """A few prompts, and SHOWN images of each, (SHOWN, 3, H, W), always of the same noise."""
-        prompts, generator = spread(self.student.prompts), torch.Generator().manual_seed(0)
+        prompts, generator = a_few(self.student.prompts), torch.Generator().manual_seed(0)
         images = self.student.images([p for p in prompts for _ in range(SHOWN)], generator)
         return prompts, list(images.cpu().split(SHOWN))
 
@@ -90,7 +90,7 @@ class Generated:
             yield strip
 
 
-def spread(prompts: Sequence[str], most: int = 10) -> list[str]:
+def a_few(prompts: Sequence[str], most: int = 10) -> list[str]:
     """At most ``most`` of them, evenly taken."""
     count = min(most, len(prompts))
     return [prompts[i * len(prompts) // count] for i in range(count)]
@@ -99,7 +99,6 @@ def spread(prompts: Sequence[str], most: int = 10) -> list[str]:
 def write_card(path: Path, config: DistillConfig, teacher: str, figures: str = "") -> Path:
     """The generator's card: teacher, method, data, command, and figures where they were measured."""
     method, steps = type(config.method).__name__, config.generator.steps
-    name = config.method.__class__.__name__.lower()
     seen = "Its discriminator saw real images" if "real" in config.method.NEEDS else "It saw no real image"
     lines = [
         f"# A generator of {steps} step{'s' if steps > 1 else ''}, distilled by {method}",
@@ -107,8 +106,8 @@ def write_card(path: Path, config: DistillConfig, teacher: str, figures: str = "
         f"**Teacher.** {teacher}, guidance {plain(Ramp.parse(config.method.scale))}.",
         f"**Method.** {(type(config.method).__doc__ or '').partition(chr(10))[0]}",
         f"**Data.** {seen}; what it knows is what its teacher knew.",
-        f"**Command.** `sds3d distill --teacher {config.teacher.name} --method {name} --seed {config.seed} "
-        f"steps={config.steps} generator.steps={steps} generator.batch={config.generator.batch}`; "
+        f"**Command.** `sds3d distill --teacher {config.teacher.name} --method {name_of(config.method)} "
+        f"--seed {config.seed} steps={config.steps} generator.steps={steps} generator.batch={config.generator.batch}`; "
         "config.yaml beside this file has every setting.",
         "",
         "```python",

@@ -95,7 +95,7 @@ class _Parts:
         """What the run folder is named after."""
         config = self.config
         if isinstance(config, DistillConfig):
-            return f"{Path(config.teacher.name).stem} {type(config.method).__name__} {config.prompt}"
+            return f"{Path(config.teacher.name).stem} {configs.name_of(config.method)} {config.prompt}"
         return config.prompt
 
     def begin_from_source(self) -> None:
@@ -122,7 +122,7 @@ class _Parts:
         """The loop."""
         steps = train(
             self.student if self.source is None else EditedScene(self.student, self.source),
-            make.objectives(self.config, self.teacher, self.student, self.critic, self.share),
+            make.objectives(self.objective, self.config, self.student, self.share),
             self.config.plan(),
             made.run,
             resume=resume,

@@ -15,15 +15,12 @@ from sds3d.adversary import Adversary, Real
 from sds3d.cameras import Cameras
 from sds3d.config import Config, DistillConfig, PaintConfig, RunConfig
 from sds3d.critics import Learnt
-from sds3d.data import digits, folder
 from sds3d.distill.adversarial import Adversarial
 from sds3d.distill.bridge import Bridge
-from sds3d.distill.core import ScoreObjective
+from sds3d.distill.core import ScoreObjective, scale_of
 from sds3d.distill.regression import Regression
 from sds3d.generators.one_step import Generator, paint
-from sds3d.networks.text import PROMPT_WORDS
 from sds3d.prompts import COLOURS, VIEW_WORDS, named_background, words
-from sds3d.ramp import Ramp
 from sds3d.runs import slug
 from sds3d.scenes.image import ImageStudent
 from sds3d.scenes.student import SceneConfig, SceneStudent
@@ -197,11 +194,10 @@ def real(config: DistillConfig, teacher: Teacher, share: Share = Share()) -> Rea
     Raises:
         ValueError: there are none, or none that is captioned with one of the prompts.
     """
-    if not config.real and config.teacher.name != "digits":
+    name = config.real or config.teacher.name
+    if name in ("toybox", "small") or not (config.real or name == "digits"):
         raise ValueError(f"{type(config.method).__name__} wants real images; give real=FOLDER, with captions")
-    wanted = set(prompts(config, teacher))
-    own = config.real in ("", "digits")
-    found = digits.pictures() if own else folder.read(config.real, teacher.image_size, PROMPT_WORDS).pictures
+    found, wanted = sources.of(name, teacher.image_size)[0].pictures, set(prompts(config, teacher))
     told = [next((text for text in texts if text in wanted), "") for texts in found.captions]
     kept = [i for i, text in enumerate(told) if text]
     if not kept:
@@ -216,10 +212,10 @@ def real(config: DistillConfig, teacher: Teacher, share: Share = Share()) -> Rea
 
 
 def objectives(
-    config: RunConfig, teacher: Teacher, student: Student, critic: Learnt | None, share: Share = Share()
+    score: ScoreObjective, config: RunConfig, student: Student, share: Share = Share()
 ) -> dict[str, Objective]:
     """The method's objectives by name: its score, and beside it a regression or a discriminator's verdict."""
-    score = objective(config, teacher, critic)
+    teacher = score.teacher
     found: dict[str, Objective] = {score.name: score}
     if "pairs" in config.method.NEEDS:
         assert isinstance(student, Generator), student
@@ -231,8 +227,8 @@ def objectives(
         apart = perceptual.distance(config.distance, teacher, pick_device(config.device))
         found["regression"] = Regression(made, draw, apart, config.method.regression, config.pairs.batch, share)
     if "real" in config.method.NEEDS:
-        assert isinstance(critic, Adversary), critic
-        found["adversarial"] = Adversarial(critic, config.method.adversarial)
+        assert isinstance(score.critic, Adversary), score.critic
+        found["adversarial"] = Adversarial(score.critic, config.method.adversarial)
     return found
 
 
@@ -240,17 +236,16 @@ def pairs_folder(config: DistillConfig, teacher: Teacher) -> Path:
     """Where a run's pairs are."""
     if config.pairs.folder:
         return Path(config.pairs.folder).expanduser()
-    told = (config.pairs.sampler, config.pairs.steps, Ramp.parse(config.method.scale)(0), prompts(config, teacher))
+    told = (config.pairs.sampler, config.pairs.steps, scale_of(config.method.scale, 0), prompts(config, teacher))
     mark = hashlib.sha256(repr(told).encode()).hexdigest()[:8]  # one folder for each that would differ
     return Path(config.out).expanduser() / "pairs" / f"{slug(identity(config, teacher))}-{mark}"
 
 
 def make_pairs(config: DistillConfig, teacher: Teacher) -> Iterator[int]:
     """Make the pairs a run needs and does not have; yields how many are there. Raises ValueError."""
-    scale = float(Ramp.parse(config.method.scale)(0))
-    folder, device = pairs_folder(config, teacher), pick_device(config.device)
-    told = identity(config, teacher)
-    return pairs.make(teacher, told, config.pairs, prompts(config, teacher), folder, scale, device)
+    scale, device = scale_of(config.method.scale, 0), pick_device(config.device)
+    told, folder = prompts(config, teacher), pairs_folder(config, teacher)
+    return pairs.make(teacher, identity(config, teacher), config.pairs, told, folder, scale, device)
 
 
 def objective(config: RunConfig, teacher: Teacher, critic: Learnt | None = None) -> ScoreObjective:

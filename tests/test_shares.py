@@ -36,7 +36,7 @@ share = shares.join()
 config = load(None, {"method": method, "generator.batch": 8, "steps": 20, "real": "digits"}, kind=DistillConfig)
 student = make.student(config, teacher, share)
 critic = make.critic(config, teacher, share)
-goals = make.objectives(config, teacher, student, critic, share)
+goals = make.objectives(make.objective(config, teacher, critic), config, student, share)
 losses = [step.loss for step in train(student, goals, config.plan(), critic=critic, share=share)]
 if share.index == 0:
     torch.save({"network": student.network.state_dict(), "critic": critic.network.state_dict(), "losses": losses}, out)

@@ -67,8 +67,7 @@ def sample(
       sds3d sample outputs/00001-digits-diffinstruct "a handwritten seven" "a handwritten two" -n 16 -o grid.png
     """
     from sds3d.export import sheet
-    from sds3d.generated import load_generator
-    from sds3d.generated import spread as a_few
+    from sds3d.generated import a_few, load_generator
 
     painter = load_generator(generator)
     wanted = prompts or a_few(painter.prompts)

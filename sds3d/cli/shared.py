@@ -18,6 +18,7 @@ from typer import Argument, Option
 if TYPE_CHECKING:
     from sds3d.asset import Asset
     from sds3d.config import RunConfig
+    from sds3d.generated import Generated
     from sds3d.painting import Painting
     from sds3d.progress import Silent
     from sds3d.train import Step
@@ -91,7 +92,9 @@ def make_display(quiet: bool, as_json: bool) -> Silent:
     return progress.choose(quiet or as_json)
 
 
-def carry_out(made: Asset | Painting, steps: Iterator[Step], begun: float, display: Silent, as_json: bool) -> None:
+def carry_out(
+    made: Asset | Painting | Generated, steps: Iterator[Step], begun: float, display: Silent, as_json: bool
+) -> None:
     """Run the loop to its end or to Ctrl-C, write the files, say where they are and what to do next."""
     from sds3d.shares import join
 

@@ -18,9 +18,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from sds3d.distill.query import Critic, Query
 from sds3d.guidance import Guidance
 from sds3d.noise import Prediction, noised, weight
+from sds3d.query import Critic, Query
 from sds3d.ramp import Ramp
 from sds3d.students import Draw
 from sds3d.teachers.base import Teacher

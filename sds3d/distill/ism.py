@@ -8,8 +8,8 @@ from typing import ClassVar
 from torch import Tensor
 
 from sds3d.distill.core import Method, Query, require_scale, scale_of
-from sds3d.distill.query import T_CLEAN
 from sds3d.noise import noised
+from sds3d.query import T_CLEAN
 from sds3d.ramp import Ramp
 
 

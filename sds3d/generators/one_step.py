@@ -142,10 +142,10 @@ class Generator:
         return [onto(self.share.randn(shape, generator, like.dtype), like.device) for _ in range(steps)]
 
     @torch.no_grad()
-    def images(self, prompts: list[str], generator: torch.Generator, mean: int = 0, steps: int | None = None) -> Tensor:
-        """Images (B, 3, H, W) in [0, 1] by a running mean's weights."""
-        noise = self.noise(len(prompts), steps or self.config.steps, generator)
-        return self.teacher.decode(paint(self.teacher, self.means[mean].module, self.times, noise, prompts))
+    def images(self, prompts: list[str], generator: torch.Generator) -> Tensor:
+        """Images (B, 3, H, W) in [0, 1] by the first running mean's weights."""
+        noise = self.noise(len(prompts), self.config.steps, generator)
+        return self.teacher.decode(paint(self.teacher, self.means[0].module, self.times, noise, prompts))
 
     def regularisers(self) -> dict[str, Tensor]:
         """None."""
