@@ -4,9 +4,9 @@
 
     python scripts/teacher_accuracy.py --captions trained --guidance 1.5,2,3 --images 90      which guidance is best
 
-The classifier is trained here, on true renders of the toybox in all colours (also the held-out ones: it has to know
-them). Its own accuracy is measured on fresh true renders of the same held-out captions and views, and printed beside
-the teacher's. A sample is right when the kind, the main colour and, where the caption names one, the second colour are.
+The classifier (scripts/train_judge.py) was trained on true renders in all colours, also the held-out ones. Its own
+accuracy is measured on fresh true renders of the same held-out captions and views, and printed beside the teacher's. A
+sample is right when the kind, the main colour and, where the toy has one, the second colour are.
 """
 
 from __future__ import annotations
@@ -19,75 +19,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from sds3d.cameras import Cameras
-from sds3d.data import renders, toybox
+from sds3d.data import toybox
 from sds3d.data.kinds import KINDS, STACKS
-from sds3d.data.tracing import paint
 from sds3d.doctor import machine
 from sds3d.export.sheet import contact_sheet
+from sds3d.metrics.judge import ToyJudge
 from sds3d.prompts import COLOURS
-from sds3d.teachers import fit, small
+from sds3d.teachers import small
 from sds3d.teachers.base import VIEWS
 from sds3d.teachers.drawing import sample
 
 NAMES, PAINTS = list(KINDS | STACKS), list(COLOURS)
-
-
-class Classifier(nn.Module):
-    """(B, 3, 64, 64) in [0, 1] -> logits of kind (B, K), main (B, 12) and second colour (B, 12)."""
-
-    def __init__(self):
-        super().__init__()
-        widths, layers = (3, 24, 48, 96, 160), []
-        for a, b in zip(widths, widths[1:]):
-            layers += [nn.Conv2d(a, b, 3, 2, 1), nn.GroupNorm(8, b), nn.SiLU()]
-        self.body = nn.Sequential(*layers, nn.Conv2d(160, 160, 3, padding=1), nn.SiLU())
-        self.head = nn.Linear(160 * 16, len(NAMES) + 2 * len(PAINTS))
-
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        return self.head(self.body(x * 2 - 1).flatten(1)).split([len(NAMES), len(PAINTS), len(PAINTS)], -1)
-
-
-def train_classifier(store: renders.Renders, steps: int, generator: torch.Generator) -> Classifier:
-    """Cross-entropy on renders in random colours, with a little noise and blur."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        net = Classifier()
-    optimiser = torch.optim.AdamW(net.parameters(), 1e-3, weight_decay=1e-2)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 2e-3, total_steps=steps)
-    palette, kinds = torch.tensor(list(COLOURS.values())), torch.tensor([NAMES.index(n) for n in store.names])
-    two = torch.tensor([bool((KINDS | STACKS)[n].second) for n in store.names])
-    for _ in range(steps):
-        i = torch.randint(len(store), (64,), generator=generator)
-        main, second = torch.randint(len(PAINTS), (2, 64), generator=generator)
-        rgb, coverage = paint(store.batch(i), palette[main], palette[second])
-        x = rgb + 1 - coverage
-        x = x + 0.05 * torch.rand((), generator=generator) * torch.randn(x.shape, generator=generator)
-        if torch.rand((), generator=generator) < 0.3:
-            x = F.avg_pool2d(x, 3, 1, 1)
-        kind, first, other = net(x)
-        loss = F.cross_entropy(kind, kinds[i]) + F.cross_entropy(first, main)
-        loss = loss + (F.cross_entropy(other, second, reduction="none") * two[i]).mean()
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.step()
-        schedule.step()
-    return net.eval()
-
-
-def classifier(path: Path | None, store: renders.Renders, steps: int, generator: torch.Generator) -> Classifier:
-    """A trained classifier: the one at ``path``, or a new one, which is then kept there."""
-    if path is not None and path.is_file():
-        net = Classifier()
-        net.load_state_dict(torch.load(path, weights_only=True))
-        return net.eval()
-    net = train_classifier(store, steps, generator)
-    if path is not None:
-        torch.save(net.state_dict(), path)
-    return net
 
 
 def draw(teacher: small.SmallTeacher, cases: list[Case], guidance: float) -> list[Tensor]:
@@ -133,14 +78,13 @@ def draw_cases(count: int, held_out: bool, generator: torch.Generator) -> list[C
     return cases
 
 
-@torch.no_grad()
-def judge(net: Classifier, images: Tensor, cases: list[Case]) -> list[dict[str, bool]]:
+def judge(reader: ToyJudge, images: Tensor, cases: list[Case]) -> list[dict[str, bool]]:
     """What is right in each of the images (N, 3, 64, 64): kind, main, second colour if the caption has one, all."""
     found = []
-    for kind, main, second, case in zip(*(logits.argmax(-1).tolist() for logits in net(images)), cases, strict=True):
-        right = {"kind": NAMES[kind] == case.toy.name, "main": PAINTS[main] == case.toy.main}
-        if case.toy.name in STACKS or case.toy.kind.second:
-            right["second"] = PAINTS[second] == case.toy.second
+    for (kind, main, second), case in zip(reader.classify(images).tolist(), cases, strict=True):
+        right = {"kind": reader.kinds[kind] == case.toy.name, "main": reader.colours[main] == case.toy.main}
+        if case.toy.kind.second:
+            right["second"] = reader.colours[second] == case.toy.second
         found.append(right | {"all": all(right.values())})
     return found
 
@@ -154,28 +98,22 @@ def shares(verdicts: list[dict[str, bool]]) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", type=Path, help="a teacher; the packaged one by default")
-    parser.add_argument("--renders", type=Path, default=Path("work/teacher/renders"), help="made there if missing")
     parser.add_argument("--images", type=int, default=400)
-    parser.add_argument("--classifier-steps", type=int, default=3000)
     parser.add_argument("--guidance", default="2", help="one scale, or several with commas between")
     parser.add_argument("--captions", choices=("held-out", "trained"), default="held-out")
-    parser.add_argument("--classifier", type=Path, help="keep the classifier there, and take it from there")
     parser.add_argument("--views", default="camera", choices=VIEWS)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--sheet", type=Path, help="PNG of the first 64 samples")
     options = parser.parse_args()
 
-    begun, generator = time.monotonic(), torch.Generator().manual_seed(1)
-    for _ in renders.build(options.renders, fit.FitConfig().images):
-        pass
-    net = classifier(options.classifier, renders.Renders(options.renders), options.classifier_steps, generator)
+    begun, reader = time.monotonic(), ToyJudge()
     cases = draw_cases(options.images, options.captions == "held-out", torch.Generator().manual_seed(2))
-    on_truth = judge(net, torch.cat([case.toy.render(case.camera)[0] for case in cases]), cases)
+    on_truth = judge(reader, torch.cat([case.toy.render(case.camera)[0] for case in cases]), cases)
     teacher = small.load(options.weights, views=options.views)
     drawn, judged = [], {}
     for guidance in map(float, options.guidance.split(",")):
         drawn = draw(teacher, cases, guidance)
-        verdicts = judge(net, torch.cat(drawn), cases)
+        verdicts = judge(reader, torch.cat(drawn), cases)
         readable = [v for v, t in zip(verdicts, on_truth, strict=True) if t["all"]]
         judged[guidance] = shares(verdicts) | {"all, where the judge reads the true render": shares(readable)["all"]}
         print(f"guidance {guidance}: {judged[guidance]}", file=sys.stderr, flush=True)

@@ -1,37 +1,48 @@
-"""Train the classifier that judges drawn digits, on the training images alone: sds3d/metrics/digits.safetensors.
+"""Train a classifier that judges drawn images, on real ones alone: its weights are beside sds3d/metrics/judge.py.
 
-    python scripts/train_judge.py
+    python scripts/train_judge.py digits
+    python scripts/train_judge.py toybox --renders work/teacher/renders      made there if missing
 
-It learns from noised images besides, and prints its accuracy on the held-out ones.
+That of digits learns from the training images, noised besides, and prints its accuracy on the held-out ones. That of
+toys learns from true renders in all colours, also those that no teacher may see (it has to know them), noised and
+blurred besides, and prints its accuracy on fresh renders of held-out captions.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save
+from torch import Tensor, nn
 
-from sds3d.data import digits
+from sds3d.data import digits, renders
+from sds3d.data.kinds import KINDS, STACKS
+from sds3d.data.tracing import paint
 from sds3d.doctor import machine
 from sds3d.files import replacing
-from sds3d.metrics.judge import WEIGHTS, DigitJudge
-from sds3d.networks.classifier import Classifier
+from sds3d.metrics import judge
+from sds3d.networks.classifier import Classifier, ToyClassifier
+from sds3d.prompts import COLOURS
+from sds3d.teachers import fit
 
-STEPS, BATCH = 3000, 128
+NAMES = list(KINDS | STACKS)
 
 
-def main() -> None:
-    torch.manual_seed(0)
+def train_digits(steps: int = 3000, batch: int = 128) -> None:
+    """Train, write the weights, print what it knows."""
     generator = torch.Generator().manual_seed(0)
     train, held_out = (digits.pictures(part).rgb().mean(1, keepdim=True) * 2 - 1 for part in digits.PARTS)
     known, asked = (digits.labels(part) for part in digits.PARTS)
+    torch.manual_seed(0)
     net = Classifier(10)
     optimiser = torch.optim.AdamW(net.parameters(), 2e-3, weight_decay=1e-2)
-    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, STEPS)
-    for _ in range(STEPS):
-        index = torch.randint(len(train), (BATCH,), generator=generator)
+    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
+    for _ in range(steps):
+        index = torch.randint(len(train), (batch,), generator=generator)
         x = train[index]
         x = x + 0.3 * torch.rand((), generator=generator) * torch.randn(x.shape, generator=generator)
         loss = F.cross_entropy(net(x), known[index], label_smoothing=0.05)
@@ -39,13 +50,59 @@ def main() -> None:
         loss.backward()
         optimiser.step()
         decay.step()
-    header = {"data": json.dumps({"train": len(train), "held-out": len(held_out)}), "command": "scripts/train_judge.py"}
-    with replacing(WEIGHTS) as part:
-        part.write_bytes(save({k: v.half().contiguous() for k, v in net.state_dict().items()}, header))
-    judge = DigitJudge()
+    write(net, judge.DIGITS, "digits", data=json.dumps({"train": len(train), "held-out": len(held_out)}))
     for name, x, wanted in (("train", train, known), ("held-out", held_out, asked)):
-        right = (judge.classify((x / 2 + 0.5).expand(-1, 3, -1, -1)) == wanted).double().mean()
+        right = (judge.DigitJudge().classify((x / 2 + 0.5).expand(-1, 3, -1, -1)) == wanted).double().mean()
         print(f"{name}: {100 * right:.1f} % of {len(x)}")
+
+
+def train_toys(store: renders.Renders, steps: int = 5000, batch: int = 64) -> None:
+    """Train, write the weights; scripts/teacher_accuracy.py prints what it knows."""
+    generator = torch.Generator().manual_seed(1)
+    torch.manual_seed(0)
+    net = ToyClassifier(len(NAMES), len(COLOURS))
+    optimiser = torch.optim.AdamW(net.parameters(), 1e-3, weight_decay=1e-2)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 2e-3, total_steps=steps)
+    palette, kinds = torch.tensor(list(COLOURS.values())), torch.tensor([NAMES.index(n) for n in store.names])
+    two = torch.tensor([bool((KINDS | STACKS)[n].second) for n in store.names])
+    for _ in range(steps):
+        index = torch.randint(len(store), (batch,), generator=generator)
+        main, second = torch.randint(len(palette), (2, batch), generator=generator)
+        rgb, coverage = paint(store.batch(index), palette[main], palette[second])
+        kind, first, other = net(spoil(rgb + 1 - coverage, generator) * 2 - 1)
+        loss = F.cross_entropy(kind, kinds[index]) + F.cross_entropy(first, main)
+        loss = loss + (F.cross_entropy(other, second, reduction="none") * two[index]).mean()
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        schedule.step()
+    write(net, judge.TOYS, "toybox", classes=json.dumps([NAMES, list(COLOURS)]))
+
+
+def spoil(x: Tensor, generator: torch.Generator) -> Tensor:
+    """A little noise and, now and then, blur: images (B, 3, H, W)."""
+    x = x + 0.05 * torch.rand((), generator=generator) * torch.randn(x.shape, generator=generator)
+    return F.avg_pool2d(x, 3, 1, 1) if torch.rand((), generator=generator) < 0.3 else x
+
+
+def write(net: nn.Module, path: Path, data: str, **header: str) -> None:
+    """Keep the weights in half precision."""
+    header |= {"command": f"scripts/train_judge.py {data}"}
+    with replacing(path) as part:
+        part.write_bytes(save({k: v.half().contiguous() for k, v in net.state_dict().items()}, header))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", choices=("digits", "toybox"))
+    parser.add_argument("--renders", type=Path, default=Path("work/teacher/renders"), help="made there if missing")
+    options = parser.parse_args()
+    if options.data == "digits":
+        train_digits()
+    else:
+        for _ in renders.build(options.renders, fit.FitConfig().images):
+            pass
+        train_toys(renders.Renders(options.renders))
     print(*(f"{key}: {value}" for key, value in machine(torch.device("cpu")).items()), sep="\n")
 
 

@@ -1,38 +1,40 @@
-"""How well a generator, or a teacher with a sampler, draws digits: against real ones that neither ever saw.
+"""How well a generator, or a teacher with a sampler, draws digits or toys: against real ones that neither ever saw.
 
 Every figure is measured with several seeds, and reported as their mean and spread (standard deviation). FD-feat is the
-Frechet distance between the features of a classifier of digits (it is no FID: other features); precision and recall are
-of the same features; a copy is an image nearer to a training image, in pixels, than 99 of 100 held-out ones are.
+Frechet distance between the features of a classifier of real images (it is no FID: other features); precision and
+recall are of the same features; a copy is an image nearer to a training image, in pixels, than 99 of 100 held-out ones
+are (of digits only: the toybox never shows an image twice).
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from sds3d import doctor, make
 from sds3d.config import of_run
-from sds3d.data import digits
+from sds3d.data import digits, renders, toybox
 from sds3d.distill.core import scale_of
 from sds3d.export import sheet
 from sds3d.files import replacing
-from sds3d.generated import CARD, LoadedGenerator, find, load_generator, write_card
+from sds3d.generated import CARD, LoadedGenerator, a_few, find, load_generator, write_card
 from sds3d.metrics import features
-from sds3d.metrics.judge import DigitJudge
+from sds3d.metrics.judge import DigitJudge, ToyJudge
 from sds3d.teachers.base import Teacher
 from sds3d.teachers.drawing import sample
 from sds3d.typed import plain
 
 FIGURES = ("fd_feat", "class_accuracy", "precision", "recall", "copy_rate", "samples_per_second")
 CHUNK = 256
-BEST = ("heun", 18)  # the packaged teacher's best sampler and its steps
+BEST = ("heun", 18)  # the packaged teachers' best sampler and its steps
 Draw = Callable[[list[str], int], Tensor]  # prompts, seed -> images (B, 3, H, W) in [0, 1]
 
 
@@ -54,6 +56,26 @@ class Measured:
         return Measured(float(values.mean()), float(values.std()) if len(values) > 1 else 0.0)
 
 
+class Real(Protocol):
+    """Real images, and what they say of drawn ones.
+
+    Attributes:
+        least: images that can be compared with them.
+        prompts: what they show.
+    """
+
+    least: int
+    prompts: tuple[str, ...]
+
+    def wanted(self, number: int) -> Tensor:
+        """What ``number`` images of the prompts, each in its turn, should show, (number, ...)."""
+        ...
+
+    def figures(self, images: Tensor, wanted: Tensor) -> dict[str, float]:
+        """What images (B, 3, H, W) in [0, 1] are worth."""
+        ...
+
+
 class Digits:
     """Real digits, and what they say of drawn ones.
 
@@ -62,18 +84,18 @@ class Digits:
     """
 
     def __init__(self, device: torch.device | str = "cpu"):
-        self.judge = DigitJudge(device)
+        self.judge, self.prompts = DigitJudge(device), tuple(map(digits.prompt, range(10)))
         self.train, self.held_out = (digits.pictures(part).rgb() for part in digits.PARTS)
+        self.least = len(self.held_out)
 
     @cached_property
     def real(self) -> Tensor:
         """Features of the held-out images."""
         return self.judge.features(self.held_out).cpu()
 
-    def prompts(self, number: int) -> tuple[list[str], Tensor]:
-        """``number`` prompts with as many of each digit, in turn, and the digits."""
-        wanted = torch.arange(number) % 10
-        return [digits.prompt(digit) for digit in wanted.tolist()], wanted
+    def wanted(self, number: int) -> Tensor:
+        """The digits, (number,)."""
+        return torch.arange(number) % 10
 
     def figures(self, images: Tensor, wanted: Tensor) -> dict[str, float]:
         """What images (B, 3, 8, 8) of the digits (B,) are worth: FIGURES without the speed. B at least the held-out."""
@@ -95,16 +117,84 @@ class Digits:
         return self.figures(self.train[index], digits.labels()[index])
 
 
-def measure(draw: Draw, number: int = 5000, seeds: int = 3, real: Digits | None = None) -> Iterator[dict[str, float]]:
+class Toys:
+    """True renders of the toybox, from such cameras as teachers are trained with, and what they say of drawn ones.
+
+    Args:
+        prompts: what they show: each as it is when nothing that the caption leaves out varies.
+        number: how many renders, each prompt in its turn.
+        device: where features are computed.
+
+    Raises:
+        ValueError: the toybox cannot draw a prompt.
+    """
+
+    def __init__(self, prompts: Sequence[str], number: int = 2000, device: torch.device | str = "cpu"):
+        self.judge, self.prompts, self.least = ToyJudge(device), tuple(prompts), number
+        self.toys = [toybox.parse(prompt) for prompt in prompts]
+
+    @cached_property
+    def real(self) -> Tensor:
+        """Features of the renders."""
+        return self.judge.features(self.renders(0)).cpu()
+
+    def renders(self, seed: int) -> Tensor:
+        """So many true images, (number, 3, 64, 64)."""
+        generator, count = torch.Generator().manual_seed(seed), len(self.toys)
+        images = torch.empty(self.least, 3, self.judge.size, self.judge.size)
+        for i, toy in enumerate(self.toys[: self.least]):
+            places = torch.arange(i, self.least, count)
+            images[places] = toy.render(renders.draw_cameras(len(places), generator))[0]
+        return images
+
+    def wanted(self, number: int) -> Tensor:
+        """Indices of toy, main and second colour, (number, 3); -1 for a second colour where there is none."""
+        kinds, colours = self.judge.kinds, self.judge.colours
+        rows = [
+            (kinds.index(t.name), colours.index(t.main), colours.index(t.second) if t.kind.second else -1)
+            for t in self.toys
+        ]
+        return torch.tensor(rows)[torch.arange(number) % len(rows)]
+
+    def figures(self, images: Tensor, wanted: Tensor) -> dict[str, float]:
+        """What images (B, 3, 64, 64) are worth: FIGURES without speed and copies. B at least the renders' number."""
+        drawn, said = self.judge.features(images).cpu(), self.judge.classify(images).cpu()
+        alike = torch.randperm(len(drawn), generator=torch.Generator().manual_seed(0))[: self.least]
+        precision, recall = features.precision_recall(drawn[alike], self.real)
+        right = ((said == wanted) | (wanted < 0)).all(1)
+        return {
+            "fd_feat": features.frechet(drawn, self.real),
+            "class_accuracy": float(right.double().mean()),
+            "precision": precision,
+            "recall": recall,
+        }
+
+    def floor(self) -> dict[str, float]:
+        """Figures of other true renders."""
+        return self.figures(self.renders(1), self.wanted(self.least))
+
+
+def real_for(prompts: Sequence[str], number: int) -> Real:
+    """What generators of these prompts are judged by. Raises ValueError where they are neither all digits nor toys."""
+    found = Digits()
+    if set(found.prompts) <= set(prompts):
+        return found
+    try:
+        return Toys(prompts, min(number, 2000))
+    except ValueError as error:
+        raise ValueError(f"only generators of all ten digits, or of toys, can be judged so far: {error}") from error
+
+
+def measure(draw: Draw, number: int = 5000, seeds: int = 3, real: Real | None = None) -> Iterator[dict[str, float]]:
     """Figures of what ``draw`` draws, a row for each seed as it is done.
 
     Raises:
-        ValueError: too few images to compare with the held-out ones.
+        ValueError: too few images to compare with the real ones.
     """
     real = real or Digits()
-    if number < len(real.held_out):
-        raise ValueError(f"{number} images are too few; give at least {len(real.held_out)}, as many as are held out")
-    prompts, wanted = real.prompts(number)
+    if number < real.least:
+        raise ValueError(f"{number} images are too few; give at least {real.least}, as many as are held out")
+    prompts, wanted = [real.prompts[i % len(real.prompts)] for i in range(number)], real.wanted(number)
     for seed in range(seeds):
         begun = time.perf_counter()
         images = draw(prompts, seed)
@@ -163,28 +253,25 @@ def judge_generator(
     seeds: int = 3,
     note: Callable[[str, int, dict[str, float]], None] = lambda who, seed, row: None,
 ) -> Report:
-    """Measure a generator of digits and its teacher; writes eval.json, eval.png and the card beside it.
+    """Measure a generator of digits or toys and its teacher; writes eval.json, eval.png and the card beside it.
 
     Args:
         path: its run folder.
         note: told who drew, the seed, and the figures, as each seed is done.
 
     Raises:
-        ValueError: it draws no digits, or its teacher is gone or is another one now.
+        ValueError: it draws neither digits nor toys, or its teacher is gone or is another one now.
     """
     file = find(path)
     assert file is not None, path
     painter = load_generator(file)
-    missing = [name for name in map(digits.prompt, range(10)) if name not in painter.prompts]
-    if missing:
-        raise ValueError(f"{path} never learnt {missing[0]!r}; only generators of all ten digits can be judged so far")
     config = of_run(file.parent / "config.yaml")
     teacher = make.load_teacher(config.teacher)
     if make.identity(config, teacher) != painter.told["teacher"]:
         raise ValueError(
             f"{path} was distilled from {painter.told['teacher']}; this is {make.identity(config, teacher)}"
         )
-    real, found = Digits(), {}
+    real, found = real_for(painter.prompts, number), {}
     guided = by_teacher(teacher, *BEST, scale_of(config.method.scale, 0))
     draws = {"generator": by_generator(painter), "teacher": guided}
     for who, draw in draws.items():
@@ -200,7 +287,8 @@ def judge_generator(
     report |= {"machine": doctor.machine(painter.device), "command": f"sds3d eval {path} -n {number} --seeds {seeds}"}
     with replacing(file.parent / "eval.json") as part:
         part.write_text(json.dumps(report, indent=1), encoding="utf-8")
-    shown = painter([prompt for prompt in painter.prompts for _ in range(16)], seed=1)
-    grid = sheet.contact_sheet(list(shown.split(16)), file.parent / "eval.png", painter.prompts, sheet.seen(shown))
+    told = a_few(painter.prompts)
+    shown = painter([prompt for prompt in told for _ in range(16)], seed=1)
+    grid = sheet.contact_sheet(list(shown.split(16)), file.parent / "eval.png", told, sheet.seen(shown))
     write_card(file.parent, config, painter.told["teacher"], table(rows))
     return Report(rows["generator"], rows, [str(file.parent / "eval.json"), str(grid), str(file.parent / CARD)])

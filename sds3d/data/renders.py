@@ -35,18 +35,36 @@ def _chunk(job: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
     stack = len(KINDS) + int(torch.randint(len(STACKS), (), generator=generator))
     name = place if place < len(KINDS) else stack
 
-    def uniform(low: float, high: float) -> Tensor:
-        return low + torch.rand(CHUNK, generator=generator) * (high - low)
-
-    elevation = torch.where(uniform(0, 1) < 0.9, uniform(-30, 65), uniform(65, 89))
-    cameras = Cameras(uniform(0, 360), elevation, uniform(2.7, 3.3), uniform(36, 44))
+    cameras = draw_cameras(CHUNK, generator)
     size = torch.multinomial(torch.tensor([0.2, 0.6, 0.2]), CHUNK, True, generator=generator)
-    scale = torch.tensor(list(SIZES.values()))[size] * uniform(0.96, 1.04)
+    scale = torch.tensor(list(SIZES.values()))[size] * _uniform(CHUNK, 0.96, 1.04, generator)
     layers = trace((KINDS | STACKS)[NAMES[name]], cameras, scale)
     rows = torch.stack(
-        [torch.full((CHUNK,), float(name)), size.float(), cameras.azimuth, elevation, cameras.distance, cameras.fov], -1
+        [
+            torch.full((CHUNK,), float(name)),
+            size.float(),
+            cameras.azimuth,
+            cameras.elevation,
+            cameras.distance,
+            cameras.fov,
+        ],
+        -1,
     )
     return (layers * 255).round().byte().numpy(), rows.numpy()
+
+
+def draw_cameras(count: int, generator: torch.Generator) -> Cameras:
+    """Cameras as teachers are trained on: all around, one in ten from nearly above."""
+
+    def uniform(low: float, high: float) -> Tensor:
+        return _uniform(count, low, high, generator)
+
+    elevation = torch.where(uniform(0, 1) < 0.9, uniform(-30, 65), uniform(65, 89))
+    return Cameras(uniform(0, 360), elevation, uniform(2.7, 3.3), uniform(36, 44))
+
+
+def _uniform(count: int, low: float, high: float, generator: torch.Generator) -> Tensor:
+    return low + torch.rand(count, generator=generator) * (high - low)
 
 
 class Renders:

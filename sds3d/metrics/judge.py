@@ -1,37 +1,75 @@
-"""A classifier that was trained on real digits alone, and what it says of drawn ones."""
+"""Classifiers that were trained on real images alone (scripts/train_judge.py), and what they say of drawn ones."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from sds3d.networks.classifier import Classifier
+from sds3d.networks.classifier import Classifier, ToyClassifier
 
-WEIGHTS = Path(__file__).with_name("digits.safetensors")
+DIGITS = Path(__file__).with_name("digits.safetensors")
+TOYS = Path(__file__).with_name("toybox.safetensors")
+CHUNK = 1024  # images at a time
 
 
 class DigitJudge:
-    """Features and classes of digits; trained by scripts/train_judge.py on the training images."""
+    """Features and classes of digits; trained on the training images."""
 
     size = 8
 
     def __init__(self, device: torch.device | str = "cpu"):
-        from safetensors.torch import load_file
-
-        self.device, self.net = torch.device(device), Classifier(10)
-        self.net.load_state_dict({k: v.float() for k, v in load_file(WEIGHTS).items()})
-        self.net.eval().requires_grad_(False).to(self.device)
+        self.device, self.net = torch.device(device), _load(Classifier(10), DIGITS, device)
 
     def features(self, images: Tensor) -> Tensor:
         """images (B, 3, 8, 8) in [0, 1] -> (B, D)."""
-        return torch.cat([self.net.features(self._read(part)) for part in images.split(2048)])
+        return torch.cat([self.net.features(part) for part in self._read(images)])
 
     def classify(self, images: Tensor) -> Tensor:
         """images (B, 3, 8, 8) in [0, 1] -> (B,) the digit it takes each for."""
-        return torch.cat([self.net(self._read(part)).argmax(1) for part in images.split(2048)])
+        return torch.cat([self.net(part).argmax(1) for part in self._read(images)])
 
-    def _read(self, images: Tensor) -> Tensor:
+    def _read(self, images: Tensor) -> list[Tensor]:
         assert images.shape[-1] == self.size, images.shape
-        return images.to(self.device).mean(1, keepdim=True) * 2 - 1
+        return [part.to(self.device).mean(1, keepdim=True) * 2 - 1 for part in images.split(CHUNK)]
+
+
+class ToyJudge:
+    """Features and classes of the toybox's objects; trained on true renders in all colours, the held-out ones too.
+
+    Attributes:
+        kinds, colours: names of the classes, in their order.
+    """
+
+    size = 64
+
+    def __init__(self, device: torch.device | str = "cpu"):
+        from safetensors import safe_open
+
+        with safe_open(TOYS, "pt") as file:
+            self.kinds, self.colours = json.loads(file.metadata()["classes"])
+        self.device = torch.device(device)
+        self.net = _load(ToyClassifier(len(self.kinds), len(self.colours)), TOYS, device)
+
+    def features(self, images: Tensor) -> Tensor:
+        """images (B, 3, 64, 64) in [0, 1] -> (B, D)."""
+        return torch.cat([self.net.features(part) for part in self._read(images)])
+
+    def classify(self, images: Tensor) -> Tensor:
+        """images (B, 3, 64, 64) in [0, 1] -> (B, 3): the toy, its main and its second colour it takes each for."""
+        answers = (self.net(part) for part in self._read(images))
+        return torch.cat([torch.stack([logits.argmax(1) for logits in answer], 1) for answer in answers])
+
+    def _read(self, images: Tensor) -> list[Tensor]:
+        assert images.shape[1:] == (3, self.size, self.size), images.shape
+        return [part.to(self.device) * 2 - 1 for part in images.split(CHUNK)]
+
+
+def _load(net: nn.Module, path: Path, device: torch.device | str) -> nn.Module:
+    """A network with the weights of a file, frozen."""
+    from safetensors.torch import load_file
+
+    net.load_state_dict({k: v.float() for k, v in load_file(path).items()})
+    return net.eval().requires_grad_(False).to(device)

@@ -1,4 +1,4 @@
-"""A small classifier of small images: what it sees before its answer are the features that judges compare."""
+"""Small classifiers: what they see before their answer are the features that judges compare."""
 
 from __future__ import annotations
 
@@ -38,3 +38,28 @@ class Classifier(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x -> logits (B, classes)."""
         return self.last(F.silu(self.features(x)))
+
+
+class ToyClassifier(nn.Module):
+    """Five convolutions for 64 x 64 pixels: which toy, its main colour, its second colour.
+
+    Args:
+        kinds, colours: how many.
+    """
+
+    def __init__(self, kinds: int, colours: int):
+        super().__init__()
+        self.sizes = [kinds, colours, colours]
+        widths, layers = (3, 24, 48, 96, 160), []
+        for a, b in zip(widths, widths[1:]):
+            layers += [nn.Conv2d(a, b, 3, 2, 1), nn.GroupNorm(8, b), nn.SiLU()]
+        self.body = nn.Sequential(*layers, nn.Conv2d(160, 160, 3, padding=1), nn.SiLU())
+        self.head = nn.Linear(160 * 16, sum(self.sizes))
+
+    def features(self, x: Tensor) -> Tensor:
+        """x (B, 3, 64, 64) in [-1, 1] -> (B, 160), the last maps' means."""
+        return self.body(x).mean((2, 3))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """x -> logits of the toy (B, kinds), of its main and of its second colour (B, colours)."""
+        return self.head(self.body(x).flatten(1)).split(self.sizes, -1)
