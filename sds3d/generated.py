@@ -170,7 +170,7 @@ class LoadedGenerator:
         if not 1 <= steps <= self.steps:
             raise ValueError(f"steps is {steps}; this generator paints in {self.steps} or fewer")
         generator, told = torch.Generator().manual_seed(seed), list(prompts)
-        when = times(self._teacher.schedule, self._config)[:steps]
+        when = times(self._teacher.schedule, self._config, self._teacher.shape[-1])[:steps]
         noise = torch.randn((steps, len(told), *self._teacher.shape), generator=generator)
         found = []
         with torch.inference_mode():

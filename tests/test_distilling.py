@@ -12,6 +12,7 @@ from sds3d import evaluation, launch, make
 from sds3d.config import DistillConfig, load, recipes_folder
 from sds3d.distill import METHODS
 from sds3d.generators.one_step import Generator, GeneratorConfig, paint, times
+from sds3d.noise import Schedule
 from sds3d.teachers import small
 
 TINY = {
@@ -82,7 +83,7 @@ def test_a_checkpoint_of_another_teacher_is_refused_with_both_named(in_folder, t
 
 
 def test_it_starts_as_the_teacher_s_denoised_image(teacher):
-    config = GeneratorConfig(sigma_init=2.5, batch=4)
+    config = GeneratorConfig(batch=4)
     student = Generator(teacher, config, teacher.prompts)
     alpha, sigma = teacher.schedule.alpha_sigma(student.times)
     assert float(sigma / alpha) == pytest.approx(2.5)
@@ -93,9 +94,20 @@ def test_it_starts_as_the_teacher_s_denoised_image(teacher):
     assert torch.allclose(x, teacher.predict(float(sigma) * z, t, prompts).x0, atol=1e-5)
 
 
+def test_larger_images_start_from_more_noise_as_far_as_the_schedule_goes(teacher):
+    def first(side: int, schedule: Schedule = teacher.schedule, **layer) -> float:
+        alpha, sigma = schedule.alpha_sigma(times(schedule, GeneratorConfig(**layer), side))
+        return float(sigma / alpha)
+
+    assert [first(8), first(64), first(64, sigma_init=3.0)] == pytest.approx([2.5, 20, 3])
+    linear = Schedule.linear()
+    alpha, sigma = linear.alpha_sigma(torch.ones((), dtype=torch.float64))
+    assert first(8, linear) == pytest.approx(2.5) and first(64, linear) == pytest.approx(float(sigma / alpha))
+
+
 def test_several_steps_renoise_between_them_and_learn_through_the_last_alone(teacher):
     config = GeneratorConfig(sigma_init=4.0, steps=3, batch=2)
-    when, asked = times(teacher.schedule, config), []
+    when, asked = times(teacher.schedule, config, 8), []
     assert when.tolist() == pytest.approx([float(when[0]), float(when[0]) * 2 / 3, float(when[0]) / 3])
 
     class Watched:
@@ -184,7 +196,7 @@ def test_every_recipe_for_generators_loads_and_is_short(path, tmp_path):
     [
         ({"generator.steps": 9}, "generator.steps is 9"),
         ({"generator.batch": 0}, "generator.batch is 0"),
-        ({"generator.sigma_init": 0.0}, "generator.sigma_init"),
+        ({"generator.sigma_init": 0.05}, "generator.sigma_init"),
         ({"generator.half_lives": []}, "half_lives"),
         ({"pairs.count": 5}, "pairs.count is 5; give at least pairs.batch"),
         ({"pairs.sampler": "ddpm"}, "draws anew each time"),

@@ -31,7 +31,8 @@ from sds3d.transfer import onto
 class GeneratorConfig:
     """
     Args:
-        sigma_init: sigma/alpha that the network is told with pure noise.
+        sigma_init: sigma/alpha that the network is told with pure noise; 0 is 2.5 for 8 pixels a side and as much more
+            as there are more: the same noise hides less of a larger image (Hoogeboom et al., arXiv 2301.11093, eq. 4).
         steps: of the generator, 1 to 8.
         batch: images a draw.
         half_lives: of running means of its weights, in images; the first is what is sampled and exported, the others
@@ -43,15 +44,18 @@ class GeneratorConfig:
         ValueError: a number that makes no sense.
     """
 
-    sigma_init: float = 2.5
+    sigma_init: float = 0
     steps: int = 1
     batch: int = 128
     half_lives: tuple[int, ...] = (20_000, 5_000)
     prompts: str = ""
 
     def __post_init__(self):
-        if not 0.1 <= self.sigma_init <= 1000:
-            raise ValueError(f"generator.sigma_init is {self.sigma_init}; give a noise level from 0.1 to 1000 (2.5)")
+        if self.sigma_init and not 0.1 <= self.sigma_init <= 1000:
+            raise ValueError(
+                f"generator.sigma_init is {self.sigma_init}; give a noise level from 0.1 to 1000, or 0 for one that "
+                "fits the images"
+            )
         if not 1 <= self.steps <= 8:
             raise ValueError(f"generator.steps is {self.steps}; give 1 to 8")
         if not 1 <= self.batch <= 65_536:
@@ -72,13 +76,18 @@ class Network(Protocol):
     def decode(self, x: Tensor) -> Tensor: ...
 
 
-def times(schedule: Schedule, config: GeneratorConfig) -> Tensor:
+def times(schedule: Schedule, config: GeneratorConfig, side: int) -> Tensor:
     """t_1 > ... > t_K, (K,) float64, evenly spaced from the t of sigma_init to 0, which is left out.
 
+    Args:
+        side: of the images, in the teacher's space.
+
     Raises:
-        ValueError: the schedule never gets to sigma_init.
+        ValueError: the schedule never gets to the sigma_init that was given.
     """
-    first = schedule.t_of_ratio(torch.tensor(config.sigma_init, dtype=torch.float64))
+    alpha, sigma = schedule.alpha_sigma(torch.ones((), dtype=torch.float64))
+    ratio = config.sigma_init or min(2.5 / 8 * side, float(sigma / alpha))
+    first = schedule.t_of_ratio(torch.tensor(ratio, dtype=torch.float64))
     return first * (1 - torch.arange(config.steps, dtype=torch.float64) / config.steps)
 
 
@@ -122,7 +131,7 @@ class Generator:
             raise ValueError("there is no prompt to draw; give generator.prompts=FILE with one a line")
         self.teacher, self.config, self.prompts, self.identity = teacher, config, list(prompts), identity
         self.share, self.count = share, share.of(config.batch)
-        self.times = times(teacher.schedule, config)
+        self.times = times(teacher.schedule, config, teacher.shape[-1])
         self.network = copy.deepcopy(teacher.network).requires_grad_(True).eval()  # dropout stays off
         self.means = [EMA(self.network, 0.5 ** (config.batch / half_life)) for half_life in config.half_lives]
 
