@@ -229,5 +229,9 @@ class DistillConfig(RunConfig):
             raise ValueError("negative has no part in DMD's pairs; leave it out, or give dmd2 or diffinstruct")
         if self.particles > 1:
             raise ValueError("method.particles counts scenes; a generator draws generator.batch images")
+        if self.source != SourceConfig():
+            raise ValueError("source is what sds3d generate and paint edit; a generator edits nothing: leave it out")
+        if self.critic.camera_drop != CriticConfig().camera_drop:
+            raise ValueError("critic.camera_drop is about a scene's cameras; a generator has none: leave it out")
         if self.distance not in DISTANCES:
             raise ValueError(f"distance is {self.distance!r}; give {', '.join(DISTANCES)}")
