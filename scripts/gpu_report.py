@@ -175,20 +175,19 @@ def student_step(quick: bool) -> dict:
 
 
 def one_step_generators(quick: bool) -> list[dict]:
-    """Diff-Instruct on the digits, judged, and on the toys at 64 pixels, timed alone."""
-    real, rows = evaluation.Digits(DEVICE), []
-    plans = (("digits", 3 if quick else 1000, 8 if quick else 128), ("toybox", 1 if quick else 300, 2 if quick else 64))
+    """Diff-Instruct on the digits and on the toys at 64 pixels, both judged."""
+    rows, plans = [], (("digits", 3 if quick else 1000, 8 if quick else 128, 600 if quick else 5000),)
+    plans += (("toybox", 1 if quick else 1000, 2 if quick else 64, 8 if quick else 2000),)
     with tempfile.TemporaryDirectory() as folder:
-        for teacher, steps, batch in plans:
+        for teacher, steps, batch, images in plans:
             begun = time.perf_counter()
             layer = {"teacher.name": teacher, "steps": steps, "generator.batch": batch, "log.picture_every": 0}
             made = launch.train_generator(**layer, out=folder, device=DEVICE.type)
             row = {"teacher": teacher, "steps": steps, "batch": batch, "seconds": time.perf_counter() - begun}
             row["seconds a step"] = made.run.rows()[-1]["seconds"] / steps
-            if teacher == "digits":
-                draw = evaluation.by_generator(load_generator(made.path, DEVICE.type))
-                row |= next(evaluation.measure(draw, 600 if quick else 5000, 1, real))
-            rows.append(row)
+            painter = load_generator(made.path, DEVICE.type)
+            real = evaluation.real_for(painter.prompts, images)
+            rows.append(row | next(evaluation.measure(evaluation.by_generator(painter), images, 1, real)))
     return rows
 
 

@@ -37,7 +37,7 @@ def test_gpu_report_is_right_on_a_cpu(tmp_path):
     assert {check["dtype"] for check in report["checks"]} == {"float64", "float32", "float16", "bfloat16"}
     assert report["main job"]["iou"] > 0 and 0 < report["step at SD 2.1's size"]["rest_share"] < 1
     assert [row["teacher"] for row in report["one-step generators"]] == ["digits", "toybox"]
-    assert report["one-step generators"][0]["fd_feat"] > 0
+    assert all(row["fd_feat"] > 0 for row in report["one-step generators"])
     assert {row["backend"] for row in report["benchmarks"]} == {"torch", "triton"}
     text = (tmp_path / "gpu_report.md").read_text()
     assert "the times mean nothing" in text and "hash_encode table gradient" in text
