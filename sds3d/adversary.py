@@ -50,8 +50,8 @@ class Adversary(Learnt):
             self.head = Verdict(teacher.network.config.widths[-1]).to(like.device, like.dtype)
         super().__init__(teacher, config, generator, share)
 
-    def parameters(self) -> list[nn.Parameter]:
-        return [*super().parameters(), *self.head.parameters()]
+    def parts(self) -> list[nn.Module]:
+        return [*super().parts(), self.head]
 
     def verdict(self, x: Tensor, prompts: list[str], generator: torch.Generator) -> Tensor:
         """How real clean x (B, C, h, w) look once noised to a t drawn from [0, 1], (B,); differentiable in x."""

@@ -217,12 +217,12 @@ def _nested(layer: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def changed(config: RunConfig, layer: Mapping[str, Any]) -> Any:
-    """A run's config with what may change on resume: steps, device, backend, log.*, export.*.
+    """A run's config with what may change on resume: steps, device, backend, fsdp, log.*, export.*.
 
     Raises:
         ValueError: another key, which would no longer be the same run.
     """
-    mutable = ("steps", "device", "backend", "log", "export")
+    mutable = ("steps", "device", "backend", "fsdp", "log", "export")
     free = [f.name for f in dataclasses.fields(config) if f.name in mutable]
     layer = _nested(layer)
     for key in layer:

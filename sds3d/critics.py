@@ -143,13 +143,19 @@ class Learnt:
             ).to(device)
             nn.init.zeros_(self.camera[-1].weight)
             nn.init.zeros_(self.camera[-1].bias)
+        for part in self.parts():
+            share.shard(part)
         self.optimiser = torch.optim.AdamW(
             self.parameters(), config.lr, betas=config.betas, weight_decay=config.weight_decay
         )
+        share.shard_states(self.optimiser)
+
+    def parts(self) -> list[nn.Module]:
+        """What is trained."""
+        return [self.network] if self.camera is None else [self.network, self.camera]
 
     def parameters(self) -> list[nn.Parameter]:
-        parts = [self.network] if self.camera is None else [self.network, self.camera]
-        return [p for part in parts for p in part.parameters()]
+        return [p for part in self.parts() for p in part.parameters()]
 
     def predict(
         self, x_t: Tensor, t: Tensor, prompts: list[str], cameras: Cameras | None, camera_mask: Tensor | None

@@ -68,6 +68,9 @@ class Generated:
             ValueError: the disk is full.
         """
         if self.run is None:
+            if self.student.share.sharded:  # the process that writes needs every part, of the weights and of the grid
+                self.student.means[0].module.state_dict()
+                self.rows()
             return
         teacher = self.student.teacher
         assert isinstance(teacher, SmallTeacher), type(teacher)

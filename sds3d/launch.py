@@ -56,7 +56,7 @@ def resume(
 
     Args:
         path: the run folder.
-        layer: what may change: steps, device, backend, log, export.
+        layer: what may change: steps, device, backend, fsdp, log, export.
 
     Raises:
         ValueError: no such run, a damaged checkpoint, more steps done than asked for ...
@@ -166,7 +166,7 @@ def _guarded(steps: Iterator[Step], config: RunConfig) -> Iterator[Step]:
 
 def share_of(config: RunConfig) -> Share:
     """This process's share of a run that torchrun started. Raises ValueError where a run cannot be shared."""
-    share = join()
+    share = join(isinstance(config, DistillConfig) and config.fsdp)
     if share.count > 1 and not isinstance(config, DistillConfig):
         raise ValueError("torchrun starts several processes, which only sds3d distill can share; start it without")
     return share

@@ -199,6 +199,8 @@ class DistillConfig(RunConfig):
         distance: of that regression, one of perceptual.DISTANCES.
         real: for methods with a discriminator: "digits", or a folder of pictures captioned with the generator's
             prompts; "" is the digits for the teacher digits.
+        fsdp: of several processes (torchrun), let each keep a part of the trained weights, their gradients and Adam's
+            moments (torch's fully_shard); false keeps all in each. One process alone is not changed by it.
     """
 
     prompt: str = ""
@@ -215,6 +217,7 @@ class DistillConfig(RunConfig):
     pairs: PairsConfig = PairsConfig()
     distance: str = "teacher"
     real: str = ""
+    fsdp: bool = False
 
     def __post_init__(self):
         super().__post_init__()

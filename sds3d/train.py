@@ -162,6 +162,7 @@ def train(
         Diverged: a loss, a regulariser or a gradient is not finite.
     """
     optimiser = make_optimiser(student, plan.optim)
+    share.shard_states(optimiser)
     generator = torch.Generator().manual_seed(plan.seed)
     done, seconds = 0, 0.0
     if resume:
@@ -173,7 +174,7 @@ def train(
             )
         if share.index == 0:
             run.rewind(done)
-    state = _State(student, optimiser, generator, done, seconds, critic)
+    state = _State(student, optimiser, generator, done, seconds, critic, share)
     return _loop(state, objectives, plan, run if share.index == 0 else None, picture)
 
 
@@ -187,18 +188,22 @@ class _State:
     done: int
     seconds: float
     critic: Critic | None
+    share: Share
 
-    def save(self, run: Run) -> None:
-        run.save_checkpoint(
-            {
-                "step": self.done,
-                "seconds": self.seconds,
-                "student": self.student.state_dict(),
-                "optimiser": self.optimiser.state_dict(),
-                "generator": self.generator.get_state(),
-                "critic": None if self.critic is None else self.critic.state_dict(),
-            }
-        )
+    def save(self, run: Run | None) -> None:
+        """Write it. A process that has no run gives its part of what is sharded."""
+        if run is None and not self.share.sharded:
+            return
+        state = {
+            "step": self.done,
+            "seconds": self.seconds,
+            "student": self.student.state_dict(),
+            "optimiser": self.optimiser.state_dict(),
+            "generator": self.generator.get_state(),
+            "critic": None if self.critic is None else self.critic.state_dict(),
+        }
+        if run is not None:
+            run.save_checkpoint(state)
 
 
 def _loop(
@@ -224,12 +229,12 @@ def _loop(
                 run.append({"step": state.done, "seconds": round(state.seconds, 3), "loss": loss, **metrics})
                 if shown is not None:
                     run.save_picture(state.done, shown)
-                if last or state.done % plan.save_every == 0:
-                    state.save(run)
-                    saved = state.done
+            if last or state.done % plan.save_every == 0:
+                state.save(run)
+                saved = state.done
             yield Step(state.done, plan.steps, loss, metrics, state.seconds, shown)
     except GeneratorExit:
-        if run is not None and saved != state.done:
+        if saved != state.done:
             state.save(run)
         raise
 
@@ -284,7 +289,7 @@ def _one_step(state: _State, objectives: Mapping[str, Objective], plan: Plan) ->
     for group in optimiser.param_groups:
         group["lr"] = plan.optim.lr[group["name"]](step)
         limit = plan.optim.clip.get(group["name"], float("inf"))
-        norm = torch.nn.utils.clip_grad_norm_(group["params"], limit)
+        norm = draw.share.whole(torch.nn.utils.clip_grad_norm_(group["params"], limit))
         _require_finite(figures, norm, f"the gradient of {group['name']!r}", step)
         figures.add(f"grad/{group['name']}", norm)
     optimiser.step()

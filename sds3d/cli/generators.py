@@ -22,9 +22,10 @@ class DistillOptions(RunOptions):
     steps_of_generator: Annotated[
         int | None, Option("--sampling-steps", help="steps in which the generator paints, 1 to 8")
     ] = None
+    fsdp: Annotated[bool, Option("--fsdp", help="share the weights, too, between torchrun's processes")] = False
 
     def own(self) -> dict[str, Any]:
-        return {"prompt": self.prompt, "generator.steps": self.steps_of_generator}
+        return {"prompt": self.prompt, "generator.steps": self.steps_of_generator, "fsdp": self.fsdp or None}
 
 
 @spread
@@ -41,7 +42,7 @@ def distill(overrides: Overrides = None, options: DistillOptions = DistillOption
 
       sds3d distill --teacher toybox --method dmd -o outputs/toy      [dim]# a GPU, or patience[/dim]
 
-      torchrun --nproc-per-node 2 -m sds3d distill --teacher digits
+      torchrun --nproc-per-node 2 -m sds3d distill --teacher digits      [dim]# --fsdp shares the weights, too[/dim]
 
     Ctrl-C stops after the current step and saves; [bold]sds3d resume[/bold] goes on.
     """

@@ -134,6 +134,8 @@ class Generator:
         self.times = times(teacher.schedule, config, teacher.shape[-1])
         self.network = copy.deepcopy(teacher.network).requires_grad_(True).eval()  # dropout stays off
         self.means = [EMA(self.network, 0.5 ** (config.batch / half_life)) for half_life in config.half_lives]
+        for module in (self.network, *(mean.module for mean in self.means)):
+            share.shard(module)
 
     def draw(self, step: int, generator: torch.Generator) -> Draw:
         """A batch of fresh images as x, each a group of its own."""

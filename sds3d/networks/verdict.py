@@ -19,4 +19,4 @@ class Verdict(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """(B, width, h, w) -> (B,), above 0 for real."""
-        return self.last(self.look(features).mean((2, 3)))[:, 0]
+        return self.last(self.look(features).mean((2, 3))).sum(1)  # of one number; FSDP wants no view
