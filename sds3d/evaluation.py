@@ -27,6 +27,7 @@ from sds3d.export import sheet
 from sds3d.files import replacing
 from sds3d.generated import CARD, LoadedGenerator, a_few, find, load_generator, write_card
 from sds3d.metrics import features
+from sds3d.metrics.inception import Inception
 from sds3d.metrics.judge import DigitJudge, ToyJudge
 from sds3d.teachers.base import Teacher
 from sds3d.teachers.drawing import sample
@@ -60,12 +61,14 @@ class Real(Protocol):
     """Real images, and what they say of drawn ones.
 
     Attributes:
-        least: images that can be compared with them.
+        held_out: (N, 3, H, W) in [0, 1]; at least as many images can be compared with them.
         prompts: what they show.
     """
 
-    least: int
     prompts: tuple[str, ...]
+
+    @property
+    def held_out(self) -> Tensor: ...
 
     def wanted(self, number: int) -> Tensor:
         """What ``number`` images of the prompts, each in its turn, should show, (number, ...)."""
@@ -86,7 +89,6 @@ class Digits:
     def __init__(self, device: torch.device | str = "cpu"):
         self.judge, self.prompts = DigitJudge(device), tuple(map(digits.prompt, range(10)))
         self.train, self.held_out = (digits.pictures(part).rgb() for part in digits.PARTS)
-        self.least = len(self.held_out)
 
     @cached_property
     def real(self) -> Tensor:
@@ -130,20 +132,25 @@ class Toys:
     """
 
     def __init__(self, prompts: Sequence[str], number: int = 2000, device: torch.device | str = "cpu"):
-        self.judge, self.prompts, self.least = ToyJudge(device), tuple(prompts), number
+        self.judge, self.prompts, self.number = ToyJudge(device), tuple(prompts), number
         self.toys = [toybox.parse(prompt) for prompt in prompts]
 
     @cached_property
+    def held_out(self) -> Tensor:
+        """The renders, (number, 3, 64, 64)."""
+        return self.renders(0)
+
+    @cached_property
     def real(self) -> Tensor:
-        """Features of the renders."""
-        return self.judge.features(self.renders(0)).cpu()
+        """Their features."""
+        return self.judge.features(self.held_out).cpu()
 
     def renders(self, seed: int) -> Tensor:
-        """So many true images, (number, 3, 64, 64)."""
+        """As many true images as any other seed gives, (number, 3, 64, 64)."""
         generator, count = torch.Generator().manual_seed(seed), len(self.toys)
-        images = torch.empty(self.least, 3, self.judge.size, self.judge.size)
-        for i, toy in enumerate(self.toys[: self.least]):
-            places = torch.arange(i, self.least, count)
+        images = torch.empty(self.number, 3, self.judge.size, self.judge.size)
+        for i, toy in enumerate(self.toys[: self.number]):
+            places = torch.arange(i, self.number, count)
             images[places] = toy.render(renders.draw_cameras(len(places), generator))[0]
         return images
 
@@ -159,7 +166,7 @@ class Toys:
     def figures(self, images: Tensor, wanted: Tensor) -> dict[str, float]:
         """What images (B, 3, 64, 64) are worth: FIGURES without speed and copies. B at least the renders' number."""
         drawn, said = self.judge.features(images).cpu(), self.judge.classify(images).cpu()
-        alike = torch.randperm(len(drawn), generator=torch.Generator().manual_seed(0))[: self.least]
+        alike = torch.randperm(len(drawn), generator=torch.Generator().manual_seed(0))[: self.number]
         precision, recall = features.precision_recall(drawn[alike], self.real)
         right = ((said == wanted) | (wanted < 0)).all(1)
         return {
@@ -171,7 +178,7 @@ class Toys:
 
     def floor(self) -> dict[str, float]:
         """Figures of other true renders."""
-        return self.figures(self.renders(1), self.wanted(self.least))
+        return self.figures(self.renders(1), self.wanted(self.number))
 
 
 def real_for(prompts: Sequence[str], number: int) -> Real:
@@ -185,21 +192,25 @@ def real_for(prompts: Sequence[str], number: int) -> Real:
         raise ValueError(f"only generators of all ten digits, or of toys, can be judged so far: {error}") from error
 
 
-def measure(draw: Draw, number: int = 5000, seeds: int = 3, real: Real | None = None) -> Iterator[dict[str, float]]:
-    """Figures of what ``draw`` draws, a row for each seed as it is done.
+def measure(
+    draw: Draw, number: int = 5000, seeds: int = 3, real: Real | None = None, inception: Inception | None = None
+) -> Iterator[dict[str, float]]:
+    """Figures of what ``draw`` draws, a row for each seed as it is done; "fid" among them where ``inception`` is given.
 
     Raises:
         ValueError: too few images to compare with the real ones.
     """
     real = real or Digits()
-    if number < real.least:
-        raise ValueError(f"{number} images are too few; give at least {real.least}, as many as are held out")
+    least = len(real.held_out)
+    if number < least:
+        raise ValueError(f"{number} images are too few; give at least {least}, as many as are held out")
     prompts, wanted = [real.prompts[i % len(real.prompts)] for i in range(number)], real.wanted(number)
     for seed in range(seeds):
         begun = time.perf_counter()
         images = draw(prompts, seed)
         seconds = time.perf_counter() - begun
-        yield {**real.figures(images, wanted), "samples_per_second": number / seconds}
+        fid = {} if inception is None else {"fid": inception.distance(images, real.held_out)}
+        yield {**real.figures(images, wanted), **fid, "samples_per_second": number / seconds}
 
 
 def summary(rows: list[dict[str, float]]) -> dict[str, Measured]:
@@ -252,15 +263,17 @@ def judge_generator(
     number: int = 5000,
     seeds: int = 3,
     note: Callable[[str, int, dict[str, float]], None] = lambda who, seed, row: None,
+    fid: bool = False,
 ) -> Report:
     """Measure a generator of digits or toys and its teacher; writes eval.json, eval.png and the card beside it.
 
     Args:
         path: its run folder.
         note: told who drew, the seed, and the figures, as each seed is done.
+        fid: measure FID, too; see `sds3d.metrics.inception`.
 
     Raises:
-        ValueError: it draws neither digits nor toys, or its teacher is gone or is another one now.
+        ValueError: it draws neither digits nor toys, its teacher is gone or is another one now, or FID cannot be had.
     """
     file = find(path)
     assert file is not None, path
@@ -271,12 +284,12 @@ def judge_generator(
         raise ValueError(
             f"{path} was distilled from {painter.told['teacher']}; this is {make.identity(config, teacher)}"
         )
-    real, found = real_for(painter.prompts, number), {}
+    real, inception, found = real_for(painter.prompts, number), Inception(painter.device) if fid else None, {}
     guided = by_teacher(teacher, *BEST, scale_of(config.method.scale, 0))
     draws = {"generator": by_generator(painter), "teacher": guided}
     for who, draw in draws.items():
         rows = []
-        for row in measure(draw, number, seeds, real):
+        for row in measure(draw, number, seeds, real, inception):
             note(who, len(rows), row)
             rows.append(row)
         found[who] = rows
@@ -284,7 +297,8 @@ def judge_generator(
         ours["fd_ratio"], theirs["fd_ratio"] = ours["fd_feat"] / theirs["fd_feat"], 1.0
     rows = {who: summary(values) for who, values in found.items()}
     report = {**plain(rows["generator"]), "teacher": plain(rows["teacher"]), "images": number, "seeds": seeds}
-    report |= {"machine": doctor.machine(painter.device), "command": f"sds3d eval {path} -n {number} --seeds {seeds}"}
+    command = f"sds3d eval {path} -n {number} --seeds {seeds}" + " --fid" * fid
+    report |= {"machine": doctor.machine(painter.device), "command": command}
     with replacing(file.parent / "eval.json") as part:
         part.write_text(json.dumps(report, indent=1), encoding="utf-8")
     told = a_few(painter.prompts)

@@ -77,6 +77,7 @@ HOMES = {  # package -> the only files that may import it
     "typer": {f"cli/{name}.py" for name in ("__init__", "generators", "methods", "scenes", "shared", "teacher")},
     "sklearn": {"data/digits.py"},
     "lpips": {"perceptual.py"},
+    "torch_fidelity": {"metrics/inception.py"},
 }
 # Files that load a heavy package when they are imported, and are therefore imported lazily themselves.
 EAGER = {

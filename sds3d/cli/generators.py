@@ -89,7 +89,7 @@ def is_one(run: Path) -> bool:
     return find(run) is not None
 
 
-def evaluate(run: Path, number: int, seeds: int, quiet: bool, json: bool) -> None:
+def evaluate(run: Path, number: int, seeds: int, fid: bool, quiet: bool, json: bool) -> None:
     """Measure a generator and its teacher; print a table, write eval.json and eval.png beside the generator."""
     from sds3d import evaluation
     from sds3d.typed import plain
@@ -99,7 +99,7 @@ def evaluate(run: Path, number: int, seeds: int, quiet: bool, json: bool) -> Non
             figures = "  ".join(f"{key} {value:.3f}" for key, value in row.items())
             print(f"{who}, seed {seed + 1} of {seeds}: {figures}", file=sys.stderr, flush=True)
 
-    report = evaluation.judge_generator(run, number, seeds, note)
+    report = evaluation.judge_generator(run, number, seeds, note, fid)
     if not (quiet or json):
         print(evaluation.table(report.rows), file=sys.stderr)
     print_result({**plain(report.figures), "files": report.files}, report.files, json)

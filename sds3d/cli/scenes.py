@@ -119,6 +119,7 @@ def evaluate(
     runs: Annotated[list[Path], Argument(metavar="RUN...", help="one run folder or more")],
     number: Annotated[int, Option("-n", "--number", help="images a seed, of a generator")] = 5000,
     seeds: Annotated[int, Option(min=1, help="how often to measure a generator")] = 3,
+    fid: Annotated[bool, Option("--fid", help="FID of a generator, too (pip install sds3d\\[fid])")] = False,
     quiet: Quiet = False,
     json: Json = False,
 ) -> None:
@@ -138,7 +139,7 @@ def evaluate(
 
     for run in list(runs):
         if generators.is_one(run):
-            generators.evaluate(run, number, seeds, quiet, json)
+            generators.evaluate(run, number, seeds, fid, quiet, json)
             runs.remove(run)
     if not runs:
         return
