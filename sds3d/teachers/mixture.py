@@ -218,7 +218,8 @@ class MixtureTeacher:
         self, prompts: list[str], cameras: Cameras | None = None, camera_mask: Tensor | None = None
     ) -> Tensor:
         """log weights of the components under each prompt and camera, (B, K), normalised."""
-        log_weights = torch.stack([self.weights(p) for p in prompts]).log()
+        place = {p: i for i, p in enumerate(dict.fromkeys(prompts))}
+        log_weights = torch.stack([self.weights(p) for p in place]).log()[[place[p] for p in prompts]]
         if cameras is not None and self.cameras is not None:
             towards, known = (
                 torch.nn.functional.normalize(c.positions().double(), dim=-1) for c in (cameras, self.cameras)
