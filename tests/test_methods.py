@@ -183,6 +183,7 @@ CASES = [
     ("csd", {}, "", csd),
     ("csd", {"negative_share": 0.3}, "ugly", csd_towards_the_negative),
     ("vsd", {"scale": 4.0}, "", vsd),
+    ("diffinstruct", {"scale": 4.0}, "", vsd),  # the same direction; its own weight
     ("sdi", {"scale": 4.0, "inversion_scale": -2.0, "steps": 6, "eta": 0.0}, "", sdi),
     ("ism", {"scale": 4.0, "gap": 0.05, "steps": 3}, "", ism),
     ("bridge", {"scale": 4.0, "second": 10}, "ugly", bridge_first),
@@ -260,6 +261,31 @@ def test_sample_by_sample(schedule, name, settings, negative, closed_form):
         here = level(schedule, float(t[i]))
         d = closed_form(schedule, float(t[i]), here, here.noised(X, E))
         assert (found[i] - (d.a * x[i] + d.b * noise[i] + d.c)).abs().max() < 1e-9
+
+
+@every_schedule
+@pytest.mark.parametrize("kind", ["eps", "v"])
+@pytest.mark.parametrize("name", ["dmd", "dmd2"])
+def test_dmd_divides_each_image_s_gradient_by_its_distance_from_the_teacher_s(schedule, kind, name):
+    """g = W N d, with N = 1 / max(mean |x - x0_s|, floor) over an image's own numbers, x0_s guided as d is."""
+    g = torch.Generator().manual_seed(0)
+    x, noise = torch.randn((2, 4, 2, 3, 3), generator=g, dtype=torch.float64)
+    x = x * torch.tensor([0.1, 0.5, 1.0, 2.0], dtype=torch.float64).view(4, 1, 1, 1)
+    t = schedule.t_of_ratio(torch.tensor([0.3, 0.5, 0.9, 2.0], dtype=torch.float64))
+    x[0], floor = x[0] + 0.6, 0.8
+    goal = objective(schedule, name, {"scale": (0, 2.0, 6.0, 10), "floor": floor}, kind=kind)  # 4 at step 5
+    found = goal.gradient(ask(goal, x, t, noise, step=5))
+    assert goal.weight == "x0"
+    apart = []
+    for i in range(4):
+        here = level(schedule, float(t[i]))
+        x_t = here.noised(X, E)
+        d, x0 = vsd(schedule, None, here, x_t), (1 / here.alpha) * (x_t - here.sigma * here.guided(x_t, 4.0))
+        d, x0 = (v.a * x[i] + v.b * noise[i] + v.c for v in (d, x0))
+        apart.append(float((x[i] - x0).abs().sum()) / 18)
+        expected = here.sigma / here.alpha / max(apart[i], floor) * d
+        assert (found[i] - expected).abs().max() < 1e-9
+    assert min(apart) < floor < sorted(apart)[1]  # both sides of the floor are seen
 
 
 # identities between the methods

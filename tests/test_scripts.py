@@ -1,5 +1,6 @@
 """The scripts that others run to measure: what they print can be read by a program, and is right."""
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -41,3 +42,13 @@ def test_gpu_report_is_right_on_a_cpu(tmp_path):
     assert {row["backend"] for row in report["benchmarks"]} == {"torch", "triton"}
     text = (tmp_path / "gpu_report.md").read_text()
     assert "the times mean nothing" in text and "hash_encode table gradient" in text
+
+
+def test_every_mutant_changes_something_that_stands_there():
+    spec = importlib.util.spec_from_file_location("mutants", ROOT / "scripts" / "mutants.py")
+    mutants = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(mutants)
+    for file, old, new in mutants.MUTANTS:
+        assert old in (ROOT / "sds3d" / file).read_text() and new != old, (file, old)
+    assert len(set(mutants.MUTANTS)) == len(mutants.MUTANTS)
+    assert all((ROOT / "tests" / f"test_{name}.py").is_file() for name in mutants.TESTS)
