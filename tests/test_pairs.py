@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from sds3d import pairs
+from sds3d.distill.regression import Regression
 from sds3d.samplers import Sampler
+from sds3d.shares import Share
 from sds3d.teachers.drawing import draw
 from sds3d.teachers.mixture import Mixture, MixtureTeacher
 
@@ -154,3 +156,59 @@ def test_a_full_disk_leaves_what_was_there(teacher, tmp_path, monkeypatch):
             make(teacher, tmp_path)
     assert files(tmp_path) == before
     assert make(teacher, tmp_path) == [8, 16, 20]
+
+
+# the regression on them
+
+
+def numbered(count: int = 6) -> pairs.Pairs:
+    """Pair i is told "i"."""
+    noise, x = torch.randn((2, count, 2, 1, 3), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return pairs.Pairs(noise, x, [str(i) for i in range(count)])
+
+
+def squares(x, y):
+    return (x - y).square().flatten(1).mean(1)
+
+
+def test_a_regression_is_the_weighted_distance_of_what_the_generator_makes_of_the_noise():
+    """Of loss w n mean_B |k z + i - y|^2 / n, n = 6 numbers in a sample, the slope in k is 2 w mean_B <k z + i - y, z>;
+    i is in the prompt."""
+    made, asked = numbered(), []
+    k = torch.tensor(0.4, dtype=torch.float64, requires_grad=True)
+
+    def paint(noise, prompts):
+        asked.append(prompts)
+        return k * noise + torch.tensor([float(p) for p in prompts], dtype=torch.float64).view(-1, 1, 1, 1)
+
+    said = Regression(made, paint, squares, 0.25, 4)(None, 0, torch.Generator().manual_seed(1))
+    said.loss.backward()
+    index = [int(p) for p in asked[0]]
+    z, y = made.noise[index], made.x[index]
+    off = 0.4 * z + torch.tensor(index, dtype=torch.float64).view(-1, 1, 1, 1) - y
+    assert len(index) == 4
+    assert said.loss.item() == pytest.approx(0.25 * float(off.square().sum()) / 4, rel=1e-12)
+    assert float(said.metrics["distance"]) == pytest.approx(float(off.square().mean()), rel=1e-12)
+    assert float(k.grad) == pytest.approx(0.25 * 2 * float((off * z).sum()) / 4, rel=1e-12)
+
+
+def test_a_regression_s_batches_are_drawn_from_all_pairs_and_shared():
+    def batches(batch, share=Share(), count=150):
+        asked, generator = [], torch.Generator().manual_seed(2)
+
+        def paint(noise, prompts):
+            asked.append(prompts)
+            return noise
+
+        goal = Regression(numbered(), paint, squares, 1.0, batch, share)
+        for step in range(count):
+            goal(None, step, generator)
+        return asked
+
+    whole = batches(4)
+    for i in range(6):  # 600 draws of chance 1/6: four standard errors are 37
+        assert sum(batch.count(str(i)) for batch in whole) == pytest.approx(100, abs=37)
+    halves = (batches(4, Share(i, 2)) for i in range(2))
+    assert [first + second for first, second in zip(*halves)] == whole
+    with pytest.raises(ValueError, match="a batch of 5 cannot be shared by 2 processes"):
+        batches(5, Share(0, 2))
