@@ -90,7 +90,7 @@ MUTANTS = (  # file under sds3d/, what stands there, what is put there
     ("adversary.py", "self.verdict(real, prompts", "self.verdict(real, draw.prompts"),
     ("adversary.py", " + self.weight * (told + missed)", ""),
     ("adversary.py", "self.weight * (told", "(told"),
-    ("adversary.py", "[*super().parameters(), *self.head.parameters()]", "super().parameters()"),
+    ("adversary.py", "[*super().parts(), self.head]", "super().parts()"),
     ("adversary.py", "self.network, x_t, t", "self.network, x, t"),
     ("adversary.py", "self.teacher.features(self.network", "self.teacher.features(self.teacher.network"),
     ("adversary.py", 'self.head.load_state_dict(state["head"])', "pass"),
