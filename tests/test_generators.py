@@ -145,7 +145,7 @@ def shares(points: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("method", ["diffinstruct", "sds"])
 def test_a_network_started_in_one_mode_finds_all_eight_and_by_sds_does_not(method):
     teacher = MixtureTeacher(ring(), kind="v")
-    painter = Painter(FromOneMode(), 2, batch=512)
+    painter = Painter(FromOneMode(), 2, batch=512 if method == "diffinstruct" else 128)  # collapse takes no precision
     nn.init.zeros_(painter.network.last.weight)
     assert float(shares(painter.paint(1000, seeded(5)).detach())[0]) == 1.0
     critic = learnt(teacher, steps=2, lr=4e-3) if method != "sds" else None
