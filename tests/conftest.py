@@ -1,6 +1,7 @@
 """A teacher that knows exactly one thing, a ball, settings that make a run take a second, and every schedule."""
 
 import os
+import shutil
 from dataclasses import dataclass, field
 
 import pytest
@@ -115,3 +116,45 @@ def call_packaged(capsys, in_folder):
         return end.value.code or 0, out, err
 
     return run
+
+
+# Chromium as root, without a GPU (SwiftShader draws WebGL) and without calling home.
+CHROMIUM = (
+    "--no-sandbox --disable-quic --no-first-run --disable-background-networking --disable-component-update "
+    "--disable-sync --use-gl=angle --use-angle=swiftshader --enable-unsafe-swiftshader"
+).split()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """A headless Chromium (playwright's Browser); the test is skipped where none is installed."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is missing: pip install playwright")
+    program = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if program is None:
+        pytest.skip("no browser is installed: apt-get install chromium")
+    with playwright.sync_playwright() as driver:
+        chromium = driver.chromium.launch(executable_path=program, args=CHROMIUM)
+        yield chromium
+        chromium.close()
+
+
+def watch(page) -> list[str]:
+    """What a page (playwright's Page) complains of from now on: console errors, requests that leave the machine."""
+    found: list[str] = []
+    here = ("file:", "data:", "blob:", "about:", "http://127.0.0.1:", "ws://127.0.0.1:")
+    page.on("console", lambda message: found.append(message.text) if message.type == "error" else None)
+    page.on("pageerror", lambda error: found.append(str(error)))
+    page.on("request", lambda request: None if request.url.startswith(here) else found.append(request.url))
+    return found
+
+
+@pytest.fixture
+def browser_page(browser):
+    """An empty page (playwright's Page). What `watch` finds fails the test at its end."""
+    context = browser.new_context(viewport={"width": 1280, "height": 900}, accept_downloads=True)
+    page = context.new_page()
+    page.set_default_timeout(20_000)
+    found = watch(page)
+    yield page
+    context.close()
+    assert not found
