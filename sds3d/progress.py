@@ -6,8 +6,10 @@ Everything goes to stderr, so that stdout holds results only.
 from __future__ import annotations
 
 import sys
+import time
+from collections.abc import Iterable, Iterator
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Self, TypeVar
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
 
 THUMBNAIL = 16  # characters a view is wide; half as many lines
 LINES = 10  # plain lines a run, at most
+
+T = TypeVar("T")
 
 
 def figures(step: Step) -> str:
@@ -125,6 +129,28 @@ class Live(Silent):
         from rich.console import Group
 
         return Group(self._bar) if self._views is None else Group(self._views, self._bar)
+
+
+def counted(items: Iterable[T], total: int, what: str, quiet: bool) -> Iterator[T]:
+    """The items as they come, with a bar and the time left on a terminal, or ten plain lines.
+
+    Args:
+        what: they are, as in "turntable.mp4".
+    """
+    if quiet:
+        yield from items
+    elif sys.stderr.isatty():
+        from rich.console import Console
+        from rich.progress import track
+
+        yield from track(items, what, total, console=Console(stderr=True))
+    else:
+        begun = time.perf_counter()
+        for done, item in enumerate(items, start=1):
+            yield item
+            if done % -(-total // LINES) == 0 or done == total:
+                left = (time.perf_counter() - begun) / done * (total - done)
+                print(f"{what} {done}/{total}  {left:.0f} s left", file=sys.stderr, flush=True)
 
 
 def thumbnail(views: Tensor) -> Text:

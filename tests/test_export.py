@@ -243,7 +243,7 @@ def test_impossible_turntables_are_refused(tmp_path, bad):
     with pytest.raises(ValueError):
         turntable(flat_view, tmp_path / "turn.mp4", **bad)
     with pytest.raises(ValueError, match=".mp4"):
-        turntable(flat_view, tmp_path / "turn.gif")
+        turntable(flat_view, tmp_path / "turn.avi")
     assert not list(tmp_path.iterdir())
 
 

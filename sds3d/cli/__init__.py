@@ -11,7 +11,7 @@ from typing import NoReturn
 
 import typer
 
-from sds3d.cli import generators, methods, scenes, teacher
+from sds3d.cli import generators, methods, pictures, scenes, teacher
 from sds3d.cli.shared import Json, dump
 
 app = typer.Typer(
@@ -41,6 +41,8 @@ def doctor(json: Json = False) -> None:
 for command in (scenes.generate, scenes.resume, scenes.export, methods.paint, methods.compare, methods.methods, doctor):
     app.command()(command)
 for command in (generators.distill, generators.sample):
+    app.command()(command)
+for command in (pictures.render,):
     app.command()(command)
 app.command(name="eval")(scenes.evaluate)
 app.add_typer(teacher.app, name="teacher")

@@ -1,10 +1,11 @@
-"""Line charts as PNG."""
+"""Line charts, and numbers as colours."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from sds3d.files import replacing
@@ -33,3 +34,11 @@ def chart(lines: Mapping[str, tuple[Tensor, Tensor]], path: str | Path, x: str, 
     with replacing(path, (".png",)) as temporary:
         figure.savefig(temporary)
     return Path(path)
+
+
+def coloured(values: Tensor) -> Tensor:
+    """Numbers (B, H, W) in [0, 1] as colours (B, 3, H, W) in [0, 1] that grow brighter evenly (viridis)."""
+    from matplotlib import colormaps
+
+    table = torch.from_numpy(colormaps["viridis"](range(256))[:, :3]).to(values)  # (256, 3)
+    return table[(values * 255).round().long()].permute(0, 3, 1, 2)

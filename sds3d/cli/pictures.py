@@ -1,0 +1,113 @@
+"""Commands that make pictures, films and pages of what was made."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from typer import Option
+
+from sds3d.cli.shared import Json, Quiet, RunFolder, print_result
+from sds3d.options import spread
+
+if TYPE_CHECKING:
+    from sds3d.asset import Asset
+
+SHEET = "png"
+FORMATS = ("mp4", "gif", "webp", SHEET)
+COLUMNS = 8  # views in a row of a contact sheet
+
+
+@dataclass(frozen=True)
+class ViewOptions:
+    """How a scene is looked at."""
+
+    size: Annotated[int, Option(min=16, max=4096, help="pixels a side of each view")] = 256
+    frames: Annotated[int | None, Option(max=10_000, help="views in the whole turn; 96, on a sheet 8")] = None
+    elevation: Annotated[float, Option(min=-90, max=90, help="degrees above the horizon")] = 15.0
+    fps: Annotated[int, Option(help="frames a second")] = 24
+
+    def count(self, suffix: str) -> int:
+        """Views in the whole turn."""
+        return (COLUMNS if suffix == SHEET else 96) if self.frames is None else self.frames
+
+
+@spread
+def render(
+    run: RunFolder,
+    what: Annotated[
+        list[str] | None,
+        Option("--what", "-w", help="rgb, opacity, depth or normals; with commas: side by side; rgb if not given"),
+    ] = None,
+    format: Annotated[str, Option("--format", "-f", help="mp4, gif, webp (one turn), png (a contact sheet)")] = "mp4",
+    out: Annotated[Path | None, Option("--out", "-o", help="folder to write to; the run's own by default")] = None,
+    quiet: Quiet = False,
+    json: Json = False,
+    options: ViewOptions = ViewOptions(),
+) -> None:
+    """Films and contact sheets of a run's scene: turntable.mp4, or whatever --what and --format ask for.
+
+    MP4 is H.264 with yuv420p, which every player and browser shows. Opacity: white is solid. Depth: bright is near.
+    Normals: 0.5 n + 0.5 in world axes, red +x, green +y (up), blue +z (the front).
+
+    [bold]Examples[/bold]
+
+      sds3d render outputs/00001-a-red-mug --size 512
+
+      sds3d render outputs/00001-a-red-mug --what rgb,depth,normals      [dim]# side by side, in one film[/dim]
+
+      sds3d render outputs/00001-a-red-mug -w depth -w normals -f gif,png      [dim]# four files[/dim]
+
+      sds3d render outputs/00001-a-red-mug -f png --frames 24 --elevation 40 -o sheets
+    """
+    from sds3d.asset import Asset
+    from sds3d.export import layers, video
+
+    groups, formats = [_parts(names) for names in what or ["rgb"]], _parts(format)
+    for names in groups:
+        layers.check(names)
+    for suffix in formats or [""]:
+        if suffix not in FORMATS:
+            raise ValueError(f"format is {suffix!r}; give one or more of {', '.join(FORMATS)}")
+        if suffix != SHEET:
+            video.check(f"x.{suffix}", options.size, options.count(suffix), options.fps)
+        elif options.count(suffix) < 1:
+            raise ValueError(f"frames is {options.frames}; give 1 or more")
+    asset, files = Asset.open(run), []
+    for one in asset.particles:
+        for names in groups:
+            for suffix in formats:
+                tag = "" if names == ["rgb"] else "-" + "-".join(names)
+                name = one.file(f"{'sheet' if suffix == SHEET else 'turntable'}{tag}.{suffix}").name
+                files.append(str(_draw(one, names, (out or one.path) / name, options, quiet or json)))
+    print_result({"run": str(asset.path), "files": files}, files, json)
+
+
+def _parts(text: str) -> list[str]:
+    """ "a, .B" -> ["a", "b"]"""
+    return [part.strip().lower().lstrip(".") for part in text.split(",") if part.strip()]
+
+
+def _draw(asset: Asset, names: list[str], path: Path, options: ViewOptions, quiet: bool) -> Path:
+    """Write one film, or one sheet. Raises ValueError where the place cannot be written."""
+    import torch
+
+    from sds3d import progress
+    from sds3d.cameras import Cameras
+    from sds3d.export import layers, sheet, video
+
+    suffix = path.suffix.lower()[1:]
+    count = options.count(suffix)
+
+    def view(cameras: Cameras) -> torch.Tensor:
+        return torch.cat(list(layers.layers(asset.scene, cameras, options.size, names).values()), -1)
+
+    turned = progress.counted(video.turn(view, count, options.elevation), count, path.name, quiet)
+    if suffix != SHEET:
+        return video.film(turned, path, options.fps)
+    wide = torch.stack([torch.from_numpy(frame).permute(2, 0, 1) / 255 for frame in turned])
+    tiles = [tile.split(COLUMNS) for tile in wide.split(options.size, -1)]  # by layer, then by row
+    rows = [row for together in zip(*tiles) for row in together]
+    labels = names * len(tiles[0]) if len(names) > 1 else None
+    return sheet.contact_sheet(rows, path, labels)
