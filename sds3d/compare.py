@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sds3d import config as configs
-from sds3d import doctor, launch, make
+from sds3d import doctor, launch, make, memory
 from sds3d.asset import Asset
 from sds3d.cameras import orbit
 from sds3d.config import Config, PaintConfig, RunConfig
@@ -169,7 +169,7 @@ def teacher_samples(config: RunConfig) -> Tensor:
 
 def _carry_out(config: RunConfig, samples: Tensor) -> tuple[Asset | Painting, dict[str, float | None], Tensor]:
     """One run, from nothing to its figures and pictures (B, 3, H, W)."""
-    _reset_peak()
+    memory.reset_peak()
     made, steps = launch.start(config)
     begun = time.perf_counter()
     for _ in steps:
@@ -178,7 +178,7 @@ def _carry_out(config: RunConfig, samples: Tensor) -> tuple[Asset | Painting, di
     figures: dict[str, float | None] = {
         "seconds": seconds,
         "asked": sum(row.get("asked", 0) for row in made.run.rows()),
-        "memory": _peak(make.pick_device(config.device)),
+        "memory": memory.peak(make.pick_device(config.device)),
     }
     pictures = made.views(orbit(VIEWS), samples.shape[-1]) if isinstance(made, Asset) else made.images
     pictures = pictures.cpu()
@@ -326,24 +326,3 @@ def _pictures(path: Path) -> Tensor:
         student.load_state_dict(Run.open(path).load_checkpoint()["student"])
         return student.images().cpu()
     return Asset.open(path).views(orbit(VIEWS), make.teacher(config).image_size).cpu()
-
-
-def _reset_peak() -> None:
-    """Start counting the peak memory anew, where the system can."""
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        pass
-
-
-def _peak(device: torch.device) -> float | None:
-    """Peak memory in MB since the last reset: of the GPU or of the process; None if unknown."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**20
-    try:
-        line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmHWM"))
-    except (OSError, StopIteration):
-        return None
-    return int(line.split()[1]) / 1024

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from sds3d import memory
 from sds3d.ramp import Ramp
 from sds3d.runs import Run
 from sds3d.shares import Share
@@ -190,6 +191,12 @@ class _State:
     critic: Critic | None
     share: Share
 
+    def row(self) -> dict[str, float]:
+        """What metrics.jsonl has of every step: how many are done, seconds, peak memory in MB where it is known."""
+        row = {"step": self.done, "seconds": round(self.seconds, 3)}
+        used = memory.peak(self.optimiser.param_groups[0]["params"][0].device)
+        return row if used is None else {**row, "memory": round(used, 1)}
+
     def save(self, run: Run | None) -> None:
         """Write it. A process that has no run gives its part of what is sharded."""
         if run is None and not self.share.sharded:
@@ -226,7 +233,7 @@ def _loop(
                 shown = picture()
             state.seconds = earlier + time.perf_counter() - started
             if run is not None:
-                run.append({"step": state.done, "seconds": round(state.seconds, 3), "loss": loss, **metrics})
+                run.append(state.row() | {"loss": loss, **metrics})
                 if shown is not None:
                     run.save_picture(state.done, shown)
             if last or state.done % plan.save_every == 0:

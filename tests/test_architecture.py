@@ -24,6 +24,7 @@ ARROWS = {
     "ramp": set(),
     "transfer": set(),
     "shares": set(),
+    "memory": set(),
     "cameras": {"transfer"},
     "typed": {"ramp"},
     "noise": set(),
@@ -47,7 +48,8 @@ ARROWS = {
     "query": SCORE,
     "distill": SCORE | {"pairs", "query"},
     "runs": {"files", "ramp"},
-    "train": {"distill", "critics", "pairs", "scenes", "generators", "runs", "ramp", "students", "transfer", "shares"},
+    "train": {"distill", "critics", "pairs", "scenes", "generators", "runs", "ramp", "students", "transfer", "shares"}
+    | {"memory"},
     "export.sheet": {"files", "cameras"},
     "export.chart": {"files"},
     "export": {"files", "export.sheet", "export.chart", "scenes", "cameras"},
