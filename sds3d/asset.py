@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sds3d import config as configs
-from sds3d import make
+from sds3d import make, report
 from sds3d.cameras import Cameras, orbit
 from sds3d.config import Config, DistillConfig
 from sds3d.export import mesh as meshes
@@ -154,14 +154,20 @@ class Asset:
         return meshes.save(self.mesh(), path)
 
     def finish(self) -> Iterator[Path]:
-        """Write preview.png, turntable.mp4 and mesh.glb into the run folder, one after the other, for each particle.
+        """Write preview.png, turntable.mp4 and mesh.glb into the run folder, one after the other, for each particle;
+        then index.html, the page of it all.
 
         Raises:
-            ValueError: the disk is full, or there is no surface; what came before it is there.
+            ValueError: the disk is full, or there is no surface; what came before it is there, and on the page.
         """
-        for asset in self.particles:
-            for name in ("preview.png", "turntable.mp4", "mesh.glb"):
-                yield asset.export(asset.file(name))
+        try:
+            for asset in self.particles:
+                for name in ("preview.png", "turntable.mp4", "mesh.glb"):
+                    yield asset.export(asset.file(name))
+        except ValueError as error:
+            report.write_page(self.run, f"The run ended with an error: {error}")
+            raise
+        yield report.write_page(self.run)
 
     def file(self, name: str) -> Path:
         """Where a file of this asset goes: particles after the first have a number, as in mesh-2.glb."""
@@ -169,7 +175,8 @@ class Asset:
         return self.path / (f"{stem}-{self.particle + 1}{dot}{suffix}" if self.particle else name)
 
     def evaluate(self) -> Scores:
-        """Compare with the toybox's own object of that prompt, from 24 unseen views; writes eval.png and eval.json.
+        """Compare with the toybox's own object of that prompt, from 24 unseen views; writes eval.png, eval.json
+        and the run's page.
 
         Raises:
             ValueError: the prompt is not the toybox's.
@@ -190,4 +197,5 @@ class Asset:
         scores = truth.evaluate(render, mesh, toy)
         sheet.side_by_side(scores.truth, scores.ours, self.file("eval.png"))
         self.run.write_text(self.file("eval.json"), json.dumps(scores.numbers(), indent=1) + "\n")
+        report.write_page(self.run)
         return scores

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from sds3d import report
 from sds3d.config import DistillConfig, name_of
 from sds3d.export import sheet
 from sds3d.files import replacing
@@ -62,7 +63,8 @@ class Generated:
         return sheet.resize(images, sheet.seen(images))
 
     def finish(self) -> Iterator[Path]:
-        """Write generator.safetensors, its card, and grid.png, one after the other; progress/strip.png is there.
+        """Write generator.safetensors, its card, grid.png and index.html, one after the other; progress/strip.png is
+        there.
 
         Raises:
             ValueError: the disk is full.
@@ -91,6 +93,7 @@ class Generated:
         strip = self.path / "progress" / "strip.png"
         if strip.is_file():
             yield strip
+        yield report.write_page(self.run)
 
 
 def a_few(prompts: Sequence[str], most: int = 10) -> list[str]:

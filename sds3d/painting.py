@@ -7,6 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from sds3d import report
 from sds3d.config import PaintConfig
 from sds3d.export import sheet
 from sds3d.runs import Run, save_png
@@ -46,8 +47,8 @@ class Painting:
         return self.images[:COLUMNS]
 
     def finish(self) -> Iterator[Path]:
-        """Write image.png, all images side by side, and images/1.png ..., one after the other; progress/strip.png is
-        there already.
+        """Write image.png, all images side by side, images/1.png ... and index.html, one after the other;
+        progress/strip.png is there already.
 
         Raises:
             ValueError: the disk is full.
@@ -60,3 +61,4 @@ class Painting:
         strip = self.path / "progress" / "strip.png"
         if strip.is_file():
             yield strip
+        yield report.write_page(self.run)

@@ -8,6 +8,7 @@ A run folder holds::
       metrics.jsonl            a row a step
       progress/00050.png ...   the views of that step; strip.png has them all, oldest on top
       mesh.glb  turntable.mp4  preview.png
+      index.html               all of it on one page
 
 Every file is written beside its place and renamed into it, so that a reader, a crash or a full disk never
 meets half a file.
@@ -184,9 +185,9 @@ class Run:
         folder = self.path / "progress"
         row = torch.cat(list(views.detach().cpu()), dim=-1)  # (3, H, B * W)
         save_png(folder / f"{step:05d}.png", row)
-        save_png(folder / "strip.png", torch.cat([_load_png(p) for p in self._spread(8)], dim=-2))
+        save_png(folder / "strip.png", torch.cat([_load_png(p) for p in self.spread(8)], dim=-2))
 
-    def _spread(self, most: int) -> list[Path]:
+    def spread(self, most: int) -> list[Path]:
         """At most ``most`` pictures spread over the run, the newest among them, all of the newest's size."""
         paths = self.pictures()
         if len(paths) > most:

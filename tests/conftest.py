@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import sds3d
 from sds3d.cameras import Cameras, orbit
 from sds3d.noise import Prediction, Schedule
 from sds3d.teachers.base import decode_pixels, encode_pixels
@@ -88,6 +89,30 @@ def ball_teacher(monkeypatch) -> BallTeacher:
 def tiny() -> list[str]:
     """``key=value`` settings for a run of a second."""
     return list(TINY)
+
+
+def settings() -> dict:
+    """TINY as keyword arguments."""
+    pairs = (text.split("=") for text in TINY)
+    return {key: int(value) if value.isdigit() else value for key, value in pairs}
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    """A finished run, made once."""
+    patch, folder = pytest.MonkeyPatch(), tmp_path_factory.mktemp("finished")
+    patch.setattr("sds3d.make.teacher", lambda config: BallTeacher())
+    patch.chdir(folder)
+    sds3d.generate("a red ball", **settings())
+    patch.undo()
+    return folder
+
+
+@pytest.fixture
+def made(call, finished, in_folder):
+    """A copy of it, as outputs/00001-a-red-ball."""
+    shutil.copytree(finished / "outputs", in_folder / "outputs")
+    return "outputs/00001-a-red-ball"
 
 
 @pytest.fixture

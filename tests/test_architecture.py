@@ -57,7 +57,7 @@ ARROWS = {
 }
 # They see the house from outside and may enter any room.
 ENTRANCE = {"__init__", "__main__", "asset", "cli", "compare", "config", "doctor", "launch", "make", "options"}
-ENTRANCE |= {"evaluation", "generated", "painting", "progress", "settings"}
+ENTRANCE |= {"evaluation", "generated", "painting", "progress", "report", "settings"}
 # What making a scene needs; the toybox's truth stays out of it, along whole chains of imports.
 BLIND_TO_DATA = ("scenes", "generators", "students", "distill", "critics", "pairs", "ops", "train", "export")
 BLIND_TO_DATA += ("adversary", "perceptual")

@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -12,35 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, BallTeacher
+from conftest import settings
 
 import sds3d
 
 ROOT = Path(__file__).parents[1]
-
-
-@pytest.fixture(scope="session")
-def finished(tmp_path_factory):
-    """A finished run, made once."""
-    patch, folder = pytest.MonkeyPatch(), tmp_path_factory.mktemp("finished")
-    patch.setattr("sds3d.make.teacher", lambda config: BallTeacher())
-    patch.chdir(folder)
-    sds3d.generate("a red ball", **settings())
-    patch.undo()
-    return folder
-
-
-@pytest.fixture
-def made(call, finished, in_folder):
-    """A copy of it, as outputs/00001-a-red-ball."""
-    shutil.copytree(finished / "outputs", in_folder / "outputs")
-    return "outputs/00001-a-red-ball"
-
-
-def settings() -> dict:
-    """TINY as keyword arguments."""
-    pairs = (text.split("=") for text in TINY)
-    return {key: int(value) if value.isdigit() else value for key, value in pairs}
 
 
 def program(*arguments: str, cwd: Path) -> subprocess.Popen:
@@ -57,10 +32,12 @@ def test_generate_leaves_everything_in_the_run_folder(call, tiny, in_folder):
     code, out, err = call("generate", "a red ball", *tiny)
     run = in_folder / "outputs" / "00001-a-red-ball"
     assert code == 0, err
-    assert out.split() == [f"outputs/{run.name}/{f}" for f in ("preview.png", "turntable.mp4", "mesh.glb")]
-    assert sorted(p.name for p in run.iterdir()) == sorted(
-        "checkpoint.safetensors config.yaml mesh.glb metrics.jsonl preview.png progress turntable.mp4".split()
-    )
+    assert out.split() == [
+        f"outputs/{run.name}/{f}" for f in ("preview.png", "turntable.mp4", "mesh.glb", "index.html")
+    ]
+    kept = "checkpoint.safetensors config.yaml metrics.jsonl progress"
+    made = "index.html mesh.glb preview.png turntable.mp4"
+    assert sorted(p.name for p in run.iterdir()) == sorted(f"{kept} {made}".split())
     assert sorted(p.name for p in (run / "progress").iterdir()) == ["00003.png", "00006.png", "strip.png"]
     assert [json.loads(row)["step"] for row in (run / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3, 4, 5, 6]
     import trimesh
@@ -116,12 +93,14 @@ def test_a_thumbnail_has_the_colours_of_the_views():
 def test_json_is_one_object_and_quiet_is_quiet(call, tiny, made):
     code, out, err = call("generate", "a ball", *tiny, "--quiet")
     assert (code, err) == (0, "")
-    assert out.split() == [f"outputs/00002-a-ball/{f}" for f in ("preview.png", "turntable.mp4", "mesh.glb")]
+    assert out.split() == [
+        f"outputs/00002-a-ball/{f}" for f in ("preview.png", "turntable.mp4", "mesh.glb", "index.html")
+    ]
     code, out, err = call("resume", made, "steps=7", "--json")
     assert (code, err) == (0, "")
     told = json.loads(out)
     assert (told["run"], told["steps"]) == (made, 7)
-    assert [Path(f).name for f in told["files"]] == ["preview.png", "turntable.mp4", "mesh.glb"]
+    assert [Path(f).name for f in told["files"]] == ["preview.png", "turntable.mp4", "mesh.glb", "index.html"]
     assert told["seconds"] > 0
 
 
@@ -372,7 +351,7 @@ def test_paint_and_resume_leave_images_and_a_strip(call, in_folder):
     code, out, err = call("paint", "a ball, side view", "-n", "3", "--method", "csd", "steps=4", *quick)
     run = "outputs/00001-a-ball-side-view"
     assert code == 0, err
-    assert out.split() == [f"{run}/image.png", f"{run}/images", f"{run}/progress/strip.png"]
+    assert out.split() == [f"{run}/{f}" for f in ("image.png", "images", "progress/strip.png", "index.html")]
     assert len(list((in_folder / run / "images").iterdir())) == 3 and "sds3d resume" in err
     assert call("resume", run, "steps=6")[0] == 0
     assert json.loads((in_folder / run / "metrics.jsonl").read_text().splitlines()[-1])["step"] == 6

@@ -16,14 +16,6 @@ from sds3d.export.layers import layers, picture
 from sds3d.scenes.render import RenderOut
 
 
-@pytest.fixture
-def made(call, tiny) -> str:
-    """The folder of a finished run."""
-    code, out, err = call("generate", "a red ball", "--quiet", *tiny)
-    assert code == 0, err
-    return str(Path(out.splitlines()[-1]).parent)
-
-
 def test_depth_is_bright_where_it_is_near_and_normals_are_half_n_plus_half():
     opacity = torch.tensor([1.0, 1.0, 0.5, 0.0]).view(1, 1, 1, 4)
     depth = torch.tensor([2.2, 3.0, 3.8, 0.0]).view(1, 1, 1, 4)

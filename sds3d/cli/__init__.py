@@ -42,7 +42,7 @@ for command in (scenes.generate, scenes.resume, scenes.export, methods.paint, me
     app.command()(command)
 for command in (generators.distill, generators.sample):
     app.command()(command)
-for command in (pictures.render,):
+for command in (pictures.render, pictures.gallery):
     app.command()(command)
 app.command(name="eval")(scenes.evaluate)
 app.add_typer(teacher.app, name="teacher")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from typer import Option
+from typer import Argument, Option
 
 from sds3d.cli.shared import Json, Quiet, RunFolder, print_result
 from sds3d.options import spread
@@ -82,6 +82,30 @@ def render(
                 name = one.file(f"{'sheet' if suffix == SHEET else 'turntable'}{tag}.{suffix}").name
                 files.append(str(_draw(one, names, (out or one.path) / name, options, quiet or json)))
     print_result({"run": str(asset.path), "files": files}, files, json)
+
+
+def gallery(
+    folder: Annotated[Path, Argument(metavar="[FOLDER]", help="a folder of runs; those below it count, too")] = Path(
+        "outputs"
+    ),
+    json: Json = False,
+) -> None:
+    """One page over many runs, FOLDER/index.html: thumbnails and figures, sorted by the heading that is pressed.
+
+    Opens from disk, without a network. Each run links to its own page. Broken and unfinished runs are listed as such;
+    figures are there for runs that sds3d eval has judged.
+
+    [bold]Examples[/bold]
+
+      sds3d gallery outputs
+
+      sds3d gallery outputs/methods/runs
+    """
+    from sds3d import report
+
+    path, entries = report.write_gallery(folder)
+    broken = sum(bool(entry.status) for entry in entries)
+    print_result({"files": [str(path)], "runs": len(entries), "unfinished": broken}, [str(path)], json)
 
 
 def _parts(text: str) -> list[str]:

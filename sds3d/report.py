@@ -1,0 +1,226 @@
+"""What a run folder tells, read from its files alone: a page for one run, and a gallery of many."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import textwrap
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from sds3d import __version__
+from sds3d import config as configs
+from sds3d.config import Config, DistillConfig, RunConfig
+from sds3d.export import gallery, run_page
+from sds3d.runs import Run
+
+PAGE = "index.html"
+KNOWN = {  # how figures are named on pages; others keep their own names
+    "iou": "silhouette IoU",
+    "psnr": "PSNR, dB",
+    "chamfer": "Chamfer",
+    "fscore": "F-score at 0.05",
+}
+
+THUMBNAIL = 192  # pixels a side
+COLUMNS = {  # the figures of a gallery: of the run, of eval.json, of mesh.json
+    "step": gallery.Column("steps"),
+    "seconds": gallery.Column("seconds"),
+    "memory": gallery.Column("memory, MB"),
+    "iou": gallery.Column("IoU", 3),
+    "psnr": gallery.Column("PSNR, dB", 1),
+    "chamfer": gallery.Column("Chamfer", 3),
+    "fscore": gallery.Column("F-score", 2),
+    "mesh faces": gallery.Column("faces"),
+    "mesh watertight": gallery.Column("watertight"),
+    "mesh iou": gallery.Column("mesh IoU", 3),
+    "mesh psnr": gallery.Column("mesh PSNR, dB", 1),
+}
+
+
+def write_page(run: Run, note: str = "") -> Path:
+    """Write the run's index.html, from what is in its folder.
+
+    Args:
+        note: what went wrong at the run's end, if anything.
+
+    Raises:
+        ValueError: the config cannot be read, or the place cannot be written.
+    """
+    config = configs.of_run(run.config)
+    rows = figures(run)
+    tables = {"Mesh": facts(run.path / "mesh.json"), "Scores": facts(run.path / "eval.json")}
+    page = run_page.RunPage(
+        title=config.prompt or run.path.name,
+        line=f"{summary(config, rows)}; {date(run)}, sds3d {__version__}",
+        note=note,
+        models=_numbered(run.path, "mesh", ".glb"),
+        films=_numbered(run.path, "turntable", ".mp4"),
+        pictures=_pictures(run.path, config),
+        growth={int(path.stem): path for path in run.spread(8)} if run.pictures() else {},
+        tables=tables,
+        rows=rows,
+        config=run.config.read_text(encoding="utf-8"),
+        commands=_commands(run.path, config),
+    )
+    return run_page.write(run.path / PAGE, page)
+
+
+def write_gallery(folder: str | Path) -> tuple[Path, list[gallery.Entry]]:
+    """Write index.html into a folder: all the runs in it and in the folders below it, the newest first.
+
+    Returns:
+        The page, and what it lists; runs that are broken or unfinished are there, and say so.
+
+    Raises:
+        ValueError: there is no such folder, it is a run itself, it holds no runs, or it cannot be written.
+    """
+    folder = Path(folder).expanduser()
+    if not folder.is_dir():
+        raise ValueError(f"there is no folder {folder}; give one that holds runs, such as outputs")
+    if (folder / "config.yaml").is_file():
+        raise ValueError(f"{folder} is a run; its page is its {PAGE}. Give the folder of runs: {folder.parent}")
+    runs = [path for path in folder.rglob("[0-9]*-*") if path.is_dir() and re.match(r"\d{5,}-", path.name)]
+    if not runs:
+        raise ValueError(f"{folder} holds no runs (folders such as 00001-a-red-mug); give the folder that does")
+    entries = sorted((_entry(Run(path), folder) for path in runs), key=lambda e: e.words["date"], reverse=True)
+    return gallery.write(folder / PAGE, f"Runs in {folder.resolve().name}", entries, COLUMNS), entries
+
+
+def _entry(run: Run, folder: Path) -> gallery.Entry:
+    """A run of a gallery, whatever state it is in."""
+    place = run.path.relative_to(folder).as_posix()
+    link = f"{place}/{PAGE}" if (run.path / PAGE).is_file() else f"{place}/"
+    title, words, status, found = run.path.name, {"method": "", "made": "", "date": date(run)}, "", {}
+    try:
+        rows = figures(run)
+        config = configs.of_run(Run.open(run.path).config)
+    except (OSError, ValueError) as error:
+        status = f"broken: {textwrap.shorten(str(error), 200)}"
+    else:
+        title = config.prompt or run.path.name
+        words |= {"method": configs.name_of(config.method), "made": kind_of(config)}
+        if rows:
+            found = {key: rows[-1][key] for key in ("step", "seconds", "memory") if key in rows[-1]}
+        if found.get("step", 0) < config.steps:
+            status = f"unfinished: {found.get('step', 0)} of {config.steps} steps"
+    for name, prefix in (("eval.json", ""), ("mesh.json", "mesh ")):
+        for key, value in flat(_json(run.path / name)).items():
+            column = prefix + key.rpartition(" ")[2]
+            if column in COLUMNS and isinstance(value, int | float):
+                found.setdefault(column, value)
+    return gallery.Entry(title, link, place, words, found, _thumbnail(run), status)
+
+
+def _thumbnail(run: Run) -> bytes | None:
+    """The first view of the preview, or of the newest progress picture, small; None where no picture can be read."""
+    from PIL import Image
+
+    for path in [run.path / "preview.png", *reversed(run.pictures())]:
+        try:
+            with Image.open(path) as picture:
+                side = min(picture.size)
+                small = picture.convert("RGB").crop((0, 0, side, side)).resize((THUMBNAIL, THUMBNAIL))
+        except OSError:
+            continue
+        data = io.BytesIO()
+        small.save(data, "webp", quality=80)
+        return data.getvalue()
+    return None
+
+
+def figures(run: Run) -> list[dict[str, float]]:
+    """The rows of metrics.jsonl that have a step; only their numbers."""
+    rows = [row for row in run.rows() if isinstance(row, dict)]
+    numbers = [{k: v for k, v in row.items() if isinstance(v, int | float)} for row in rows]
+    return [row for row in numbers if "step" in row]
+
+
+def kind_of(config: RunConfig) -> str:
+    """scene, images or generator."""
+    return "scene" if isinstance(config, Config) else "generator" if isinstance(config, DistillConfig) else "images"
+
+
+def summary(config: RunConfig, rows: list[dict[str, float]]) -> str:
+    """As in "scene by sds from teacher small, seed 0, 400 steps in 4 min 20 s"."""
+    method = configs.name_of(config.method)
+    text = f"{kind_of(config)} by {method} from teacher {Path(config.teacher.name).stem}, seed {config.seed}"
+    if rows:
+        text += f", {rows[-1]['step']} steps in {duration(rows[-1].get('seconds', 0))}"
+    return text
+
+
+def date(run: Run) -> str:
+    """When its last step was done, or when it was begun, as in "2026-11-23 16:09"."""
+    newest = next(path for path in (run.metrics, run.config, run.path) if path.exists())
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(newest.stat().st_mtime))
+
+
+def duration(seconds: float) -> str:
+    """As in "4 min 20 s"."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def facts(path: Path) -> dict[str, str]:
+    """Named figures of a JSON file as text, inner ones as "outer inner"; lists are left out."""
+    return {KNOWN.get(name, name.replace("_", " ")): _shown(value) for name, value in flat(_json(path)).items()}
+
+
+def _json(path: Path) -> Any:
+    """What a JSON file holds; nothing if it is not there or not to be read."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
+def flat(values: Any, above: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a b": 1}, without lists and without None."""
+    if not isinstance(values, Mapping):
+        return {} if values is None or isinstance(values, list) or not above else {above: values}
+    return {
+        name: value for key, inner in values.items() for name, value in flat(inner, f"{above} {key}".strip()).items()
+    }
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _numbered(folder: Path, stem: str, suffix: str) -> list[Path]:
+    """mesh.glb, mesh-2.glb, mesh-3.glb: the same file of every particle."""
+    found = {1: folder / f"{stem}{suffix}"}
+    for path in folder.glob(f"{stem}-*{suffix}"):
+        if number := re.fullmatch(rf"{stem}-(\d+)", path.stem):
+            found[int(number[1])] = path
+    return [path for _, path in sorted(found.items()) if path.is_file()]
+
+
+def _pictures(folder: Path, config: RunConfig) -> dict[str, Path]:
+    """Large pictures by caption, those that are there."""
+    shown = {"Images": "image.png"}
+    if isinstance(config, Config):
+        shown = {"The true shape and ours": "eval.png"}
+    if isinstance(config, DistillConfig):
+        shown = {"What it paints": "grid.png", "Beside real images and its teacher": "eval.png"}
+    return {caption: folder / name for caption, name in shown.items() if (folder / name).is_file()}
+
+
+def _commands(folder: Path, config: RunConfig) -> list[str]:
+    if isinstance(config, DistillConfig):
+        return [f"sds3d sample {folder}", f"sds3d eval {folder}"]
+    if isinstance(config, Config):
+        return [
+            f"sds3d export {folder} --format glb,obj,ply",
+            f"sds3d render {folder} --size 512 --what rgb,depth,normals",
+            f"sds3d resume {folder} steps={2 * config.steps}",
+        ]
+    return [f"sds3d resume {folder} steps={2 * config.steps}"]
