@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sds3d import __version__
 from sds3d import config as configs
 from sds3d.config import Config, DistillConfig, RunConfig
 from sds3d.export import gallery, run_page
@@ -55,7 +54,7 @@ def write_page(run: Run, note: str = "") -> Path:
     tables = {"Mesh": facts(run.path / "mesh.json"), "Scores": facts(run.path / "eval.json")}
     page = run_page.RunPage(
         title=config.prompt or run.path.name,
-        line=f"{summary(config, rows)}; {date(run)}, sds3d {__version__}",
+        line=f"{summary(config, rows)}; {date(run)}",
         note=note,
         models=_numbered(run.path, "mesh", ".glb"),
         films=_numbered(run.path, "turntable", ".mp4"),

@@ -63,7 +63,7 @@ def test_a_terminal_gets_a_bar_figures_and_thumbnails(call, tiny, monkeypatch):
     code, out, _ = call("generate", "a ball", *tiny)
     shown = terminal.getvalue()
     assert code == 0, shown
-    assert len(out.splitlines()) == 3
+    assert len(out.splitlines()) == 4
     for said in (
         "6/6",
         "steps/s",
