@@ -89,7 +89,7 @@ def svg(lines: Mapping[str, Curve], y: str, log: bool = False, low: float | None
 
     with matplotlib.rc_context({"svg.fonttype": "none", "text.color": INK, "axes.edgecolor": INK}):
         figure = Figure(figsize=(5.6, 2.7))
-        figure.subplots_adjust(0.11, 0.17, 0.985, 0.97)
+        figure.subplots_adjust(0.11, 0.17, 0.985, 0.9 if len(lines) > 1 else 0.97)
         axes = figure.add_subplot()
         for i, (name, curve) in enumerate(lines.items()):
             mark = "o" if len(curve[0]) == 1 else ""
@@ -98,13 +98,13 @@ def svg(lines: Mapping[str, Curve], y: str, log: bool = False, low: float | None
         axes.set_ylabel(y)
         if low is not None:
             axes.set_ylim(bottom=low)
-        axes.tick_params(colors=INK, labelsize=8)
+        axes.tick_params(which="both", colors=INK, labelsize=8)
         axes.xaxis.label.set_color(INK)
         axes.yaxis.label.set_color(INK)
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(True, color=INK, alpha=0.12)
         if len(lines) > 1:
-            axes.legend(frameon=False, fontsize=8, ncols=len(lines), loc="upper center")
+            axes.legend(frameon=False, fontsize=8, ncols=len(lines), loc="lower left", bbox_to_anchor=(0, 0.97))
         text = io.StringIO()
         figure.savefig(
             text, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type"))
