@@ -75,17 +75,51 @@ class Cameras:
         Returns:
             origins and unit directions, both (B, height, width, 3).
         """
-        width = width or height
-        device, dtype = self.azimuth.device, self.azimuth.dtype
-        rows = (torch.arange(height, device=device, dtype=dtype) + 0.5) / height * 2 - 1
-        cols = ((torch.arange(width, device=device, dtype=dtype) + 0.5) / width * 2 - 1) * (width / height)
-        y, x = torch.meshgrid(-rows, cols, indexing="ij")  # (H, W)
-        half = torch.tan(torch.deg2rad(self.fov) / 2)[:, None, None]
-        local = torch.stack([x * half, y * half, -torch.ones_like(x * half)], -1)  # (B, H, W, 3)
-        directions = torch.einsum("bij,bhwj->bhwi", self.rotations(), local)
-        directions = directions / directions.norm(dim=-1, keepdim=True)
-        origins = self.positions()[:, None, None, :].expand_as(directions)
-        return origins, directions
+        return _rays(self.positions(), self.rotations(), self.fov, height, width or height)
+
+
+@dataclass(frozen=True)
+class Poses:
+    """A batch of cameras that stand anywhere and look anywhere, as a viewer's does; they render as `Cameras` do.
+
+    Args:
+        position: (B, 3) in world coordinates.
+        rotation: (B, 3, 3) camera-to-world; columns are right, up, backward.
+        fov: (B,) vertical field of view, degrees.
+        aspect: width of the images over their height.
+    """
+
+    position: Tensor
+    rotation: Tensor
+    fov: Tensor
+    aspect: float = 1.0
+
+    def __len__(self) -> int:
+        return self.position.shape[0]
+
+    def to(self, device: torch.device | str) -> Poses:
+        return Poses(*(onto(x, device) for x in (self.position, self.rotation, self.fov)), self.aspect)
+
+    def positions(self) -> Tensor:
+        """World positions, (B, 3)."""
+        return self.position
+
+    def rays(self, height: int) -> tuple[Tensor, Tensor]:
+        """Rays through pixel centres: origins and unit directions, both (B, height, width, 3)."""
+        return _rays(self.position, self.rotation, self.fov, height, max(1, round(height * self.aspect)))
+
+
+def _rays(positions: Tensor, rotations: Tensor, fov: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
+    """Origins and unit directions (B, height, width, 3) of cameras at (B, 3), turned by (B, 3, 3), of fov (B,)."""
+    device, dtype = fov.device, fov.dtype
+    rows = (torch.arange(height, device=device, dtype=dtype) + 0.5) / height * 2 - 1
+    cols = ((torch.arange(width, device=device, dtype=dtype) + 0.5) / width * 2 - 1) * (width / height)
+    y, x = torch.meshgrid(-rows, cols, indexing="ij")  # (H, W)
+    half = torch.tan(torch.deg2rad(fov) / 2)[:, None, None]
+    local = torch.stack([x * half, y * half, -torch.ones_like(x * half)], -1)  # (B, H, W, 3)
+    directions = torch.einsum("bij,bhwj->bhwi", rotations, local)
+    directions = directions / directions.norm(dim=-1, keepdim=True)
+    return positions[:, None, None, :].expand_as(directions), directions
 
 
 def cat(parts: list[Cameras]) -> Cameras:

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from sds3d.cameras import CameraRanges, Cameras, cat, orbit
+from sds3d.cameras import CameraRanges, Cameras, Poses, cat, orbit
 
 
 def one(azimuth=0.0, elevation=0.0, distance=3.0, fov=40.0) -> Cameras:
@@ -162,3 +162,11 @@ def test_the_same_seed_gives_the_same_cameras():
 def test_impossible_ranges_are_refused_by_name(bad):
     with pytest.raises(ValueError, match=f"camera.{next(iter(bad))}"):
         CameraRanges(**bad)
+
+
+def test_poses_of_the_same_place_have_the_same_rays_and_any_aspect():
+    camera = one(211, 33, distance=4)
+    pose = Poses(camera.positions(), camera.rotations(), camera.fov, aspect=1.6)
+    assert len(pose) == 1
+    for ours, theirs in zip(pose.rays(10), camera.rays(10, 16), strict=True):
+        assert torch.equal(ours, theirs)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from sds3d import ops
-from sds3d.cameras import Cameras, orbit
+from sds3d.cameras import Cameras, Poses, orbit
 from sds3d.ops import Samples
 from sds3d.ramp import Ramp
 from sds3d.scenes import regularisers
@@ -111,6 +111,15 @@ def test_chunks_and_backgrounds_change_nothing_else():
     other = render(solid, everywhere(), VIEWS, 16, colours, options)
     expected = whole.rgb + (1 - whole.opacity) * (colours[:, :, None, None] - 1)
     assert other.rgb.allclose(expected, atol=1e-6)
+
+
+def test_a_narrow_view_is_the_middle_of_the_square_one():
+    square, options = VIEWS[1], RenderOptions(step=0.02, normals=True)
+    narrow = Poses(square.positions(), square.rotations(), square.fov, aspect=0.5)
+    a, b = (render(sphere(0.8, 50.0), everywhere(), c, 24, WHITE, options) for c in (square, narrow))
+    assert b.rgb.shape == (1, 3, 24, 12)
+    for name in ("rgb", "opacity", "depth", "normal"):
+        torch.testing.assert_close(getattr(b, name), getattr(a, name)[..., 6:18], atol=2e-5, rtol=0)
 
 
 def test_chunks_with_gradients_give_the_same_and_keep_no_samples():

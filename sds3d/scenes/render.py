@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from sds3d.cameras import Cameras
+from sds3d.cameras import Cameras, Poses
 from sds3d.ops import Samples
 from sds3d.scenes.field import Field
 from sds3d.scenes.occupancy import Occupancy
@@ -118,17 +118,17 @@ class Trace:
 def render(
     field: Field,
     occupancy: Occupancy,
-    cameras: Cameras,
+    cameras: Cameras | Poses,
     resolution: int,
     background: Background,
     options: RenderOptions,
     generator: torch.Generator | None = None,
 ) -> RenderOut:
-    """Render square images of the field.
+    """Render images of the field.
 
     Args:
         cameras: B views, on the field's device.
-        resolution: pixels a side.
+        resolution: pixels of their height; Cameras' images are square, Poses' have an aspect.
         background: (3,), one colour a view (B, 3), or a function of the directions (R, 3).
         generator: CPU generator of a training render, which shifts each ray's samples and thins the occupancy's
             rim; None puts samples in the middle of their steps and visits every occupied cell.
@@ -138,9 +138,10 @@ def render(
     """
     if resolution < 1:
         raise ValueError(f"render.resolution is {resolution}; give at least 1 pixel (64 is usual)")
-    views = len(cameras)
-    origins, directions = (x.reshape(-1, 3) for x in cameras.rays(resolution))
-    rays, pixels = origins.shape[0], resolution * resolution
+    origins, directions = cameras.rays(resolution)
+    views, height, width = origins.shape[:3]
+    origins, directions = origins.reshape(-1, 3), directions.reshape(-1, 3)
+    rays, pixels = origins.shape[0], height * width
     jitter, cells = None, occupancy.cells
     if generator is not None:
         cells = occupancy.thinned(generator)
@@ -166,7 +167,7 @@ def render(
     depth = image[:, 3:4] / opacity.clamp_min(1e-6)
 
     def fold(x: Tensor) -> Tensor:  # (R, C) -> (B, C, H, W)
-        return x.view(views, resolution, resolution, -1).permute(0, 3, 1, 2)
+        return x.view(views, height, width, -1).permute(0, 3, 1, 2)
 
     normal = fold(image[:, 5:]) if image.shape[1] > 5 else None
     return RenderOut(fold(rgb), fold(opacity), fold(depth), normal, trace)
@@ -192,7 +193,7 @@ def _joined(traces: list[Trace | None]) -> Trace | None:
     return Trace(Samples(*parts), joined("sigma"), joined("weights"), joined("opacity"), normals, joined("directions"))
 
 
-def _light(shading: Shading, cameras: Cameras) -> Tensor | None:
+def _light(shading: Shading, cameras: Cameras | Poses) -> Tensor | None:
     """Unit directions towards the light, (B, 3), or None where colour is not lit."""
     if shading.kind == "albedo":
         return None

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-from sds3d.cameras import CameraRanges, Cameras
+from sds3d.cameras import CameraRanges, Cameras, Poses
 from sds3d.ops import Backend, choose
 from sds3d.prompts import COLOURS
 from sds3d.scenes.field import Field, FieldConfig, LearnedBackground
@@ -197,7 +197,7 @@ class SceneStudent(nn.Module):
     @torch.no_grad()
     def render_view(
         self,
-        cameras: Cameras,
+        cameras: Cameras | Poses,
         resolution: int | None = None,
         shading: Shading = ALBEDO,
         normals: bool = False,
@@ -207,7 +207,7 @@ class SceneStudent(nn.Module):
 
         Args:
             cameras: any number of views; memory stays that of one chunk of rays.
-            resolution: pixels a side; None is the training resolution.
+            resolution: pixels of the height; None is the training resolution.
             shading, normals: as in render.
             background: a known name; None is the run's usual one.
         """
