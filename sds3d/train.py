@@ -239,7 +239,9 @@ def _loop(
             if last or state.done % plan.save_every == 0:
                 state.save(run)
                 saved = state.done
+            handed = time.perf_counter()
             yield Step(state.done, plan.steps, loss, metrics, state.seconds, shown)
+            started += time.perf_counter() - handed  # a pause is no training
     except GeneratorExit:
         if saved != state.done:
             state.save(run)

@@ -57,7 +57,7 @@ ARROWS = {
 }
 # They see the house from outside and may enter any room.
 ENTRANCE = {"__init__", "__main__", "asset", "cli", "compare", "config", "doctor", "launch", "make", "options"}
-ENTRANCE |= {"evaluation", "generated", "painting", "progress", "report", "settings"}
+ENTRANCE |= {"evaluation", "generated", "live", "painting", "progress", "report", "settings"}
 # What making a scene needs; the toybox's truth stays out of it, along whole chains of imports.
 BLIND_TO_DATA = ("scenes", "generators", "students", "distill", "critics", "pairs", "ops", "train", "export")
 BLIND_TO_DATA += ("adversary", "perceptual")
@@ -77,9 +77,11 @@ HOMES = {  # package -> the only files that may import it
     "imageio_ffmpeg": {"export/video.py"},
     "matplotlib": {"export/chart.py"},
     "typer": {
-        f"cli/{name}.py" for name in ("__init__", "generators", "methods", "pictures", "scenes", "shared", "teacher")
+        f"cli/{name}.py"
+        for name in ("__init__", "generators", "live", "methods", "pictures", "scenes", "shared", "teacher")
     },
     "sklearn": {"data/digits.py"},
+    "viser": {"live/stage.py"},
     "lpips": {"perceptual.py"},
     "torch_fidelity": {"metrics/inception.py"},
 }

@@ -11,7 +11,7 @@ from typing import NoReturn
 
 import typer
 
-from sds3d.cli import generators, methods, pictures, scenes, teacher
+from sds3d.cli import generators, live, methods, pictures, scenes, teacher
 from sds3d.cli.shared import Json, dump
 
 app = typer.Typer(
@@ -40,7 +40,7 @@ def doctor(json: Json = False) -> None:
 
 for command in (scenes.generate, scenes.resume, scenes.export, methods.paint, methods.compare, methods.methods, doctor):
     app.command()(command)
-for command in (generators.distill, generators.sample):
+for command in (generators.distill, generators.sample, live.view, live.studio):
     app.command()(command)
 for command in (pictures.render, pictures.gallery):
     app.command()(command)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Option
 
+from sds3d.cli.live import Host, Port, watching
 from sds3d.cli.shared import (
     Json,
     Overrides,
@@ -21,7 +23,11 @@ from sds3d.cli.shared import (
     make_display,
     print_result,
 )
+from sds3d.live.address import HERE
 from sds3d.options import spread
+
+if TYPE_CHECKING:
+    from sds3d.live.watch import Watch
 
 SCORES = ("iou", "psnr", "chamfer", "fscore")
 
@@ -32,9 +38,19 @@ class GenerateOptions(RunOptions):
 
     teacher_views: Annotated[str | None, Option(help="camera (exact) or words (front, side, back view)")] = None
     backend: Annotated[str | None, Option(help="kernels: auto, numba, torch ... (see sds3d doctor)")] = None
+    live: Annotated[bool, Option("--live", help="watch it grow in a browser, until Ctrl-C")] = False
+    port: Port = None
+    host: Host = HERE
 
     def own(self) -> dict[str, Any]:
         return {"teacher.views": self.teacher_views, "backend": self.backend}
+
+    def watched(self) -> AbstractContextManager[Watch | None]:
+        if not self.live:
+            if self.port is not None or self.host != HERE:
+                raise ValueError("--port and --host are where --live serves its page; add --live")
+            return nullcontext()
+        return watching(self.host, self.port, stay=not (self.quiet or self.json))
 
 
 @spread
@@ -53,8 +69,11 @@ def generate(
 
       sds3d generate "a green cube on a yellow cylinder" --dry-run
 
-    Ctrl-C stops after the current step and saves; [bold]sds3d resume[/bold] goes on. SDS3D_TRACEBACK=1 shows where an
-    error came from.
+      sds3d generate "a red mug" --live      [dim]# and open the page it names[/dim]
+
+    Ctrl-C stops after the current step and saves; [bold]sds3d resume[/bold] goes on. With --live the page stays when
+    the run is done, until Ctrl-C (with --quiet or --json it ends with the run). SDS3D_TRACEBACK=1 shows where an error
+    came from.
     """
     from sds3d.config import Config
 

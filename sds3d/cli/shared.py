@@ -7,7 +7,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from sds3d.asset import Asset
     from sds3d.config import RunConfig
     from sds3d.generated import Generated
+    from sds3d.live.watch import Watch
     from sds3d.painting import Painting
     from sds3d.progress import Silent
     from sds3d.train import Step
@@ -56,6 +57,10 @@ class RunOptions:
         """What the command's further flags stand for, by key; None where a flag is not given."""
         return {}
 
+    def watched(self) -> AbstractContextManager[Watch | None]:
+        """A page on which the run is watched, where the command has one and it is wanted."""
+        return nullcontext()
+
     def layer(self) -> dict[str, Any]:
         """The settings given by flags."""
         given = {"method": self.method, "seed": self.seed, "teacher.name": self.teacher, "out": self.out}
@@ -81,8 +86,9 @@ def begin(prompt: str | None, overrides: list[str] | None, options: RunOptions, 
             print(
                 f"pairs of noise and the teacher's image: {count} of {config.pairs.count}", file=sys.stderr, flush=True
             )
-    made, steps = launch.start(config)
-    carry_out(made, steps, begun, make_display(quiet, options.json), options.json)
+    with options.watched() as watch:
+        made, steps = launch.start(config)
+        carry_out(made, steps, begun, make_display(quiet, options.json), options.json, watch)
 
 
 def make_display(quiet: bool, as_json: bool) -> Silent:
@@ -93,9 +99,17 @@ def make_display(quiet: bool, as_json: bool) -> Silent:
 
 
 def carry_out(
-    made: Asset | Painting | Generated, steps: Iterator[Step], begun: float, display: Silent, as_json: bool
+    made: Asset | Painting | Generated,
+    steps: Iterator[Step],
+    begun: float,
+    display: Silent,
+    as_json: bool,
+    watch: Watch | None = None,
 ) -> None:
-    """Run the loop to its end or to Ctrl-C, write the files, say where they are and what to do next."""
+    """Run the loop to its end or to Ctrl-C, write the files, say where they are and what to do next.
+
+    Who watches the run on a page may stop it, too, and then has the files written.
+    """
     from sds3d.shares import join
 
     last, share = None, join()
@@ -103,17 +117,26 @@ def carry_out(
         config = made.config
         teacher = f"teacher {config.teacher.name} ({config.teacher.views})"
         display.note(f"{made.path}  {made.kernels}, {teacher}")
+        if watch is not None:
+            watch.begin(made)
         with interruption() as stopped:
             for last in steps:
                 display.show(last)
-                if share.agree(bool(stopped)):  # all of them at the same step, or one would wait for ever
+                if watch is not None:
+                    watch.attend(last, lambda: bool(stopped))
+                if share.agree(
+                    bool(stopped) or (watch is not None and watch.stopped)
+                ):  # all of them at the same step, or one would wait for ever
                     break
         steps.close()
         if last is None:
             display.note(f"all {config.steps} steps were done before; writing the files")
-        unfinished = last is not None and last.step < last.total
+        early = last is not None and last.step < last.total
+        unfinished = early and not (watch is not None and watch.stopped)
         if not unfinished:
             files = []
+            if watch is not None:
+                watch.export()
             for file in made.finish():
                 files.append(str(file))
                 display.note(f"wrote {file}")
@@ -125,14 +148,22 @@ def carry_out(
         raise typer.Exit(130)
     if not files:  # another process writes them
         return
-    result = {"run": str(made.path), "files": files, "steps": config.steps, "seconds": round(seconds, 2)}
-    hints = [f"sds3d resume {made.path} steps={2 * config.steps}"]
+    done = last.step if early else config.steps
+    result = {"run": str(made.path), "files": files, "steps": done, "seconds": round(seconds, 2)}
+    display.note(f"done in {seconds:.0f} s; next:\n  " + "\n  ".join(_hints(made, files, early)))
+    print_result(result, files, as_json)
+    if watch is not None:
+        watch.finish([Path(file) for file in files], last)
+
+
+def _hints(made: Asset | Painting | Generated, files: list[str], early: bool) -> list[str]:
+    """Commands to go on with, after a run that made files, early where it has steps left."""
     if any(file.endswith("generator.safetensors") for file in files):
-        hints = [f"sds3d sample {made.path}", f"sds3d eval {made.path}"]
+        return [f"sds3d sample {made.path}", f"sds3d eval {made.path}"]
+    hints = [f"sds3d resume {made.path}" + ("" if early else f" steps={2 * made.config.steps}")]
     if any(file.endswith(".glb") for file in files):
         hints.insert(0, f"sds3d export {made.path} --format glb,obj,ply")
-    display.note(f"done in {seconds:.0f} s; next:\n  " + "\n  ".join(hints))
-    print_result(result, files, as_json)
+    return hints
 
 
 @contextmanager

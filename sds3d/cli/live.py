@@ -1,0 +1,112 @@
+"""Commands that serve a page: a finished run to look at, and the studio."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from typer import Option
+
+from sds3d.cli.shared import Overrides, RunFolder, interruption
+from sds3d.live.address import HERE
+
+if TYPE_CHECKING:
+    from sds3d.live.stage import Stage
+    from sds3d.live.watch import Watch
+
+Port = Annotated[int | None, Option(help="of the page; the first free one from 8080 on by default")]
+Host = Annotated[str, Option(help="address the page is served on; others than this machine's own let others in")]
+
+
+@contextmanager
+def staging(host: str, port: int | None, title: str) -> Iterator[Stage]:
+    """A page, served while the block lasts; says where it is. Raises ValueError where it cannot be served."""
+    from sds3d.live.address import Address
+    from sds3d.live.stage import Stage
+
+    stage = Stage(Address.find(host, port), title)
+    try:
+        if stage.address.warning:
+            print(stage.address.warning, file=sys.stderr)
+        print(f"open {stage.address.url} in a browser", file=sys.stderr, flush=True)
+        yield stage
+    finally:
+        stage.close()
+
+
+@contextmanager
+def watching(host: str, port: int | None, stay: bool) -> Iterator[Watch]:
+    """A page for one run; it stays after the block, until Ctrl-C, where that is wanted."""
+    from sds3d.live.watch import Watch
+
+    with staging(host, port, "sds3d live") as stage:
+        watch = Watch(stage)
+        try:
+            yield watch
+        except typer.Exit:
+            raise
+        except (ValueError, ArithmeticError, RuntimeError) as error:
+            watch.fail(str(error))
+            raise
+        if stay:
+            print("the page stays until Ctrl-C", file=sys.stderr, flush=True)
+            _until_interrupted(watch)
+
+
+def view(run: RunFolder, port: Port = None, host: Host = HERE) -> None:
+    """Look at a run in a browser: its mesh, and its scene rendered from where you stand.
+
+    [bold]Example[/bold]
+
+      sds3d view outputs/00001-a-red-mug
+
+    It serves until Ctrl-C.
+    """
+    from sds3d.asset import Asset
+    from sds3d.live.watch import Watch
+
+    asset = Asset.open(run)
+    with staging(host, port, "sds3d view") as stage:
+        watch = Watch(stage)
+        watch.open(asset)
+        _until_interrupted(watch)
+
+
+def studio(
+    overrides: Overrides = None,
+    out: Annotated[str | None, Option("--out", "-o", help="folder for run folders")] = None,
+    teacher: Annotated[list[str] | None, Option(help="one more teacher to choose from; may be repeated")] = None,
+    port: Port = None,
+    host: Host = HERE,
+) -> None:
+    """Make assets in a browser: a prompt box, a queue, the one that grows, and the finished ones to download.
+
+    [bold]Examples[/bold]
+
+      sds3d studio
+
+      sds3d studio --out mugs steps=800 render.resolution=64      [dim]# settings of every asset made there[/dim]
+
+    Ctrl-C saves the run that is going on, and ends it.
+    """
+    from sds3d import config as configs
+    from sds3d.live.studio import Studio
+
+    layer = configs.parse_overrides(overrides or []) | ({"out": out} if out else {})
+    base = configs.load("a red mug", layer, kind=configs.Config)  # before there is a page: the settings may be wrong
+    with staging(host, port, "sds3d studio") as stage, interruption() as stopped:
+        left = Studio(stage, base, layer, teacher or []).serve(lambda: bool(stopped))
+    if left is not None:
+        print(f"go on with: sds3d resume {left}", file=sys.stderr)
+        raise typer.Exit(130)
+
+
+def _until_interrupted(watch: Watch) -> None:
+    """Serve until Ctrl-C, which is then no mistake."""
+    try:
+        watch.stay()
+    except KeyboardInterrupt:
+        print(file=sys.stderr)

@@ -1,0 +1,79 @@
+"""Where a page is served: which address, which port, and what to say about it."""
+
+from __future__ import annotations
+
+import errno
+import ipaddress
+import socket
+from dataclasses import dataclass
+
+HERE = "127.0.0.1"
+FIRST = 8080  # the port that is tried first where none was asked for
+TRIES = 100
+
+
+@dataclass(frozen=True)
+class Address:
+    """A free port of this machine. `find` makes one.
+
+    Args:
+        host: the address to bind to.
+        port: free a moment ago.
+    """
+
+    host: str
+    port: int
+
+    @classmethod
+    def find(cls, host: str = HERE, port: int | None = None) -> Address:
+        """The port that is asked for, or the first free one from FIRST on.
+
+        Raises:
+            ValueError: the port is taken or not allowed, or the host is not this machine's.
+        """
+        if port is not None and not 0 <= port <= 65535:
+            raise ValueError(f"--port is {port}; give a number from 1 to 65535, or leave it out")
+        for candidate in range(FIRST, FIRST + TRIES) if port is None else [port]:
+            try:
+                return cls(host, _bind(host, candidate))
+            except socket.gaierror as error:
+                raise ValueError(f"--host is {host!r}, which is no address; leave it out for {HERE}") from error
+            except OSError as error:
+                problem = error.strerror or str(error)
+                if port is None and not _is_taken(error):
+                    raise ValueError(f"cannot serve on {host}: {problem}; leave --host out for {HERE}") from error
+        if port is None:
+            raise ValueError(f"no port from {FIRST} to {FIRST + TRIES - 1} is free on {host}; give one with --port")
+        raise ValueError(f"cannot use port {port} on {host}: {problem}; give another --port, or leave it out")
+
+    @property
+    def url(self) -> str:
+        return f"http://[{self.host}]:{self.port}" if ":" in self.host else f"http://{self.host}:{self.port}"
+
+    @property
+    def warning(self) -> str:
+        """What to say where others can come in; empty where only this machine can."""
+        try:
+            local = self.host == "localhost" or ipaddress.ip_address(self.host).is_loopback
+        except ValueError:  # a name of this machine
+            local = False
+        if local:
+            return ""
+        return (
+            f"warning: --host {self.host} lets everybody who reaches this machine watch, stop runs and start new ones; "
+            f"there is no password. For yourself, from elsewhere: ssh -L {self.port}:{HERE}:{self.port} this-machine"
+        )
+
+
+def _bind(host: str, port: int) -> int:
+    """Bind and let go again; returns the port, which the system chooses for 0. Raises OSError."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server does
+        probe.bind((host, port))
+        probe.listen(1)
+        return probe.getsockname()[1]
+
+
+def _is_taken(error: OSError) -> bool:
+    return error.errno in (errno.EADDRINUSE, errno.EACCES)

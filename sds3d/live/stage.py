@@ -1,0 +1,188 @@
+"""The page itself, and the only file that knows viser: a canvas that can be orbited, and a panel beside it.
+
+The canvas shows either a scene, rendered here from each viewer's own camera, or a mesh, which the browser draws.
+viser calls back from threads of its own. What touches a scene, a run or the canvas is left, by `ask`, to the thread
+that calls `attend`: the one that trains.
+"""
+
+from __future__ import annotations
+
+import html
+import io
+import json
+import math
+import queue
+import time
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from sds3d.cameras import Cameras, Poses
+from sds3d.export.sheet import to_bytes
+from sds3d.live.address import Address
+from sds3d.live.eyes import Eyes
+
+if TYPE_CHECKING:
+    from viser import CameraHandle, ClientHandle, GuiEvent
+
+    from sds3d.asset import Asset
+
+BRAND = (38, 103, 148)
+FRONT = (35.0, 15.0, 3.0, 40.0)  # where everybody begins: azimuth, elevation, distance, fov, as in cameras.py
+RADIUS = 0.95  # of the ball that a mesh is scaled to fit into, scene units
+
+
+class Stage:
+    """A page that is served from now on, until `close`.
+
+    Args:
+        address: where.
+        title: over the panel; plain text.
+
+    Attributes:
+        eyes: those who look.
+        gui: viser's panel (a GuiApi); safe to use from any thread.
+    """
+
+    def __init__(self, address: Address, title: str):
+        import viser
+
+        class Server(viser.ViserServer):
+            """One that never opens a tunnel to the outside, though a client may ask for it."""
+
+            def request_share_url(self, verbose: bool = True) -> str | None:
+                return None
+
+        with redirect_stdout(io.StringIO()):  # stdout holds results only
+            self._server = Server(address.host, address.port, label=title, verbose=False)
+        self.address = Address(address.host, self._server.get_port())
+        self.eyes, self.gui = Eyes(), self._server.gui
+        self._mesh, self._asked = None, queue.SimpleQueue[Callable[[], None]]()
+        self.gui.configure_theme(
+            control_width="large",
+            show_logo=False,
+            show_share_button=False,
+            brand_color=BRAND,
+        )
+        self.gui.main_panel.dock_right()
+        self._server.scene.set_up_direction("+y")
+        self._server.scene.configure_default_lights(cast_shadow=False)
+        position = Cameras(*(torch.tensor([v]) for v in FRONT)).positions()[0]
+        camera = self._server.initial_camera
+        camera.position, camera.look_at, camera.fov = position.numpy(), (0.0, 0.0, 0.0), math.radians(FRONT[3])
+        self._server.on_client_connect(self._welcome)
+        self._server.on_client_disconnect(self._part)
+
+    async def _welcome(self, client: ClientHandle) -> None:
+        """Follow a new viewer's camera. Async: runs on viser's one loop, so that poses are noted whole."""
+
+        async def note(camera: CameraHandle) -> None:
+            self.eyes.note(client.client_id, pose_of(camera))
+
+        client.camera.on_update(note)
+        await note(client.camera)
+
+    async def _part(self, client: ClientHandle) -> None:
+        self.eyes.forget(client.client_id)
+
+    def ask(self, action: Callable[[], None]) -> None:
+        """Have something done by the thread that calls `attend`, soon. For callbacks."""
+        self._asked.put(action)
+        self.eyes.moved.set()
+
+    def attend(self, asset: Asset | None, growing: bool) -> None:
+        """Do what was asked for, and render one picture, if somebody's is due.
+
+        Args:
+            asset: whose scene the canvas shows, unless it shows a mesh.
+            growing: whether training waits meanwhile.
+        """
+        while not self._asked.empty():
+            self._asked.get()()
+        if asset is not None and len(self.eyes) and self._mesh is None:
+            self._look(asset, growing)
+
+    def _look(self, asset: Asset, growing: bool) -> None:
+        wanted = self.eyes.wanted(growing)
+        if wanted is None:
+            return
+        begun = time.perf_counter()
+        image = to_bytes(asset.views(wanted.pose, wanted.height))[0]
+        client = self._server.get_clients().get(wanted.key)
+        if client is not None:
+            client.scene.set_background_image(image, format="jpeg", jpeg_quality=90)
+            client.flush()
+        self.eyes.drew(wanted, time.perf_counter() - begun, growing)
+
+    def show_scene(self) -> None:
+        """Show what `attend` renders."""
+        if self._mesh is not None:
+            self._mesh.remove()
+            self._mesh = None
+        self.eyes.blur()
+
+    def show_mesh(self, path: Path) -> None:
+        """Show a GLB file, centred, in the size that a scene has. Raises ValueError where it cannot be read."""
+        try:
+            data = path.read_bytes()
+            low, high = bounds(data)
+        except (OSError, ValueError, KeyError, IndexError) as error:
+            raise ValueError(f"cannot show {path}: {error}; was it moved or edited?") from error
+        scale = RADIUS / max(float(np.linalg.norm(high - low)) / 2, 1e-6)
+        self._mesh = self._server.scene.add_glb("/mesh", data, scale=scale, position=-scale * (low + high) / 2)
+        for client in self._server.get_clients().values():
+            client.scene.set_background_image(None)
+
+    def offer(self, event: GuiEvent, path: Path) -> None:
+        """Have the browser of somebody who clicked download a file, under its run's name."""
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            event.client.add_notification("It cannot be downloaded", f"{path}: {error.strerror}", color="red")
+            return
+        name = f"{path.parent.name}{path.stem.removeprefix('mesh')}{path.suffix}"
+        event.client.send_file_download(name, data, save_immediately=True)
+
+    def wait(self, seconds: float) -> None:
+        """Until a camera moves or something is asked for, at most so many seconds."""
+        self.eyes.moved.wait(seconds)
+        self.eyes.moved.clear()
+
+    def close(self) -> None:
+        """Say what is left to say, and end the page."""
+        self._server.flush()
+        with redirect_stdout(io.StringIO()):
+            self._server.stop()
+
+
+def pose_of(camera: CameraHandle) -> Poses:
+    """A viewer's camera: viser's looks along +z, with y down."""
+    from viser.transforms import SO3
+
+    axes = torch.tensor(SO3(camera.wxyz).as_matrix() * (1.0, -1.0, -1.0), dtype=torch.float32)
+    aspect = camera.image_width / max(camera.image_height, 1)
+    fov = torch.tensor([math.degrees(camera.fov)])
+    return Poses(torch.tensor(camera.position, dtype=torch.float32)[None], axes[None], fov, min(max(aspect, 0.1), 10.0))
+
+
+def bounds(glb: bytes) -> tuple[np.ndarray, np.ndarray]:
+    """The lowest and highest corner (3,) of a GLB's vertices, from its header (glTF 2.0, 5.1.6: accessors of positions
+    have them). Raises ValueError, KeyError or IndexError for anything else."""
+    if glb[:4] != b"glTF":
+        raise ValueError("it is no GLB")
+    tree = json.loads(glb[20 : 20 + int.from_bytes(glb[12:16], "little")])
+    parts = [part["attributes"]["POSITION"] for mesh in tree["meshes"] for part in mesh["primitives"]]
+    boxes = np.array([[tree["accessors"][i][key] for key in ("min", "max")] for i in parts], dtype=float)  # (P, 2, 3)
+    return boxes[:, 0].min(0), boxes[:, 1].max(0)
+
+
+def text(*lines: str, muted: bool = False, strong: bool = False) -> str:
+    """Plain lines as HTML for the panel, everything in them escaped."""
+    style = "padding:0 .6em .5em;line-height:1.45;overflow-wrap:anywhere;"
+    style += "opacity:.65;font-size:.85em;" if muted else ""
+    style += "font-weight:600;font-size:1.05em;" if strong else ""
+    return f'<div style="{style}">{"<br>".join(html.escape(line) for line in lines)}</div>'

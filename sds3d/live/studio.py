@@ -1,0 +1,247 @@
+"""The studio: prompts go into a queue, one asset grows after the other, the finished ones are there to be downloaded.
+
+Everything but the clicks happens on one thread, the one that trains: between two steps it looks new prompts over, and
+brings the panel up to date.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sds3d import config as configs
+from sds3d import launch, make
+from sds3d.distill import METHODS
+from sds3d.live.jobs import Job, Queue
+from sds3d.live.stage import text
+from sds3d.live.watch import Watch
+
+if TYPE_CHECKING:
+    from sds3d.live.stage import Stage
+
+PROBLEMS = (ValueError, ArithmeticError, RuntimeError, OSError)  # of one prompt; the next may do better
+MOST = 30  # earlier runs of the folder that are listed
+NOT_FOR_SCENES = {"source", "pairs", "real"}  # what methods need that edit, or that train generators
+
+
+@dataclass(frozen=True)
+class Finished:
+    """An asset that can be shown and downloaded."""
+
+    mesh: Path
+    prompt: str
+    told: str
+
+    @classmethod
+    def of(cls, run: Path) -> Finished:
+        """What a run folder tells. Raises ValueError where it does not."""
+        config = configs.of_run(run / "config.yaml")
+        told = f"{run.name}, {configs.name_of(config.method)}, seed {config.seed}, {config.steps} steps"
+        return cls(run / "mesh.glb", config.prompt, told)
+
+
+class Studio:
+    """The panel of the studio, and the loop behind it.
+
+    Args:
+        stage: the page.
+        base: settings that the panel begins with; its ``out`` is where runs go.
+        layer: settings of every run, over the defaults and under those of the panel.
+        teachers: to choose from, beside that of ``base`` and the packaged one.
+    """
+
+    def __init__(self, stage: Stage, base: configs.Config, layer: Mapping[str, Any], teachers: Sequence[str] = ()):
+        self.stage, self.queue, self._layer = stage, Queue(), layer
+        self._rows: list[Any] = []  # of viser's elements
+        self._version, self._count = 0, 0
+        gui = stage.gui
+        self._add_form(base, list(dict.fromkeys((base.teacher.name, "small", *teachers))))
+        with gui.add_folder("Now"):
+            self.watch = Watch(stage)
+            self._empty = gui.add_html(text("nothing yet: type a prompt above", muted=True))
+            self._back = gui.add_button("Back to this one", icon="arrow-back", color="gray", visible=False)
+            self._back.on_click(lambda event: stage.ask(self._return))
+        self._waiting = gui.add_folder("Queue", visible=False)
+        self._shelf = gui.add_folder("Finished", visible=False)
+        self._list_earlier(Path(base.out).expanduser())
+
+    def serve(self, interrupted: Callable[[], bool]) -> Path | None:
+        """Make what is asked for, until the terminal wants it to end; returns the run that was not finished, if any."""
+        while not interrupted():
+            self._attend()
+            job = self.queue.first("waiting")
+            if job is not None:
+                left = self._make(job, interrupted)
+                if left is not None:
+                    return left
+            else:
+                self.stage.attend(self.watch.asset, growing=False)
+                self.stage.wait(0.2)
+        return None
+
+    def _add_form(self, base: configs.Config, teachers: Sequence[str]) -> None:
+        """Prompt and settings, and what happens when they are sent."""
+        gui = self.stage.gui
+        able = [name for name, method in METHODS.items() if not NOT_FOR_SCENES & set(method.NEEDS)]
+        with gui.add_form("New asset") as form:
+            prompt = gui.add_text("prompt", "", hint='what to make, as in "a red mug with a white handle"')
+            method = gui.add_dropdown("method", able, initial_value=configs.name_of(base.method))
+            teacher = gui.add_dropdown("teacher", teachers, initial_value=base.teacher.name)
+            steps = gui.add_number("steps", base.steps, min=1, step=1)
+            seed = gui.add_number("seed", base.seed, min=0, step=1)
+            send = gui.add_button("Make it", icon="sparkles")
+        send.on_click(lambda event: form.submit())
+
+        def add(event: object) -> None:
+            settings = {"method": method.value, "teacher.name": teacher.value}
+            settings |= {"steps": int(steps.value), "seed": int(seed.value)}
+            self.queue.add(prompt.value.strip(), settings)
+            prompt.value = ""
+            self.stage.eyes.moved.set()
+
+        form.on_submit(add)
+
+    def _list_earlier(self, out: Path) -> None:
+        """List what the folder of runs has already, and show the newest of it."""
+        newest = None
+        for run in earlier(out)[-MOST:]:
+            try:
+                newest = Finished.of(run)
+            except ValueError:  # of another version, or edited: sds3d view says what is wrong
+                continue
+            self._put_on_shelf(newest)
+        if newest is not None:
+            self._show(newest)
+            self.watch.held = False  # it gives way to the first run
+
+    def _attend(self) -> None:
+        """Look new prompts over, and show the queue where it has changed."""
+        if self._version == self.queue.version:
+            return
+        while (job := self.queue.first("new")) is not None:
+            try:
+                make.teacher(self._config(job))
+                self.queue.move(job.number, "waiting")
+            except PROBLEMS as error:
+                self.queue.move(job.number, "failed", str(error))
+        self._version = self.queue.version
+        for row in self._rows:
+            row.remove()
+        self._rows = []
+        jobs = [job for job in self.queue.jobs() if job.state != "running"]
+        self._waiting.visible = bool(jobs)
+        with self._waiting:
+            for job in jobs:
+                self._add_row(job)
+
+    def _add_row(self, job: Job) -> None:
+        """A job that waits or has failed, with a button to take it away."""
+        gui, told = self.stage.gui, ", ".join(str(value) for value in job.settings.values())
+        line = text(job.prompt or "(no prompt)", strong=True) + text(job.message or f"waiting: {told}", muted=True)
+        colour = "#b42318" if job.message else "inherit"
+        row = gui.add_html(f'<div style="color:{colour};padding-top:.4em">{line}</div>')
+        button = gui.add_button_group("", ("Remove",))
+        button.on_click(lambda event: self._remove(job.number))
+        self._rows += [row, button]
+
+    def _remove(self, number: int) -> None:
+        self.queue.remove(number)
+        self.stage.eyes.moved.set()
+
+    def _config(self, job: Job) -> configs.Config:
+        return configs.load(job.prompt, self._layer, job.settings, kind=configs.Config)
+
+    def _make(self, job: Job, interrupted: Callable[[], bool]) -> Path | None:
+        """Make one asset; returns its folder where the terminal ended it before. Its problems are shown on the page."""
+        if not self.queue.move(job.number, "running"):
+            return None
+        self._attend()
+        self._empty.visible = False
+        try:
+            made, steps = launch.start(self._config(job))
+            self.watch.begin(made)
+            for last in steps:
+                self.watch.attend(last, interrupted)
+                self._attend()
+                if self.watch.stopped or interrupted():
+                    break
+            steps.close()
+            if interrupted() and last.step < last.total:
+                return made.path
+            self.watch.export()
+            files = []
+            for file in made.finish():
+                files.append(file)
+                self._attend()
+            self.watch.finish(files, last)
+            self.queue.done(job.number)
+            self._put_on_shelf(Finished.of(made.path))
+        except PROBLEMS as error:
+            self.watch.fail(str(error))
+            self.queue.move(job.number, "failed", str(error))
+        return None
+
+    def _put_on_shelf(self, asset: Finished) -> None:
+        """List a finished asset, above the earlier ones."""
+        gui = self.stage.gui
+        self._count += 1
+        self._shelf.visible = True
+        with self._shelf:
+            gui.add_html(card(asset), order=-2 * self._count)
+            buttons = gui.add_button_group("", ("Show", "Download GLB"), order=-2 * self._count + 1)
+
+        def clicked(event: Any) -> None:
+            if event.target.value == "Show":
+                self.stage.ask(lambda: self._show(asset))
+            else:
+                self.stage.offer(event, asset.mesh)
+
+        buttons.on_click(clicked)
+
+    def _show(self, asset: Finished) -> None:
+        """Put a finished asset's mesh on the canvas, and keep it there."""
+        try:
+            self.stage.show_mesh(asset.mesh)
+        except ValueError as error:
+            self.watch.fail(str(error))
+            return
+        self.watch.held = True
+        self._back.visible = self.watch.asset is not None
+
+    def _return(self) -> None:
+        self.watch.held = self._back.visible = False
+        self.watch.reveal()
+
+
+def earlier(out: Path) -> list[Path]:
+    """Run folders with a mesh, oldest first."""
+    return sorted(path.parent for path in out.glob("[0-9]*-*/mesh.glb") if (path.parent / "config.yaml").is_file())
+
+
+def card(asset: Finished) -> str:
+    """Thumbnail, prompt and settings as HTML, everything from the user escaped."""
+    picture = thumbnail(asset.mesh.parent / "preview.png")
+    image = f'<img alt="" src="{picture}" style="width:5em;height:5em;border-radius:.4em;flex:none">' if picture else ""
+    words = f'<div style="font-weight:600">{html.escape(asset.prompt)}</div>'
+    words += f'<div style="opacity:.65;font-size:.85em">{html.escape(asset.told)}</div>'
+    style = "display:flex;gap:.8em;align-items:center;padding:.5em .6em;overflow-wrap:anywhere"
+    return f'<div style="{style}">{image}<div>{words}</div></div>'
+
+
+def thumbnail(preview: Path) -> str:
+    """The front view of a preview, which is a row of square views, as a data URL; "" where there is none."""
+    from PIL import Image
+
+    try:
+        with Image.open(preview) as row:
+            front = row.convert("RGB").crop((0, 0, min(row.size), min(row.size)))
+    except OSError:
+        return ""
+    data = io.BytesIO()
+    front.resize((128, 128)).save(data, "png")
+    return f"data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}"

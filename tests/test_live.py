@@ -1,0 +1,457 @@
+"""The live page and the studio without a browser: who gets a picture when, pause and stop, the queue, the port."""
+
+import http.server
+import json
+import math
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import trimesh
+
+from sds3d import config as configs
+from sds3d import launch
+from sds3d.asset import Asset
+from sds3d.cameras import Cameras, Poses
+from sds3d.live import stage as stages
+from sds3d.live.address import Address
+from sds3d.live.eyes import GROWING, QUICK, SHARP, Eyes
+from sds3d.live.jobs import Queue
+from sds3d.live.studio import Studio
+from sds3d.live.watch import Watch
+from sds3d.train import Step
+
+FRONT = Cameras(*(torch.tensor([v]) for v in stages.FRONT))
+POSE = Poses(FRONT.positions(), FRONT.rotations(), FRONT.fov, aspect=1.0)
+
+
+class Clock:
+    """A clock that is put forward by hand."""
+
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Element:
+    """Stands for any element of viser's panel: keeps what it is given, and can be clicked."""
+
+    def __init__(self, *given, **props):
+        self.given, self.visible, self.removed = given, props.get("visible", True), False
+        self.content = given[0] if given else ""
+        value = given[1] if len(given) > 1 else ""
+        self.value = props.get("initial_value", value[0] if isinstance(value, tuple) else value)
+        self._callbacks = []
+
+    def on_click(self, callback):
+        self._callbacks.append(callback)
+
+    on_update = on_submit = on_click
+
+    def click(self, value=None, client=None):
+        self.value = self.value if value is None else value
+        for callback in self._callbacks:
+            callback(SimpleNamespace(target=self, client=client))
+
+    submit = click
+
+    def remove(self):
+        self.removed = True
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        pass
+
+
+class Gui:
+    """Stands for viser's panel; remembers its elements."""
+
+    def __init__(self):
+        self.elements: list[Element] = []
+
+    def __getattr__(self, name: str):
+        def add(*given, **props) -> Element:
+            self.elements.append(Element(*given, **props))
+            return self.elements[-1]
+
+        assert name.startswith("add_"), name
+        return add
+
+    def named(self, label: str) -> Element:
+        """The newest element of that label."""
+        return [e for e in self.elements if e.given[:1] == (label,) and not e.removed][-1]
+
+    def html(self) -> str:
+        """All that is told now."""
+        return "\n".join(str(e.content) for e in self.elements if e.visible and not e.removed)
+
+
+class Page:
+    """Stands for a Stage: nobody's browser, but whoever is put among its eyes gets pictures.
+
+    Attributes:
+        waits: what to do each time somebody waits; then it ends with an error.
+    """
+
+    def __init__(self):
+        self.eyes, self.gui, self.waits = Eyes(), Gui(), []
+        self.pictures, self.canvas, self.offered, self._asked = [], "", [], []
+
+    def ask(self, action):
+        self._asked.append(action)
+
+    def attend(self, asset, growing):
+        while self._asked:
+            self._asked.pop(0)()
+        if asset is not None and len(self.eyes):
+            self.pictures.append((asset.views(POSE, 8), growing))
+
+    def wait(self, seconds):
+        self.waits.pop(0)()
+
+    def show_scene(self):
+        self.canvas = "scene"
+
+    def show_mesh(self, path):
+        self.canvas = str(path)
+
+    def offer(self, event, path):
+        self.offered.append(path)
+
+
+@pytest.fixture
+def begin(ball_teacher, in_folder, tiny):
+    """Starts a tiny run; gives the asset and its steps."""
+    return lambda *more: launch.start(
+        configs.load("a red ball", configs.parse_overrides([*tiny, *more]), kind=configs.Config)
+    )
+
+
+def test_nobody_looks_nobody_is_drawn():
+    eyes = Eyes()
+    assert len(eyes) == 0 and eyes.wanted(growing=True) is None
+    eyes.note("a", POSE)
+    assert len(eyes) == 1 and eyes.wanted(growing=True) is not None
+    eyes.forget("a")
+    assert len(eyes) == 0 and eyes.wanted(growing=False) is None
+
+
+@pytest.mark.parametrize("moves, share", [(True, 0.5), (False, 0.2)])
+def test_training_keeps_most_of_the_time(moves, share):
+    clock = Clock()
+    eyes, drawn, steps = Eyes(clock), 0.0, 0.0
+    eyes.note("a", POSE)
+    clock.now = 10.0
+    while clock.now < 60:
+        if moves:
+            eyes.note("a", POSE)
+        wanted = eyes.wanted(growing=True)
+        if wanted is not None:
+            took = 2e-5 * wanted.height**2  # of a machine as slow as that
+            clock.now += took
+            drawn += took
+            eyes.drew(wanted, took, growing=True)
+        clock.now += 0.01
+        steps += 0.01
+    assert share * 0.8 < drawn / (drawn + steps) <= share + 0.01
+
+
+def test_a_resting_camera_gets_one_sharp_picture_as_large_as_time_allows():
+    clock = Clock()
+    eyes = Eyes(clock)
+
+    def draw(seconds_a_pixel: float = 1e-5):
+        wanted = eyes.wanted(growing=False)
+        if wanted is not None:
+            eyes.drew(wanted, seconds_a_pixel * wanted.height**2, growing=False)
+        return wanted
+
+    eyes.note("a", POSE)
+    assert not draw().sharp and draw() is None  # it moves
+    clock.now = 1.0
+    sharp = draw()
+    assert sharp.sharp and sharp.height == round(math.sqrt(SHARP / 1e-5))
+    assert draw() is None
+    eyes.note("a", POSE)
+    assert draw().height == round(math.sqrt(QUICK / 1e-5))
+    clock.now = 2.0
+    assert draw().sharp and draw() is None
+    eyes.blur()  # the scene has changed
+    assert draw().height == round(math.sqrt(GROWING / 1e-5)) and draw().sharp
+
+
+def test_who_moves_while_being_drawn_and_who_waits_longest_come_next():
+    clock = Clock()
+    eyes = Eyes(clock)
+    eyes.note("a", POSE)
+    wanted = eyes.wanted(growing=False)
+    eyes.note("a", POSE.to("cpu"))  # another pose, meanwhile
+    eyes.drew(wanted, 0.1, growing=False)
+    assert eyes.wanted(growing=False).key == "a"
+    order = []
+    for key in "bc":
+        eyes.note(key, POSE)
+    for _ in range(6):
+        clock.now += 10
+        wanted = eyes.wanted(growing=True)
+        eyes.drew(wanted, 0.1, growing=True)
+        order.append(wanted.key)
+    assert sorted(order[:3]) == ["a", "b", "c"] and order[3:] == order[:3]
+
+
+def test_looking_changes_nothing_of_the_run(begin):
+    states = []
+    for look in (True, False):
+        made, steps = begin()
+        page = Page()
+        watch = Watch(page)
+        watch.begin(made)
+        for step in steps:
+            if look:
+                page.eyes.note("a", POSE)
+            watch.attend(step, lambda: False)
+        assert len(page.pictures) == (step.total if look else 0)
+        states.append(made.scene.state_dict())
+    for name, value in states[0].items():
+        assert torch.equal(value, states[1][name]), name
+
+
+def test_nothing_is_told_while_nobody_looks(begin):
+    made, _ = begin()
+    page = Page()
+    watch = Watch(page)
+    watch.begin(made)
+    before = page.gui.html()
+    watch.attend(Step(3, 6, 0.0, {"opacity": 0.25}, 1.0), lambda: False)
+    assert page.gui.html() == before
+    page.eyes.note("a", POSE)
+    watch.attend(Step(4, 6, 0.0, {"opacity": 0.25}, 2.0), lambda: False)
+    assert "step 4/6" in page.gui.html() and "opacity 0.25" in page.gui.html()
+
+
+@pytest.mark.parametrize("end", ["resume", "stop", "ctrl-c"])
+def test_a_pause_ends_by_resume_by_stop_and_by_ctrl_c(begin, end):
+    made, _ = begin()
+    page, interrupted = Page(), []
+    watch = Watch(page)
+    watch.begin(made)
+    pause, stop = page.gui.named("Pause"), page.gui.named("Stop and export")
+    pause.click()
+    told = []
+    ends = {"resume": pause.click, "stop": stop.click, "ctrl-c": lambda: interrupted.append(1)}
+    page.waits = [lambda: told.append(page.gui.html()), lambda: None, ends[end]]
+    watch.attend(Step(3, 6, 0.0, {}, 1.0), lambda: bool(interrupted))
+    assert page.waits == [] and "paused after step 3/6" in told[0]
+    assert watch.stopped == (end == "stop")
+
+
+def test_text_of_the_user_is_escaped(ball_teacher, in_folder, tiny):
+    prompt = "a <img src=x onerror=alert(1)> ball & **bold**"
+    made, _ = launch.start(configs.load(prompt, configs.parse_overrides(tiny), kind=configs.Config))
+    page = Page()
+    Watch(page).begin(made)
+    assert "a &lt;img src=x onerror=alert(1)&gt; ball &amp; **bold**" in page.gui.html()
+    assert "<img" not in page.gui.html()
+
+
+def test_stop_and_export_writes_the_files_and_can_be_resumed(call, tiny, monkeypatch):
+    attend = Watch.attend
+
+    def stopping(self, step, interrupted):
+        if step.step == 3:
+            self._end()
+        attend(self, step, interrupted)
+
+    monkeypatch.setattr(Watch, "attend", stopping)
+    code, out, err = call("generate", "a red ball", *tiny, "--live", "--port", "0", "--json")
+    assert code == 0 and "open http://127.0.0.1:" in err, err
+    made = json.loads(out)
+    assert made["steps"] == 3
+    assert [Path(file).name for file in made["files"]][-1] == "mesh.glb" and Path(made["files"][-1]).is_file()
+    code, _, err = call("resume", made["run"])
+    rows = (Path(made["run"]) / "metrics.jsonl").read_text().splitlines()
+    assert code == 0 and [json.loads(row)["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_taken_port_is_named_and_leaves_no_run(call, tiny, in_folder):
+    with http.server.HTTPServer(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler) as other:
+        port = other.server_address[1]
+        code, _, err = call("generate", "a red ball", *tiny, "--live", "--port", str(port))
+        assert code == 2 and f"cannot use port {port} on 127.0.0.1" in err and "another --port" in err
+        assert not (in_folder / "outputs").exists()
+
+
+def test_without_a_wish_the_next_free_port_is_taken(monkeypatch):
+    with http.server.HTTPServer(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler) as other:
+        monkeypatch.setattr("sds3d.live.address.FIRST", other.server_address[1])
+        assert Address.find().port > other.server_address[1]
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        (("--port", "9000"), "add --live"),
+        (("--host", "0.0.0.0"), "add --live"),
+        (("--live", "--port", "70000"), "--port is 70000"),
+        (("--live", "--host", "no.such.host.invalid"), "no address"),
+        (("--live", "--host", "203.0.113.1"), "cannot serve on 203.0.113.1"),
+    ],
+)
+def test_wrong_addresses(call, tiny, flags, said):
+    code, _, err = call("generate", "a red ball", *tiny, *flags)
+    assert code == 2 and said in err and len(err.splitlines()) == 1
+
+
+def test_other_addresses_are_warned_about(capsys):
+    from sds3d.cli.live import staging
+
+    for host, warned in (("127.0.0.1", False), ("localhost", False), ("0.0.0.0", True)):
+        with staging(host, 0, "title") as stage:
+            out, err = capsys.readouterr()
+            assert ("warning" in err and "no password" in err) == warned and not out
+            assert stage.address.url in err and stage.address.port > 0
+        assert capsys.readouterr() == ("", "")
+    assert not Address("::1", 80).warning and Address("some-name", 80).warning
+
+
+def test_the_page_never_opens_a_tunnel(capsys):
+    stage = stages.Stage(Address.find(port=0), "title")
+    try:
+        assert stage._server.request_share_url() is None
+    finally:
+        stage.close()
+
+
+def test_bounds_of_a_glb(tmp_path):
+    mesh = trimesh.creation.box((1.0, 2.0, 0.5)).apply_translation((0.25, 0, 1))
+    mesh.export(tmp_path / "box.glb")
+    low, high = stages.bounds((tmp_path / "box.glb").read_bytes())
+    np.testing.assert_allclose([low, high], mesh.bounds, atol=1e-6)
+    with pytest.raises(ValueError, match="no GLB"):
+        stages.bounds(b"something else")
+
+
+def test_a_viewers_camera_is_the_one_that_stands_there():
+    from viser.transforms import SO3
+
+    opencv = FRONT.rotations()[0].numpy().astype(float) * (1, -1, -1)  # looks along +z, y down
+    camera = SimpleNamespace(
+        wxyz=SO3.from_matrix(opencv).wxyz,
+        position=FRONT.positions()[0].numpy(),
+        fov=math.radians(40),
+        image_width=160,
+        image_height=100,
+    )
+    ours, theirs = stages.pose_of(camera).rays(10), FRONT.rays(10, 16)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
+
+
+def test_queue_keeps_order_and_what_runs():
+    queue = Queue()
+    threads = [threading.Thread(target=lambda: [queue.add("p", {}) for _ in range(50)]) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [job.number for job in queue.jobs()] == list(range(1, 201)) and queue.version == 200
+    assert queue.first("new").number == 1 and queue.first("waiting") is None
+    queue.move(1, "running")
+    queue.move(2, "failed", "why")
+    for number in (1, 2, 3, 999):
+        queue.remove(number)
+    assert [job.number for job in queue.jobs()][:2] == [1, 4]
+    assert not queue.move(2, "waiting")
+    queue.done(1)
+    assert queue.jobs()[0].number == 4 and queue.version == 205
+
+
+@pytest.fixture
+def studio(ball_teacher, in_folder, tiny):
+    """A studio for tiny runs, and a function that serves until nothing is left to do."""
+    layer = configs.parse_overrides(tiny)
+
+    def make() -> Studio:
+        return Studio(Page(), configs.load("a red ball", layer, kind=configs.Config), layer)
+
+    def serve(studio: Studio) -> Path | None:
+        return studio.serve(lambda: not any(job.state in ("new", "waiting", "running") for job in studio.queue.jobs()))
+
+    return SimpleNamespace(make=make, serve=serve)
+
+
+def send(studio: Studio, prompt: str) -> None:
+    """Type a prompt and click."""
+    studio.stage.gui.named("prompt").value = prompt
+    studio.stage.gui.named("New asset").submit()
+
+
+def test_studio_makes_what_is_queued_and_shows_what_is_wrong(studio):
+    made = studio.make()
+    gui = made.stage.gui
+    send(made, "a red ball")
+    send(made, "a <cube>")
+    gui.named("seed").value = 1
+    send(made, "a green ball")
+    assert studio.serve(made) is None
+    told = gui.html()
+    assert "unknown: &#x27;a &lt;cube&gt;&#x27; (nearest: ball)" in told and "<cube>" not in told
+    assert told.count("data:image/png;base64,") == 2
+    runs = sorted(Path("outputs").iterdir())
+    assert [run.name for run in runs] == ["00001-a-red-ball", "00002-a-green-ball"]
+    assert [Asset.open(run).config.seed for run in runs] == [0, 1]
+    assert made.stage.canvas == str(runs[1] / "mesh.glb")
+    buttons = [e for e in gui.elements if e.given[1:] == (("Show", "Download GLB"),)]
+    buttons[0].click("Download GLB")
+    assert made.stage.offered == [runs[0] / "mesh.glb"]
+    buttons[0].click("Show")
+    made.stage.attend(None, False)
+    assert made.stage.canvas == str(runs[0] / "mesh.glb")
+    send(made, "another ball")  # it does not take the canvas away from what somebody chose
+    studio.serve(made)
+    assert made.stage.canvas == str(runs[0] / "mesh.glb")
+    gui.named("Back to this one").click()
+    made.stage.attend(None, False)
+    assert made.stage.canvas == "outputs/00003-another-ball/mesh.glb"
+    again = studio.make()  # lists them all, the newest on the canvas
+    assert again.stage.gui.html().count("data:image/png;base64,") == 3
+    assert again.stage.canvas == "outputs/00003-another-ball/mesh.glb"
+
+
+def test_studio_removes_what_waits_and_survives_what_fails(studio, monkeypatch):
+    made = studio.make()
+    send(made, "a red ball")
+    send(made, "a blue ball")
+    made.queue.remove(1)
+    finish, empty = Asset.finish, ValueError("there is no surface")
+
+    def failing(self):
+        raise empty
+        yield
+
+    monkeypatch.setattr(Asset, "finish", failing)
+    studio.serve(made)
+    assert "there is no surface" in made.stage.gui.html() and made.queue.jobs()[0].state == "failed"
+    monkeypatch.setattr(Asset, "finish", finish)
+    send(made, "a green ball")
+    studio.serve(made)
+    assert [run.name for run in sorted(Path("outputs").iterdir())] == ["00001-a-blue-ball", "00002-a-green-ball"]
+
+
+def test_studio_that_is_interrupted_names_the_run_to_go_on_with(studio):
+    made = studio.make()
+    send(made, "a red ball")
+    asked = []
+    left = made.serve(lambda: asked.append(1) or len(asked) > 3)
+    assert left == Path("outputs/00001-a-red-ball") and (left / "checkpoint.safetensors").is_file()
+
+
+def test_studio_offers_methods_that_make_scenes(studio):
+    methods = studio.make().stage.gui.named("method").given[1]
+    assert {"sds", "vsd"} <= set(methods) and not {"dds", "dmd", "dmd2"} & set(methods)
