@@ -121,15 +121,16 @@ class Studio:
 
     def _attend(self) -> None:
         """Look new prompts over, and show the queue where it has changed."""
-        if self._version == self.queue.version:
+        version = self.queue.version
+        if version == self._version:
             return
+        self._version = version  # what comes meanwhile is for the next time
         while (job := self.queue.first("new")) is not None:
             try:
                 make.teacher(self._config(job))
                 self.queue.move(job.number, "waiting")
             except PROBLEMS as error:
                 self.queue.move(job.number, "failed", str(error))
-        self._version = self.queue.version
         for row in self._rows:
             row.remove()
         self._rows = []
