@@ -273,7 +273,8 @@ def test_stop_and_export_writes_the_files_and_can_be_resumed(call, tiny, monkeyp
     assert code == 0 and "open http://127.0.0.1:" in err, err
     made = json.loads(out)
     assert made["steps"] == 3
-    assert [Path(file).name for file in made["files"]][-1] == "mesh.glb" and Path(made["files"][-1]).is_file()
+    assert {"preview.png", "turntable.mp4", "mesh.glb"} <= {Path(file).name for file in made["files"]}
+    assert all(Path(file).is_file() for file in made["files"])
     code, _, err = call("resume", made["run"])
     rows = (Path(made["run"]) / "metrics.jsonl").read_text().splitlines()
     assert code == 0 and [json.loads(row)["step"] for row in rows] == [1, 2, 3, 4, 5, 6]

@@ -114,7 +114,7 @@ class Stage:
         image = to_bytes(asset.views(wanted.pose, wanted.height))[0]
         client = self._server.get_clients().get(wanted.key)
         if client is not None:
-            client.scene.set_background_image(image, format="jpeg", jpeg_quality=90)
+            client.scene.set_background_image(image, format="png")  # JPEG's blocks would show, drawn larger
             client.flush()
         self.eyes.drew(wanted, time.perf_counter() - begun, growing)
 
