@@ -89,7 +89,7 @@ def svg(lines: Mapping[str, Curve], y: str, log: bool = False, low: float | None
 
     with matplotlib.rc_context({"svg.fonttype": "none", "text.color": INK, "axes.edgecolor": INK}):
         figure = Figure(figsize=(5.6, 2.7))
-        figure.subplots_adjust(0.11, 0.17, 0.985, 0.9 if len(lines) > 1 else 0.97)
+        figure.subplots_adjust(0.135, 0.17, 0.985, 0.9 if len(lines) > 1 else 0.97)
         axes = figure.add_subplot()
         for i, (name, curve) in enumerate(lines.items()):
             mark = "o" if len(curve[0]) == 1 else ""
