@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import warnings
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -14,8 +17,9 @@ from sds3d import config as configs
 from sds3d import make, report
 from sds3d.cameras import Cameras, orbit
 from sds3d.config import Config, DistillConfig
-from sds3d.export import mesh as meshes
-from sds3d.export import sheet, video
+from sds3d.export import formats, sheet, video
+from sds3d.export.pipeline import Export
+from sds3d.export.source import Source, Tell, silent
 from sds3d.runs import Run
 from sds3d.scenes.student import SceneStudent
 from sds3d.students import Particles
@@ -27,7 +31,7 @@ if TYPE_CHECKING:
     from sds3d.metrics.truth import Scores
 
 EVAL_SIZE = 64  # pixels a side of the views that are scored
-FORMATS = (*meshes.FORMATS, ".mp4", ".png")
+FORMATS = (*formats.FORMATS, ".mp4", ".png")
 
 
 class Asset:
@@ -112,6 +116,35 @@ class Asset:
         camera = Cameras(*(torch.tensor([float(v)]) for v in (azimuth, elevation, distance, fov)))
         return Image.fromarray(sheet.to_bytes(self.views(camera, resolution))[0])
 
+    def exporter(self, tell: Tell = silent, **changed: Any) -> Export:
+        """What writes this scene into mesh files; several formats share what is made once.
+
+        Args:
+            tell: called with what is being done, and how far it is, 0 to 1.
+            changed: settings of ``export`` other than the config's, as ``mesh_resolution=256``.
+
+        Raises:
+            ValueError: a setting is out of its range.
+        """
+        config, settings = self.config, dataclasses.replace(self.config.export, **changed)
+        lit = config.render.shading == "albedo"  # then the scene's colours hold what light the teacher painted
+        card = {
+            "prompt": config.prompt,
+            "method": configs.name_of(config.method),
+            "teacher": config.teacher.name,
+            "seed": config.seed,
+            "particle": self.particle,
+            "version": version("sds3d"),
+            "light_baked": lit,
+        }
+        source = Source(self.scene.density, self.scene.colours, self._on_white, self.scene.device)
+        return Export(source, settings.surface(), settings.look(), card, lit, tell)
+
+    def _on_white(self, cameras: Cameras, size: int) -> tuple[Tensor, Tensor]:
+        """Images (B, 3, H, H) on white, and opacity (B, 1, H, H)."""
+        out = self.scene.render_view(cameras, size, background="#ffffff")
+        return out.rgb, out.opacity
+
     def mesh(self, resolution: int | None = None) -> trimesh.Trimesh:
         """The surface with vertex colours, world coordinates: y up, front +z.
 
@@ -121,18 +154,14 @@ class Asset:
         Raises:
             ValueError: nothing is dense enough to have a surface.
         """
-        settings, scene = self.config.export, self.scene
-        return meshes.extract(
-            scene.density,
-            scene.colours,
-            resolution=settings.mesh_resolution if resolution is None else resolution,
-            threshold=settings.threshold,
-            keep=settings.keep,
-            device=scene.device,
-        )
+        changed = {} if resolution is None else {"mesh_resolution": resolution}
+        return formats.to_trimesh(self.exporter(**changed).model("vertex"))
 
     def export(self, path: str | Path) -> Path:
-        """Write .glb, .obj, .ply (mesh), .mp4 (turntable) or .png (eight views), chosen by the suffix.
+        """Write .glb, .obj, .ply, .stl (mesh), .mp4 (turntable) or .png (eight views), chosen by the suffix.
+
+        Meshes stand on y = 0 and are one high. Each is compared with the scene; a file that does not look like it comes
+        with a warning.
 
         Raises:
             ValueError: another suffix, an empty scene, or a place that cannot be written.
@@ -151,7 +180,22 @@ class Asset:
             )
         if suffix == ".png":
             return sheet.preview(lambda cameras: self.views(cameras, settings.size), path, size=settings.size)
-        return meshes.save(self.mesh(), path)
+        exporter = self.exporter()
+        self.write_mesh(exporter, path)
+        for text in exporter.shortfalls():
+            warnings.warn(text, stacklevel=2)
+        return path
+
+    def write_mesh(self, exporter: Export, path: Path) -> dict[str, Any]:
+        """Write one mesh file; in the run folder mesh.json, too, with what the GLB's extras say and each file's check.
+
+        Returns:
+            the report of `Export.write`.
+        """
+        report = exporter.write(path)
+        if path.resolve().parent == self.path.resolve():
+            self.run.write_text(self.file("mesh.json"), json.dumps(exporter.whole(), indent=1) + "\n")
+        return report
 
     def finish(self) -> Iterator[Path]:
         """Write preview.png, turntable.mp4 and mesh.glb into the run folder, one after the other, for each particle;

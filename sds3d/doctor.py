@@ -25,6 +25,8 @@ PACKAGES = (
     "pillow",
     "matplotlib",
     "trimesh",
+    "xatlas",
+    "fast-simplification",
     "scikit-image",
     "imageio-ffmpeg",
     "typer",

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Self, TypeVar
 
@@ -151,6 +152,38 @@ def counted(items: Iterable[T], total: int, what: str, quiet: bool) -> Iterator[
             if done % -(-total // LINES) == 0 or done == total:
                 left = (time.perf_counter() - begun) / done * (total - done)
                 print(f"{what} {done}/{total}  {left:.0f} s left", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def parts(quiet: bool) -> Iterator[Callable[[str, float], None]]:
+    """A function that is told what is being done and which share of it is done: a bar a part, or a line a part where
+    there is no terminal."""
+    if quiet:
+        yield lambda part, share: None
+        return
+    if not sys.stderr.isatty():
+        begun: set[str] = set()
+
+        def line(part: str, share: float) -> None:
+            if part not in begun:
+                print(f"{part} ...", file=sys.stderr, flush=True)
+            begun.add(part)
+
+        yield line
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+    columns = TextColumn("{task.description}"), BarColumn(bar_width=24), TimeElapsedColumn()
+    with Progress(*columns, console=Console(stderr=True)) as bars:
+        tasks: dict[str, TaskID] = {}
+
+        def bar(part: str, share: float) -> None:
+            if part not in tasks:
+                tasks[part] = bars.add_task(part, total=1.0)
+            bars.update(tasks[part], completed=share)
+
+        yield bar
 
 
 def thumbnail(views: Tensor) -> Text:

@@ -7,7 +7,7 @@ A run folder holds::
       checkpoint.safetensors   tensors, and the rest of the state as JSON in the file's header: one file, one rename
       metrics.jsonl            a row a step
       progress/00050.png ...   the views of that step; strip.png has them all, oldest on top
-      mesh.glb  turntable.mp4  preview.png
+      mesh.glb  mesh.json  turntable.mp4  preview.png     the mesh, and what is known of it
       index.html               all of it on one page
 
 Every file is written beside its place and renamed into it, so that a reader, a crash or a full disk never
@@ -140,7 +140,8 @@ class Run:
             raise ValueError(f"{damaged} ({type(error).__name__}); start again with sds3d generate") from error
         if state.get("format") != CHECKPOINT_FORMAT:
             raise ValueError(
-                f"{self.checkpoint} has format {state.get('format')}, this version reads {CHECKPOINT_FORMAT}"
+                f"{self.checkpoint} has format {state.get('format')}, this version reads {CHECKPOINT_FORMAT}:"
+                " it was made by another version of sds3d; use that one, or pip install --upgrade sds3d"
             )
         return state["state"]
 

@@ -11,6 +11,8 @@ from sds3d.cameras import CameraRanges
 from sds3d.critics import CriticConfig
 from sds3d.distill.diffinstruct import DiffInstruct
 from sds3d.distill.sds import SDS
+from sds3d.export.mesh import Surface
+from sds3d.export.pipeline import Look
 from sds3d.generators.one_step import GeneratorConfig
 from sds3d.guidance import Guidance
 from sds3d.pairs import PairsConfig
@@ -44,14 +46,24 @@ class ExportConfig:
     """
     Args:
         mesh_resolution: voxels along each side of the box.
-        threshold: density at the surface; null chooses it.
-        keep: pieces smaller than this share of the largest piece's area are dropped.
+        threshold: density at the surface, its level; null chooses it.
+        keep: pieces smaller than this share of the largest piece's area are dropped; 1 keeps the largest only.
+        fill: close holes and gaps narrower than this, in scene units; 0 for none.
+        smooth: rounds of smoothing.
+        faces: at most so many triangles.
+        colours: "texture", or "vertex".
+        texture: texels a side.
         frames, size, elevation: of the turntable; pixels, degrees. ``size`` is the preview's, too.
     """
 
     mesh_resolution: int = 96
     threshold: float | None = None
     keep: float = 0.05
+    fill: float = 0.0
+    smooth: int = 3
+    faces: int = 50_000
+    colours: str = "texture"
+    texture: int = 1024
     frames: int = 48
     size: int = 128
     elevation: float = 15.0
@@ -63,12 +75,21 @@ class ExportConfig:
             raise ValueError(f"export.threshold is {self.threshold}; give a density above 0, or null")
         if not 0 <= self.keep <= 1:
             raise ValueError(f"export.keep is {self.keep}; give a share from 0 to 1")
+        self.surface(), self.look()
         if not -90 <= self.elevation <= 90:
             raise ValueError(f"export.elevation is {self.elevation}; give degrees from -90 to 90")
         if not 2 <= self.frames <= 10_000:
             raise ValueError(f"export.frames is {self.frames}; give 2 to 10000")
         if not 16 <= self.size <= 2048 or self.size % 2:
             raise ValueError(f"export.size is {self.size}; give an even number from 16 to 2048")
+
+    def surface(self) -> Surface:
+        """How the surface is made. Raises ValueError."""
+        return Surface(self.mesh_resolution, self.threshold, self.keep, self.fill, self.smooth, self.faces)
+
+    def look(self) -> Look:
+        """Where its colours are. Raises ValueError."""
+        return Look(self.colours, self.texture)
 
 
 @dataclass(frozen=True)

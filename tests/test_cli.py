@@ -36,7 +36,7 @@ def test_generate_leaves_everything_in_the_run_folder(call, tiny, in_folder):
         f"outputs/{run.name}/{f}" for f in ("preview.png", "turntable.mp4", "mesh.glb", "index.html")
     ]
     kept = "checkpoint.safetensors config.yaml metrics.jsonl progress"
-    made = "index.html mesh.glb preview.png turntable.mp4"
+    made = "index.html mesh.glb mesh.json preview.png turntable.mp4"
     assert sorted(p.name for p in run.iterdir()) == sorted(f"{kept} {made}".split())
     assert sorted(p.name for p in (run / "progress").iterdir()) == ["00003.png", "00006.png", "strip.png"]
     assert [json.loads(row)["step"] for row in (run / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3, 4, 5, 6]
@@ -44,7 +44,9 @@ def test_generate_leaves_everything_in_the_run_folder(call, tiny, in_folder):
 
     mesh = trimesh.load(run / "mesh.glb", force="mesh")
     assert mesh.is_watertight and mesh.volume > 0
-    assert abs(mesh.bounds).max() <= 1
+    assert mesh.bounds[:, 1].tolist() == pytest.approx([0, 1])  # it stands on the ground and is one high
+    told = json.loads((run / "mesh.json").read_text())
+    assert told["prompt"] == "a red ball" and told["light_baked"] and told["files"]["mesh.glb"]["iou"] > 0.9
     for said in ("torch (asked for)", "step 6/6", "opacity", "|g|", "done in", "sds3d export", "sds3d resume"):
         assert said in err
 
@@ -222,14 +224,16 @@ def test_a_config_that_was_edited_is_named(call, made):
 def test_export_writes_every_format(call, made, in_folder):
     import trimesh
 
-    code, out, _ = call("export", made, "--format", "obj,ply, .GLB,mp4,png", "-o", "there", "--resolution", "20")
+    code, out, err = call("export", made, "--format", "obj,ply, .GLB,stl,mp4,png", "-o", "there", "--resolution", "20")
     assert code == 0
+    for said in ("density ...", "check ...", "mesh.stl: ", " faces, level ", "IoU ", "PSNR ", "seconds: surface "):
+        assert said in err
     assert [Path(line).name for line in out.splitlines()] == [
-        "mesh.obj", "mesh.ply", "mesh.glb", "turntable.mp4", "preview.png",
+        "mesh.obj", "mesh.ply", "mesh.glb", "mesh.stl", "turntable.mp4", "preview.png",
     ]  # fmt: skip
     sizes = {len(trimesh.load(in_folder / "there" / f"mesh.{kind}", force="mesh").faces) for kind in ("obj", "ply")}
     assert len(sizes) == 1
-    for bad, message in (("stl", "format is 'stl'; give one or more of glb, obj, ply"), (" ,", "format is ''")):
+    for bad, message in (("fbx", "format is 'fbx'; give one or more of glb, obj, ply, stl"), (" ,", "format is ''")):
         code, _, err = call("export", made, "--format", bad)
         assert code == 2
         assert message in err
@@ -282,8 +286,8 @@ def test_python_makes_an_asset(in_folder, ball_teacher):
     assert image.getpixel((24, 24)) != (255, 255, 255)
     assert len(asset.mesh().faces) > 20
     assert asset.export("ball.ply").is_file()
-    with pytest.raises(ValueError, match=r"cannot export 'ball.stl': the name must end in .glb"):
-        asset.export("ball.stl")
+    with pytest.raises(ValueError, match=r"cannot export 'ball.fbx': the name must end in .glb"):
+        asset.export("ball.fbx")
     again = sds3d.Asset.open(asset.path, backend="torch")  # the kernels it was made with: the same to the last bit
     assert again.render(30, 15, 48).tobytes() == image.tobytes()
     assert asset.config.seed == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -99,21 +100,45 @@ def resume(run: RunFolder, overrides: Overrides = None, quiet: Quiet = False, js
     carry_out(made, steps, begun, make_display(quiet or shares.join().index > 0, json), json)
 
 
+@dataclass(frozen=True)
+class MeshOptions:
+    """The flags of export that say how a mesh is made, each short for a key of ``export``."""
+
+    resolution: Annotated[int | None, Option(help="voxels along each side of the box")] = None
+    level: Annotated[float | None, Option(help="density at the surface; chosen by silhouettes by default")] = None
+    faces: Annotated[int | None, Option(help="triangles, at most")] = None
+    colours: Annotated[str | None, Option(help="texture or vertex")] = None
+    texture: Annotated[int | None, Option(help="texels a side: 1024, 2048")] = None
+    keep: Annotated[float | None, Option(help="drop pieces below this share of the largest; 1: all but it")] = None
+    fill: Annotated[float | None, Option(help="close holes narrower than this, in scene units")] = None
+    smooth: Annotated[int | None, Option(help="rounds of smoothing")] = None
+
+    def changed(self) -> dict[str, Any]:
+        """The keys that were given."""
+        names = {"resolution": "mesh_resolution", "level": "threshold"}
+        return {names.get(k, k): v for k, v in vars(self).items() if v is not None}
+
+
+@spread
 def export(
     run: RunFolder,
-    format: Annotated[str, Option("--format", "-f", help="glb, obj, ply (mesh), mp4 (turntable), png (views)")] = "glb",
+    format: Annotated[str, Option("--format", "-f", help="glb, obj, ply, stl (mesh), mp4 (turntable), png")] = "glb",
     out: Annotated[Path | None, Option("--out", "-o", help="folder to write to; the run's own by default")] = None,
-    resolution: Annotated[int | None, Option(help="voxels along each side of the box")] = None,
+    quiet: Quiet = False,
     json: Json = False,
+    options: MeshOptions = MeshOptions(),
 ) -> None:
-    """Write a run's asset in other formats.
+    """Write a run's asset in other formats, and check each mesh against the scene's own pictures.
 
-    [bold]Example[/bold]
+    Meshes are one high and stand on y = 0, +y up, their front +z. The report is in the run's mesh.json, and in the GLB.
 
-      sds3d export outputs/00001-a-red-mug --format glb,obj,ply --resolution 128
+    [bold]Examples[/bold]
+
+      sds3d export outputs/00001-a-red-mug --format glb,obj,ply,stl
+
+      sds3d export outputs/00001-a-red-mug --resolution 256 --texture 2048 --faces 20000
     """
-    from dataclasses import replace
-
+    from sds3d import progress
     from sds3d.asset import FORMATS, Asset
 
     names = {"mp4": "turntable", "png": "preview"}
@@ -121,17 +146,21 @@ def export(
     for suffix in wanted or [""]:
         if f".{suffix}" not in FORMATS:
             raise ValueError(f"format is {suffix!r}; give one or more of {', '.join(f[1:] for f in FORMATS)}")
-    asset = Asset.open(run)
-    if resolution is not None:
-        settings = replace(asset.config.export, mesh_resolution=resolution)
-        asset.config = replace(asset.config, export=settings)
-    folder = out or asset.path
-    files = [
-        one.export(folder / one.file(f"{names.get(suffix, 'mesh')}.{suffix}").name)
-        for one in asset.particles
-        for suffix in wanted
-    ]
-    print_result({"run": str(asset.path), "files": [str(f) for f in files]}, [str(f) for f in files], json)
+    files, reports, lines = [], {}, []
+    with progress.parts(quiet or json) as tell:
+        for one in Asset.open(run).particles:
+            exporter = one.exporter(tell, **options.changed())
+            for suffix in wanted:
+                path = (out or one.path) / one.file(f"{names.get(suffix, 'mesh')}.{suffix}").name
+                files.append(str(path))
+                if suffix in names:
+                    one.export(path)
+                else:
+                    reports[str(path)] = one.write_mesh(exporter, path)
+            lines += [] if quiet or json else exporter.lines()
+    for line in lines:
+        print(line, file=sys.stderr)
+    print_result({"run": str(run), "files": files, "meshes": reports}, files, json)
 
 
 def evaluate(

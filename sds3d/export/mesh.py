@@ -1,193 +1,243 @@
-"""From a density to a mesh: marching cubes (Lorensen and Cline 1987, as in scikit-image), colours, GLB / OBJ / PLY.
+"""From a density to a closed mesh: marching cubes (Lorensen and Cline 1987, as in scikit-image), cleaned and thinned.
 
-What is marched is not the density s but the opacity of a layer as thick as the threshold wants it,
+What is marched is not the density s but a bounded opacity,
 
-    v = 1 - 2^(-s / threshold)  in [0, 1),   surface at v = 1/2, which is s = threshold.
+    v = 1 - 2^(-max((s / level)^2, D / ln 2))  in [0, 1),   surface at v = 1/2,
 
-Densities of a trained scene jump from 0 to hundreds within a voxel. v is bounded, so linear interpolation between
-two corners puts the surface where the jump is, not next to the empty corner.
+so that the surface lies where s is the level, or where D is ln 2: D(x) is the optical depth between x and the outside
+along that of 26 directions that is clearest. Where D is larger, half the light is lost on every way in: nobody sees
+what is there, and it counts as solid. A soft scene is foam inside; this makes it a solid body with one skin.
+v is bounded, so linear interpolation between two corners puts the surface where a jump of the density is.
 
-By default the threshold is the one whose surface covers as much of the picture as the scene does: over a few views,
-pixels whose ray meets the threshold are as many as pixels whose ray loses half its light. So a soft scene, whose
-densities never reach those of a hard one, keeps its outline.
+The level is the one whose silhouettes, from 12 views, agree best with the scene's own rendered opacity (mean IoU).
 
-Mesh coordinates are the world's of ``cameras.py`` (y up, front +z), which are glTF's. Vertex colours are sRGB
-bytes in memory, in OBJ and in PLY; GLB stores them linear, as glTF 2.0 (3.9.2, COLOR_0) wants.
+Meshes are in the world of ``cameras.py`` (y up, front +z).
 """
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable
-from pathlib import Path
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
-from torch.nn import functional
 
-from sds3d.cameras import cat, orbit
-from sds3d.files import replacing
+from sds3d.export import raster
+from sds3d.export.source import CHUNK, Source, Tell, choosing_views, silent
 
-if TYPE_CHECKING:
-    import trimesh
+CHOICE_SIZE = 64  # pixels a side of the views that choose the level
+CHOICE_RESOLUTION = 128  # voxels a side, at most, of the meshes that choose it
+BLUR = 0.7  # voxels by which v is smoothed: closes pinholes, keeps corners within a voxel
+CARE = 3  # of the decimation, 1 to 10: higher is faster and pinches thin parts
+TAUBIN = (0.5, -0.53)  # one round of smoothing: in, then a little more out (Taubin 1995)
 
-FORMATS = (".glb", ".obj", ".ply")
-CHUNK = 1 << 17  # points in one call of a field
-DEPTHS = (-0.5, 0.0, 0.5, 1.0, 1.5, 2.5, 4.0, 6.0, 9.0)  # voxels below the surface where colours are taken
-OUTLINE = 48  # pixels a side of the views that the default threshold compares
 
-Density = Callable[[Tensor], Tensor]  # world points (N, 3) -> density (N,), >= 0
-Colour = Callable[[Tensor], Tensor]  # world points (N, 3) -> sRGB (N, 3) in [0, 1]
+@dataclass(frozen=True)
+class Surface:
+    """How a surface is made.
+
+    Args:
+        resolution: voxels along each side of the box, 8 to 512.
+        level: the density at the surface; None chooses it.
+        keep: pieces with less than this share of the largest piece's area are dropped. 1 keeps the largest only,
+            0 keeps all. Cavities, which nobody can see, are always dropped.
+        fill: close holes and gaps narrower than this, in scene units; 0 for none.
+        smooth: rounds of Taubin's smoothing, which does not shrink.
+        faces: at most so many triangles.
+
+    Raises:
+        ValueError: a setting is out of its range.
+    """
+
+    resolution: int = 96
+    level: float | None = None
+    keep: float = 0.05
+    fill: float = 0.0
+    smooth: int = 3
+    faces: int = 50_000
+
+    def __post_init__(self):
+        if not 8 <= self.resolution <= 512:
+            raise ValueError(f"mesh resolution is {self.resolution}; give 8 to 512 voxels a side")
+        if self.level is not None and not 0 < self.level < math.inf:
+            raise ValueError(f"mesh level is {self.level}; give a density above 0, or nothing to have it chosen")
+        if not 0 <= self.keep <= 1:
+            raise ValueError(f"keep is {self.keep}; give a share in [0, 1]")
+        if not 0 <= self.fill <= 0.5:
+            raise ValueError(f"fill is {self.fill}; give a width in scene units, 0 to 0.5")
+        if not 0 <= self.smooth <= 100:
+            raise ValueError(f"smooth is {self.smooth}; give 0 to 100 rounds")
+        if not self.faces >= 100:
+            raise ValueError(f"faces is {self.faces}; give at least 100 (50000 is usual)")
+
+
+@dataclass(frozen=True)
+class Skin:
+    """A surface in world coordinates.
+
+    Args:
+        vertices: (V, 3) float64.
+        faces: (F, 3) int64, counter-clockwise seen from outside.
+        level: the density it was marched at.
+        level_iou: how well that level's silhouettes agree with the rendered ones; None where it was given.
+    """
+
+    vertices: np.ndarray
+    faces: np.ndarray
+    level: float
+    level_iou: float | None
 
 
 @torch.no_grad()
-def extract(
-    density: Density,
-    colour: Colour,
-    resolution: int = 96,
-    threshold: float | None = None,
-    box: float = 1.0,
-    keep: float = 0.05,
-    device: torch.device | str = "cpu",
-) -> trimesh.Trimesh:
-    """The surface of a density, as a closed mesh with vertex colours and normals that point outwards.
-
-    Args:
-        density: world points (N, 3) -> (N,), per scene unit.
-        colour: world points (N, 3) -> sRGB (N, 3) in [0, 1].
-        resolution: voxels along each side of the box, 8 to 512.
-        threshold: the density at the surface; by default the one that keeps the scene's outline.
-        box: half the side of the box [-box, box]^3; whatever touches its faces is closed there.
-        keep: pieces with less than this share of the largest piece's area are dropped. 1 keeps the largest only,
-            0 keeps all. Cavities, which nobody can see, are always dropped.
-        device: where the fields want their points.
-
-    Returns:
-        trimesh.Trimesh in world coordinates; vertex colours RGBA uint8, sRGB.
+def extract(source: Source, surface: Surface = Surface(), tell: Tell = silent) -> Skin:
+    """The surface of a scene, closed, with faces that look outwards.
 
     Raises:
-        ValueError: nothing is dense enough, or a setting is out of its range.
+        ValueError: the scene is empty, or nothing is as dense as the level; says what there is.
     """
-    if not 8 <= resolution <= 512:
-        raise ValueError(f"mesh resolution is {resolution}; give 8 to 512 voxels a side")
-    if not 0 <= keep <= 1:
-        raise ValueError(f"keep is {keep}; give a share in [0, 1]")
-    if threshold is not None and not threshold > 0:
-        raise ValueError(f"mesh threshold is {threshold}; give a density above 0")
-    import trimesh
+    density = _sample_lattice(source, surface.resolution, tell)
+    buried = _optical_depth(density, 2 / surface.resolution)
+    if not density.max() > 0:
+        raise ValueError("no surface to mesh: the scene is empty, its density is 0 everywhere; try more steps")
+    level, iou = surface.level, None
+    if level is None:
+        level, iou = _choose_level(source, density, buried, surface, tell)
+    tell("surface", 0.0)
+    vertices, faces = _march(density, buried, level, surface)
+    vertices, faces = _smooth(vertices, faces, surface.smooth), faces
+    if len(faces) > surface.faces:
+        import fast_simplification
 
-    voxel = 2 * box / resolution
-    volume = _sample_lattice(density, resolution, box, device)
-    if threshold is None:
-        threshold = _outline_threshold(volume, box)
-    vertices, faces = _march(volume, threshold, voxel, box)
-    faces = faces[_pieces_worth_keeping(vertices, faces, keep)]
-    used, faces = np.unique(faces, return_inverse=True)
-    mesh = trimesh.Trimesh(vertices[used], faces.reshape(-1, 3), process=False)
-    normals = torch.tensor(np.array(mesh.vertex_normals), dtype=torch.float32, device=device)
-    points = torch.tensor(vertices[used], dtype=torch.float32, device=device)
-    colours = _seen_colours(density, colour, points, normals, voxel, box)
-    rgba = torch.cat([colours, torch.ones_like(colours[:, :1])], -1)
-    mesh.visual.vertex_colors = (rgba * 255).round().to(torch.uint8).cpu().numpy()
-    return mesh
+        tell("surface", 0.5)
+        thin = fast_simplification.simplify(vertices.astype(np.float32), faces, target_count=surface.faces, agg=CARE)
+        vertices, faces = thin[0].astype(np.float64).clip(-1, 1), thin[1].astype(np.int64)
+    tell("surface", 1.0)
+    return Skin(vertices, faces, level, iou)
 
 
-def save(mesh: trimesh.Trimesh, path: str | Path) -> Path:
-    """Write a mesh as GLB, OBJ or PLY, chosen by the suffix; the whole file or nothing.
-
-    Raises:
-        ValueError: another suffix, or a place that cannot be written.
-    """
-    path = Path(path)
-    with replacing(path, FORMATS) as temporary:
-        if path.suffix.lower() == ".glb":
-            linear = mesh.copy(include_visual=True)
-            linear.visual.vertex_colors = _recode(mesh.visual.vertex_colors, _to_linear)
-            data = linear.export(file_type="glb", include_normals=True, tree_postprocessor=_add_material)
-        else:
-            data = mesh.export(file_type=path.suffix.lower()[1:])
-        temporary.write_bytes(data.encode() if isinstance(data, str) else data)
-    return path
+def normals(vertices: np.ndarray, faces: np.ndarray) -> np.ndarray:
+    """Unit normals (V, 3) of vertices: the mean of their faces', by area; straight up where there is none."""
+    a, b, c = (vertices[faces[:, i]] for i in range(3))
+    each = np.cross(b - a, c - a)
+    total = np.stack([np.bincount(faces.ravel(), np.repeat(each[:, i], 3), len(vertices)) for i in range(3)], -1)
+    length = np.linalg.norm(total, axis=1, keepdims=True)
+    return np.where(length > 1e-20, total / np.maximum(length, 1e-20), [0.0, 1.0, 0.0])
 
 
-def load(path: str | Path) -> trimesh.Trimesh:
-    """Read a mesh that ``save`` wrote, with sRGB vertex colours again.
-
-    Raises:
-        ValueError: there is no such file, or it is not a mesh.
-    """
-    import trimesh
-
-    path = Path(path)
-    if path.suffix.lower() not in FORMATS or not path.is_file():
-        raise ValueError(f"'{path}' is no mesh file; give an existing {', '.join(FORMATS)}")
-    try:
-        mesh = trimesh.load(path, process=False, force="mesh", skip_materials=True)
-    except (ValueError, KeyError, IndexError, TypeError) as error:
-        raise ValueError(f"'{path}' is damaged ({error}); export it again") from error
-    if path.suffix.lower() == ".glb":
-        mesh.visual.vertex_colors = _recode(mesh.visual.vertex_colors, _to_srgb)
-    return mesh
-
-
-def _sample_lattice(density: Density, resolution: int, box: float, device: torch.device | str) -> np.ndarray:
+def _sample_lattice(source: Source, resolution: int, tell: Tell) -> np.ndarray:
     """Density at the (resolution + 1)^3 corners of the voxels, zero on the box's faces; float32, indexed [x, y, z]."""
-    side = torch.linspace(-box, box, resolution + 1, device=device)
+    side = torch.linspace(-1, 1, resolution + 1, device=source.device)
     volume = np.zeros((resolution + 1,) * 3, dtype=np.float32)
     slab = max(1, CHUNK // (resolution - 1) ** 2)  # inner corners only, so that the surface closes at the box
     for start in range(1, resolution, slab):
+        tell("density", start / resolution)
         stop = min(start + slab, resolution)
         points = torch.cartesian_prod(side[start:stop], side[1:-1], side[1:-1])  # (N, 3)
-        values = density(points).reshape(stop - start, resolution - 1, resolution - 1)
+        values = source.density(points).reshape(stop - start, resolution - 1, resolution - 1)
         volume[start:stop, 1:-1, 1:-1] = values.float().cpu().numpy()
+    tell("density", 1.0)
     if not np.isfinite(volume).all():
         raise ValueError("the scene's density is not finite everywhere; the run diverged: lower its learning rates")
     return volume
 
 
-def _outline_threshold(volume: np.ndarray, box: float) -> float:
-    """The middle, in the logarithm, of the thresholds whose surface has the scene's outline to 1 % of its area.
+def _optical_depth(density: np.ndarray, voxel: float) -> np.ndarray:
+    """D of the module's docstring at each corner, (R + 1)^3, layer by layer along 26 directions."""
+    best = np.full_like(density, np.inf)
+    for direction in itertools.product((-1, 0, 1), repeat=3):
+        if direction == (0, 0, 0):
+            continue
+        first = next(i for i in range(3) if direction[i])
+        order = [first, *(i for i in range(3) if i != first)]
+        layers = density.transpose(order)[:: direction[first]]
+        clearest = best.transpose(order)[:: direction[first]]
+        length = np.float32(voxel * math.sqrt(sum(map(abs, direction))))
+        to, since = zip(*(_shifts(direction[i]) for i in order[1:]))
+        depth = np.zeros_like(layers[0])
+        clearest[0] = 0
+        for k in range(1, len(layers)):
+            moved = np.zeros_like(depth)
+            moved[to] = (depth + layers[k - 1] * length)[since]
+            depth = moved
+            np.minimum(clearest[k], depth, out=clearest[k])
+    return best
 
-    A hard scene has many of them and the middle stays clear of its fog; a soft one has hardly more than one. Below
-    ln 2 / (2 box) matter cannot stop half the light anywhere, so the surface need not follow it.
-    """
-    cameras = cat([orbit(3, elevation=0.0, start=20.0), orbit(3, elevation=40.0, start=80.0)])
-    origins, directions = cameras.rays(OUTLINE)
-    depths = torch.linspace(1.3, 4.7, round(1.7 * len(volume)))  # at distance 3, 1.7 reaches the corners of [-1, 1]^3
-    points = origins[..., None, :] + depths[:, None] * directions[..., None, :]  # (6, H, W, D, 3), box = [-1, 1]^3
-    points = points.reshape(1, len(cameras), -1, len(depths), 3)
-    grid = torch.from_numpy(volume.transpose(2, 1, 0).copy())[None, None]  # grid_sample calls the last axis x
-    # Nearest: a jump from 0 to 300 interpolated linearly would stop the light a voxel before the surface.
-    along = functional.grid_sample(grid, points, mode="nearest", align_corners=True).flatten(0, 3)  # (rays, D)
-    passed = torch.exp(-along.sum(-1) * float(depths[1] - depths[0]) * box)
-    wanted = int((passed <= 0.5).sum())
-    if wanted == 0:
+
+def _shifts(step: int) -> tuple[slice, slice]:
+    """Where an axis goes and where it comes from when it moves by -1, 0 or 1."""
+    return {0: (slice(None), slice(None)), 1: (slice(1, None), slice(-1)), -1: (slice(-1), slice(1, None))}[step]
+
+
+def _choose_level(
+    source: Source, density: np.ndarray, buried: np.ndarray, surface: Surface, tell: Tell
+) -> tuple[float, float]:
+    """The level whose silhouettes agree best with the rendered opacity, and their mean IoU."""
+    tell("level", 0.0)
+    cameras = choosing_views()
+    opacity = source.view(cameras, CHOICE_SIZE)[1].float().cpu()
+    wanted = opacity[:, 0] >= 0.5
+    if not wanted.any():
         raise ValueError(
-            f"no surface to mesh: the scene lets at least {float(passed.min()):.0%} of the light through everywhere;"
-            " try more steps"
+            f"no surface to mesh: nothing is visible, the largest opacity from {len(cameras)} views is"
+            f" {float(opacity.max()):.2g} and a surface needs 0.5; try more steps"
         )
-    peaks = along.amax(-1).clamp(min=math.log(2) / (2 * box)).sort(descending=True).values  # of rays, above a threshold
-    larger, smaller = (peaks[min(int(area * wanted), len(peaks) - 1)] for area in (1.01, 0.99))
-    return math.sqrt(float(larger * smaller))
+    step = -(-surface.resolution // CHOICE_RESOLUTION)
+    if surface.resolution % step:
+        step = 1
+    coarse = density[::step, ::step, ::step], buried[::step, ::step, ::step]
+    tried: dict[float, float] = {}
+
+    def agreement(power: float) -> float:
+        """Mean IoU of the level 2^-power of the largest density."""
+        if power not in tried:
+            tell("level", min(0.9, 0.3 + len(tried) / 15))
+            level = float(density.max()) * 2**-power
+            tried[power] = _silhouette_iou(_march(*coarse, level, surface), wanted, cameras)
+        return tried[power]
+
+    best = 2.0
+    for stride in (1.0, 0.5, 0.25):
+        moved = True
+        while moved:
+            ways = [p for p in (best - stride, best + stride) if 0 < p < 20]
+            better = max(ways, key=agreement)
+            moved = agreement(better) > agreement(best)
+            best = better if moved else best
+    tell("level", 1.0)
+    return float(density.max()) * 2**-best, agreement(best)
 
 
-def _march(volume: np.ndarray, threshold: float, voxel: float, box: float) -> tuple[np.ndarray, np.ndarray]:
-    """Vertices (V, 3) in world coordinates and faces (F, 3), counter-clockwise seen from outside."""
+def _silhouette_iou(mesh: tuple[np.ndarray, np.ndarray], wanted: torch.Tensor, cameras) -> float:
+    """Mean IoU of a mesh's silhouettes with those wanted, (B, H, H) bool."""
+    shown = raster.silhouettes(*mesh, cameras, wanted.shape[-1])
+    both, either = (shown & wanted).flatten(1).sum(1), (shown | wanted).flatten(1).sum(1)
+    return float((both / either.clamp(min=1)).mean())
+
+
+def _march(density: np.ndarray, buried: np.ndarray, level: float, surface: Surface) -> tuple[np.ndarray, np.ndarray]:
+    """Vertices (V, 3) in world coordinates and faces (F, 3), of the pieces worth keeping."""
+    from scipy.ndimage import gaussian_filter, grey_closing
     from skimage.measure import marching_cubes
 
-    if not volume.max() > threshold:
-        peak = float(volume.max())
+    voxel = 2 / (len(density) - 1)
+    opacity = 1 - np.exp2(-np.maximum((density / np.float32(level)) ** 2, buried / np.float32(math.log(2))))
+    if surface.fill > 0:
+        opacity = grey_closing(opacity, size=(2 * max(1, round(surface.fill / voxel / 2)) + 1,) * 3)
+    opacity = gaussian_filter(opacity, BLUR)
+    opacity[[0, -1]] = opacity[:, [0, -1]] = opacity[:, :, [0, -1]] = 0  # closed at the box
+    if not opacity.max() > 0.5:
         raise ValueError(
-            f"no surface to mesh: nothing is denser than {peak:.3g} and the threshold is {threshold:.3g};"
-            " try more steps or a lower threshold"
+            f"no surface to mesh: nothing is denser than {float(density.max()):.3g} and the level is {level:.3g};"
+            " give a lower level, or none"
         )
-    opacity = 1 - np.exp2(-volume / threshold)  # v of the module's docstring
     vertices, faces, _, _ = marching_cubes(
         opacity, 0.5, spacing=(voxel,) * 3, gradient_direction="ascent", allow_degenerate=False
     )
-    return vertices.astype(np.float64) - box, faces.astype(np.int64)
+    vertices, faces = vertices.astype(np.float64) - 1, faces.astype(np.int64)
+    faces = faces[_pieces_worth_keeping(vertices, faces, surface.keep)]
+    used, faces = np.unique(faces, return_inverse=True)
+    return vertices[used], faces.reshape(-1, 3)
 
 
 def _pieces_worth_keeping(vertices: np.ndarray, faces: np.ndarray, keep: float) -> np.ndarray:
@@ -206,56 +256,14 @@ def _pieces_worth_keeping(vertices: np.ndarray, faces: np.ndarray, keep: float) 
     return good[piece]
 
 
-def _seen_colours(
-    density: Density, colour: Colour, points: Tensor, normals: Tensor, voxel: float, box: float
-) -> Tensor:
-    """Colours (V, 3) a camera would see straight above each vertex: composited along the inward normal.
+def _smooth(vertices: np.ndarray, faces: np.ndarray, rounds: int) -> np.ndarray:
+    """Vertices (V, 3) after Taubin's smoothing: each moves towards its neighbours' mean, then away from it."""
+    from scipy.sparse import coo_matrix, diags
 
-    The field's colour exactly at the surface hardly counts in any rendered pixel; what lies deeper does, the softer
-    the scene, the deeper.
-    """
-    depths = torch.tensor(DEPTHS, device=points.device) * voxel  # (D,)
-    edges = torch.cat([depths[:1], (depths[1:] + depths[:-1]) / 2, depths[-1:]])
-    rows = CHUNK // len(depths)
-    out = []
-    for some, inward in zip(points.split(rows), (-normals).split(rows)):
-        along = (some[:, None] + depths[:, None] * inward[:, None]).clamp(-box, box)  # (n, D, 3)
-        optical = density(along.reshape(-1, 3)).reshape(-1, len(depths)).float() * edges.diff()  # (n, D)
-        optical[:, -1] += 1e-3  # somewhere a colour, even where the layer is thin
-        passed = torch.exp(optical - optical.cumsum(1))
-        weights = passed * -torch.expm1(-optical)
-        weights = weights / weights.sum(1, keepdim=True)
-        out.append((weights[..., None] * colour(along.reshape(-1, 3)).reshape(along.shape)).sum(1))
-    return torch.cat(out).clamp(0, 1)
-
-
-def _to_linear(x: np.ndarray) -> np.ndarray:
-    """sRGB in [0, 1] -> linear (IEC 61966-2-1)."""
-    return np.where(x <= 0.04045, x / 12.92, ((x + 0.055) / 1.055) ** 2.4)
-
-
-def _to_srgb(x: np.ndarray) -> np.ndarray:
-    """Linear in [0, 1] -> sRGB (IEC 61966-2-1)."""
-    return np.where(x <= 0.0031308, x * 12.92, 1.055 * np.maximum(x, 1e-9) ** (1 / 2.4) - 0.055)
-
-
-def _recode(rgba: np.ndarray, curve: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
-    """RGBA bytes (V, 4) with the curve applied to their colours."""
-    rgba = np.array(rgba)
-    rgba[:, :3] = np.round(curve(rgba[:, :3] / 255.0) * 255)
-    return rgba
-
-
-def _add_material(tree: dict) -> None:
-    """Give every primitive of a glTF tree a material that shows its colours as they are: they hold the light already.
-
-    Viewers that do not know unlit materials see a matt one; glTF's default is a metal and looks black.
-    """
-    matt = {"metallicFactor": 0.0, "roughnessFactor": 0.9}
-    tree["materials"] = [
-        {"name": "as rendered", "pbrMetallicRoughness": matt, "extensions": {"KHR_materials_unlit": {}}}
-    ]
-    tree["extensionsUsed"] = ["KHR_materials_unlit"]
-    for mesh in tree["meshes"]:
-        for primitive in mesh["primitives"]:
-            primitive["material"] = 0
+    edges = faces[:, [0, 1, 1, 2, 2, 0]].reshape(-1, 2)  # each twice, once a face, in both directions
+    links = coo_matrix((np.ones(len(edges)), edges.T), shape=(len(vertices),) * 2).tocsr()
+    mean = diags(1 / np.maximum(links.sum(1).A1, 1)) @ links
+    for _ in range(rounds):
+        for share in TAUBIN:
+            vertices = vertices + share * (mean @ vertices - vertices)
+    return vertices.clip(-1, 1)

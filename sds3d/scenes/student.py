@@ -209,7 +209,7 @@ class SceneStudent(nn.Module):
             cameras: any number of views; memory stays that of one chunk of rays.
             resolution: pixels of the height; None is the training resolution.
             shading, normals: as in render.
-            background: a known name; None is the run's usual one.
+            background: a known name or "#rrggbb"; None is the run's usual one.
         """
         if background is None:
             wanted = self.config.render.background
@@ -223,12 +223,12 @@ class SceneStudent(nn.Module):
     @torch.no_grad()
     def density(self, points: Tensor) -> Tensor:
         """Densities that a render sees, (N,), at points (N, 3): 0 outside the box and in empty cells."""
-        inside = points.abs().amax(-1) <= 1
-        parts = [
-            torch.where(keep & self.occupancy.at(part), self.field.density(part), 0.0)
-            for part, keep in zip(points.to(self.device).split(65536), inside.to(self.device).split(65536))
-        ]
-        return torch.cat(parts) if parts else points.new_zeros(0)
+        points = points.to(self.device)
+        density = torch.zeros(len(points), device=self.device)
+        kept = torch.nonzero((points.abs().amax(-1) <= 1) & self.occupancy.at(points))[:, 0]
+        for some in kept.split(65536):
+            density[some] = self.field.density(points[some])
+        return density
 
     @torch.no_grad()
     def colours(self, points: Tensor) -> Tensor:
@@ -255,7 +255,7 @@ class SceneStudent(nn.Module):
         if name == "learned":
             assert self.learned is not None, "this scene has no learned background"
             return self.learned
-        return onto(self._plain[name], self.device)
+        return onto(_hex_colour(name) if name.startswith("#") else self._plain[name], self.device)
 
     def _shading(self, step: int, cameras: Cameras, generator: torch.Generator) -> Shading:
         """This step's light: one for each view, near its camera."""
