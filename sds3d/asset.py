@@ -137,7 +137,8 @@ class Asset:
             "version": version("sds3d"),
             "light_baked": lit,
         }
-        source = Source(self.scene.density, self.scene.colours, self._on_white, self.scene.device)
+        pixels = min(settings.size, Source.pixels)
+        source = Source(self.scene.density, self.scene.colours, self._on_white, self.scene.device, pixels)
         return Export(source, settings.surface(), settings.look(), card, lit, tell)
 
     def _on_white(self, cameras: Cameras, size: int) -> tuple[Tensor, Tensor]:

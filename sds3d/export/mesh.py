@@ -26,7 +26,6 @@ import torch
 from sds3d.export import raster
 from sds3d.export.source import CHUNK, Source, Tell, choosing_views, silent
 
-CHOICE_SIZE = 64  # pixels a side of the views that choose the level
 CHOICE_RESOLUTION = 128  # voxels a side, at most, of the meshes that choose it
 BLUR = 0.7  # voxels by which v is smoothed: closes pinholes, keeps corners within a voxel
 CARE = 3  # of the decimation, 1 to 10: higher is faster and pinches thin parts
@@ -175,7 +174,7 @@ def _choose_level(
     """The level whose silhouettes agree best with the rendered opacity, and their mean IoU."""
     tell("level", 0.0)
     cameras = choosing_views()
-    opacity = source.view(cameras, CHOICE_SIZE)[1].float().cpu()
+    opacity = source.view(cameras, source.pixels * 2 // 3)[1].float().cpu()
     wanted = opacity[:, 0] >= 0.5
     if not wanted.any():
         raise ValueError(

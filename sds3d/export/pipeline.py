@@ -26,7 +26,6 @@ from sds3d.export.mesh import Surface
 from sds3d.export.model import Model, Placement
 from sds3d.export.source import Source, Tell, checking_views, silent
 
-CHECK_SIZE = 96  # pixels a side of the views that are compared
 IOU, PSNR = 0.97, 22.0  # a file below either is reported
 BEST_PSNR = 60.0  # dB; equal pictures have no finite PSNR
 COLOURS = ("texture", "vertex")
@@ -159,9 +158,9 @@ class Export:
         """How a model that was read back looks beside the scene."""
         self.tell("check", 0.0)
         cameras = checking_views()
-        pictures, opacity = self._once("views", lambda: _on_cpu(self.source.view(cameras, CHECK_SIZE)))
+        pictures, opacity = self._once("views", lambda: _on_cpu(self.source.view(cameras, self.source.pixels)))
         self.tell("check", 0.7)
-        ours, coverage = raster.render(model, cameras, CHECK_SIZE)
+        ours, coverage = raster.render(model, cameras, self.source.pixels)
         self.tell("check", 1.0)
         a, b = coverage >= 0.5, opacity >= 0.5
         both, either = (a & b).flatten(1).sum(1), (a | b).flatten(1).sum(1)

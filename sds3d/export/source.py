@@ -25,12 +25,14 @@ class Source:
     Args:
         density, colour, view: see above; all in world coordinates, without gradients.
         device: where density and colour want their points.
+        pixels: a side, of the views that judge a file; those that choose its level have two thirds.
     """
 
     density: Density
     colour: Colour
     view: View
     device: torch.device | str = "cpu"
+    pixels: int = 96
 
 
 def silent(part: str, share: float) -> None:
