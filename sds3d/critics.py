@@ -136,6 +136,8 @@ class Learnt:
             self.network: nn.Module = LoRA(frozen, config.rank, float(config.rank), generator)
         else:
             self.network = copy.deepcopy(frozen).requires_grad_(True)
+            if next(self.network.parameters()).dtype in (torch.float16, torch.bfloat16):
+                self.network.float()  # steps of 1e-4 are lost on weights in half precision
         self.camera: nn.Module | None = None
         if teacher.views == "words" and teacher.extra_width:
             self.camera = nn.Sequential(
@@ -194,8 +196,7 @@ class Learnt:
             mask = dropped >= self.config.camera_drop
             prompts = with_view(prompts, draw.cameras) if self.teacher.views == "words" else prompts
         answer = self.predict(noised(x, noise, alpha, sigma), t, prompts, draw.cameras, mask)
-        rates = self.teacher.schedule.rates(t)
-        return F.mse_loss(answer.output, target(answer.kind, x, noise, alpha, sigma, rates))
+        return F.mse_loss(answer.output, target(answer.kind, x, noise, alpha, sigma, answer.rates))
 
     def state_dict(self) -> dict[str, Any]:
         """The critic's own weights and its optimiser; of a LoRA the changes alone."""

@@ -27,7 +27,7 @@ from sds3d.scenes.student import SceneConfig, SceneStudent
 from sds3d.shares import Share
 from sds3d.students import Particles, Student
 from sds3d.teachers import sources
-from sds3d.teachers.base import PACKAGED, Teacher, TeacherConfig
+from sds3d.teachers.base import PACKAGED, HFConfig, Teacher, TeacherConfig
 from sds3d.train import Objective
 from sds3d.transfer import onto
 
@@ -54,14 +54,22 @@ def pick_device(wanted: str) -> torch.device:
 def load_teacher(settings: TeacherConfig, device: str = "auto") -> Teacher:
     """A frozen teacher. Raises ValueError where there is none of that name, or its weights are damaged."""
     from sds3d.teachers import small
+    from sds3d.teachers.hf import loading
 
+    if settings.name not in PACKAGED and loading.is_pipeline(settings.name):
+        return loading.load(settings, pick_device(device))
+    if settings.hf != HFConfig() or settings.dtype == "float16":
+        raise ValueError(
+            f"teacher.hf and float16 are for diffusers pipelines, and {settings.name!r} is none: a folder with "
+            f"{loading.INDEX}, or an id on the hub such as owner/model"
+        )
     path = small.packaged(settings.name) if settings.name in PACKAGED else Path(settings.name).expanduser()
     if path.is_dir():
         path = path / small.FILE
     if not path.is_file():
         raise ValueError(
-            f"teacher {settings.name!r} is neither packaged ({', '.join(PACKAGED)}), a file of weights, nor the folder "
-            "of a training (sds3d teacher train)"
+            f"teacher {settings.name!r} is neither packaged ({', '.join(PACKAGED)}), a file of weights, the folder of "
+            "a training (sds3d teacher train) or of a diffusers pipeline, nor an id on the hub (owner/model)"
         )
     dtype = None if settings.dtype == "auto" else getattr(torch, settings.dtype)
     found = small.load(path, settings.views, pick_device(device), dtype, settings.compile)
@@ -82,6 +90,11 @@ def teacher(config: RunConfig) -> Teacher:
         raise ValueError(
             f"the teacher {config.teacher.name} knows neither cameras nor view words, which a scene needs; it can "
             "paint (sds3d paint) and teach a generator (sds3d distill)"
+        )
+    if isinstance(config, DistillConfig) and known is None:
+        raise ValueError(
+            f"a generator is a copy of a teacher that sds3d teacher train made, and {config.teacher.name} "
+            "is none (it can teach scenes and images)"
         )
     if isinstance(config, DistillConfig) and not config.prompt:
         return found

@@ -31,7 +31,7 @@ def _per_sample(value: Tensor, like: Tensor) -> Tensor:
 
 
 class Schedule(ABC):
-    """Noise levels over t in [0, 1]; make one with ``cosine``, ``linear``, ``ve`` or ``flow``."""
+    """Noise levels over t in [0, 1]; make one with ``cosine``, ``linear``, ``table``, ``ve`` or ``flow``."""
 
     @staticmethod
     def cosine() -> Schedule:
@@ -40,9 +40,22 @@ class Schedule(ABC):
 
     @staticmethod
     def linear() -> Schedule:
-        """Stable Diffusion's: beta the square of a linear ramp from 0.00085^0.5 to 0.012^0.5 over 1,000 indices, and
-        t = index / 1000 (so t = 0 is index 0, a little noisy). Between indices, log(sigma/alpha) is linear."""
-        return _Linear()
+        """Stable Diffusion's ``table``: beta the square of a linear ramp from 0.00085^0.5 to 0.012^0.5 over 1,000."""
+        return _linear()
+
+    @staticmethod
+    def table(alpha_bar: Tensor) -> Schedule:
+        """That of a network trained on N levels with alpha_t^2 = alpha_bar (N,), falling, as diffusers' schedulers have
+        it: t = index / N (so t = 0 is index 0, a little noisy). Between indices, log(sigma/alpha) is linear, and it
+        goes on straight to t = 1.
+
+        Raises:
+            ValueError: alpha_bar does not fall, or leaves [0, 1).
+        """
+        alpha_bar = alpha_bar.double().cpu()
+        if len(alpha_bar) < 2 or not bool((alpha_bar.diff() < 0).all() and alpha_bar[0] < 1 and alpha_bar[-1] >= 0):
+            raise ValueError("alpha_bar must fall from below 1 to 0 or more, over two levels at least")
+        return _Table(torch.log(alpha_bar.clamp_min(1e-20)))  # 0 is a level of pure noise, which has no log
 
     @staticmethod
     def ve(sigma_min: float = 0.01, sigma_max: float = 80.0) -> Schedule:
@@ -50,9 +63,10 @@ class Schedule(ABC):
         return _VE(float(sigma_min), float(sigma_max))
 
     @staticmethod
-    def flow() -> Schedule:
-        """Rectified flow: alpha = 1 - t, sigma = t."""
-        return _Flow()
+    def flow(shift: float = 1.0) -> Schedule:
+        """Rectified flow: alpha = 1 - sigma, sigma = shift t / (1 + (shift - 1) t), t itself where shift is 1 (Esser et
+        al., arXiv 2403.03206, eq. 23: larger images are trained on more noise)."""
+        return _Flow(float(shift))
 
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """alpha (B,) and sigma (B,) at t (B,), computed in float64, returned in t's dtype (float32 at least)."""
@@ -110,14 +124,22 @@ class _Cosine(Schedule):
 
 @dataclass(frozen=True)
 class _Flow(Schedule):
+    shift: float
+
+    def __post_init__(self):
+        if not 0 < self.shift < math.inf:
+            raise ValueError(f"a flow's shift is {self.shift}; give a number above 0")
+
     def _levels(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        return 1 - t, t
+        whole = 1 + (self.shift - 1) * t
+        return (1 - t) / whole, self.shift * t / whole
 
     def _rates(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        return -torch.ones_like(t), torch.ones_like(t)
+        rate = self.shift / (1 + (self.shift - 1) * t) ** 2
+        return -rate, rate
 
     def _invert(self, ratio: Tensor) -> Tensor:
-        return 1 / (1 + 1 / ratio)
+        return 1 / (1 + self.shift / ratio)
 
 
 @dataclass(frozen=True)
@@ -139,23 +161,27 @@ class _VE(Schedule):
         return torch.log(ratio / self.sigma_min) / math.log(self.sigma_max / self.sigma_min)
 
 
-@cache
-def _linear_log_ratios(device: torch.device) -> Tensor:
-    """log(sigma/alpha) at indices 0 ... 999, and 1000 by going on straight; (1001,) float64."""
-    beta = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64, device=device) ** 2
-    log_alpha_bar = torch.log1p(-beta).cumsum(0)
-    log_ratio = (torch.log(-torch.expm1(log_alpha_bar)) - log_alpha_bar) / 2
-    return torch.cat([log_ratio, 2 * log_ratio[-1:] - log_ratio[-2:-1]])
+class _Table(Schedule):
+    """See ``Schedule.table``; made of log alpha_bar (N,), float64."""
 
+    def __init__(self, log_alpha_bar: Tensor):
+        log_ratio = (torch.log(-torch.expm1(log_alpha_bar)) - log_alpha_bar) / 2
+        self.count = len(log_ratio)
+        log_ratio = torch.cat([log_ratio, 2 * log_ratio[-1:] - log_ratio[-2:-1]])  # (N + 1,)
+        self._tables = {log_ratio.device: log_ratio}
 
-@dataclass(frozen=True)
-class _Linear(Schedule):
+    def _table(self, device: torch.device) -> Tensor:
+        """log(sigma/alpha) at indices 0 ... N."""
+        if device not in self._tables:
+            self._tables[device] = self._tables[torch.device("cpu")].to(device)
+        return self._tables[device]
+
     def _log_ratio(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """log(sigma/alpha) at t, and its derivative in t."""
-        table = _linear_log_ratios(t.device)
-        index = (t * 1000).floor().clamp(0, 999).long()
-        slope = (table[index + 1] - table[index]) * 1000
-        return table[index] + slope * (t - index.double() / 1000), slope
+        table = self._table(t.device)
+        index = (t * self.count).floor().clamp(0, self.count - 1).long()
+        slope = (table[index + 1] - table[index]) * self.count
+        return table[index] + slope * (t - index.double() / self.count), slope
 
     def _levels(self, t: Tensor) -> tuple[Tensor, Tensor]:
         angle = torch.atan(self._log_ratio(t)[0].exp())
@@ -167,9 +193,15 @@ class _Linear(Schedule):
         return -sigma * angle_rate, alpha * angle_rate
 
     def _invert(self, ratio: Tensor) -> Tensor:
-        table, wanted = _linear_log_ratios(ratio.device), torch.log(ratio)
-        index = (torch.searchsorted(table, wanted.contiguous()) - 1).clamp(0, 999)
-        return (index + (wanted - table[index]) / (table[index + 1] - table[index])) / 1000
+        table, wanted = self._table(ratio.device), torch.log(ratio)
+        index = (torch.searchsorted(table, wanted.contiguous()) - 1).clamp(0, self.count - 1)
+        return (index + (wanted - table[index]) / (table[index + 1] - table[index])) / self.count
+
+
+@cache
+def _linear() -> _Table:
+    beta = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+    return _Table(torch.log1p(-beta).cumsum(0))
 
 
 @dataclass(frozen=True)

@@ -55,6 +55,19 @@ def view_negatives(azimuth: float) -> dict[str, float]:
     return {"front view": away / 180, "side view": abs(away - 90) / 90, "back view": 1 - away / 180}
 
 
+def view_blend(azimuth: float, elevation: float) -> dict[str, float]:
+    """How much of each view word's embedding suits a camera at this azimuth and elevation (degrees); adds up to 1.
+
+    Front, side and back change into each other linearly, 90 degrees apart; overhead sets in at 45 of elevation and is
+    alone from 75 on, so that the halfway mark is where ``view_word`` begins to say it.
+    """
+    away = abs((azimuth + 180) % 360 - 180)
+    above = min(max((elevation - 45) / 30, 0.0), 1.0)
+    side = 1 - abs(away - 90) / 90
+    round_it = {"front view": max(1 - away / 90, 0.0), "side view": side, "back view": max(away / 90 - 1, 0.0)}
+    return {view: (1 - above) * share for view, share in round_it.items()} | {"overhead view": above}
+
+
 def with_view(prompt: str | Sequence[str], cameras: Cameras) -> list[str]:
     """One prompt for each camera, as "a red mug, side view".
 

@@ -44,8 +44,14 @@ class RunOptions:
     seed: Annotated[int | None, Option(help="of every random draw")] = None
     teacher: Annotated[
         str | None,
-        Option(help="a packaged teacher (small or toybox, digits), a file of weights or a training's folder"),
+        Option(
+            help="a packaged teacher (small or toybox, digits), a file of weights, a training's folder, or a diffusers "
+            "pipeline: its folder or its id on the hub"
+        ),
     ] = None
+    allow_pickle: Annotated[
+        bool, Option("--allow-pickle", help="take a pipeline's .bin weights, which can run any program")
+    ] = False
     device: Annotated[str | None, Option(help="auto, cpu or cuda")] = None
     out: Annotated[str | None, Option("--out", "-o", help="folder for run folders")] = None
     config: Annotated[Path | None, Option(help="a YAML file of settings, such as another run's config.yaml")] = None
@@ -64,7 +70,7 @@ class RunOptions:
     def layer(self) -> dict[str, Any]:
         """The settings given by flags."""
         given = {"method": self.method, "seed": self.seed, "teacher.name": self.teacher, "out": self.out}
-        given["device"] = self.device
+        given |= {"device": self.device, "teacher.hf.allow_pickle": self.allow_pickle or None}
         return {key: value for key, value in (given | self.own()).items() if value is not None}
 
 

@@ -15,27 +15,72 @@ PACKAGED = ("small", "toybox", "digits")  # "toybox" is another name of "small"
 VIEWS = ("camera", "words")  # how a teacher may be told where an image is seen from
 
 
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class HFConfig:
+    """Of diffusers pipelines only.
+
+    Args:
+        variant: of the weights' files, as "fp16"; "" is the plain one.
+        allow_pickle: take .bin files where there is no .safetensors. Such a file can run any program it carries.
+        size: pixels a side of the images it judges; 0 is what it was trained on. Smaller is faster and worse.
+        embedded_guidance: what a guidance-distilled network (FLUX.1-dev) is told, beside the method's own scale.
+        cache: folder for embedded prompts; "" is sds3d/prompts in the user's cache folder.
+        checkpointing: recompute the VAE encoder's layers in the backward pass: gigabytes less at 512 pixels, for one
+            more forward of the encoder.
+        slicing: encode one image at a time.
+        tiling: encode large images in overlapping tiles, which differ slightly at their seams.
+        attention_slicing: a U-Net's attention in slices, for GPUs without a memory-saving attention kernel.
+        channels_last: the memory layout that convolutions in half precision like best.
+        offload: keep the network off the GPU except while it answers; not for methods with a critic, which trains it.
+    """
+
+    variant: str = ""
+    allow_pickle: bool = False
+    size: int = 0
+    embedded_guidance: float = 1.0
+    cache: str = ""
+    checkpointing: bool = True
+    slicing: bool = False
+    tiling: bool = False
+    attention_slicing: bool = False
+    channels_last: bool = False
+    offload: bool = False
+
+    def __post_init__(self):
+        if self.size < 0:
+            raise ValueError(f"teacher.hf.size is {self.size}; give pixels a side, or 0 for the model's own")
+        if self.embedded_guidance < 0:
+            raise ValueError(f"teacher.hf.embedded_guidance is {self.embedded_guidance}; give at least 0 (1 to 5)")
+
+
 @dataclass(frozen=True)
 class TeacherConfig:
     """
     Args:
-        name: a packaged teacher, or a path to weights of the same kind.
-        views: how it learns where an image is seen from: "camera" (exactly) or "words" (front, side, back view).
-        dtype: "auto", "float32" or "bfloat16".
-        compile: compile its network and replay it as a CUDA graph (torch.compile, which needs a C compiler): slow to
-            begin, then faster where a GPU waits for its launches.
+        name: a packaged teacher, a path to weights of the same kind, or a diffusers pipeline: its folder, or its id on
+            the hub.
+        views: how it learns where an image is seen from: "camera" (exactly; of a diffusers pipeline, embeddings of view
+            words blended by the camera's angles) or "words" (front, side, back view).
+        dtype: "auto" (bfloat16 where that is fast), "float32", "bfloat16", or of a diffusers pipeline "float16".
+        compile: compile its network with torch.compile, which needs a C compiler: slow to begin, then faster. A
+            packaged teacher's is replayed as a CUDA graph.
+        hf: of diffusers pipelines.
     """
 
     name: str = "small"
     views: str = "camera"
     dtype: str = "auto"
     compile: bool = False
+    hf: HFConfig = HFConfig()
 
     def __post_init__(self):
         if self.views not in VIEWS:
             raise ValueError(f"teacher.views is {self.views!r}; give {' or '.join(VIEWS)}")
-        if self.dtype not in ("auto", "float32", "bfloat16"):
-            raise ValueError(f"teacher.dtype is {self.dtype!r}; give auto, float32 or bfloat16")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"teacher.dtype is {self.dtype!r}; give {', '.join(DTYPES[:-1])} or {DTYPES[-1]}")
 
 
 class Teacher(Protocol):

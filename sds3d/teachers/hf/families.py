@@ -1,0 +1,260 @@
+"""What the families of diffusers pipelines do differently: which parts they have, what a prompt becomes, how the
+network is called, and which noise levels it knows. Every number is read from the pipeline's own configuration.
+
+    family                     space    network      its output is           told of a prompt
+    Stable Diffusion 1.x, 2.x  latents  U-Net        eps or v                words
+    SDXL                       latents  U-Net        eps or v                words, a whole, sizes in pixels
+    DeepFloyd IF, stage 1      pixels   U-Net        eps (and a variance)    words
+    SD3, SD3.5                 latents  transformer  flow                    words, a whole
+    FLUX.1                     latents  transformer  flow, in 2 x 2 patches  words, a whole, a distilled guidance
+    DDPM                       pixels   U-Net        eps, v or x0            nothing
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from sds3d.noise import Schedule
+from sds3d.teachers.base import HFConfig
+
+KINDS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}  # diffusers' names of what a network may output
+
+
+@dataclass(frozen=True)
+class Levels:
+    """The noise levels a network was trained on.
+
+    Args:
+        schedule: of x_t.
+        kind: of the network's output, one of `sds3d.noise.KINDS`.
+        count: of the levels; the network is told numbers from 0 to this.
+        flow: whether it is told count * sigma, else count * t.
+    """
+
+    schedule: Schedule
+    kind: str
+    count: int
+    flow: bool = False
+
+    def told(self, t: Tensor) -> Tensor:
+        """What the network is told at t (B,), (B,)."""
+        return self.count * (self.schedule.alpha_sigma(t)[1] if self.flow else t)
+
+
+def levels(scheduler: Any, patches: int) -> Levels:
+    """What a scheduler's configuration says.
+
+    Args:
+        patches: the transformer's, of one image, on which a flow's shift may depend.
+
+    Raises:
+        ValueError: a scheduler of another kind.
+    """
+    config = scheduler.config
+    if "FlowMatch" in type(scheduler).__name__:
+        return Levels(Schedule.flow(_shift(config, patches)), "flow", config.num_train_timesteps, flow=True)
+    kind = config.get("prediction_type", "epsilon")
+    if not hasattr(scheduler, "alphas_cumprod") or kind not in KINDS:
+        raise ValueError(
+            f"the pipeline's scheduler is a {type(scheduler).__name__} with prediction type {kind!r}; what can be used "
+            f"has alphas_cumprod (DDIM, DDPM, Euler, PNDM ...) and predicts {', '.join(KINDS)}, or is of FlowMatch kind"
+        )
+    return Levels(Schedule.table(scheduler.alphas_cumprod), KINDS[kind], len(scheduler.alphas_cumprod))
+
+
+def _shift(config: Any, patches: int) -> float:
+    """A flow's shift; where it is dynamic it grows with the image, as diffusers' FluxPipeline has it."""
+    if not config.get("use_dynamic_shifting"):
+        return config.shift
+    slope = (config.max_shift - config.base_shift) / (config.max_image_seq_len - config.base_image_seq_len)
+    mu = config.base_shift + slope * (patches - config.base_image_seq_len)
+    return math.exp(mu) if config.get("time_shift_type", "exponential") == "exponential" else mu
+
+
+@dataclass(frozen=True)
+class Family:
+    """A pipeline's frozen parts and how to use them; as it stands, of Stable Diffusion 1.x and 2.x.
+
+    Args:
+        pipe: a diffusers pipeline without its text encoders.
+        settings: the user's.
+
+    Attributes:
+        PIPELINES: names of the classes whose files it reads.
+        PART: the network's name in the pipeline.
+        ENCODERS: the text encoders' names.
+        TOKENIZERS: the tokenizers' names, each with the number of tokens it is cut to; 0 is the tokenizer's own.
+        LEFT_OUT: parts nobody needs here.
+        UPCAST: whether the VAE's ``force_upcast`` is meant, as only SDXL's pipelines mean it.
+    """
+
+    pipe: Any
+    settings: HFConfig
+
+    PIPELINES: ClassVar[tuple[str, ...]] = ("StableDiffusionPipeline",)
+    PART: ClassVar[str] = "unet"
+    ENCODERS: ClassVar[tuple[str, ...]] = ("text_encoder",)
+    TOKENIZERS: ClassVar[dict[str, int]] = {"tokenizer": 0}
+    LEFT_OUT: ClassVar[tuple[str, ...]] = ("safety_checker", "feature_extractor", "image_encoder")
+    UPCAST: ClassVar[bool] = False
+
+    @property
+    def network(self) -> nn.Module:
+        return getattr(self.pipe, self.PART)
+
+    @property
+    def vae(self) -> nn.Module | None:
+        """None in a family of pixels."""
+        return self.pipe.components.get("vae")
+
+    @property
+    def channels(self) -> int:
+        return self.network.config.in_channels
+
+    @property
+    def side(self) -> int:
+        """Of the x it was trained on."""
+        size = self.network.config.sample_size
+        return size if isinstance(size, int) else min(size)
+
+    @property
+    def cell(self) -> int:
+        """Pixels a side that become one of x."""
+        return 1 if self.vae is None else 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    @property
+    def multiple(self) -> int:
+        """What the side of an x is a multiple of, so that the network halves it evenly."""
+        return 2 ** (len(self.network.config.block_out_channels) - 1)
+
+    def levels(self, side: int) -> Levels:
+        """The noise levels, of x of this side."""
+        return levels(self.pipe.scheduler, (side // 2) ** 2)
+
+    def embed(self, pipe: Any, prompts: list[str], device: torch.device) -> dict[str, Tensor]:
+        """What the network is told of N prompts, by name, (N, ...) each; by a pipeline with its text encoders."""
+        words, _ = pipe.encode_prompt(prompts, device, 1, False)
+        return {"words": words}
+
+    def answer(self, network: nn.Module, x_t: Tensor, told: Tensor, condition: dict[str, Tensor]) -> Tensor:
+        """The output (B, C, h, w) of this network, or one of its form, for x_t (B, C, h, w) at ``told`` (B,)."""
+        return network(x_t, told, condition["words"], return_dict=False)[0]
+
+
+class XL(Family):
+    PIPELINES = ("StableDiffusionXLPipeline",)
+    ENCODERS = ("text_encoder", "text_encoder_2")
+    TOKENIZERS = {"tokenizer": 0, "tokenizer_2": 0}
+    UPCAST = True
+
+    def embed(self, pipe: Any, prompts: list[str], device: torch.device) -> dict[str, Tensor]:
+        words, _, whole, _ = pipe.encode_prompt(prompts, device=device, do_classifier_free_guidance=False)
+        if pipe.config.force_zeros_for_empty_prompt:  # the null prompt it was trained with
+            said = torch.tensor([prompt != "" for prompt in prompts], device=words.device)
+            words, whole = words * said[:, None, None], whole * said[:, None]
+        return {"words": words, "whole": whole}
+
+    def answer(self, network: nn.Module, x_t: Tensor, told: Tensor, condition: dict[str, Tensor]) -> Tensor:
+        height, width = (self.cell * side for side in x_t.shape[-2:])
+        sizes = torch.tensor([height, width, 0.0, 0.0, height, width])  # original, crop's corner, target
+        added = {"text_embeds": condition["whole"], "time_ids": sizes.to(x_t.device).expand(len(x_t), -1)}
+        return network(x_t, told, condition["words"], added_cond_kwargs=added, return_dict=False)[0]
+
+
+class IF(Family):
+    PIPELINES = ("IFPipeline",)
+    TOKENIZERS = {"tokenizer": 77}
+    LEFT_OUT = ("safety_checker", "feature_extractor", "watermarker")
+
+    def embed(self, pipe: Any, prompts: list[str], device: torch.device) -> dict[str, Tensor]:
+        words, _ = pipe.encode_prompt(prompts, do_classifier_free_guidance=False, device=device)
+        return {"words": words}
+
+    def answer(self, network: nn.Module, x_t: Tensor, told: Tensor, condition: dict[str, Tensor]) -> Tensor:
+        return super().answer(network, x_t, told, condition)[:, : self.channels]  # the rest is a learned variance
+
+
+class SD3(Family):
+    PIPELINES = ("StableDiffusion3Pipeline",)
+    PART = "transformer"
+    ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
+    TOKENIZERS = {"tokenizer": 0, "tokenizer_2": 0, "tokenizer_3": 256}
+    LEFT_OUT = ("feature_extractor", "image_encoder")
+
+    @property
+    def multiple(self) -> int:
+        return self.network.config.patch_size
+
+    def embed(self, pipe: Any, prompts: list[str], device: torch.device) -> dict[str, Tensor]:
+        told = {"prompt": prompts, "prompt_2": None, "prompt_3": None, "device": device}
+        words, _, whole, _ = pipe.encode_prompt(**told, do_classifier_free_guidance=False)
+        return {"words": words, "whole": whole}
+
+    def answer(self, network: nn.Module, x_t: Tensor, told: Tensor, condition: dict[str, Tensor]) -> Tensor:
+        return network(x_t, condition["words"], condition["whole"], told, return_dict=False)[0]
+
+
+class Flux(Family):
+    """Guidance-distilled: it was never trained on a null prompt, so two-pass guidance says little and it teaches
+    weakly. SD3 is the better teacher of this kind."""
+
+    PIPELINES = ("FluxPipeline",)
+    PART = "transformer"
+    ENCODERS = ("text_encoder", "text_encoder_2")
+    TOKENIZERS = {"tokenizer": 0, "tokenizer_2": 512}
+    LEFT_OUT = ("feature_extractor", "image_encoder")
+
+    @property
+    def channels(self) -> int:
+        return self.network.config.in_channels // 4
+
+    @property
+    def side(self) -> int:
+        return self.pipe.default_sample_size
+
+    @property
+    def multiple(self) -> int:
+        return 2
+
+    def embed(self, pipe: Any, prompts: list[str], device: torch.device) -> dict[str, Tensor]:
+        words, whole, _ = pipe.encode_prompt(prompts, device=device)
+        return {"words": words, "whole": whole}
+
+    def answer(self, network: nn.Module, x_t: Tensor, told: Tensor, condition: dict[str, Tensor]) -> Tensor:
+        size, (height, width), words = len(x_t), x_t.shape[-2:], condition["words"]
+        guidance = None
+        if self.network.config.guidance_embeds:
+            guidance = torch.full((size,), self.settings.embedded_guidance, device=x_t.device)
+        places = self.pipe._prepare_latent_image_ids(size, height // 2, width // 2, x_t.device, torch.float32)
+        patches = network(
+            hidden_states=self.pipe._pack_latents(x_t, size, self.channels, height, width),
+            timestep=told / self.pipe.scheduler.config.num_train_timesteps,  # it multiplies by that itself
+            guidance=guidance,
+            encoder_hidden_states=words,
+            pooled_projections=condition["whole"],
+            txt_ids=words.new_zeros(words.shape[1], 3),
+            img_ids=places,
+            return_dict=False,
+        )[0]
+        return self.pipe._unpack_latents(patches, height * self.cell, width * self.cell, self.cell)
+
+
+class Unconditional(Family):
+    """Told nothing of prompts: every branch of guidance is the same answer."""
+
+    PIPELINES = ("DDPMPipeline", "DDIMPipeline")
+    ENCODERS, TOKENIZERS, LEFT_OUT = (), {}, ()
+
+    def embed(self, pipe: Any, prompts: list[str], device: torch.device) -> dict[str, Tensor]:
+        return {}
+
+    def answer(self, network: nn.Module, x_t: Tensor, told: Tensor, condition: dict[str, Tensor]) -> Tensor:
+        return network(x_t, told, return_dict=False)[0][:, : self.channels]  # the rest is a learned variance
+
+
+FAMILIES = {name: family for family in (Family, XL, IF, SD3, Flux, Unconditional) for name in family.PIPELINES}

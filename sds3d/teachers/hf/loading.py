@@ -1,0 +1,267 @@
+"""From a folder's or the hub's files to a teacher: what is there, what is refused, what goes where."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sds3d.teachers.base import HFConfig, TeacherConfig
+from sds3d.teachers.hf.families import FAMILIES, Family
+from sds3d.teachers.hf.teacher import DiffusersTeacher
+from sds3d.teachers.hf.words import Words, cache_folder
+from sds3d.teachers.small import pick_dtype
+
+INDEX = "model_index.json"
+WEIGHTS = (".safetensors", ".bin")
+SAMPLE = 1 << 16  # bytes of a file that a fingerprint looks at in each of three places
+
+
+def is_pipeline(name: str) -> bool:
+    """Whether a teacher's name is a diffusers folder, or looks like an id on the hub: owner/model."""
+    path = Path(name).expanduser()
+    if path.exists():
+        return (path / INDEX).is_file() or _class_of(path / "config.json") == "UNet2DModel"
+    return re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name) is not None and path.suffix not in WEIGHTS
+
+
+def load(settings: TeacherConfig, device: torch.device) -> DiffusersTeacher:
+    """A frozen teacher from a diffusers pipeline.
+
+    Raises:
+        ValueError: the hub cannot be reached or says no, the pipeline is of no family we know, its weights are pickles
+            or damaged, or an option is not for it.
+    """
+    folder = find(settings.name, settings.hf)
+    name = _class_of(folder / INDEX) if (folder / INDEX).is_file() else "DDPMPipeline"
+    if name not in FAMILIES:
+        raise ValueError(f"{settings.name} is a {name}; what can teach is {', '.join(FAMILIES)}")
+    kind, wanted = FAMILIES[name], None if settings.dtype == "auto" else getattr(torch, settings.dtype)
+    dtype = pick_dtype(device, wanted)
+    refuse_pickles(kind, folder, settings.hf)
+    family = kind(_pipeline(kind, folder, settings.hf, dtype), settings.hf)
+    place(family, settings.hf, device, dtype)
+    mark = fingerprint(folder)
+
+    def embed(prompts: list[str]) -> dict[str, Tensor]:
+        with _text_pipeline(family, folder, dtype, device) as (pipe, where):
+            each = [family.embed(pipe, [prompt], where) for prompt in prompts]  # one by one: the same in any company
+            return {name: torch.cat([one[name] for one in each]).to(dtype) for name in each[0]}
+
+    kept = Path(settings.hf.cache).expanduser() if settings.hf.cache else cache_folder()
+    teacher = DiffusersTeacher(
+        family, Words(embed, f"{mark} {dtype}", kept, device), settings.views, dtype, settings.compile
+    )
+    teacher.fingerprint = mark
+    return teacher
+
+
+def find(name: str, settings: HFConfig) -> Path:
+    """The folder with a pipeline's files; what is on the hub is downloaded to its cache. Raises ValueError."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    from diffusers import DiffusionPipeline
+    from diffusers.utils import logging
+    from huggingface_hub import errors
+
+    left_out = {part: None for family in FAMILIES.values() for part in family.LEFT_OUT}
+    safe = None if settings.allow_pickle else True
+    spoken = logging.get_verbosity()
+    logging.set_verbosity_error()  # what went wrong is told below, once
+    try:
+        found = DiffusionPipeline.download(name, use_safetensors=safe, variant=settings.variant or None, **left_out)
+    except (OSError, ValueError, errors.HfHubHTTPError, errors.OfflineModeIsEnabled) as error:
+        raise ValueError(_refusal(name, error)) from error
+    finally:
+        logging.set_verbosity(spoken)
+    return Path(found)
+
+
+def _refusal(name: str, error: BaseException) -> str:
+    """What a user can do about an error of the hub's."""
+    from huggingface_hub import errors
+
+    chain, cause = [], error
+    while cause is not None and cause not in chain:
+        chain.append(cause)
+        cause = cause.__cause__ or cause.__context__
+    local = f"or give a local folder instead: --teacher FOLDER, as `hf download {name} --local-dir FOLDER` makes one"
+    if any(isinstance(one, errors.GatedRepoError) for one in chain):
+        return (
+            f"{name} is gated: accept its conditions at https://huggingface.co/{name}, make a token there that may "
+            f"read it, and log in with `hf auth login` (or set HF_TOKEN); {local}"
+        )
+    if any(isinstance(one, errors.RepositoryNotFoundError) for one in chain):
+        return f"the hub has no {name}, or it is private: check the spelling or log in with `hf auth login`; {local}"
+    if "safetensors" in str(error):
+        return f"{name} has no safetensors weights ({_line(error)}); {_PICKLE}"
+    return (
+        f"{name} is not in the hub's cache here and the hub cannot be reached ({_line(error)}); connect this machine, "
+        f"{local}"
+    )
+
+
+def _line(error: BaseException) -> str:
+    """The first sentence of an error."""
+    return str(error).strip().split("\n")[0].split(". ")[0][:200]
+
+
+_PICKLE = (
+    "a pickled .bin can run any program it carries, so it is refused: convert it, take another variant "
+    "(teacher.hf.variant), or give --allow-pickle if you trust who made it"
+)
+
+
+def refuse_pickles(kind: type[Family], folder: Path, settings: HFConfig) -> None:
+    """Raises ValueError where a part that is used has weights, and no safetensors, unless pickles are allowed."""
+    for part in (folder / name for name in ("", kind.PART, "vae", *kind.ENCODERS)):
+        if any(part.glob("*.bin")) and not any(part.glob("*.safetensors")) and not settings.allow_pickle:
+            raise ValueError(f"{part} holds only .bin weights; {_PICKLE}")
+
+
+def fingerprint(folder: Path) -> str:
+    """12 letters that stand for a pipeline's files: names, sizes, and what lies at begin, middle and end of each."""
+    mark = hashlib.sha256()
+    for file in sorted(folder.rglob("*")):
+        if file.suffix in (*WEIGHTS, ".json", ".txt", ".model") and file.is_file():
+            size = file.stat().st_size
+            mark.update(f"{file.relative_to(folder).as_posix()} {size}".encode())
+            with file.open("rb") as stream:
+                for start in (0, size // 2, max(size - SAMPLE, 0)):
+                    stream.seek(start)
+                    mark.update(stream.read(SAMPLE))
+    return mark.hexdigest()[:12]
+
+
+def place(family: Family, settings: HFConfig, device: torch.device, dtype: torch.dtype) -> None:
+    """Freeze a family's parts, set their memory options, move them to the device.
+
+    Raises:
+        ValueError: an option that this network has not.
+    """
+    layout = torch.channels_last if settings.channels_last else torch.preserve_format
+    network, vae = family.network.requires_grad_(False).eval(), family.vae
+    if settings.attention_slicing:
+        if not hasattr(network, "set_attention_slice"):
+            raise ValueError(f"a {type(network).__name__} has no attention slicing; leave teacher.hf.attention_slicing")
+        network.set_attention_slice("auto")
+    network.to("cpu" if settings.offload else device, memory_format=layout)
+    step = family.multiple * family.cell
+    if settings.size % step:
+        raise ValueError(f"teacher.hf.size is {settings.size}; this model takes multiples of {step} pixels")
+    if vae is not None:
+        vae.requires_grad_(False).eval().to(device, memory_format=layout)
+        if family.UPCAST and not vae.config.get("force_upcast"):
+            vae.to(dtype)
+        if settings.checkpointing:
+            vae.enable_gradient_checkpointing()
+        if settings.slicing:
+            vae.enable_slicing()
+        if settings.tiling:
+            vae.enable_tiling()
+
+
+def _class_of(path: Path) -> str:
+    """The class that a diffusers file of settings names; "" where there is none."""
+    try:
+        name = json.loads(path.read_text(encoding="utf-8")).get("_class_name", "")
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError, AttributeError):
+        return ""
+    return name if isinstance(name, str) else str(name[-1])
+
+
+def _pipeline(kind: type[Family], folder: Path, settings: HFConfig, dtype: torch.dtype) -> Any:
+    """The pipeline without its text encoders."""
+    import diffusers
+
+    told = {"variant": settings.variant or None, "use_safetensors": None if settings.allow_pickle else True}
+    with _quiet(), _sound(folder):
+        if not (folder / INDEX).is_file():
+            return diffusers.DDPMPipeline(
+                diffusers.UNet2DModel.from_pretrained(folder, dtype=dtype, **told),
+                diffusers.DDPMScheduler.from_pretrained(folder),
+            )
+        precision: Any = {"default": dtype, "vae": torch.float32} if kind.UPCAST else dtype
+        left_out = dict.fromkeys((*kind.ENCODERS, *kind.LEFT_OUT))
+        return diffusers.DiffusionPipeline.from_pretrained(
+            folder, dtype=precision, **told, **left_out, **_unguarded(left_out)
+        )
+
+
+def _unguarded(left_out: dict[str, None]) -> dict[str, bool]:
+    """Nobody looks at what is painted here, so no safety checker is asked for."""
+    return {"requires_safety_checker": False} if "safety_checker" in left_out else {}
+
+
+@contextmanager
+def _text_pipeline(
+    family: Family, folder: Path, dtype: torch.dtype, device: torch.device
+) -> Iterator[tuple[Any, torch.device]]:
+    """The pipeline with its text encoders, and where these are, for as long as the block lasts.
+
+    The network leaves the GPU meanwhile; encoders that do not fit beside what is there all the same run on the CPU.
+    """
+    import diffusers
+
+    network, home = family.network, next(family.network.parameters()).device
+    there = {name: part for name, part in family.pipe.components.items() if name not in family.ENCODERS}
+    told = {"variant": family.settings.variant or None}
+    told["use_safetensors"] = None if family.settings.allow_pickle else True
+    network.to("cpu")
+    with _quiet(), _sound(folder):
+        pipe = diffusers.DiffusionPipeline.from_pretrained(
+            folder, dtype=dtype, **told, **there, **_unguarded(dict.fromkeys(family.LEFT_OUT))
+        )
+    encoders = [part for name in family.ENCODERS if (part := getattr(pipe, name)) is not None]
+    needed = sum(p.numel() * p.element_size() for encoder in encoders for p in encoder.parameters())
+    fits = device.type != "cuda" or 1.2 * needed < torch.cuda.mem_get_info(device)[0]
+    where = device if fits else torch.device("cpu")
+    for encoder in encoders:
+        encoder.requires_grad_(False).eval().to(where)
+    try:
+        with torch.no_grad():
+            yield pipe, where
+    finally:
+        del pipe, encoders, encoder
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        network.to(home)
+
+
+@contextmanager
+def _sound(folder: Path) -> Iterator[None]:
+    """Errors of loading, as what a user can do about them."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (SafetensorError, OSError, KeyError, TypeError, RuntimeError, ImportError, ValueError) as error:
+        raise ValueError(
+            f"the pipeline in {folder} cannot be loaded ({_line(error)}): is a part missing or damaged?"
+        ) from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars and no remarks while parts are loaded."""
+    from diffusers.utils import logging as theirs
+    from transformers.utils import logging as others
+
+    spoken = [(log, log.get_verbosity()) for log in (theirs, others)]
+    for log, _ in spoken:
+        log.set_verbosity_error()
+        log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for log, level in spoken:
+            log.set_verbosity(level)
+            log.enable_progress_bar()

@@ -1,0 +1,145 @@
+"""Any diffusers pipeline as a teacher: what its families have in common."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sds3d.cameras import Cameras
+from sds3d.noise import Prediction, Schedule
+from sds3d.teachers.base import decode_pixels, encode_pixels
+from sds3d.teachers.hf.families import Family
+from sds3d.teachers.hf.words import Condition, Words, warn_of_cut
+
+
+class DiffusersTeacher:
+    """A `sds3d.teachers.base.Teacher`, and a `sds3d.critics.Trainable`, around a pipeline's frozen parts.
+
+    Args:
+        family: the parts, on their device.
+        words: embeds prompts.
+        views: "words", or "camera": prompts then carry no view words and the cameras' angles blend them in.
+        dtype: of the network.
+        compiled: whether ``predict`` runs the network through torch.compile.
+
+    Attributes:
+        fingerprint: of the files it was loaded from.
+    """
+
+    extra_width = 0
+    fingerprint = ""
+
+    def __init__(self, family: Family, words: Words, views: str, dtype: torch.dtype, compiled: bool = False):
+        self.family, self.words, self.views, self.dtype, self.device = family, words, views, dtype, words.device
+        side = (family.settings.size or family.side * family.cell) // family.cell
+        self.image_size, self.shape = side * family.cell, (family.channels, side, side)
+        self.levels = family.levels(side)
+        self.schedule: Schedule = self.levels.schedule
+        self._judge = torch.compile(family.network) if compiled else family.network
+        self._shift, self._scale = (value.to(self.device) for value in _latent_scale(family.vae))
+
+    def check(self, prompt: str) -> None:
+        """Warn of what its text encoders cut from a prompt, and expect it to be asked for.
+
+        Raises:
+            ValueError: an empty prompt.
+        """
+        if not prompt.strip():
+            raise ValueError('the prompt is empty: say what to make, for example "a DSLR photo of a corgi"')
+        for name, length in self.family.TOKENIZERS.items():
+            tokenizer = self.family.pipe.components.get(name)
+            if tokenizer is not None:
+                warn_of_cut(tokenizer, length or tokenizer.model_max_length, f"{prompt}, overhead view")
+        self.words.expect(prompt)
+
+    def encode(self, images: Tensor) -> Tensor:
+        """See `sds3d.teachers.base.Teacher.encode`; of latents the mean, without the noise that the VAE offers."""
+        pixels, vae = encode_pixels(images, self.image_size), self.family.vae
+        if vae is None:
+            return pixels
+        latents = vae.encode(pixels.to(vae.dtype)).latent_dist.mode()
+        return (latents.to(pixels.dtype) - self._shift) * self._scale
+
+    def decode(self, x: Tensor) -> Tensor:
+        vae = self.family.vae
+        return decode_pixels(
+            x if vae is None else vae.decode((x / self._scale + self._shift).to(vae.dtype)).sample.float()
+        )
+
+    @property
+    def network(self) -> nn.Module:
+        """Raises ValueError where it is kept off the GPU."""
+        if self.family.settings.offload:
+            raise ValueError("a critic trains on the network, which teacher.hf.offload keeps away; leave that out")
+        return self.family.network
+
+    @torch.no_grad()
+    def predict(
+        self,
+        x_t: Tensor,  # (B, C, h, w)
+        t: Tensor,  # (B,)
+        prompts: list[str],
+        cameras: Cameras | None = None,
+        camera_mask: Tensor | None = None,  # (B,) bool
+    ) -> Prediction:
+        """See `sds3d.teachers.base.Teacher.predict`."""
+        condition = self._condition(prompts, cameras, camera_mask)
+        with self._present():
+            return self._ask(self._judge, x_t, t, condition)
+
+    def answer(
+        self,
+        network: nn.Module,
+        x_t: Tensor,  # (B, C, h, w)
+        t: Tensor,  # (B,)
+        prompts: list[str],
+        cameras: Cameras | None = None,
+        camera_mask: Tensor | None = None,  # (B,) bool
+        extra: Tensor | None = None,
+    ) -> Prediction:
+        """See `sds3d.critics.Trainable.answer`. In half precision the network's weights may be in float32."""
+        assert extra is None, "it has no place for an extra condition"
+        with torch.autocast(x_t.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            return self._ask(network, x_t, t, self._condition(prompts, cameras, camera_mask))
+
+    def _ask(self, network: nn.Module, x_t: Tensor, t: Tensor, condition: Condition) -> Prediction:
+        output = self.family.answer(network, x_t.to(self.dtype), self.levels.told(t).float(), condition)
+        alpha, sigma = self.schedule.alpha_sigma(t)
+        return Prediction(output.to(torch.promote_types(x_t.dtype, torch.float32)), x_t, alpha, sigma, self.levels.kind)
+
+    def _condition(self, prompts: list[str], cameras: Cameras | None, mask: Tensor | None) -> Condition:
+        if not self.family.ENCODERS:
+            return {}
+        if self.views == "words" or cameras is None:
+            return self.words(prompts)
+        return self.words.seen(prompts, cameras, mask)
+
+    @contextlib.contextmanager
+    def _present(self) -> Iterator[None]:
+        """The network is on the device inside; where it is offloaded, only there."""
+        if not self.family.settings.offload:
+            yield
+            return
+        waiting = {p: p.data for p in [*self.family.network.parameters(), *self.family.network.buffers()]}
+        for tensor, host in waiting.items():
+            tensor.data = host.to(self.device, non_blocking=True)
+        try:
+            yield
+        finally:
+            for tensor, host in waiting.items():
+                tensor.data = host
+
+
+def _latent_scale(vae: Any) -> tuple[Tensor, Tensor]:
+    """A latent is (what the VAE says - shift) * scale; both (C, 1, 1) or ()."""
+    if vae is None:
+        return torch.zeros(()), torch.ones(())
+    config = vae.config
+    mean, std = config.get("latents_mean"), config.get("latents_std")
+    if mean is not None and std is not None:
+        return torch.tensor(mean).view(-1, 1, 1), config.scaling_factor / torch.tensor(std).view(-1, 1, 1)
+    return torch.tensor(config.get("shift_factor") or 0.0), torch.tensor(config.scaling_factor)

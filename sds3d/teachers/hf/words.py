@@ -1,0 +1,166 @@
+"""What a prompt becomes: embedded once, kept in memory and on disk, so that text encoders need not stay."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sds3d.cameras import Cameras
+from sds3d.files import replacing
+from sds3d.prompts import VIEW_WORDS, view_blend
+from sds3d.transfer import onto
+
+Condition = dict[str, Tensor]  # by name, (N, ...) each
+
+
+def cache_folder() -> Path:
+    """Where embedded prompts are kept unless the settings say otherwise."""
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return base / "sds3d" / "prompts"
+
+
+class Words:
+    """Embeds prompts.
+
+    Args:
+        embed: loads the text encoders, embeds N prompts and lets the encoders go.
+        mark: of the model and its precision: what the embeddings depend on beside the prompt.
+        folder: of the disk cache.
+        device: where the embeddings go.
+    """
+
+    def __init__(self, embed: Callable[[list[str]], Condition], mark: str, folder: Path, device: torch.device):
+        self.embed, self.mark, self.folder, self.device = embed, mark, folder, device
+        self._known: dict[str, Condition] = {}
+        self._awaited: list[str] = [""]
+
+    def expect(self, prompt: str) -> None:
+        """Say that a prompt will be asked for: it is embedded together with the first that is."""
+        self._awaited.append(prompt)
+
+    @torch.no_grad()
+    def __call__(self, prompts: Sequence[str]) -> Condition:
+        """The condition of B prompts, (B, ...) each."""
+        missing = [p for p in dict.fromkeys(prompts) if p not in self._known]
+        if missing:
+            wanted = dict.fromkeys(text for p in [*missing, *self._awaited] for text in _relatives(p))
+            self._learn([p for p in wanted if p not in self._known])
+            self._awaited.clear()
+        found = [self._known[p] for p in prompts]
+        return {name: torch.stack([one[name] for one in found]) for name in found[0]}
+
+    @torch.no_grad()
+    def seen(self, prompts: Sequence[str], cameras: Cameras, told: Tensor | None = None) -> Condition:
+        """The condition of B prompts, each seen from its camera: the view words' embeddings, blended by its angles.
+
+        Args:
+            told: (B,) bool, False where the camera is dropped.
+        """
+        places = zip(cameras.azimuth.tolist(), cameras.elevation.tolist(), strict=True)
+        shares = torch.tensor([[0.0, *view_blend(*place).values()] for place in places])
+        shares = onto(shares, self.device)  # (B, 5): of the bare prompt, then by VIEW_WORDS
+        if told is not None:
+            bare = onto(torch.eye(shares.shape[1])[0], self.device)
+            shares = torch.where(onto(told, self.device)[:, None], shares, bare)
+        each = zip(*(_with_views(p) for p in prompts), strict=True)
+        views = [self(texts) for texts in each]
+        return {name: _blend([view[name] for view in views], shares) for name in views[0]}
+
+    def _learn(self, prompts: list[str]) -> None:
+        """Read prompts from the disk, and embed what is not there."""
+        for prompt in prompts:
+            kept = _read(self._path(prompt))
+            if kept is not None:
+                self._keep(prompt, kept)
+        missing = [p for p in prompts if p not in self._known]
+        made = self.embed(missing) if missing else {}
+        for i, prompt in enumerate(missing):
+            one = {name: rows[i].contiguous().cpu() for name, rows in made.items()}
+            self._keep(prompt, one)
+            _write(self._path(prompt), one, prompt)
+
+    def _keep(self, prompt: str, one: Condition) -> None:
+        self._known[prompt] = {name: onto(value, self.device) for name, value in one.items()}
+
+    def _path(self, prompt: str) -> Path:
+        return self.folder / f"{hashlib.sha256(f'{self.mark}: {prompt}'.encode()).hexdigest()[:40]}.safetensors"
+
+
+def _with_views(prompt: str) -> list[str]:
+    """A prompt bare, then with each view word; the null prompt says no view."""
+    return [prompt, *(f"{prompt}, {view}" if prompt else "" for view in VIEW_WORDS)]
+
+
+def _relatives(prompt: str) -> list[str]:
+    """What will probably be asked for where this is: the prompt from all sides."""
+    for view in VIEW_WORDS:
+        prompt = prompt.removesuffix(f", {view}")
+    return [prompt] if any(view in prompt for view in VIEW_WORDS) else _with_views(prompt)
+
+
+def _blend(views: list[Tensor], shares: Tensor) -> Tensor:
+    """The mean of N embeddings (B, ...) by shares (B, N)."""
+    weights = shares.T.view(*shares.T.shape, *[1] * (views[0].dim() - 1))  # (N, B, 1 ...)
+    return (torch.stack(views).float() * weights).sum(0).to(views[0].dtype)
+
+
+def _digest(one: Condition) -> str:
+    """Of the numbers themselves, which safetensors does not check."""
+    mark = hashlib.sha256()
+    for name in sorted(one):
+        mark.update(name.encode() + one[name].contiguous().view(torch.uint8).numpy().tobytes())
+    return mark.hexdigest()
+
+
+def _read(path: Path) -> Condition | None:
+    """A kept embedding; None where there is none, with a warning where it is damaged."""
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, "pt") as file:
+            one, told = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        one, told, reason = {}, {}, str(error)
+    else:
+        reason = "its numbers have changed"
+    if told.get("digest") == _digest(one):
+        return one
+    warnings.warn(f"the kept embedding {path} is damaged ({reason}); embedding the prompt again", stacklevel=2)
+    return None
+
+
+def _write(path: Path, one: Condition, prompt: str) -> None:
+    """Keep an embedding for the next run; a disk that says no is only a warning."""
+    from safetensors.torch import save
+
+    data = save(one, {"prompt": prompt, "digest": _digest(one)})
+    try:
+        with replacing(path) as part:
+            part.write_bytes(data)
+    except ValueError as error:
+        warnings.warn(f"the embedding is not kept: {error}", stacklevel=2)
+
+
+def warn_of_cut(tokenizer: Any, length: int, prompt: str) -> None:
+    """Warn of what this tokenizer cuts from a prompt.
+
+    Args:
+        length: tokens the text encoder reads, with those for begin and end.
+    """
+    ids = tokenizer(prompt, verbose=False).input_ids
+    if len(ids) > length:
+        lost = tokenizer.decode(ids[length - 1 : -1]).strip()  # its last token is the end, which stays
+        warnings.warn(
+            f"with view words the prompt has {len(ids)} tokens and a text encoder reads {length}: it never sees "
+            f"{lost!r}; shorten the prompt",
+            stacklevel=3,
+        )
