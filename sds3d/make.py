@@ -58,11 +58,6 @@ def load_teacher(settings: TeacherConfig, device: str = "auto") -> Teacher:
 
     if settings.name not in PACKAGED and loading.is_pipeline(settings.name):
         return loading.load(settings, pick_device(device))
-    if settings.hf != HFConfig() or settings.dtype == "float16":
-        raise ValueError(
-            f"teacher.hf and float16 are for diffusers pipelines, and {settings.name!r} is none: a folder with "
-            f"{loading.INDEX}, or an id on the hub such as owner/model"
-        )
     path = small.packaged(settings.name) if settings.name in PACKAGED else Path(settings.name).expanduser()
     if path.is_dir():
         path = path / small.FILE
@@ -70,6 +65,11 @@ def load_teacher(settings: TeacherConfig, device: str = "auto") -> Teacher:
         raise ValueError(
             f"teacher {settings.name!r} is neither packaged ({', '.join(PACKAGED)}), a file of weights, the folder of "
             "a training (sds3d teacher train) or of a diffusers pipeline, nor an id on the hub (owner/model)"
+        )
+    if settings.hf != HFConfig() or settings.dtype == "float16":
+        raise ValueError(
+            f"teacher.hf and float16 are for diffusers pipelines, and {settings.name!r} is none: a folder with "
+            f"{loading.INDEX}, or an id on the hub such as owner/model"
         )
     dtype = None if settings.dtype == "auto" else getattr(torch, settings.dtype)
     found = small.load(path, settings.views, pick_device(device), dtype, settings.compile)

@@ -243,3 +243,38 @@ def test_weights_depend_on_the_ratio_alone(name):
     values = [weight(name, *s.alpha_sigma(s.t_of_ratio(LEVELS))) for s in SCHEDULES.values()]
     for other in values[1:]:
         assert (other - values[0]).abs().max() < 1e-10
+
+
+def test_a_table_is_the_scheduler_it_comes_from():
+    """IF's squared cosine; at the indices alpha and sigma are the table's own, and between them nothing jumps."""
+    scheduler = diffusers.DDPMScheduler(beta_schedule="squaredcos_cap_v2", num_train_timesteps=200)
+    schedule, index = Schedule.table(scheduler.alphas_cumprod), torch.arange(200)
+    alpha, sigma = schedule.alpha_sigma(index.double() / 200)
+    assert torch.allclose(alpha**2, scheduler.alphas_cumprod.double(), rtol=1e-9)
+    assert torch.allclose(alpha**2 + sigma**2, torch.ones(200, dtype=torch.float64), rtol=1e-12)
+    t = torch.linspace(0, 1, 3001, dtype=torch.float64)
+    found_alpha, found_sigma = schedule.alpha_sigma(t)
+    assert ((found_sigma / found_alpha).diff() > 0).all()
+    assert torch.allclose(schedule.t_of_ratio(found_sigma / found_alpha), t, atol=1e-9)
+
+
+def test_a_table_may_end_in_pure_noise():
+    scheduler = diffusers.DDIMScheduler(rescale_betas_zero_snr=True)
+    alpha, sigma = Schedule.table(scheduler.alphas_cumprod).alpha_sigma(torch.tensor([0.998, 0.999, 1.0]).double())
+    assert alpha[1] < 1e-8 and torch.isfinite(sigma / alpha.clamp_min(1e-12)).all() and sigma[1] == 1
+    for wrong in ([0.9], [0.5, 0.9], [1.0, 0.5], [0.9, -0.1]):
+        with pytest.raises(ValueError, match="fall"):
+            Schedule.table(torch.tensor(wrong))
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_a_flows_shift_is_the_schedulers(shift):
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=shift)
+    t = torch.arange(1000, 0, -1, dtype=torch.float64) / 1000
+    schedule = Schedule.flow(shift)
+    alpha, sigma = schedule.alpha_sigma(t)
+    assert torch.allclose(sigma, scheduler.sigmas.double(), atol=1e-6) and torch.allclose(alpha, 1 - sigma)
+    assert torch.allclose(schedule.t_of_ratio(sigma / alpha), t)
+    h = 1e-6
+    slope = (schedule.alpha_sigma(t - h)[1] - sigma) / -h
+    assert torch.allclose(schedule.rates(t)[1], slope, rtol=1e-4)

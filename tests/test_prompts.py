@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sds3d.cameras import Cameras, orbit
-from sds3d.prompts import VIEW_WORDS, view_negatives, view_word, with_view
+from sds3d.prompts import VIEW_WORDS, view_blend, view_negatives, view_word, with_view
 
 
 @pytest.mark.parametrize(
@@ -69,3 +69,15 @@ def test_view_words_are_avoided_the_more_the_farther_they_are():
         assert weights["side view"] == pytest.approx(abs(away - 90) / 90)
     assert view_negatives(0) == {"front view": 0, "side view": 1, "back view": 1}
     assert view_negatives(90)["side view"] == 0
+
+
+def test_view_blend_is_smooth_and_agrees_with_the_words():
+    for elevation in range(-90, 91, 10):
+        shares = [view_blend(azimuth, elevation) for azimuth in range(-180, 540)]
+        for azimuth, (share, after) in enumerate(zip(shares, shares[1:]), start=-180):
+            assert tuple(share) == VIEW_WORDS and min(share.values()) >= 0
+            assert sum(share.values()) == pytest.approx(1)
+            assert max(abs(share[v] - after[v]) for v in VIEW_WORDS) <= 1 / 90 + 1e-9
+            assert share == view_blend(-azimuth, elevation)
+            if (azimuth - 45) % 90 and elevation != 60:  # at the turning points two views share
+                assert max(share, key=share.get) == view_word(azimuth, elevation)

@@ -93,8 +93,8 @@ class SmallTeacher:
         if unknown:
             raise ValueError(
                 f"the embedded teacher does not know {unknown}; it knows {len(self.vocabulary)} words (sds3d teacher "
-                "words lists them). An open vocabulary needs a teacher of another kind, which --teacher will take once "
-                "this version knows how to load one; today it takes weights that sds3d teacher train wrote"
+                "words lists them). An open vocabulary needs a diffusers pipeline: give its folder or its id on the "
+                "hub with --teacher"
             )
 
     def encode(self, images: Tensor) -> Tensor:

@@ -104,8 +104,8 @@ def _refusal(name: str, error: BaseException) -> str:
     if "safetensors" in str(error):
         return f"{name} has no safetensors weights ({_line(error)}); {_PICKLE}"
     return (
-        f"{name} is not in the hub's cache here and the hub cannot be reached ({_line(error)}); connect this machine, "
-        f"{local}"
+        f"there is no folder {name} here, and the hub cannot be reached or has no such files ({_line(chain[-1])}): "
+        f"connect this machine, {local}"
     )
 
 
