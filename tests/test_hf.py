@@ -325,6 +325,20 @@ def test_a_kept_embedding_is_the_same(name, settings, tmp_path):
     assert {p: p.read_bytes() for p in tmp_path.iterdir()} == files
 
 
+def test_sd3_does_without_its_largest_encoder(pipelines, tmp_path):
+    """As it is often given away: with two CLIPs, and no T5."""
+    folder = tmp_path / "small"
+    shutil.copytree(pipelines("sd3"), folder, ignore=shutil.ignore_patterns("*_3"))
+    index = json.loads((folder / "model_index.json").read_text())
+    index |= {"text_encoder_3": [None, None], "tokenizer_3": [None, None]}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    told = TeacherConfig(str(folder), "words", "float32", hf=HFConfig(cache=str(tmp_path / "kept")))
+    teacher = make.load_teacher(told, "cpu")
+    teacher.check("a red mug")
+    theirs = diffusers.DiffusionPipeline.from_pretrained(folder).encode_prompt("a red mug", None, None)
+    assert torch.allclose(teacher.words(["a red mug"])["words"], theirs[0], atol=1e-6)
+
+
 @pytest.mark.parametrize("damage", ["cut", "changed", "empty"])
 def test_a_damaged_embedding_is_made_again_with_a_warning(damage, settings, tmp_path):
     made = make.load_teacher(settings("sd", cache=str(tmp_path)), "cpu").words(["a red mug"])

@@ -31,9 +31,11 @@ RunFolder = Annotated[Path, Argument(metavar="RUN", help="a run folder, as in ou
 Quiet = Annotated[bool, Option("--quiet", "-q", help="no progress; print the results only")]
 Json = Annotated[bool, Option("--json", help="no progress; print one JSON object")]
 
-Teacher = Annotated[
-    str, Option(help="a packaged teacher (small or toybox, digits), a file of weights or a training's folder")
-]
+TEACHERS = (
+    "a packaged teacher (small or toybox, digits), a file of weights, a training's folder, or a diffusers pipeline "
+    "(its folder, or its id on the hub)"
+)
+Teacher = Annotated[str, Option(help=TEACHERS)]
 
 
 @dataclass(frozen=True)
@@ -42,13 +44,7 @@ class RunOptions:
 
     method: Annotated[str | None, Option(help="how to distil; sds3d methods lists them")] = None
     seed: Annotated[int | None, Option(help="of every random draw")] = None
-    teacher: Annotated[
-        str | None,
-        Option(
-            help="a packaged teacher (small or toybox, digits), a file of weights, a training's folder, or a diffusers "
-            "pipeline: its folder or its id on the hub"
-        ),
-    ] = None
+    teacher: Annotated[str | None, Option(help=TEACHERS)] = None
     allow_pickle: Annotated[
         bool, Option("--allow-pickle", help="take a pipeline's .bin weights, which can run any program")
     ] = False

@@ -72,7 +72,10 @@ def words(teacher: Teacher = "small") -> None:
     from sds3d import make
     from sds3d.teachers.base import TeacherConfig
 
-    print(" ".join(make.load_teacher(TeacherConfig(teacher)).vocabulary))
+    known = getattr(make.load_teacher(TeacherConfig(teacher)), "vocabulary", None)
+    if known is None:
+        raise ValueError(f"the teacher {teacher} reads any words: it has no list of them")
+    print(" ".join(known))
 
 
 @app.command(name="train")

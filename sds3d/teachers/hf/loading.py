@@ -44,7 +44,7 @@ def load(settings: TeacherConfig, device: torch.device) -> DiffusersTeacher:
     if name not in FAMILIES:
         raise ValueError(f"{settings.name} is a {name}; what can teach is {', '.join(FAMILIES)}")
     kind, wanted = FAMILIES[name], None if settings.dtype == "auto" else getattr(torch, settings.dtype)
-    dtype = pick_dtype(device, wanted)
+    dtype = wanted if wanted == torch.float16 else pick_dtype(device, wanted)  # float16 is for GPUs without bfloat16
     refuse_pickles(kind, folder, settings.hf)
     family = kind(_pipeline(kind, folder, settings.hf, dtype), settings.hf)
     place(family, settings.hf, device, dtype)
