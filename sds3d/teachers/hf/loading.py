@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -190,15 +190,17 @@ def _pipeline(kind: type[Family], folder: Path, settings: HFConfig, dtype: torch
                 diffusers.DDPMScheduler.from_pretrained(folder),
             )
         precision: Any = {"default": dtype, "vae": torch.float32} if kind.UPCAST else dtype
-        left_out = dict.fromkeys((*kind.ENCODERS, *kind.LEFT_OUT))
-        return diffusers.DiffusionPipeline.from_pretrained(
-            folder, dtype=precision, **told, **left_out, **_unguarded(left_out)
-        )
+        spared = _spared(folder, (*kind.ENCODERS, *kind.LEFT_OUT))
+        return diffusers.DiffusionPipeline.from_pretrained(folder, dtype=precision, **told, **spared)
 
 
-def _unguarded(left_out: dict[str, None]) -> dict[str, bool]:
-    """Nobody looks at what is painted here, so no safety checker is asked for."""
-    return {"requires_safety_checker": False} if "safety_checker" in left_out else {}
+def _spared(folder: Path, names: Iterable[str]) -> dict[str, Any]:
+    """How a pipeline is told to do without these parts, and without those that its index says it has not."""
+    index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+    told: dict[str, Any] = dict.fromkeys([*names, *(name for name, what in index.items() if what == [None, None])])
+    if "safety_checker" in told:  # nobody looks at what is painted here
+        told["requires_safety_checker"] = False
+    return told
 
 
 @contextmanager
@@ -217,9 +219,8 @@ def _text_pipeline(
     told["use_safetensors"] = None if family.settings.allow_pickle else True
     network.to("cpu")
     with _quiet(), _sound(folder):
-        pipe = diffusers.DiffusionPipeline.from_pretrained(
-            folder, dtype=dtype, **told, **there, **_unguarded(dict.fromkeys(family.LEFT_OUT))
-        )
+        spared = _spared(folder, family.LEFT_OUT) | there
+        pipe = diffusers.DiffusionPipeline.from_pretrained(folder, dtype=dtype, **told, **spared)
     encoders = [part for name in family.ENCODERS if (part := getattr(pipe, name)) is not None]
     needed = sum(p.numel() * p.element_size() for encoder in encoders for p in encoder.parameters())
     fits = device.type != "cuda" or 1.2 * needed < torch.cuda.mem_get_info(device)[0]
