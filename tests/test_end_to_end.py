@@ -18,7 +18,9 @@ def test_a_held_out_prompt_becomes_a_mesh(rocket):
     files = {p.name for p in rocket.path.iterdir()}
     assert {"mesh.glb", "turntable.mp4", "preview.png", "metrics.jsonl", "config.yaml"} <= files
     mesh = trimesh.load(rocket.path / "mesh.glb", force="mesh")
-    assert mesh.is_watertight and mesh.volume > 0.01 and abs(mesh.bounds).max() <= 1.01
+    mesh.merge_vertices(merge_tex=True, merge_norm=True)  # they part where the texture does
+    assert mesh.is_watertight and mesh.volume > 0.01
+    assert mesh.bounds[:, 1].tolist() == pytest.approx([0, 1], abs=1e-3)  # stands on the ground, one high
 
 
 def test_it_looks_like_the_truth(rocket):

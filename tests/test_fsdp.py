@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from sds3d import launch, make
-from sds3d.config import DistillConfig, load
+from sds3d.config import DistillConfig, load, to_yaml
 from sds3d.data import digits
 from sds3d.generated import Generated
 from sds3d.networks.text import TextEncoder
@@ -58,6 +58,8 @@ def distil(folder: Path, method: str, last: int, resume: bool) -> None:
     goals = make.objectives(make.objective(config, teacher, critic), config, student, share)
     run = Run(folder)
     run.path.mkdir(exist_ok=True)
+    if share.index == 0:
+        run.write_text(run.config, to_yaml(config))
     made = Generated(run if share.index == 0 else None, config, student)
     loop = train(student, goals, replace(config.plan(), picture_every=2), run, resume, made.picture, critic, share)
     for step in loop:

@@ -204,6 +204,7 @@ def test_curves_average_what_was_measured():
 def many(page_run) -> Path:
     """A folder of runs: three finished and judged in part, one unfinished, two broken."""
     folder = page_run.parent
+    (page_run / "mesh.json").unlink()
     scores = {"00002-b": ("a blue ball", 0.9), "00003-a": ("Zebra ball", 0.95), "deep/00004-x": ("a green ball", None)}
     for name, (prompt, iou) in scores.items():
         shutil.copytree(page_run, folder / name)
@@ -211,7 +212,7 @@ def many(page_run) -> Path:
         (folder / name / "config.yaml").write_text(config.replace("prompt: a red ball", f"prompt: {prompt}"))
         if iou is not None:
             (folder / name / "eval.json").write_text(json.dumps({"iou": iou, "psnr": 20 * iou, "view_iou": [1]}))
-    (folder / "00002-b" / "mesh.json").write_text(json.dumps({"faces": 900, "watertight": True, "check": {"iou": 0.5}}))
+    (folder / "00002-b" / "mesh.json").write_text(json.dumps({"mesh": {"faces": 900, "watertight": True, "iou": 0.5}}))
     rows = (folder / "00003-a" / "metrics.jsonl").read_text().splitlines()
     (folder / "00003-a" / "metrics.jsonl").write_text("\n".join(rows[:2]))
     (folder / "00005-<b>none").mkdir()

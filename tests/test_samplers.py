@@ -171,7 +171,7 @@ def test_a_sampler_within_a_budget_uses_it_and_no_more(name):
 @pytest.mark.parametrize("spacing", [edm_times, log_times])
 def test_times_fall_from_the_most_noise_to_the_least(schedule, spacing):
     # sigma/alpha; Stable Diffusion's known 14.6146 is at index 999, and t = 1 is one index on
-    noisiest = {"_Cosine": 80, "_Flow": 80, "_VE": 50, "_Linear": 14.7035}[type(schedule).__name__]
+    noisiest = {"_Cosine": 80, "_Flow": 80, "_VE": 50, "_Table": 14.7035}[type(schedule).__name__]
     for steps in (1, 2, 18):
         times = spacing(schedule, steps)
         assert len(times) == steps + 1 and bool((times.diff() < 0).all())
