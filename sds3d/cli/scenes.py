@@ -109,7 +109,7 @@ class MeshOptions:
     faces: Annotated[int | None, Option(help="triangles, at most")] = None
     colours: Annotated[str | None, Option(help="texture or vertex")] = None
     texture: Annotated[int | None, Option(help="texels a side: 1024, 2048")] = None
-    keep: Annotated[float | None, Option(help="drop pieces below this share of the largest; 1: all but it")] = None
+    keep: Annotated[float | None, Option(help="drop pieces below this share of the largest; 1: keep it alone")] = None
     fill: Annotated[float | None, Option(help="close holes narrower than this, in scene units")] = None
     smooth: Annotated[int | None, Option(help="rounds of smoothing")] = None
 

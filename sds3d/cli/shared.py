@@ -164,7 +164,7 @@ def _hints(made: Asset | Painting | Generated, files: list[str], early: bool) ->
         return [f"sds3d sample {made.path}", f"sds3d eval {made.path}"]
     hints = [f"sds3d resume {made.path}" + ("" if early else f" steps={2 * made.config.steps}")]
     if any(file.endswith(".glb") for file in files):
-        hints.insert(0, f"sds3d export {made.path} --format glb,obj,ply")
+        hints.insert(0, f"sds3d export {made.path} --format glb,obj,ply,stl")
     return hints
 
 

@@ -180,6 +180,9 @@ def _finish_tree(tree: dict[str, Any], unlit: bool) -> None:
             material["extensions"] = {"KHR_materials_unlit": {}}
     if unlit:
         tree["extensionsUsed"] = ["KHR_materials_unlit"]
+    for node in tree["nodes"]:
+        if "mesh" in node:
+            node["name"] = "asset"
     for mesh in tree["meshes"]:
         mesh["name"] = "asset"
         for primitive in mesh["primitives"]:
