@@ -29,6 +29,8 @@ from sds3d.generated import CARD, LoadedGenerator, a_few, find, load_generator, 
 from sds3d.metrics import features
 from sds3d.metrics.inception import Inception
 from sds3d.metrics.judge import DigitJudge, ToyJudge
+from sds3d.report import write_page
+from sds3d.runs import Run
 from sds3d.teachers.base import Teacher
 from sds3d.teachers.drawing import sample
 from sds3d.typed import plain
@@ -305,4 +307,5 @@ def judge_generator(
     shown = painter([prompt for prompt in told for _ in range(16)], seed=1)
     grid = sheet.contact_sheet(list(shown.split(16)), file.parent / "eval.png", told, sheet.seen(shown))
     write_card(file.parent, config, painter.told["teacher"], table(rows))
+    write_page(Run(file.parent))
     return Report(rows["generator"], rows, [str(file.parent / "eval.json"), str(grid), str(file.parent / CARD)])

@@ -221,6 +221,7 @@ def _loop(
     picture: Callable[[], Tensor] | None,
 ) -> Iterator[Step]:
     """The steps that are left; saves when it is closed between two of them."""
+    memory.reset_peak()
     earlier, started = state.seconds, time.perf_counter()
     saved = state.done
     try:

@@ -92,8 +92,8 @@ def test_files_keep_axes_faces_and_colours(models, tmp_path, suffix, colours):
 
 def test_an_obj_names_its_two_neighbours(models, tmp_path):
     files = write(models["texture"], tmp_path / "my mug.obj")
-    assert [f.name for f in files] == ["my mug.obj", "my mug.mtl", "my mug.png"]
-    assert "mtllib my mug.mtl" in files[0].read_text() and "map_Kd my mug.png" in files[1].read_text()
+    assert [f.name for f in files] == ["my mug.obj", "my mug.mtl", "my mug-texture.png"]
+    assert "mtllib my mug.mtl" in files[0].read_text() and "map_Kd my mug-texture.png" in files[1].read_text()
 
 
 def test_glb_says_how_it_wants_to_be_shown(models, tmp_path):
@@ -181,7 +181,7 @@ def test_bad_places_are_refused_and_old_files_stay(models, tmp_path, suffix):
 def test_a_full_disk_or_an_interruption_leaves_no_half_file(models, tmp_path, monkeypatch, suffix, error):
     """Whichever of the files is the one that cannot be written, what was there stays."""
     model = models["vertex" if suffix in (".ply", ".stl") else "texture"]
-    before = [tmp_path / f"mesh{s}" for s in (suffix, ".mtl", ".png")]
+    before = [tmp_path / f"mesh{s}" for s in (suffix, ".mtl", "-texture.png")]
     for path in before:
         path.write_bytes(b"old")
     real, count = Path.write_bytes, 3 if suffix == ".obj" else 1

@@ -1,5 +1,6 @@
 """The live page and the studio without a browser: who gets a picture when, pause and stop, the queue, the port."""
 
+import http.client
 import http.server
 import json
 import math
@@ -319,6 +320,39 @@ def test_other_addresses_are_warned_about(capsys):
             assert stage.address.url in err and stage.address.port > 0
         assert capsys.readouterr() == ("", "")
     assert not Address("::1", 80).warning and Address("some-name", 80).warning
+
+
+@pytest.mark.parametrize(
+    ("host", "origin", "answer"),
+    [
+        ("127.0.0.1:{port}", None, 200),
+        ("127.0.0.1:{port}", "http://127.0.0.1:{port}", 200),
+        ("localhost:99", "http://localhost:99", 200),  # as ssh -L has it
+        ("127.0.0.1:{port}", "http://evil.example", 403),
+        ("127.0.0.1:{port}", "null", 403),
+        ("evil.example:{port}", None, 403),  # a name that was made to lead here
+        ("evil.example:{port}", "http://evil.example:{port}", 403),
+    ],
+)
+def test_pages_of_other_sites_are_refused(host, origin, answer):
+    stage = stages.Stage(Address.find(port=0), "title")
+    try:
+        port = stage.address.port
+        asked = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+        headers = {"Host": host.format(port=port)} | ({"Origin": origin.format(port=port)} if origin else {})
+        asked.request("GET", "/", headers=headers)
+        assert asked.getresponse().status == answer
+    finally:
+        stage.close()
+
+
+def test_what_a_page_asks_for_does_not_end_a_training():
+    stage = stages.Stage(Address.find(port=0), "title")
+    try:
+        stage.ask(lambda: 1 / 0)
+        stage.attend(None, growing=True)
+    finally:
+        stage.close()
 
 
 def test_the_page_never_opens_a_tunnel(capsys):

@@ -144,6 +144,22 @@ def test_the_chosen_level_agrees_best():
     assert max(iou(chosen.level * f) for f in (0.3, 0.6, 1.6)) <= chosen.level_iou
 
 
+def test_a_rod_thinner_than_its_blur_is_still_meshed():
+    skin = extract(source(solid(tube(0.02, -0.5, 0.5))), Surface(resolution=96))
+    assert skin.level_iou > 0.8
+
+
+def test_a_dense_speck_does_not_choose_the_level():
+    """Many levels above the body's own density give the same little mesh."""
+    body = union(ball(radius=0.3), less(ball(radius=0.6), less(ball(radius=0.7), block((-1, -0.06, -1), (1, 0.06, 1)))))
+
+    def density(points):
+        return 20 * (body(points) > 0).float() + 4000 * (ball(radius=0.05)(points) > 0).float()
+
+    skin = extract(source(density), Surface(resolution=64))
+    assert skin.level < 20 and skin.level_iou > 0.9
+
+
 def test_a_scene_of_nearly_clear_matter_is_still_meshed():
     """Peak density 2: a ray through the middle of the ball loses 86 % of its light, one at 0.47 of 0.5 half."""
     mesh = mesh_of(lambda points: 2 * torch.sigmoid(ball()(points) / 0.01), level=None, resolution=48)

@@ -61,6 +61,7 @@ def render(
 
       sds3d render outputs/00001-a-red-mug -f png --frames 24 --elevation 40 -o sheets
     """
+    from sds3d import report
     from sds3d.asset import Asset
     from sds3d.export import layers, video
 
@@ -81,6 +82,8 @@ def render(
                 tag = "" if names == ["rgb"] else "-" + "-".join(names)
                 name = one.file(f"{'sheet' if suffix == SHEET else 'turntable'}{tag}.{suffix}").name
                 files.append(str(_draw(one, names, (out or one.path) / name, options, quiet or json)))
+    if (out or asset.path).resolve() == asset.path.resolve():
+        report.write_page(asset.run)
     print_result({"run": str(asset.path), "files": files}, files, json)
 
 

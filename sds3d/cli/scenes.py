@@ -138,8 +138,9 @@ def export(
 
       sds3d export outputs/00001-a-red-mug --resolution 256 --texture 2048 --faces 20000
     """
-    from sds3d import progress
+    from sds3d import progress, report
     from sds3d.asset import FORMATS, Asset
+    from sds3d.runs import Run
 
     names = {"mp4": "turntable", "png": "preview"}
     wanted = [part.strip().lower().lstrip(".") for part in format.split(",") if part.strip()]
@@ -157,7 +158,9 @@ def export(
                     one.export(path)
                 else:
                     reports[str(path)] = one.write_mesh(exporter, path)
-            lines += [] if quiet or json else exporter.lines()
+            lines += [f"warning: {text}" for text in exporter.shortfalls()] if quiet or json else exporter.lines()
+    if (out or run).resolve() == run.resolve():
+        report.write_page(Run.open(run))
     for line in lines:
         print(line, file=sys.stderr)
     print_result({"run": str(run), "files": files, "meshes": reports}, files, json)

@@ -152,7 +152,7 @@ def _check_apart(model: Model, path: Path, check: Check, unlit: bool) -> None:
 
 
 def _textured_obj(model: Model, stem: str) -> tuple[bytes, dict[str, bytes]]:
-    """An OBJ and its .mtl and .png, named after it."""
+    """An OBJ, its .mtl and -texture.png, named after it."""
     from io import BytesIO
 
     from PIL import Image
@@ -164,8 +164,9 @@ def _textured_obj(model: Model, stem: str) -> tuple[bytes, dict[str, bytes]]:
     for key, rows in (("v", model.vertices), ("vt", up), ("vn", model.normals)):
         lines += [f"{key} " + " ".join(f"{x:.6f}" for x in row) for row in rows.tolist()]
     lines += ["f " + " ".join(f"{i}/{i}/{i}" for i in row) for row in (model.faces + 1).tolist()]
-    material = f"newmtl asset\nKa 1 1 1\nKd 1 1 1\nKs 0 0 0\nillum 1\nmap_Kd {stem}.png\n"
-    return ("\n".join(lines) + "\n").encode(), {f"{stem}.mtl": material.encode(), f"{stem}.png": picture.getvalue()}
+    material = f"newmtl asset\nKa 1 1 1\nKd 1 1 1\nKs 0 0 0\nillum 1\nmap_Kd {stem}-texture.png\n"
+    beside = {f"{stem}.mtl": material.encode(), f"{stem}-texture.png": picture.getvalue()}
+    return ("\n".join(lines) + "\n").encode(), beside
 
 
 def _finish_tree(tree: dict[str, Any], unlit: bool) -> None:

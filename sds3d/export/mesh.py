@@ -27,6 +27,7 @@ from sds3d.export import raster
 from sds3d.export.source import CHUNK, Source, Tell, choosing_views, silent
 
 CHOICE_RESOLUTION = 128  # voxels a side, at most, of the meshes that choose it
+POWERS = 12  # levels that are tried: the largest density halved once, twice ...
 BLUR = 0.7  # voxels by which v is smoothed: closes pinholes, keeps corners within a voxel
 HASTE = (2, 4, 7)  # of the decimation: the lower, the fewer thin parts it pinches; but it may stop above its aim
 TAUBIN = (0.5, -0.53)  # one round of smoothing: in, then a little more out (Taubin 1995)
@@ -184,21 +185,24 @@ def _choose_level(
     tried: dict[float, float] = {}
 
     def agreement(power: float) -> float:
-        """Mean IoU of the level 2^-power of the largest density."""
+        """Mean IoU of the level 2^-power of the largest density, 0 where that has no surface."""
         if power not in tried:
-            tell("level", min(0.9, 0.3 + len(tried) / 15))
-            level = float(density.max()) * 2**-power
-            tried[power] = _silhouette_iou(_march(*coarse, level, surface), wanted, cameras)
+            tell("level", min(0.9, 0.3 + len(tried) / 25))
+            try:
+                skin = _march(*coarse, float(density.max()) * 2**-power, surface)
+                tried[power] = _silhouette_iou(skin, wanted, cameras)
+            except ValueError:
+                tried[power] = 0.0
         return tried[power]
 
-    best = 2.0
-    for stride in (1.0, 0.5, 0.25):
-        moved = True
-        while moved:
-            ways = [p for p in (best - stride, best + stride) if 0 < p < 20]
-            better = max(ways, key=agreement)
-            moved = agreement(better) > agreement(best)
-            best = better if moved else best
+    best = float(max(range(1, POWERS + 1), key=agreement))  # all of them: a dense speck makes a hill of its own
+    for stride in (0.5, 0.25):
+        best = max((best, best - stride, best + stride), key=agreement)
+    if not agreement(best):
+        raise ValueError(
+            f"no surface to mesh: what is visible (opacity up to {float(opacity.max()):.2g}) is thinner than a voxel; "
+            "give a higher resolution, or a level"
+        )
     tell("level", 1.0)
     return float(density.max()) * 2**-best, agreement(best)
 

@@ -75,7 +75,7 @@ def _write_mp4(frames: Iterable[np.ndarray], path: Path, fps: int) -> None:
     """H.264, yuv420p: what every player and browser shows."""
     import imageio_ffmpeg
 
-    writer = None
+    writer, sent = None, 0
     try:
         for frame in frames:
             if writer is None:
@@ -91,9 +91,16 @@ def _write_mp4(frames: Iterable[np.ndarray], path: Path, fps: int) -> None:
                 )
                 writer.send(None)
             writer.send(np.ascontiguousarray(frame))
+            sent += 1
     finally:
         if writer is not None:
             writer.close()
+    try:  # nobody is told how ffmpeg ended
+        written, _ = imageio_ffmpeg.count_frames_and_secs(str(path))
+    except RuntimeError:
+        written = 0
+    if written != sent:
+        raise OSError(f"ffmpeg wrote {written} of {sent} frames; is the disk full?")
 
 
 def _write_animation(frames: Iterable[np.ndarray], path: Path, fps: int) -> None:

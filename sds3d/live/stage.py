@@ -13,10 +13,11 @@ import json
 import math
 import queue
 import time
-from collections.abc import Callable
-from contextlib import redirect_stdout
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 import numpy as np
 import torch
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from sds3d.asset import Asset
 
 BRAND = (38, 103, 148)
+PROBLEMS = (ValueError, ArithmeticError, RuntimeError, OSError, LookupError, TypeError, AttributeError, ImportError)
 FRONT = (35.0, 15.0, 3.0, 40.0)  # where everybody begins: azimuth, elevation, distance, fov, as in cameras.py
 RADIUS = 0.95  # of the ball that a mesh is scaled to fit into, scene units
 
@@ -57,7 +59,7 @@ class Stage:
             def request_share_url(self, verbose: bool = True) -> str | None:
                 return None
 
-        with redirect_stdout(io.StringIO()):  # stdout holds results only
+        with redirect_stdout(io.StringIO()), own_pages_only(address):  # stdout holds results only
             self._server = Server(address.host, address.port, label=title, verbose=False)
         self.address = Address(address.host, self._server.get_port())
         self.eyes, self.gui = Eyes(), self._server.gui
@@ -101,10 +103,14 @@ class Stage:
             asset: whose scene the canvas shows, unless it shows a mesh.
             growing: whether training waits meanwhile.
         """
-        while not self._asked.empty():
-            self._asked.get()()
-        if asset is not None and len(self.eyes) and self._mesh is None:
-            self._look(asset, growing)
+        try:
+            while not self._asked.empty():
+                self._asked.get()()
+            if asset is not None and len(self.eyes) and self._mesh is None:
+                self._look(asset, growing)
+        except PROBLEMS as error:  # whatever a page asks for, it does not end a training
+            for client in self._server.get_clients().values():
+                client.add_notification("That did not work", str(error), color="red")
 
     def _look(self, asset: Asset, growing: bool) -> None:
         wanted = self.eyes.wanted(growing)
@@ -113,7 +119,9 @@ class Stage:
         begun = time.perf_counter()
         image = to_bytes(asset.views(wanted.pose, wanted.height))[0]
         client = self._server.get_clients().get(wanted.key)
-        if client is not None:
+        if client is None:
+            self.eyes.forget(wanted.key)
+        else:
             client.scene.set_background_image(image, format="png")  # JPEG's blocks would show, drawn larger
             client.flush()
         self.eyes.drew(wanted, time.perf_counter() - begun, growing)
@@ -157,6 +165,34 @@ class Stage:
         self._server.flush()
         with redirect_stdout(io.StringIO()):
             self._server.stop()
+
+
+@contextmanager
+def own_pages_only(address: Address) -> Iterator[None]:
+    """A server that viser starts inside refuses pages of other sites: a browser would let them drive it.
+
+    A page's origin must be the host it asks for, and that must be this machine where nobody else is served: a foreign
+    name may have been made to lead here.
+    """
+    import websockets.asyncio.server as sockets
+
+    serve, here = sockets.serve, {"127.0.0.1", "localhost", "::1", address.host}
+
+    def strict(*given: Any, process_request: Callable[..., Any], **named: Any) -> Any:
+        def check(connection: Any, request: Any) -> Any:
+            host, origin = request.headers.get("Host", ""), request.headers.get("Origin")
+            known = bool(address.warning) or urlsplit(f"//{host}").hostname in here
+            if not known or origin not in (None, f"http://{host}", f"https://{host}"):
+                return connection.respond(403, "this page belongs to another site\n")
+            return process_request(connection, request)
+
+        return serve(*given, process_request=check, **named)
+
+    sockets.serve = strict
+    try:
+        yield
+    finally:
+        sockets.serve = serve
 
 
 def pose_of(camera: CameraHandle) -> Poses:

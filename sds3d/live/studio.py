@@ -18,13 +18,14 @@ from sds3d import config as configs
 from sds3d import launch, make
 from sds3d.distill import METHODS
 from sds3d.live.jobs import Job, Queue
-from sds3d.live.stage import text
+from sds3d.live.stage import PROBLEMS, text
 from sds3d.live.watch import Watch
+from sds3d.runs import Run
+from sds3d.teachers.base import PACKAGED
 
 if TYPE_CHECKING:
     from sds3d.live.stage import Stage
 
-PROBLEMS = (ValueError, ArithmeticError, RuntimeError, OSError)  # of one prompt; the next may do better
 MOST = 30  # earlier runs of the folder that are listed
 NOT_FOR_SCENES = {"source", "pairs", "real"}  # what methods need that edit, or that train generators
 
@@ -41,7 +42,9 @@ class Finished:
     def of(cls, run: Path) -> Finished:
         """What a run folder tells. Raises ValueError where it does not."""
         config = configs.of_run(run / "config.yaml")
-        told = f"{run.name}, {configs.name_of(config.method)}, seed {config.seed}, {config.steps} steps"
+        rows = Run(run).rows()
+        steps = rows[-1]["step"] if rows else config.steps
+        told = f"{run.name}, {configs.name_of(config.method)}, seed {config.seed}, {steps} steps"
         return cls(run / "mesh.glb", config.prompt, told)
 
 
@@ -98,6 +101,8 @@ class Studio:
         send.on_click(lambda event: form.submit())
 
         def add(event: object) -> None:
+            if method.value not in able or teacher.value not in teachers:
+                return  # no page of ours offers that
             settings = {"method": method.value, "teacher.name": teacher.value}
             settings |= {"steps": int(steps.value), "seed": int(seed.value)}
             self.queue.add(prompt.value.strip(), settings)
@@ -127,9 +132,13 @@ class Studio:
         self._version = version  # what comes meanwhile is for the next time
         while (job := self.queue.first("new")) is not None:
             try:
-                make.teacher(self._config(job))
+                config = self._config(job)
+                if (
+                    config.teacher.name in PACKAGED
+                ):  # any other would have to be loaded, beside the one that teaches now
+                    make.teacher(config)
                 self.queue.move(job.number, "waiting")
-            except PROBLEMS as error:
+            except PROBLEMS as error:  # of one prompt; the next may do better
                 self.queue.move(job.number, "failed", str(error))
         for row in self._rows:
             row.remove()
@@ -182,7 +191,7 @@ class Studio:
             self.watch.finish(files, last)
             self.queue.done(job.number)
             self._put_on_shelf(Finished.of(made.path))
-        except PROBLEMS as error:
+        except PROBLEMS as error:  # of one prompt; the next may do better
             self.watch.fail(str(error))
             self.queue.move(job.number, "failed", str(error))
         return None

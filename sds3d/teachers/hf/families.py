@@ -120,6 +120,10 @@ class Family:
     def side(self) -> int:
         """Of the x it was trained on."""
         size = self.network.config.sample_size
+        if size is None and not self.settings.size:
+            raise ValueError("the pipeline does not say what size it paints; give teacher.hf.size, in pixels")
+        if size is None:
+            return self.settings.size // self.cell
         return size if isinstance(size, int) else min(size)
 
     @property

@@ -70,7 +70,7 @@ def find(name: str, settings: HFConfig) -> Path:
         return path
     from diffusers import DiffusionPipeline
     from diffusers.utils import logging
-    from huggingface_hub import errors
+    from huggingface_hub import errors  # the bases of its own are those of what it talks through: a proxy's, a timeout
 
     left_out = {part: None for family in FAMILIES.values() for part in family.LEFT_OUT}
     safe = None if settings.allow_pickle else True
@@ -78,7 +78,7 @@ def find(name: str, settings: HFConfig) -> Path:
     logging.set_verbosity_error()  # what went wrong is told below, once
     try:
         found = DiffusionPipeline.download(name, use_safetensors=safe, variant=settings.variant or None, **left_out)
-    except (OSError, ValueError, errors.HfHubHTTPError, errors.OfflineModeIsEnabled) as error:
+    except (OSError, ValueError, errors.OfflineModeIsEnabled, *errors.HfHubHTTPError.__bases__) as error:
         raise ValueError(_refusal(name, error)) from error
     finally:
         logging.set_verbosity(spoken)
@@ -217,21 +217,25 @@ def _text_pipeline(
     there = {name: part for name, part in family.pipe.components.items() if name not in family.ENCODERS}
     told = {"variant": family.settings.variant or None}
     told["use_safetensors"] = None if family.settings.allow_pickle else True
-    network.to("cpu")
-    with _quiet(), _sound(folder):
-        spared = _spared(folder, family.LEFT_OUT) | there
-        pipe = diffusers.DiffusionPipeline.from_pretrained(folder, dtype=dtype, **told, **spared)
-    encoders = [part for name in family.ENCODERS if (part := getattr(pipe, name)) is not None]
-    needed = sum(p.numel() * p.element_size() for encoder in encoders for p in encoder.parameters())
-    fits = device.type != "cuda" or 1.2 * needed < torch.cuda.mem_get_info(device)[0]
-    where = device if fits else torch.device("cpu")
-    for encoder in encoders:
-        encoder.requires_grad_(False).eval().to(where)
+    encoders: list[torch.nn.Module] = []
     try:
+        network.to("cpu")
+        if device.type == "cuda":
+            torch.cuda.empty_cache()  # or what it leaves counts as used
+        with _quiet(), _sound(folder):
+            spared = _spared(folder, family.LEFT_OUT) | there
+            pipe = diffusers.DiffusionPipeline.from_pretrained(folder, dtype=dtype, **told, **spared)
+        encoders += [part for name in family.ENCODERS if (part := getattr(pipe, name)) is not None]
+        needed = sum(p.numel() * p.element_size() for encoder in encoders for p in encoder.parameters())
+        fits = device.type != "cuda" or 1.2 * needed < torch.cuda.mem_get_info(device)[0]
+        where = device if fits else torch.device("cpu")
+        for encoder in encoders:
+            encoder.requires_grad_(False).eval().to(where)
         with torch.no_grad():
             yield pipe, where
     finally:
-        del pipe, encoders, encoder
+        for encoder in encoders:
+            encoder.to("meta")  # whoever still holds it, its weights are gone
         if device.type == "cuda":
             torch.cuda.empty_cache()
         network.to(home)

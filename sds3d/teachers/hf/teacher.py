@@ -58,7 +58,8 @@ class DiffusersTeacher:
 
     def encode(self, images: Tensor) -> Tensor:
         """See `sds3d.teachers.base.Teacher.encode`; of latents the mean, without the noise that the VAE offers."""
-        pixels, vae = encode_pixels(images, self.image_size), self.family.vae
+        vae = self.family.vae
+        pixels = encode_pixels(images, self.image_size, self.family.channels if vae is None else 3)
         if vae is None:
             return pixels
         latents = vae.encode(pixels.to(vae.dtype)).latent_dist.mode()
