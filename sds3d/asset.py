@@ -138,7 +138,8 @@ class Asset:
             "light_baked": lit,
         }
         pixels = min(settings.size, Source.pixels)
-        source = Source(self.scene.density, self.scene.colours, self._on_white, self.scene.device, pixels)
+        detail = 2 / config.field.finest  # a cell of the finest grid
+        source = Source(self.scene.density, self.scene.colours, self._on_white, self.scene.device, detail, pixels)
         return Export(source, settings.surface(), settings.look(), card, lit, tell)
 
     def _on_white(self, cameras: Cameras, size: int) -> tuple[Tensor, Tensor]:

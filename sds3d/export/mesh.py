@@ -7,7 +7,8 @@ What is marched is not the density s but a bounded opacity,
 so that the surface lies where s is the level, or where D is ln 2: D(x) is the optical depth between x and the outside
 along that of 26 directions that is clearest. Where D is larger, half the light is lost on every way in: nobody sees
 what is there, and it counts as solid. A soft scene is foam inside; this makes it a solid body with one skin.
-v is bounded, so linear interpolation between two corners puts the surface where a jump of the density is.
+v is bounded, so linear interpolation between two corners puts the surface where a jump of the density is. It is
+smoothed by the size of the smallest detail that the scene can hold.
 
 The level is the one whose silhouettes, from 12 views, agree best with the scene's own rendered opacity (mean IoU).
 
@@ -28,7 +29,7 @@ from sds3d.export.source import CHUNK, Source, Tell, choosing_views, silent
 
 CHOICE_RESOLUTION = 128  # voxels a side, at most, of the meshes that choose it
 POWERS = 12  # levels that are tried: the largest density halved once, twice ...
-BLUR = 0.7  # voxels by which v is smoothed: closes pinholes, keeps corners within a voxel
+BLUR = 0.7  # voxels by which v is smoothed, at least: closes pinholes, keeps corners within a voxel
 HASTE = (2, 4, 7)  # of the decimation: the lower, the fewer thin parts it pinches; but it may stop above its aim
 TAUBIN = (0.5, -0.53)  # one round of smoothing: in, then a little more out (Taubin 1995)
 
@@ -104,7 +105,7 @@ def extract(source: Source, surface: Surface = Surface(), tell: Tell = silent) -
     if level is None:
         level, iou = _choose_level(source, density, buried, surface, tell)
     tell("surface", 0.0)
-    vertices, faces = _march(density, buried, level, surface)
+    vertices, faces = _march(density, buried, level, surface, source.detail)
     vertices, faces = _smooth(vertices, faces, surface.smooth), faces
     tell("surface", 0.5)
     vertices, faces = _thinned(vertices, faces, surface.faces)
@@ -189,7 +190,7 @@ def _choose_level(
         if power not in tried:
             tell("level", min(0.9, 0.3 + len(tried) / 25))
             try:
-                skin = _march(*coarse, float(density.max()) * 2**-power, surface)
+                skin = _march(*coarse, float(density.max()) * 2**-power, surface, source.detail)
                 tried[power] = _silhouette_iou(skin, wanted, cameras)
             except ValueError:
                 tried[power] = 0.0
@@ -214,7 +215,9 @@ def _silhouette_iou(mesh: tuple[np.ndarray, np.ndarray], wanted: torch.Tensor, c
     return float((both / either.clamp(min=1)).mean())
 
 
-def _march(density: np.ndarray, buried: np.ndarray, level: float, surface: Surface) -> tuple[np.ndarray, np.ndarray]:
+def _march(
+    density: np.ndarray, buried: np.ndarray, level: float, surface: Surface, detail: float
+) -> tuple[np.ndarray, np.ndarray]:
     """Vertices (V, 3) in world coordinates and faces (F, 3), of the pieces worth keeping."""
     from scipy.ndimage import gaussian_filter, grey_closing
     from skimage.measure import marching_cubes
@@ -223,7 +226,7 @@ def _march(density: np.ndarray, buried: np.ndarray, level: float, surface: Surfa
     opacity = 1 - np.exp2(-np.maximum((density / np.float32(level)) ** 2, buried / np.float32(math.log(2))))
     if surface.fill > 0:
         opacity = grey_closing(opacity, size=(2 * max(1, round(surface.fill / voxel / 2)) + 1,) * 3)
-    opacity = gaussian_filter(opacity, BLUR)
+    opacity = gaussian_filter(opacity, max(BLUR, detail / voxel))
     opacity[[0, -1]] = opacity[:, [0, -1]] = opacity[:, :, [0, -1]] = 0  # closed at the box
     if not opacity.max() > 0.5:
         raise ValueError(

@@ -25,6 +25,7 @@ class Source:
     Args:
         density, colour, view: see above; all in world coordinates, without gradients.
         device: where density and colour want their points.
+        detail: size of the smallest thing the scene can hold, scene units; what is smaller on its surface is noise.
         pixels: a side, of the views that judge a file; those that choose its level have two thirds.
     """
 
@@ -32,6 +33,7 @@ class Source:
     colour: Colour
     view: View
     device: torch.device | str = "cpu"
+    detail: float = 0.0
     pixels: int = 96
 
 
