@@ -10,7 +10,7 @@ from solids import ball, block, less, ring, solid, source, tube, union
 
 from sds3d.cameras import orbit
 from sds3d.export import raster
-from sds3d.export.mesh import Surface, extract, normals
+from sds3d.export.mesh import ALIKE, Surface, extract, normals
 from sds3d.export.source import checking_views, choosing_views
 from sds3d.metrics.truth import surface_points
 
@@ -55,10 +55,9 @@ def test_solids_come_back(name):
 
 
 def test_a_sphere_has_its_volume_and_its_area():
-    mesh = mesh_of(solid(ball(radius=0.6)), resolution=64)
+    mesh = mesh_of(solid(ball(radius=0.6), edge=0.01), resolution=64)
     assert mesh.is_watertight and mesh.is_winding_consistent
-    # The blur that closes pinholes takes a tenth of a voxel, 0.003, of a round body's radius: 1.6 % of its volume.
-    assert mesh.volume == pytest.approx(4 / 3 * math.pi * 0.6**3, rel=0.02)
+    assert mesh.volume == pytest.approx(4 / 3 * math.pi * 0.6**3, rel=0.01)
     assert mesh.area == pytest.approx(4 * math.pi * 0.6**2, rel=0.02)  # facets make it no smaller, steps no larger
 
 
@@ -87,9 +86,13 @@ def test_what_touches_the_box_is_closed_there():
 
 def test_specks_and_cavities_are_dropped():
     field = solid(union(less(ball(radius=0.6), ball(radius=0.3)), ball((0.8, 0.8, 0.8), 0.1)))
-    kept = mesh_of(field, resolution=48, keep=0.05)  # a tenth of a voxel is 2.1 % of the volume here
-    assert kept.volume == pytest.approx(4 / 3 * math.pi * 0.6**3, rel=0.025) and kept.body_count == 1  # nor a hole
-    assert mesh_of(field, resolution=48, keep=0.0).body_count == 2
+    kept = mesh_of(field, resolution=48, keep=0.05)
+    assert (
+        kept.volume == pytest.approx(4 / 3 * math.pi * 0.6**3, rel=0.02) and kept.body_count == 1
+    )  # no hole, no speck
+    everything = mesh_of(field, resolution=48, keep=0.0)
+    assert everything.volume == pytest.approx(4 / 3 * math.pi * (0.6**3 + 0.1**3), rel=0.02)
+    assert everything.body_count == 2
     two = solid(union(ball((-0.5, 0, 0), 0.35), ball((0.5, 0, 0), 0.3)))
     assert mesh_of(two, resolution=48).body_count == 2
     assert mesh_of(two, resolution=48, keep=1.0).body_count == 1
@@ -117,6 +120,17 @@ def test_what_can_be_looked_into_stays_hollow():
     assert mesh.volume == pytest.approx(true, rel=0.05) and mesh.euler_number == 2
 
 
+@pytest.mark.parametrize("fog", [0.0, 0.5])
+def test_the_chosen_level_keeps_a_hard_cup_hollow(fog):
+    """A cup of density 60, with and without fog in it that no view shows; its walls lie midway between corners."""
+    voxel = 1 / 32
+    outer = block((-15.5 * voxel,) * 3, (15.5 * voxel,) * 3)
+    inner = block((-11.5 * voxel, -9.5 * voxel, -11.5 * voxel), (11.5 * voxel, 1.0, 11.5 * voxel))
+    mesh = mesh_of(lambda p: torch.where(inner(p) > 0, fog, 60.0) * (outer(p) > 0), level=None, resolution=64)
+    np.testing.assert_allclose(mesh.extents, 31 * voxel, atol=0.5 * voxel)
+    assert mesh.volume == pytest.approx((31**3 - 23**2 * 25) * voxel**3, rel=0.05)
+
+
 def test_the_chosen_level_keeps_the_outline_of_a_soft_ball():
     """Density A exp(-r^2 / 2 w^2): a ray that passes at r has optical depth A w sqrt(2 pi) exp(-r^2 / 2 w^2), so it
     lets half the light through at r^2 = 2 w^2 ln(A w sqrt(2 pi) / ln 2), whatever a level tuned to hard scenes would
@@ -141,7 +155,7 @@ def test_the_chosen_level_agrees_best():
 
     assert chosen.level_iou == pytest.approx(iou(chosen.level), abs=1e-6)
     assert chosen.level_iou > 0.97
-    assert max(iou(chosen.level * f) for f in (0.3, 0.6, 1.6)) <= chosen.level_iou
+    assert max(iou(chosen.level * f) for f in (0.3, 0.6, 1.6)) <= chosen.level_iou + ALIKE
 
 
 def test_a_rod_thinner_than_its_blur_is_still_meshed():

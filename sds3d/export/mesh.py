@@ -10,7 +10,8 @@ what is there, and it counts as solid. A soft scene is foam inside; this makes i
 v is bounded, so linear interpolation between two corners puts the surface where a jump of the density is. It is
 smoothed by the size of the smallest detail that the scene can hold.
 
-The level is the one whose silhouettes, from 12 views, agree best with the scene's own rendered opacity (mean IoU).
+The level is the one whose silhouettes, from 12 views, agree best with the scene's own rendered opacity (mean IoU). Of
+levels that agree alike, as all do in a hard scene, it is the highest, which stays clear of fog.
 
 Meshes are in the world of ``cameras.py`` (y up, front +z).
 """
@@ -19,6 +20,8 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,7 +31,9 @@ from sds3d.export import raster
 from sds3d.export.source import CHUNK, Source, Tell, choosing_views, silent
 
 CHOICE_RESOLUTION = 128  # voxels a side, at most, of the meshes that choose it
+THREADS = 2  # levels that are tried at once
 POWERS = 12  # levels that are tried: the largest density halved once, twice ...
+ALIKE = 0.001  # IoU by which levels do not differ: a pixel a view
 BLUR = 0.7  # voxels by which v is smoothed, at least: closes pinholes, keeps corners within a voxel
 HASTE = (2, 4, 7)  # of the decimation: the lower, the fewer thin parts it pinches; but it may stop above its aim
 TAUBIN = (0.5, -0.53)  # one round of smoothing: in, then a little more out (Taubin 1995)
@@ -187,25 +192,33 @@ def _choose_level(
 
     def agreement(power: float) -> float:
         """Mean IoU of the level 2^-power of the largest density, 0 where that has no surface."""
-        if power not in tried:
-            tell("level", min(0.9, 0.3 + len(tried) / 25))
-            try:
-                skin = _march(*coarse, float(density.max()) * 2**-power, surface, source.detail)
-                tried[power] = _silhouette_iou(skin, wanted, cameras)
-            except ValueError:
-                tried[power] = 0.0
-        return tried[power]
+        try:
+            skin = _march(*coarse, float(density.max()) * 2**-power, surface, source.detail)
+        except ValueError:
+            return 0.0
+        return _silhouette_iou(skin, wanted, cameras)
 
-    best = float(max(range(1, POWERS + 1), key=agreement))  # all of them: a dense speck makes a hill of its own
-    for stride in (0.5, 0.25):
-        best = max((best, best - stride, best + stride), key=agreement)
-    if not agreement(best):
+    def try_all(powers: Iterable[float]) -> float:
+        """The best power so far."""
+        new = [power for power in powers if power not in tried]
+        for power, found in zip(new, pool.map(agreement, new)):
+            tried[power] = found
+            tell("level", min(0.9, 0.3 + len(tried) / 25))
+        return max(tried, key=tried.get)
+
+    with ThreadPoolExecutor(THREADS) as pool:  # numpy and scipy leave Python to the others meanwhile
+        best = try_all(range(1, POWERS + 1))  # all of them: a dense speck makes a hill of its own
+        for stride in (0.5, 0.25):
+            best = try_all((best - stride, best + stride))
+    most = tried[best]
+    best = min(power for power, found in tried.items() if found >= most - ALIKE)
+    if not most:
         raise ValueError(
             f"no surface to mesh: what is visible (opacity up to {float(opacity.max()):.2g}) is thinner than a voxel; "
             "give a higher resolution, or a level"
         )
     tell("level", 1.0)
-    return float(density.max()) * 2**-best, agreement(best)
+    return float(density.max()) * 2**-best, tried[best]
 
 
 def _silhouette_iou(mesh: tuple[np.ndarray, np.ndarray], wanted: torch.Tensor, cameras) -> float:
@@ -215,18 +228,26 @@ def _silhouette_iou(mesh: tuple[np.ndarray, np.ndarray], wanted: torch.Tensor, c
     return float((both / either.clamp(min=1)).mean())
 
 
+def _blurred(opacity: np.ndarray, width: float) -> np.ndarray:
+    """2 G v - G G v: a Gaussian's blur, less what it shrinks round bodies by, to first order."""
+    from scipy.ndimage import gaussian_filter
+
+    once = gaussian_filter(opacity, width)
+    return 2 * once - gaussian_filter(once, width)
+
+
 def _march(
     density: np.ndarray, buried: np.ndarray, level: float, surface: Surface, detail: float
 ) -> tuple[np.ndarray, np.ndarray]:
     """Vertices (V, 3) in world coordinates and faces (F, 3), of the pieces worth keeping."""
-    from scipy.ndimage import gaussian_filter, grey_closing
+    from scipy.ndimage import grey_closing
     from skimage.measure import marching_cubes
 
     voxel = 2 / (len(density) - 1)
     opacity = 1 - np.exp2(-np.maximum((density / np.float32(level)) ** 2, buried / np.float32(math.log(2))))
     if surface.fill > 0:
         opacity = grey_closing(opacity, size=(2 * max(1, round(surface.fill / voxel / 2)) + 1,) * 3)
-    opacity = gaussian_filter(opacity, max(BLUR, detail / voxel))
+    opacity = _blurred(opacity, max(BLUR, detail / voxel))
     opacity[[0, -1]] = opacity[:, [0, -1]] = opacity[:, :, [0, -1]] = 0  # closed at the box
     if not opacity.max() > 0.5:
         raise ValueError(
