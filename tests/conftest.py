@@ -14,6 +14,9 @@ from sds3d.noise import Prediction, Schedule
 from sds3d.teachers.base import decode_pixels, encode_pixels
 
 os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton: its kernels run on a CPU
+if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes, each of which keeps to one processor,
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"  # and so do the programs it starts
 
 TINY = (
     "steps=6 field.levels=4 field.log2_table=10 field.finest=32 field.hidden=8 render.views=2 render.resolution=16 "
