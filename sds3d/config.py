@@ -1,8 +1,9 @@
 """What a user can set: one typed tree, its YAML, recipes and ``key=value`` overrides. make.py builds from it.
 
-Layers, each over the one before: the defaults of the dataclasses, the method's recipe (``configs/<method>.yaml``),
-a user's file, keyword arguments or flags, ``key=value``. ``${steps}`` and ``${part:0.75}`` (that part of the steps,
-rounded) may stand in any value, so that a recipe's ramps follow the number of steps.
+Layers, each over the one before: the defaults of the dataclasses, the method's recipe (``configs/<method>.yaml``; for
+a diffusers pipeline as the teacher ``scene.yaml`` and ``<method>.yaml`` of ``configs/pipelines``), a user's file,
+keyword arguments or flags, ``key=value``. ``${steps}`` and ``${part:0.75}`` (that part of the steps, rounded) may stand
+in any value, so that a recipe's ramps follow the number of steps.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from sds3d.distill import METHODS
 from sds3d.distill.core import Method
 from sds3d.settings import Config, DistillConfig, PaintConfig, RunConfig
 from sds3d.teachers.base import PACKAGED
+from sds3d.teachers.hf import loading
 from sds3d.typed import build, convert, keys, merge, nearest, plain
 
 
@@ -30,14 +32,14 @@ def load(
     Args:
         prompt: what to make; None takes it from the layers (a run's config.yaml has one).
         layers: nested or dotted keys, later ones win.
-        file: a YAML file under the layers, over the recipe.
+        file: a YAML file under the layers, over the recipe; or the name of one of those for single models: if, sd3.
         kind: which; None takes a PaintConfig where there are settings of an image, a DistillConfig where there are
             some of a generator, else a Config.
 
     Raises:
         ValueError: unknown keys, wrong types, values nobody can use, a file that is missing or is no YAML.
     """
-    given = read_yaml(Path(file)) if file is not None else {}
+    given = read_yaml(_found(Path(file))) if file is not None else {}
     for layer in map(_nested, [given, *layers]):
         given = (
             merge(given, layer) if _same_method(given, layer) else {**merge(given, layer), "method": layer["method"]}
@@ -73,7 +75,9 @@ def load(
         defaults["optim"]["lr"]["pixels"] = ["${part:0.5}", 0.05, 0.005, "${steps}"]
     if kind is DistillConfig:
         defaults["optim"]["lr"]["generator"] = ["${part:0.5}", 2e-4, 0, "${steps}"]
-    return _typed(_resolved(merge(merge(defaults, recipe(name, kind)), given)), name, kind)
+    teacher = given.get("teacher")
+    pipeline = isinstance(teacher, Mapping) and loading.is_pipeline(str(teacher.get("name") or ""))
+    return _typed(_resolved(merge(merge(defaults, recipe(name, kind, pipeline)), given)), name, kind)
 
 
 def default_method(kind: type[RunConfig]) -> str:
@@ -116,13 +120,19 @@ def parse_overrides(texts: Iterable[str]) -> dict[str, Any]:
     return layer
 
 
-def recipe(name: str, kind: type[RunConfig] = Config) -> dict[str, Any]:
+def recipe(name: str, kind: type[RunConfig] = Config, pipeline: bool = False) -> dict[str, Any]:
     """The recipe that ships with the package, by method name; empty where a method has none. The recipes are for
     scenes: images take from them what is not about scenes, and keep their own learning rate. Generators have their own,
-    in the folder distill."""
-    folder = recipes_folder() / "distill" if kind is DistillConfig else recipes_folder()
-    path = folder / f"{name}.yaml"
-    values = read_yaml(path) if path.is_file() else {}
+    in the folder distill, and so have scenes and images by a diffusers pipeline."""
+    folder = recipes_folder()
+    paths = [folder / f"{name}.yaml"]
+    if kind is DistillConfig:
+        paths = [folder / "distill" / f"{name}.yaml"]
+    elif pipeline:
+        paths = [PIPELINES / "scene.yaml", PIPELINES / f"{name}.yaml"]
+    values: dict[str, Any] = {}
+    for path in paths:
+        values = merge(values, read_yaml(path) if path.is_file() else {})
     return {k: v for k, v in values.items() if k in _SHARED} if kind is PaintConfig else values
 
 
@@ -132,7 +142,15 @@ def recipes_folder() -> Path:
     return here / "configs" if (here / "configs").is_dir() else here.parent / "configs"
 
 
+PIPELINES = recipes_folder() / "pipelines"
+
 _SHARED = {f.name for f in dataclasses.fields(RunConfig)} - {"optim", "steps", "log"}
+
+
+def _found(file: Path) -> Path:
+    """A file, or the recipe of that name for a single model."""
+    shipped = PIPELINES / f"{file}.yaml"
+    return shipped if not file.exists() and shipped.is_file() else file
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

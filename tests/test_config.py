@@ -48,6 +48,44 @@ def test_every_recipe_loads_is_short_and_says_something(path):
     assert METHODS[path.stem] is type(config.method)
 
 
+PUBLISHED = {  # method or model -> method's scale, last pixels, W, largest t at first and at last, sparsity
+    "sds": (100, 512, "sigma2", 0.98, 0.5, 1.0),
+    "nfsd": (7.5, 512, "sigma2", 0.98, 0.5, 1.0),
+    "vsd": (7.5, 512, "sigma2", 0.98, 0.5, 10.0),
+    "if": (20, 64, "sigma2", 0.98, 0.98, 1.0),
+    "sd3": (100, 512, "flow", 0.98, 0.98, 0.1),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_diffusers_pipeline_has_recipes_of_its_own(name):
+    path = configs.PIPELINES / f"{name}.yaml"
+    assert len(path.read_text().splitlines()) <= 30 and "not yet measured" in " ".join(path.read_text().split("\n# "))
+    given = {"method": name, "teacher.name": "somebody/model"} if name in METHODS else {}
+    config = load("a corgi", given, file=None if given else name)
+    found = config.method.scale, config.render.resolution_at(math.inf), config.weight
+    times = config.time.t_max(0), config.time.t_max(config.steps), config.regularise.lambda_sparsity(0)
+    assert (*found, *times) == (Ramp.parse(PUBLISHED[name][0]), *PUBLISHED[name][1:])
+    assert config.field.finest == 2048 and config.optim.lr["grid"] == Ramp.constant(1e-2)
+    toys = load("a corgi", {"method": config_name(config)})
+    assert toys.field.finest == 128 and toys.weight == "x0"  # the packaged teacher keeps its own
+
+
+def config_name(config):
+    return configs.name_of(config.method)
+
+
+def test_a_recipe_of_a_single_model_lies_under_what_the_user_says(in_folder):
+    config = load("a corgi", {"teacher.name": "mine/sd3", "steps": 100}, file="sd3")
+    assert (config.teacher.name, config.steps, config.render.resolution) == ("mine/sd3", 100, ((0, 256), (33, 512)))
+    assert load("a corgi", {"method": "csd", "teacher.name": "a/b"}).time == load("a", {"teacher.name": "a/b"}).time
+    (in_folder / "sd3").write_text("steps: 7\n")
+    assert load("a corgi", file="sd3").steps == 7  # a file of the name comes first
+    with pytest.raises(ValueError, match="cannot read sd4: "):
+        load("a corgi", file="sd4")
+    assert load("a corgi", {"teacher.name": "a/b"}, kind=configs.PaintConfig).steps == configs.PaintConfig("a").steps
+
+
 def test_ramps_of_a_recipe_follow_the_number_of_steps(tmp_path):
     file = tmp_path / "mine.yaml"
     file.write_text("optim: {lr: {grid: ['${part:0.5}', 1e-2, 1e-3, '${steps}']}}\nlog: {save_every: '${part:1}'}\n")
@@ -83,6 +121,11 @@ MISTAKES = {
     "uncond_camera=1": "uncond_camera is 1; give true or false",
     "seed=-1": "seed is -1; give 0 or more",
     "render.resolution=0": "render.resolution is 0; give a number from 4",
+    "render.resolution=[[0,64],[0,128]]": "with growing steps from 0 on",
+    "render.resolution=[[5,64]]": "with growing steps from 0 on",
+    "render.resolution=[]": "with growing steps from 0 on",
+    "render.resolution=[[0,64],[9,2000]]": "render.resolution is 2000; give a number from 4",
+    "render.resolution=big": "render.resolution is 'big'; give a whole number",
     "render.views=-2": "render.views is -2; give a number from 1",
     "export.mesh_resolution=100000": "export.mesh_resolution is 100000; give 8 to 512",
     "export.size=33": "export.size is 33; give an even number",

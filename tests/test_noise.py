@@ -234,8 +234,19 @@ def test_weights_are_their_definitions():
     assert torch.allclose(weight("sigma2", alpha, sigma), torch.tensor([0.64, 0.9]))
     assert torch.allclose(weight("x0", alpha, sigma), torch.tensor([4 / 3, 3.0]))
     assert torch.equal(weight("uniform", alpha, sigma), torch.ones(2))
+    assert torch.allclose(weight("flow", alpha, sigma), torch.tensor([7 / 3, 4.0]))
     with pytest.raises(ValueError, match="dreamfusion.*sigma2, x0, uniform"):
         weight("dreamfusion", alpha, sigma)
+
+
+def test_the_flow_weight_turns_an_eps_residual_into_a_velocitys():
+    """Of a flow network that answers v at x_t = (1 - t) x + t eps: weight (its eps - eps) = v - (eps - x)."""
+    gen = torch.Generator().manual_seed(0)
+    x, eps, v = (torch.randn(5, 4, 2, 2, generator=gen, dtype=torch.float64) for _ in range(3))
+    alpha, sigma = Schedule.flow().alpha_sigma(torch.tensor([0.02, 0.3, 0.5, 0.9, 0.98]).double())
+    answer = Prediction(v, noised(x, eps, alpha, sigma), alpha, sigma, "flow")
+    found = weight("flow", alpha, sigma).view(-1, 1, 1, 1) * (answer.eps - eps)
+    assert torch.allclose(found, v - (eps - x), rtol=1e-9)
 
 
 @pytest.mark.parametrize("name", WEIGHTS)

@@ -26,7 +26,9 @@ def seeded(seed: int = 0) -> torch.Generator:
 def scene(backend=BACKEND, **render_options) -> SceneStudent:
     regularise = RegulariserConfig(*(Ramp.constant(1.0) for _ in range(6)))
     config = SceneConfig(
-        field=SMALL, regularise=regularise, render=RenderConfig(views=2, resolution=12, samples=24, **render_options)
+        field=SMALL,
+        regularise=regularise,
+        render=RenderConfig(**{"views": 2, "resolution": 12, "samples": 24} | render_options),
     )
     return SceneStudent(config, seeded(), lambda cameras, where: [f"mug on {where}"] * len(cameras), backend=backend)
 
@@ -48,6 +50,21 @@ def test_student_draws_the_same_with_the_same_seed_and_learns():
             student.after_step(step, generator)
             losses.append(loss.item())
     assert losses[:4] == losses[4:] and losses[3] < 0.99 * losses[0]
+
+
+def test_images_grow_at_their_steps():
+    student = scene(resolution=((0, 12), (3, 16), (5, 20)))
+    assert [student.draw(step, seeded()).images.shape[-1] for step in range(7)] == [12, 12, 12, 16, 16, 20, 20]
+    assert student.render_view(VIEWS).rgb.shape[-1] == 20
+
+
+def test_a_render_grown_since_the_last_asks_for_room_again(monkeypatch):
+    """Where the samples are not counted before they are packed, room that was learnt at 12 pixels loses those of 48."""
+    monkeypatch.setattr(SceneStudent, "_asks", lambda self: False)
+    grown = scene(resolution=((0, 12), (3, 48)))
+    for step in range(3):
+        grown.draw(step, seeded(step))
+    assert torch.equal(grown.draw(3, seeded(3)).images, scene(resolution=48).draw(3, seeded(3)).images)
 
 
 def test_student_regularisers_have_gradients_and_parameters_have_groups():

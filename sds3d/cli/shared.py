@@ -50,7 +50,9 @@ class RunOptions:
     ] = False
     device: Annotated[str | None, Option(help="auto, cpu or cuda")] = None
     out: Annotated[str | None, Option("--out", "-o", help="folder for run folders")] = None
-    config: Annotated[Path | None, Option(help="a YAML file of settings, such as another run's config.yaml")] = None
+    config: Annotated[
+        Path | None, Option(help="a YAML file of settings, as another run's config.yaml; or a model's recipe: if, sd3")
+    ] = None
     dry_run: Annotated[bool, Option("--dry-run", help="print the settings and stop")] = False
     quiet: Quiet = False
     json: Json = False

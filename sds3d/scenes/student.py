@@ -6,6 +6,7 @@ The loop (train.py) knows only `sds3d.students.Student`; previews, export and me
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from dataclasses import field as default
@@ -37,7 +38,8 @@ class RenderConfig:
 
     Args:
         views: images a step, one camera each.
-        resolution: pixels a side.
+        resolution: pixels a side; or [step, pixels] in the order of the steps, from step 0 on, as
+            [[0,64],[2000,256],[5000,512]]: coarse first, so that empty space is known before it is rendered finely.
         samples: sample steps along one side of the box, in training; each is 2 / samples long.
         fine_samples: the same for previews, videos and scores.
         background: a name known to the student ("white", ...), "#rrggbb", "learned", or "random", which
@@ -53,7 +55,7 @@ class RenderConfig:
     """
 
     views: int = 4
-    resolution: int = 64
+    resolution: int | tuple[tuple[int, int], ...] = 64
     samples: int = 32
     fine_samples: int = 96
     background: str = "white"
@@ -67,13 +69,13 @@ class RenderConfig:
     def __post_init__(self):
         for name, low, high in (
             ("views", 1, 256),
-            ("resolution", 4, 1024),
             ("samples", 8, 1024),
             ("fine_samples", 8, 1024),
         ):
             value = getattr(self, name)
             if not low <= value <= high:
                 raise ValueError(f"render.{name} is {value}; give a number from {low} to {high}")
+        self._check_resolution()
         for name in ("other_share", "ambient"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"render.{name} is {getattr(self, name)}; give a number from 0 to 1")
@@ -83,6 +85,24 @@ class RenderConfig:
             raise ValueError(f"render.dark is {self.dark}; give a transmittance between 0 and 1, as 0.001")
         if self.shading not in (*SHADINGS, "mixed"):
             raise ValueError(f"render.shading is {self.shading!r}; give one of {', '.join(SHADINGS)}, mixed")
+
+    def resolution_at(self, step: float) -> int:
+        """Pixels a side of a step's images."""
+        if isinstance(self.resolution, int):
+            return self.resolution
+        return next(pixels for since, pixels in reversed(self.resolution) if step >= since)
+
+    def _check_resolution(self) -> None:
+        stages = ((0, self.resolution),) if isinstance(self.resolution, int) else self.resolution
+        steps = [step for step, _ in stages]
+        if steps[:1] != [0] or steps != sorted({*steps}):
+            raise ValueError(
+                f"render.resolution is {self.resolution}; give pixels, or [step, pixels] with growing steps from 0 on, "
+                "as [[0,64],[2000,256],[5000,512]]"
+            )
+        for _, pixels in stages:
+            if not 4 <= pixels <= 1024:
+                raise ValueError(f"render.resolution is {pixels}; give a number from 4 to 1024")
 
 
 @dataclass(frozen=True)
@@ -139,7 +159,7 @@ class SceneStudent(nn.Module):
         self._chunk = config.render.chunk or rays_at_a_time(
             self.device, config.render.samples, self.field.spec.width, config.field.hidden
         )
-        self._room = Room()
+        self._resolution, self._room = config.render.resolution_at(0), Room()
         self._trace: Trace | None = None
         self._active: set[str] = set()
         self._noise = generator
@@ -154,6 +174,9 @@ class SceneStudent(nn.Module):
         self.background_name = self._choose_background(generator)
         shading = self._shading(step, cameras, generator)
         self._active, self._noise = self.config.regularise.active(step), generator
+        resolution = settings.resolution_at(step)
+        if resolution != self._resolution:
+            self._resolution, self._room = resolution, Room()  # what it learnt is of other images
         ask = self._asks()
         options = RenderOptions(
             2 / settings.samples,
@@ -164,7 +187,7 @@ class SceneStudent(nn.Module):
             None if ask else self._room.rows(),
         )
         out = render(
-            self.field, self.occupancy, cameras.to(self.device), settings.resolution,
+            self.field, self.occupancy, cameras.to(self.device), resolution,
             self._background(self.background_name), options, generator,
         )  # fmt: skip
         self._trace = out.trace
@@ -207,7 +230,7 @@ class SceneStudent(nn.Module):
 
         Args:
             cameras: any number of views; memory stays that of one chunk of rays.
-            resolution: pixels of the height; None is the training resolution.
+            resolution: pixels of the height; None is that of the last training steps.
             shading, normals: as in render.
             background: a known name or "#rrggbb"; None is the run's usual one.
         """
@@ -215,7 +238,7 @@ class SceneStudent(nn.Module):
             wanted = self.config.render.background
             background = next(iter(self._plain)) if wanted == "random" else wanted
         behind = self._background(background)
-        size = self.config.render.resolution if resolution is None else resolution
+        size = self.config.render.resolution_at(math.inf) if resolution is None else resolution
         chunk = self._chunk if self.device.type == "cuda" else min(self._chunk, RenderOptions.chunk)
         options = RenderOptions(2 / self.config.render.fine_samples, shading, normals, self.config.render.dark, chunk)
         return render(self.field, self.occupancy, cameras.to(self.device), size, behind, options)
