@@ -130,7 +130,13 @@ class _Parts:
             critic=self.critic,
             share=self.share,
         )
-        return _guarded(steps, self.config)
+        return _guarded(self._with_adapter(steps, made.run), self.config)
+
+    def _with_adapter(self, steps: Iterator[Step], run: Run | None) -> Iterator[Step]:
+        """The steps; after the last, a critic that diffusers can load by itself goes into the run folder."""
+        yield from steps
+        if self.critic is not None and run is not None and self.share.index == 0:
+            self.critic.save_adapter(run.path)
 
 
 @contextmanager
