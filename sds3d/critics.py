@@ -9,7 +9,9 @@ camera besides, through a small network that starts at zero: so it always starts
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
@@ -54,6 +56,24 @@ class Trainable(Teacher, Protocol):
         ...
 
 
+class Adaptable(Trainable, Protocol):
+    """A teacher whose kind of network has LoRAs of its own, in a file that others read."""
+
+    def adapter(
+        self, rank: int, generator: torch.Generator, targets: tuple[str, ...], dtype: torch.dtype, checkpointing: bool
+    ) -> nn.Module:
+        """What stands for the network under low-rank changes, which are its parameters; see `CriticConfig`.
+
+        Raises:
+            ValueError: a target that is not there.
+        """
+        ...
+
+    def save_adapter(self, adapter: nn.Module, folder: Path) -> Path | None:
+        """Write the changes into a folder, to be loaded elsewhere; None where nobody could."""
+        ...
+
+
 class Featured(Trainable, Protocol):
     """A teacher whose network shows its features."""
 
@@ -74,6 +94,11 @@ class CriticConfig:
         rank: of the LoRA.
         camera_drop: share of the images whose camera it is not told while it learns.
         betas, weight_decay: AdamW's.
+        targets: of a diffusers pipeline's LoRA only: names of its layers, or their ends; () is every attention's
+            projections, as in ProlificDreamer's own. (Of a packaged teacher every weight that is wide enough.)
+        dtype: of a diffusers pipeline's LoRA only, of its changes and Adam's moments, whatever teacher.dtype is.
+            bfloat16 is half of little, and loses small steps.
+        checkpointing: of diffusers pipelines only: recompute the network's blocks in the critic's backward pass.
     """
 
     kind: Literal["lora", "copy"] = "lora"
@@ -83,6 +108,9 @@ class CriticConfig:
     camera_drop: float = 0.1
     betas: tuple[float, float] = (0.9, 0.99)
     weight_decay: float = 0.0
+    targets: tuple[str, ...] = ()
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    checkpointing: bool = False
 
     def __post_init__(self):
         if not 1 <= self.steps <= 1000:
@@ -93,6 +121,8 @@ class CriticConfig:
             raise ValueError(f"critic.rank is {self.rank}; give 1 to 512 (8)")
         if not 0 <= self.camera_drop <= 1:
             raise ValueError(f"critic.camera_drop is {self.camera_drop}; give a share from 0 to 1")
+        if self.kind == "copy" and (self.targets or self.dtype != "float32"):
+            raise ValueError("critic.targets and critic.dtype are a LoRA's; leave them out, or give critic.kind=lora")
 
 
 class Exact:
@@ -129,15 +159,13 @@ class Learnt:
     """
 
     def __init__(self, teacher: Trainable, config: CriticConfig, generator: torch.Generator, share: Share = Share()):
+        self.adapted = config.kind == "lora" and hasattr(teacher, "adapter")
+        share = replace(share, sharded=False) if self.adapted else share  # it is small: each process keeps all of it
         self.teacher, self.config, self.steps, self.share = teacher, config, config.steps, share
-        frozen = teacher.network.eval()  # dropout stays off, in the copy too: the student's step must not see it
-        device = next(frozen.parameters()).device
-        if config.kind == "lora":
-            self.network: nn.Module = LoRA(frozen, config.rank, float(config.rank), generator)
-        else:
-            self.network = copy.deepcopy(frozen).requires_grad_(True)
-            if next(self.network.parameters()).dtype in (torch.float16, torch.bfloat16):
-                self.network.float()  # steps of 1e-4 are lost on weights in half precision
+        self.network = _network(teacher, config, generator)
+        # float16 knows nothing below 6e-8, and a mean over so many numbers has gradients that small
+        self.coarse = next(teacher.network.parameters()).dtype == torch.float16
+        device = next(self.network.parameters()).device
         self.camera: nn.Module | None = None
         if teacher.views == "words" and teacher.extra_width:
             self.camera = nn.Sequential(
@@ -178,7 +206,11 @@ class Learnt:
             x = x.to(torch.promote_types(x.dtype, torch.float32))
         loss = self.loss(draw, x, generator)
         self.optimiser.zero_grad(set_to_none=True)
-        loss.backward()
+        scale = 2.0 ** int(math.log2(x.numel())) if self.coarse else 1.0  # a power of two, so it changes no digit
+        (scale * loss).backward()
+        for p in self.parameters() if self.coarse else ():
+            if p.grad is not None:
+                p.grad /= scale
         self.share.average(self.parameters())
         self.optimiser.step()
         return loss.detach()
@@ -198,6 +230,10 @@ class Learnt:
         answer = self.predict(noised(x, noise, alpha, sigma), t, prompts, draw.cameras, mask)
         return F.mse_loss(answer.output, target(answer.kind, x, noise, alpha, sigma, answer.rates))
 
+    def save_adapter(self, folder: Path) -> Path | None:
+        """Write a diffusers pipeline's LoRA as such pipelines load it; None where it is none."""
+        return self.teacher.save_adapter(self.network, folder) if self.adapted else None
+
     def state_dict(self) -> dict[str, Any]:
         """The critic's own weights and its optimiser; of a LoRA the changes alone."""
         camera = {} if self.camera is None else self.camera.state_dict()
@@ -208,3 +244,29 @@ class Learnt:
         if self.camera is not None:
             self.camera.load_state_dict(state["camera"])
         self.optimiser.load_state_dict(state["optimiser"])
+
+
+def _network(teacher: Trainable, config: CriticConfig, generator: torch.Generator) -> nn.Module:
+    """What a critic trains: changes of low rank to the teacher's network, or a copy of it.
+
+    Raises:
+        ValueError: settings that are for diffusers pipelines, and the teacher is none.
+    """
+    adaptable = hasattr(teacher, "adapter")
+    if not adaptable and (config.targets or config.dtype != "float32" or config.checkpointing):
+        raise ValueError(
+            "critic.targets, critic.dtype and critic.checkpointing are for diffusers pipelines, and the teacher is "
+            "none: leave them out"
+        )
+    frozen = teacher.network.eval()  # dropout stays off, in the copy too: the student's step must not see it
+    if config.kind == "lora" and adaptable:
+        dtype = getattr(torch, config.dtype)
+        return teacher.adapter(config.rank, generator, config.targets, dtype, config.checkpointing)
+    if config.kind == "lora":
+        return LoRA(frozen, config.rank, float(config.rank), generator)
+    own = copy.deepcopy(frozen).requires_grad_(True)
+    if next(own.parameters()).dtype in (torch.float16, torch.bfloat16):
+        own.float()  # steps of 1e-4 are lost on weights in half precision
+    if config.checkpointing:
+        own.enable_gradient_checkpointing()
+    return own

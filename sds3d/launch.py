@@ -14,6 +14,7 @@ from sds3d import config as configs
 from sds3d import make
 from sds3d.asset import Asset
 from sds3d.config import Config, DistillConfig, PaintConfig, RunConfig
+from sds3d.critics import Learnt
 from sds3d.generated import Generated
 from sds3d.painting import Painting
 from sds3d.runs import Run
@@ -130,7 +131,13 @@ class _Parts:
             critic=self.critic,
             share=self.share,
         )
-        return _guarded(steps, self.config)
+        return _guarded(self._with_adapter(steps, made.run), self.config)
+
+    def _with_adapter(self, steps: Iterator[Step], run: Run | None) -> Iterator[Step]:
+        """The steps; after the last, a critic that diffusers can load by itself goes into the run folder."""
+        yield from steps
+        if isinstance(self.critic, Learnt) and run is not None and self.share.index == 0:
+            self.critic.save_adapter(run.path)
 
 
 @contextmanager

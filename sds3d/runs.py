@@ -9,6 +9,7 @@ A run folder holds::
       progress/00050.png ...   the views of that step; strip.png has them all, oldest on top
       mesh.glb  mesh.json  turntable.mp4  preview.png     the mesh, and what is known of it
       index.html               all of it on one page
+      pytorch_lora_weights.safetensors      where a diffusers teacher had a LoRA critic: that, as diffusers loads it
 
 Every file is written beside its place and renamed into it, so that a reader, a crash or a full disk never
 meets half a file.

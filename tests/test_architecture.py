@@ -68,6 +68,7 @@ HOMES = {  # package -> the only files that may import it
     "diffusers": {"teachers/hf/loading.py"},
     "transformers": {"teachers/hf/loading.py"},
     "huggingface_hub": {"teachers/hf/loading.py"},
+    "peft": {"teachers/hf/adapter.py"},
     "numba": {"ops/numba_cpu.py", "ops/numba_kernels.py"},
     "nerfacc": {"ops/nerfacc_cuda.py"},
     "tinycudann": {"ops/tcnn_cuda.py"},

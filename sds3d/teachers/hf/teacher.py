@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from sds3d.cameras import Cameras
 from sds3d.noise import Prediction, Schedule
 from sds3d.teachers.base import decode_pixels, encode_pixels
+from sds3d.teachers.hf.adapter import Adapter, save
 from sds3d.teachers.hf.families import Family
 from sds3d.teachers.hf.words import Condition, Words, warn_of_cut
 
@@ -78,6 +80,16 @@ class DiffusersTeacher:
             raise ValueError("a critic trains on the network, which teacher.hf.offload keeps away; leave that out")
         return self.family.network
 
+    def adapter(
+        self, rank: int, generator: torch.Generator, targets: tuple[str, ...], dtype: torch.dtype, checkpointing: bool
+    ) -> Adapter:
+        """See `sds3d.critics.Adaptable.adapter`."""
+        return Adapter(self.network, rank, generator, targets, dtype, checkpointing)
+
+    def save_adapter(self, adapter: Adapter, folder: Path) -> Path | None:
+        """See `sds3d.critics.Adaptable.save_adapter`."""
+        return save(adapter, self.family.pipe, self.family.PART, folder)
+
     @torch.no_grad()
     def predict(
         self,
@@ -102,7 +114,8 @@ class DiffusersTeacher:
         camera_mask: Tensor | None = None,  # (B,) bool
         extra: Tensor | None = None,
     ) -> Prediction:
-        """See `sds3d.critics.Trainable.answer`. In half precision the network's weights may be in float32."""
+        """See `sds3d.critics.Trainable.answer`. In half precision the network's weights may be in float32; an adapter
+        answers as ``predict`` does, without autocast."""
         assert extra is None, "it has no place for an extra condition"
         with torch.autocast(x_t.device.type, self.dtype, enabled=self.dtype != torch.float32):
             return self._ask(network, x_t, t, self._condition(prompts, cameras, camera_mask))
