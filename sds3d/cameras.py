@@ -15,6 +15,7 @@ Images
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 
@@ -137,14 +138,22 @@ def orbit(n: int, elevation: float = 15.0, distance: float = 3.0, fov: float = 4
 
 @dataclass(frozen=True)
 class CameraRanges:
-    """Where training cameras stand: uniform in each range (degrees, scene units). All look at the origin."""
+    """Where training cameras stand: uniform in each range (degrees, scene units). All look at the origin.
+
+    Args:
+        ring: views that stand evenly around the scene, at one elevation, distance and field of view; a step's views are
+            so many or a multiple. 1: each stands by itself.
+    """
 
     azimuth: tuple[float, float] = (0.0, 360.0)
     elevation: tuple[float, float] = (-20.0, 60.0)
     distance: tuple[float, float] = (2.8, 3.2)
     fov: tuple[float, float] = (38.0, 42.0)
+    ring: int = 1
 
     def __post_init__(self):
+        if not 1 <= self.ring <= 64:
+            raise ValueError(f"camera.ring is {self.ring}; give 1 to 64 views (4 for multi-view teachers)")
         for name, low, high in (
             ("azimuth", -360, 720),
             ("elevation", -90, 90),
@@ -157,7 +166,16 @@ class CameraRanges:
 
     def sample(self, n: int, generator: torch.Generator) -> Cameras:
         """Draw ``n`` cameras, stratified: each range is cut in ``n`` equal parts, each used once (all but the azimuth's
-        in random order), with a random place inside each part."""
+        in random order), with a random place inside each part. Of rings, the first camera of each is drawn so; ring
+        after ring."""
+        if self.ring > 1:
+            assert n % self.ring == 0, (n, self.ring)
+            first = dataclasses.replace(self, ring=1).sample(n // self.ring, generator)
+            azimuth, *rest = (
+                getattr(first, name).repeat_interleave(self.ring)
+                for name in ("azimuth", "elevation", "distance", "fov")
+            )
+            return Cameras((azimuth + torch.arange(n) % self.ring * (360.0 / self.ring)) % 360, *rest)
 
         def stratified(bounds: tuple[float, float], shuffle: bool) -> Tensor:
             place = torch.arange(n) if not shuffle else torch.randperm(n, generator=generator)

@@ -218,9 +218,11 @@ class Learnt:
     def loss(self, draw: Draw, x: Tensor, generator: torch.Generator) -> Tensor:
         """The denoising loss on x (B, C, h, w), ().
 
-        t is uniform in [0, 1], one an image; a share of the cameras is dropped.
+        t is uniform in [0, 1], one an image or set of views; a share of the cameras is dropped.
         """
         t, dropped = onto(self.share.rand((len(x), 2), generator), x.device).to(x.dtype).unbind(1)
+        together = 1 if draw.cameras is None else getattr(self.teacher, "together", 1)
+        t = t[::together].repeat_interleave(together)  # one for the views that are judged in one
         noise = onto(self.share.randn(x.shape, generator, x.dtype), x.device)
         alpha, sigma = self.teacher.schedule.alpha_sigma(t)
         prompts, mask = draw.prompts, None

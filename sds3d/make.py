@@ -91,6 +91,12 @@ def teacher(config: RunConfig) -> Teacher:
             f"the teacher {config.teacher.name} knows neither cameras nor view words, which a scene needs; it can "
             "paint (sds3d paint) and teach a generator (sds3d distill)"
         )
+    together = getattr(found, "together", 1)
+    if isinstance(config, Config) and found.views == "camera" and config.camera.ring % together:
+        raise ValueError(
+            f"the teacher {config.teacher.name} judges {together} views of a scene at once: give "
+            f"camera.ring={together} and render.views={together}, or a multiple"
+        )
     if isinstance(config, DistillConfig) and known is None:
         raise ValueError(
             f"a generator is a copy of a teacher that sds3d teacher train made, and {config.teacher.name} "

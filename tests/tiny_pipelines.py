@@ -143,6 +143,13 @@ def sd_v(folder: Path) -> StableDiffusionPipeline:
     return pipe
 
 
+def multi_view(folder: Path) -> StableDiffusionPipeline:
+    """A Stable Diffusion whose U-Net is told cameras, as MVDream's is."""
+    pipe = sd(folder)
+    pipe.unet = unet(class_embed_type="projection", projection_class_embeddings_input_dim=16)
+    return pipe
+
+
 def sdxl(folder: Path) -> StableDiffusionXLPipeline:
     tokenizer = clip_tokenizer(folder)
     return StableDiffusionXLPipeline(
@@ -252,6 +259,7 @@ FAMILIES: dict[str, Callable] = {
     "flux": flux,
     "ddpm": ddpm,
 }
+OTHERS: dict[str, Callable] = {"multi_view": multi_view}  # which no pipeline of diffusers' own can run
 SETTINGS = {"flux": {"size": 16}}  # FLUX has no size of its own but its pipeline's, which is no tiny one
 
 
@@ -259,7 +267,7 @@ def build(name: str, folder: Path) -> Path:
     """Save a tiny pipeline of a family, the same every time, and give its folder."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        pipe = FAMILIES[name](folder / "tokenizer-files")
+        pipe = (FAMILIES | OTHERS)[name](folder / "tokenizer-files")
     for part in pipe.components.values():
         if isinstance(part, torch.nn.Module):  # fresh networks end in zeros here and there: say something everywhere
             generator = torch.Generator().manual_seed(1)

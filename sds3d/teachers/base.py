@@ -92,6 +92,11 @@ class Teacher(Protocol):
         shape: (C, h, w) of one x, the space it denoises in.
         views: how it is told where an image is seen from: "camera" (cameras are passed, no view words) or
             "words" (the prompts carry view words, cameras are not passed).
+
+    A teacher may have ``together``, how many views of one scene it judges in one forward (4 of MVDream's kind): rows
+    that come with cameras then are sets of so many neighbours, whose cameras stand evenly around the scene
+    (`sds3d.cameras.CameraRanges.ring`). One that knows a picture of the object takes it when it is made, and leaves it
+    out where the prompt is "".
     """
 
     schedule: Schedule

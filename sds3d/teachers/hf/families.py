@@ -19,6 +19,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from sds3d.cameras import Cameras
 from sds3d.noise import Schedule
 from sds3d.teachers.base import HFConfig
 
@@ -91,6 +92,7 @@ class Family:
         TOKENIZERS: the tokenizers' names, each with the number of tokens it is cut to; 0 is the tokenizer's own.
         LEFT_OUT: parts nobody needs here.
         UPCAST: whether the VAE's ``force_upcast`` is meant, as only SDXL's pipelines mean it.
+        together: see `sds3d.teachers.base.Teacher`.
     """
 
     pipe: Any
@@ -102,6 +104,10 @@ class Family:
     TOKENIZERS: ClassVar[dict[str, int]] = {"tokenizer": 0}
     LEFT_OUT: ClassVar[tuple[str, ...]] = ("safety_checker", "feature_extractor", "image_encoder")
     UPCAST: ClassVar[bool] = False
+    together: ClassVar[int] = 1
+
+    def prepare(self) -> None:
+        """Change the network, once, where it has to be."""
 
     @property
     def network(self) -> nn.Module:
@@ -144,6 +150,14 @@ class Family:
         """What the network is told of N prompts, by name, (N, ...) each; by a pipeline with its text encoders."""
         words, _ = pipe.encode_prompt(prompts, device, 1, False)
         return {"words": words}
+
+    def sees(self, cameras: Cameras, told: Tensor | None) -> dict[str, Tensor] | None:
+        """What the network is told of B cameras, by name, (B, ...) each; None where words have to do.
+
+        Args:
+            told: (B,) bool, False where the camera is dropped.
+        """
+        return None
 
     def answer(self, network: nn.Module, x_t: Tensor, told: Tensor, condition: dict[str, Tensor]) -> Tensor:
         """The output (B, C, h, w) of this network, or one of its form, for x_t (B, C, h, w) at ``told`` (B,)."""

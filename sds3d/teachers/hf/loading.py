@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sds3d.teachers.base import HFConfig, TeacherConfig
 from sds3d.teachers.hf.families import FAMILIES, Family
+from sds3d.teachers.hf.multi_view import MultiView, is_multi_view
 from sds3d.teachers.hf.teacher import DiffusersTeacher
 from sds3d.teachers.hf.words import Words, cache_folder
 from sds3d.teachers.small import pick_dtype
@@ -46,7 +47,8 @@ def load(settings: TeacherConfig, device: torch.device) -> DiffusersTeacher:
     kind, wanted = FAMILIES[name], None if settings.dtype == "auto" else getattr(torch, settings.dtype)
     dtype = wanted if wanted == torch.float16 else pick_dtype(device, wanted)  # float16 is for GPUs without bfloat16
     refuse_pickles(kind, folder, settings.hf)
-    family = kind(_pipeline(kind, folder, settings.hf, dtype), settings.hf)
+    pipe = _pipeline(kind, folder, settings.hf, dtype)
+    family = (MultiView if is_multi_view(pipe) else kind)(pipe, settings.hf)
     place(family, settings.hf, device, dtype)
     mark = fingerprint(folder)
 
@@ -153,6 +155,7 @@ def place(family: Family, settings: HFConfig, device: torch.device, dtype: torch
         if not hasattr(network, "set_attention_slice"):
             raise ValueError(f"a {type(network).__name__} has no attention slicing; leave teacher.hf.attention_slicing")
         network.set_attention_slice("auto")
+    family.prepare()
     network.to("cpu" if settings.offload else device, memory_format=layout)
     step = family.multiple * family.cell
     if settings.size % step:

@@ -16,6 +16,7 @@ from sds3d.teachers.base import decode_pixels, encode_pixels
 from sds3d.teachers.hf.adapter import Adapter, save
 from sds3d.teachers.hf.families import Family
 from sds3d.teachers.hf.words import Condition, Words, warn_of_cut
+from sds3d.transfer import onto
 
 
 class DiffusersTeacher:
@@ -41,6 +42,7 @@ class DiffusersTeacher:
         self.image_size, self.shape = side * family.cell, (family.channels, side, side)
         self.levels = family.levels(side)
         self.schedule: Schedule = self.levels.schedule
+        self.together = family.together
         self._judge = torch.compile(family.network) if compiled else family.network
         self._shift, self._scale = (value.to(self.device) for value in _latent_scale(family.vae))
 
@@ -130,6 +132,9 @@ class DiffusersTeacher:
             return {}
         if self.views == "words" or cameras is None:
             return self.words(prompts)
+        seen = self.family.sees(cameras, mask)
+        if seen is not None:
+            return self.words(prompts) | {name: onto(value, self.device) for name, value in seen.items()}
         return self.words.seen(prompts, cameras, mask)
 
     @contextlib.contextmanager
