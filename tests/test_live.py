@@ -276,9 +276,20 @@ def test_stop_and_export_writes_the_files_and_can_be_resumed(call, tiny, monkeyp
     assert made["steps"] == 3
     assert {"preview.png", "turntable.mp4", "mesh.glb"} <= {Path(file).name for file in made["files"]}
     assert all(Path(file).is_file() for file in made["files"])
-    code, _, err = call("resume", made["run"])
+    monkeypatch.setattr(Watch, "attend", attend)
+    code, out, err = call("resume", made["run"], "--live", "--port", "0", "--json")
+    assert code == 0 and "open http://127.0.0.1:" in err and json.loads(out)["steps"] == 6, err
     rows = (Path(made["run"]) / "metrics.jsonl").read_text().splitlines()
     assert code == 0 and [json.loads(row)["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+
+
+def test_only_scenes_are_watched_while_they_resume(call, in_folder):
+    code, out, err = call("paint", "a red ball", "steps=2", "image.count=1", "--json")
+    assert code == 0, err
+    code, _, err = call("resume", json.loads(out)["run"], "steps=3", "--live", "--port", "0")
+    assert code == 2 and "--live shows scenes" in err
+    code, _, err = call("resume", json.loads(out)["run"], "--port", "9000")
+    assert code == 2 and "add --live" in err
 
 
 def test_a_taken_port_is_named_and_leaves_no_run(call, tiny, in_folder):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -54,6 +55,23 @@ def watching(host: str, port: int | None, stay: bool) -> Iterator[Watch]:
         if stay:
             print("the page stays until Ctrl-C", file=sys.stderr, flush=True)
             _until_interrupted(watch)
+
+
+@dataclass(frozen=True)
+class LiveOptions:
+    """The flags of commands whose run can be watched on a page."""
+
+    live: Annotated[bool, Option("--live", help="watch it grow in a browser, until Ctrl-C")] = False
+    port: Port = None
+    host: Host = HERE
+
+    def page(self, silent: bool) -> AbstractContextManager[Watch | None]:
+        """The page, where one is wanted; it outlives the run unless that is silent. Raises ValueError."""
+        if self.live:
+            return watching(self.host, self.port, stay=not silent)
+        if self.port is not None or self.host != HERE:
+            raise ValueError("--port and --host are where --live serves its page; add --live")
+        return nullcontext()
 
 
 def view(run: RunFolder, port: Port = None, host: Host = HERE) -> None:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import sys
 import time
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Option
 
-from sds3d.cli.live import Host, Port, watching
+from sds3d.cli.live import LiveOptions
 from sds3d.cli.shared import (
     Json,
     Overrides,
@@ -24,7 +24,6 @@ from sds3d.cli.shared import (
     make_display,
     print_result,
 )
-from sds3d.live.address import HERE
 from sds3d.options import spread
 
 if TYPE_CHECKING:
@@ -34,24 +33,17 @@ SCORES = ("iou", "psnr", "chamfer", "fscore")
 
 
 @dataclass(frozen=True)
-class GenerateOptions(RunOptions):
+class GenerateOptions(LiveOptions, RunOptions):
     """The flags of generate, each short for a key."""
 
     teacher_views: Annotated[str | None, Option(help="camera (exact) or words (front, side, back view)")] = None
     backend: Annotated[str | None, Option(help="kernels: auto, numba, torch ... (see sds3d doctor)")] = None
-    live: Annotated[bool, Option("--live", help="watch it grow in a browser, until Ctrl-C")] = False
-    port: Port = None
-    host: Host = HERE
 
     def own(self) -> dict[str, Any]:
         return {"teacher.views": self.teacher_views, "backend": self.backend}
 
     def watched(self) -> AbstractContextManager[Watch | None]:
-        if not self.live:
-            if self.port is not None or self.host != HERE:
-                raise ValueError("--port and --host are where --live serves its page; add --live")
-            return nullcontext()
-        return watching(self.host, self.port, stay=not (self.quiet or self.json))
+        return self.page(silent=self.quiet or self.json)
 
 
 @spread
@@ -81,7 +73,14 @@ def generate(
     begin(prompt, overrides, options, Config)
 
 
-def resume(run: RunFolder, overrides: Overrides = None, quiet: Quiet = False, json: Json = False) -> None:
+@spread
+def resume(
+    run: RunFolder,
+    overrides: Overrides = None,
+    quiet: Quiet = False,
+    json: Json = False,
+    options: LiveOptions = LiveOptions(),
+) -> None:
     """Go on with a run where it stopped, and finish it.
 
     [bold]Examples[/bold]
@@ -91,13 +90,20 @@ def resume(run: RunFolder, overrides: Overrides = None, quiet: Quiet = False, js
       sds3d resume outputs/00001-a-red-mug steps=800      [dim]# longer than it was meant to be[/dim]
 
       sds3d resume outputs/00001-a-red-mug export.size=256      [dim]# a finished run: its files again[/dim]
+
+      sds3d resume outputs/00001-a-red-mug --live      [dim]# watched in a browser (scenes)[/dim]
     """
     from sds3d import config as configs
     from sds3d import launch, shares
+    from sds3d.asset import Asset
 
     begun = time.perf_counter()
     made, steps = launch.resume(run, configs.parse_overrides(overrides or []))
-    carry_out(made, steps, begun, make_display(quiet or shares.join().index > 0, json), json)
+    if options.live and not isinstance(made, Asset):
+        raise ValueError(f"--live shows scenes, and {run} is none; leave it out")
+    display = make_display(quiet or shares.join().index > 0, json)
+    with options.page(silent=quiet or json) as watch:
+        carry_out(made, steps, begun, display, json, watch)
 
 
 @dataclass(frozen=True)
