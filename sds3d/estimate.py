@@ -128,6 +128,7 @@ def estimate(config: Config, where: Place) -> Estimate:
     Raises:
         ValueError: the teacher cannot be found, or is not for this method.
     """
+    make.require_kind(config)
     teacher, dtype = config.teacher, dtype_of(config.teacher, where)
     bare, painter = teacher, teacher  # without settings that the network's, or the VAE's, memory does not depend on
     if is_pipeline(teacher):
