@@ -128,12 +128,12 @@ def examine_memory(config: Config, where: Place) -> dict[str, Any]:
 
 def memory_text(report: dict[str, Any]) -> str:
     """The report of memory for people; its last line says yes or no."""
-    images = f"{report['weights'] / 1e6:.1f} M weights in {report['precision']}"
+    size_of_it = f"{report['weights'] / 1e6:.1f} M weights, answers in {report['precision']}"
     lines = [f"{report['method']} with {report['teacher']}, on {report['place']}; GB of 2^30 bytes, estimated", ""]
     for title, sizes in (("held from first to last", report["held"]), ("besides, one at a time", report["moments"])):
         lines.append(title)
         for name, size in sizes.items():
-            lines.append(f"  {name:36s}{_gb(size):>8s}  {images if name == 'network' else ''}".rstrip())
+            lines.append(f"  {name:36s}{_gb(size):>8s}  {size_of_it if name == 'network' else ''}".rstrip())
     lines += [f"{'while prompts are embedded, in all':38s}{_gb(report['while prompts are embedded']):>8s}"]
     lines += [f"{'peak':38s}{_gb(report['peak']):>8s}", ""]
     there = f"about {_gb(report['peak'])} GB at its peak, and {report['place']} has {_gb(report['memory'])}"
