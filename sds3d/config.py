@@ -234,8 +234,24 @@ def _nested(layer: Mapping[str, Any]) -> dict[str, Any]:
     return out
 
 
+SPARING = {  # what a run may take up or drop where it stopped: memory against time, the same images but for rounding
+    "render.chunk",
+    "critic.checkpointing",
+    *(f"teacher.hf.{name}" for name in ("checkpointing", "slicing", "tiling", "attention_slicing", "offload")),
+}
+
+
+def _leaves(values: Mapping[str, Any], above: str = "") -> set[str]:
+    """Dotted names of all that is set."""
+    found: set[str] = set()
+    for key, value in values.items():
+        found |= _leaves(value, f"{above}{key}.") if isinstance(value, Mapping) else {above + key}
+    return found
+
+
 def changed(config: RunConfig, layer: Mapping[str, Any]) -> Any:
-    """A run's config with what may change on resume: steps, device, backend, fsdp, log.*, export.*.
+    """A run's config with what may change on resume: steps, device, backend, fsdp, log.*, export.*, and what only saves
+    memory.
 
     Raises:
         ValueError: another key, which would no longer be the same run.
@@ -244,7 +260,7 @@ def changed(config: RunConfig, layer: Mapping[str, Any]) -> Any:
     free = [f.name for f in dataclasses.fields(config) if f.name in mutable]
     layer = _nested(layer)
     for key in layer:
-        if key not in free:
+        if key not in free and not _leaves({key: layer[key]}) <= SPARING:
             raise ValueError(f"{key} cannot change on resume, only {', '.join(free)}; start a new run")
     steps = layer.get("steps", config.steps)
     if isinstance(config, DistillConfig) and steps != config.steps:

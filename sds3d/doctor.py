@@ -11,7 +11,11 @@ from typing import Any
 import torch
 
 import sds3d
-from sds3d import config, make, ops
+from sds3d import config as configs
+from sds3d import make, ops
+from sds3d.estimate import Place, dtype_of, estimate, image_size
+from sds3d.savings import advise
+from sds3d.settings import Config
 from sds3d.teachers import small
 from sds3d.teachers.base import PACKAGED, TeacherConfig
 
@@ -59,7 +63,7 @@ def examine() -> dict[str, Any]:
         "threads": f"{torch.get_num_threads()} of {os.cpu_count()} processors",
         "backends": {name: _backend(device, name) for name in ops.BACKENDS},
         "teachers": {name: _teacher(name) for name in PACKAGED},
-        "recipes": sorted({path.stem for path in config.recipes_folder().rglob("*.yaml")}),
+        "recipes": sorted({path.stem for path in configs.recipes_folder().rglob("*.yaml")}),
     }
     report["problems"] = _problems(report)
     return report
@@ -90,6 +94,61 @@ def to_text(report: dict[str, Any]) -> str:
     if not report["problems"]:
         return "\n".join([*lines, 'All is well; try: sds3d generate "a red mug"'])
     return "\n".join([*lines, *(f"problem: {text}" for text in report["problems"])])
+
+
+def examine_memory(config: Config, where: Place) -> dict[str, Any]:
+    """How much memory a run takes there, by part and moment, in bytes; what makes it fit, where it does not.
+
+    Raises:
+        ValueError: the teacher cannot be found, or is not for this method.
+    """
+    found = estimate(config, where)
+    report: dict[str, Any] = {
+        "teacher": config.teacher.name,
+        "method": configs.name_of(config.method),
+        "precision": str(dtype_of(config.teacher, where)).removeprefix("torch."),
+        "weights": found.weights,
+        "place": where.name,
+        "memory": where.size,
+        "held": found.held,
+        "moments": found.moments,
+        "while prompts are embedded": found.before,
+        "peak": found.peak,
+        "fits": found.peak <= where.size,
+        "settings": [],
+    }
+    if report["fits"]:
+        return report
+    advice = advise(config, where, image_size(config.teacher, where))
+    report["settings"] = [
+        {"setting": saving.setting, "cost": saving.cost, "peak": peak} for saving, peak in advice.savings
+    ]
+    return report | {"fits with them": advice.fits}
+
+
+def memory_text(report: dict[str, Any]) -> str:
+    """The report of memory for people; its last line says yes or no."""
+    size_of_it = f"{report['weights'] / 1e6:.1f} M weights, answers in {report['precision']}"
+    lines = [f"{report['method']} with {report['teacher']}, on {report['place']}; GB of 2^30 bytes, estimated", ""]
+    for title, sizes in (("held from first to last", report["held"]), ("besides, one at a time", report["moments"])):
+        lines.append(title)
+        for name, size in sizes.items():
+            lines.append(f"  {name:36s}{_gb(size):>8s}  {size_of_it if name == 'network' else ''}".rstrip())
+    lines += [f"{'while prompts are embedded, in all':38s}{_gb(report['while prompts are embedded']):>8s}"]
+    lines += [f"{'peak':38s}{_gb(report['peak']):>8s}", ""]
+    there = f"about {_gb(report['peak'])} GB at its peak, and {report['place']} has {_gb(report['memory'])}"
+    if report["fits"]:
+        return "\n".join([*lines, f"Yes, it fits: it takes {there} GB."])
+    lines += ["peak with each of these and those above it"] if report["settings"] else []
+    for one in report["settings"]:
+        lines.append(f"  {one['setting']:36s}{_gb(one['peak']):>8s}  {one['cost']}")
+    lines += [""] if report["settings"] else []
+    last = "with all of these it fits" if report["fits with them"] else "no setting that is known makes it fit"
+    return "\n".join([*lines, f"No, it does not fit: it takes {there} GB; {last}."])
+
+
+def _gb(size: int) -> str:
+    return f"{size / 2**30:.2f}"
 
 
 def _version(name: str) -> str | None:
@@ -129,5 +188,5 @@ def _problems(report: dict[str, Any]) -> list[str]:
         if text.startswith("no: ")
     ]
     if not report["recipes"]:
-        problems.append(f"there are no recipes in {config.recipes_folder()}; install sds3d again")
+        problems.append(f"there are no recipes in {configs.recipes_folder()}; install sds3d again")
     return problems

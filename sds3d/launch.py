@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from sds3d import config as configs
-from sds3d import make
+from sds3d import make, savings
 from sds3d.asset import Asset
 from sds3d.config import Config, DistillConfig, PaintConfig, RunConfig
 from sds3d.critics import Learnt
@@ -21,6 +21,7 @@ from sds3d.runs import Run
 from sds3d.scenes.edit import EditedScene
 from sds3d.scenes.student import SceneStudent
 from sds3d.shares import Share, join
+from sds3d.teachers.base import Teacher
 from sds3d.train import Step, make_optimiser, train
 
 
@@ -131,7 +132,7 @@ class _Parts:
             critic=self.critic,
             share=self.share,
         )
-        return _guarded(self._with_adapter(steps, made.run), self.config)
+        return _guarded(self._with_adapter(steps, made.run), self.config, made.run, self.teacher)
 
     def _with_adapter(self, steps: Iterator[Step], run: Run | None) -> Iterator[Step]:
         """The steps; after the last, a critic that diffusers can load by itself goes into the run folder."""
@@ -153,22 +154,42 @@ def repeatable(device: torch.device) -> Iterator[None]:
         torch.use_deterministic_algorithms(before)
 
 
-def _guarded(steps: Iterator[Step], config: RunConfig) -> Iterator[Step]:
-    """The steps; where memory ends, an error that names the settings to lower, those that help most first."""
+def _guarded(steps: Iterator[Step], config: RunConfig, run: Run | None, teacher: Teacher) -> Iterator[Step]:
+    """The steps; where memory ends, an error that names the settings to change, those that help most first, and says
+    how to go on from the last checkpoint."""
     try:
         with repeatable(make.pick_device(config.device)) if config.deterministic else nullcontext():
             yield from steps
     except RuntimeError as error:
         if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
             raise
-        lower = "render.chunk (rays at a time, 65536 or less), render.views, render.resolution"
-        if isinstance(config, PaintConfig):
-            lower = "image.count"
-        if isinstance(config, DistillConfig):
-            lower = "generator.batch, pairs.batch"
-        raise ValueError(
-            f"out of memory on {make.pick_device(config.device)}; lower {lower}, in this order. {error}"
-        ) from error
+        settings, lower = _sparing(config, teacher)
+        where, saved = make.pick_device(config.device), _saved(run, settings)
+        raise ValueError(f"out of memory on {where}; {lower}, in this order. {saved}{error}") from error
+
+
+def _sparing(config: RunConfig, teacher: Teacher) -> tuple[list[str], str]:
+    """Those of the three most effective settings that a run can take up where it stopped, and all three in words."""
+    if savings.is_pipeline(config.teacher):
+        found = savings.open_to(config, teacher.image_size)[:3]
+        return [one.setting for one in found if one.resumable], f"set {', '.join(map(str, found))}"
+    if isinstance(config, PaintConfig):
+        return [], "lower image.count"
+    if isinstance(config, DistillConfig):
+        return [], "lower generator.batch, pairs.batch"
+    chunk = "render.chunk (rays at a time, 65536 or less), render.views, render.resolution"
+    return ["render.chunk=4096"] if config.render.chunk != 4096 else [], f"lower {chunk}"
+
+
+def _saved(run: Run | None, settings: list[str]) -> str:
+    """Where the last checkpoint is, and the command that goes on from it with these settings."""
+    if run is None:
+        return ""
+    if not run.checkpoint.is_file():
+        return "Nothing was saved yet: begin again with them. "
+    how = " ".join(["sds3d resume", str(run.path), *settings])
+    where = "" if settings else " where there is more memory, since they make another run"
+    return f"The checkpoint {run.checkpoint} is safe: go on with {how}{where}. "
 
 
 def share_of(config: RunConfig) -> Share:

@@ -193,9 +193,7 @@ def critic(config: RunConfig, teacher: Teacher, share: Share = Share()) -> Learn
     Raises:
         ValueError: the method is not for this kind of run, or there are no real images for a discriminator.
     """
-    for need in set(config.method.NEEDS) & {"pairs", "real"}:
-        if not isinstance(config, DistillConfig):
-            raise ValueError(f"{type(config.method).__name__} needs {need}: it trains generators, with sds3d distill")
+    require_kind(config)
     if "critic" not in config.method.NEEDS:
         return None
     generator = torch.Generator().manual_seed(config.seed)
@@ -205,6 +203,13 @@ def critic(config: RunConfig, teacher: Teacher, share: Share = Share()) -> Learn
     return Adversary(
         teacher, config.critic, generator, real(config, teacher, share), config.method.discriminator, share
     )
+
+
+def require_kind(config: RunConfig) -> None:
+    """Raises ValueError where the method trains generators only, and the run is none of a generator."""
+    for need in set(config.method.NEEDS) & {"pairs", "real"}:
+        if not isinstance(config, DistillConfig):
+            raise ValueError(f"{type(config.method).__name__} needs {need}: it trains generators, with sds3d distill")
 
 
 def real(config: DistillConfig, teacher: Teacher, share: Share = Share()) -> Real:

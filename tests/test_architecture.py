@@ -57,7 +57,7 @@ ARROWS = {
 }
 # They see the house from outside and may enter any room.
 ENTRANCE = {"__init__", "__main__", "asset", "cli", "compare", "config", "doctor", "launch", "make", "options"}
-ENTRANCE |= {"evaluation", "generated", "live", "painting", "progress", "report", "settings"}
+ENTRANCE |= {"estimate", "evaluation", "generated", "live", "painting", "progress", "report", "savings", "settings"}
 # What making a scene needs; the toybox's truth stays out of it, along whole chains of imports.
 BLIND_TO_DATA = ("scenes", "generators", "students", "distill", "critics", "pairs", "ops", "train", "export")
 BLIND_TO_DATA += ("adversary", "perceptual")
@@ -65,9 +65,9 @@ BLIND_TO_DATA += ("adversary", "perceptual")
 LIGHT = {"torch", "numpy", "sds3d"} | set(sys.stdlib_module_names)
 HOMES = {  # package -> the only files that may import it
     "omegaconf": {"config.py"},
-    "diffusers": {"teachers/hf/loading.py"},
-    "transformers": {"teachers/hf/loading.py"},
-    "huggingface_hub": {"teachers/hf/loading.py"},
+    "diffusers": {"teachers/hf/loading.py", "teachers/hf/sketch.py"},
+    "transformers": {"teachers/hf/loading.py", "teachers/hf/sketch.py"},
+    "huggingface_hub": {"teachers/hf/loading.py", "teachers/hf/sketch.py"},
     "peft": {"teachers/hf/adapter.py"},
     "numba": {"ops/numba_cpu.py", "ops/numba_kernels.py"},
     "nerfacc": {"ops/nerfacc_cuda.py"},

@@ -201,6 +201,11 @@ def test_what_may_change_on_resume():
         configs.changed(config, {"seed": 5})
     with pytest.raises(ValueError, match="unknown key 'log.every'"):
         configs.changed(config, {"log.every": 5})
+    sparing = configs.changed(config, parse_overrides(["teacher.hf.slicing=true", "render.chunk=4096"]))
+    assert sparing.teacher.hf.slicing and sparing.render.chunk == 4096 and sparing.teacher.name == config.teacher.name
+    for other in ({"teacher.hf.size": 64}, {"teacher.hf.slicing": True, "teacher.dtype": "float32"}, {"render": 5}):
+        with pytest.raises(ValueError, match="cannot change on resume"):
+            configs.changed(config, other)
 
 
 def test_prompts_of_a_scene_name_unusual_backgrounds():

@@ -342,6 +342,48 @@ def test_out_of_memory_names_the_settings_to_lower(oracle, monkeypatch, kind, er
         next(steps)
 
 
+class Greedy(BallTeacher):
+    """Wants more memory than there is, from its third answer on."""
+
+    def predict(self, *arguments, **named):
+        if len(self.asked) == 2:
+            raise torch.OutOfMemoryError("tried to allocate 9 GiB")
+        return super().predict(*arguments, **named)
+
+
+@pytest.mark.parametrize("pipeline", [False, True])
+def test_out_of_memory_leaves_a_checkpoint_and_the_command_that_goes_on(pipeline, monkeypatch, tmp_path):
+    """From the checkpoint of the step before, with those of the settings that leave the run what it is."""
+    teacher = Greedy(image_size=512) if pipeline else Greedy()
+    monkeypatch.setattr("sds3d.make.teacher", lambda config: teacher)
+    monkeypatch.setattr("sds3d.savings.is_pipeline", lambda teacher: pipeline)
+    monkeypatch.chdir(tmp_path)
+    settings = {"log.save_every": 1, "log.picture_every": 0, "device": "cpu", "method": "sds", "steps": 4}
+    settings |= {"teacher.name": "somebody/model", "teacher.hf.checkpointing": False} if pipeline else {}
+    made, steps = launch.start(configs.load("a ball", tiny(), settings))
+    assert [next(steps).step, next(steps).step] == [1, 2]
+    with pytest.raises(ValueError) as error:
+        next(steps)
+    said, now = str(error.value), "teacher.hf.checkpointing=true" if pipeline else "render.chunk=4096"
+    assert f"{made.run.checkpoint} is safe: go on with sds3d resume {made.path} {now}" in said
+    if pipeline:  # three, the most effective first, each with what it costs
+        places = [said.index(f"{key} (") for key in (now, "teacher.hf.size=256", "teacher.hf.slicing=true")]
+        assert places == sorted(places) and said.count("=") == 5
+    assert made.run.load_checkpoint()["step"] == 2
+    teacher.asked.append([])
+    again, rest = launch.resume(made.path, configs.parse_overrides([now]))
+    assert [step.step for step in rest] == [3, 4]
+    assert (again.config.teacher.hf.checkpointing if pipeline else again.config.render.chunk) in (True, 4096)
+
+
+def test_out_of_memory_before_anything_was_saved_says_so(monkeypatch, tmp_path):
+    monkeypatch.setattr("sds3d.make.teacher", lambda config: Greedy(asked=[[], []]))
+    monkeypatch.chdir(tmp_path)
+    _, steps = launch.start(configs.load("a ball", tiny(), {"device": "cpu", "method": "sds"}))
+    with pytest.raises(ValueError, match="Nothing was saved yet"):
+        next(steps)
+
+
 def test_other_errors_stay_what_they_are(oracle, monkeypatch):
     def broken(*arguments, **named):
         raise RuntimeError("something else")

@@ -1,18 +1,23 @@
 """The command line: parses, calls, prints. Results go to stdout, progress and complaints to stderr.
 
-Exit codes: 0 done, 2 a mistake of the user's (one sentence on stderr), 1 the run diverged, 130 stopped by Ctrl-C.
+Exit codes: 0 done, 2 a mistake of the user's (one sentence on stderr), 1 the run diverged or would not fit, 130 stopped
+by Ctrl-C.
 """
 
 from __future__ import annotations
 
 import os
 import sys
-from typing import NoReturn
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, NoReturn
 
 import typer
+from typer import Option
 
 from sds3d.cli import generators, live, methods, pictures, scenes, teacher
-from sds3d.cli.shared import Json, dump
+from sds3d.cli.shared import Json, Overrides, dump
+from sds3d.options import spread
 
 app = typer.Typer(
     name="sds3d",
@@ -25,17 +30,47 @@ app = typer.Typer(
 )
 
 
-def doctor(json: Json = False) -> None:
-    """Versions, device, the kernels chosen and why, and what is missing.
+@dataclass(frozen=True)
+class DoctorOptions:
+    """The flags of doctor, each short for a key of generate."""
 
-    [bold]Example[/bold]
+    teacher: Annotated[str | None, Option(help="say how much memory a run with it takes: see sds3d generate")] = None
+    method: Annotated[str | None, Option(help="of that run; sds3d methods lists them")] = None
+    device: Annotated[str | None, Option(help="auto, cpu or cuda")] = None
+    config: Annotated[Path | None, Option(help="a YAML file of settings, such as another run's config.yaml")] = None
+    memory: Annotated[float | None, Option(help="GB of a GPU that is not here, as 12")] = None
+    json: Json = False
+
+
+@spread
+def doctor(overrides: Overrides = None, options: DoctorOptions = DoctorOptions()) -> None:
+    """Versions, device, the kernels chosen and why, and what is missing; with --teacher, the memory that a run takes.
+
+    A teacher's memory is estimated by part before any of its weights is loaded or downloaded: yes or no, and which
+    settings would make it fit, the most effective first. Exit code 1 is no.
+
+    [bold]Examples[/bold]
 
       sds3d doctor --json
-    """
-    from sds3d import doctor as doctors
 
-    report = doctors.examine()
-    print(dump(report) if json else doctors.to_text(report))
+      sds3d doctor --teacher FOLDER --method vsd render.views=2 --memory 12
+    """
+    from sds3d import config as configs
+    from sds3d import doctor as doctors
+    from sds3d import estimate
+    from sds3d.settings import Config
+
+    given = {"teacher.name": options.teacher, "method": options.method, "device": options.device}
+    layer = {key: value for key, value in given.items() if value is not None}
+    if not (layer or overrides or options.config or options.memory is not None):
+        report = doctors.examine()
+        print(dump(report) if options.json else doctors.to_text(report))
+        return
+    told = configs.load("a red mug", layer, configs.parse_overrides(overrides or []), file=options.config, kind=Config)
+    report = doctors.examine_memory(told, estimate.place(told.device, options.memory))
+    print(dump(report) if options.json else doctors.memory_text(report))
+    if not report["fits"]:
+        raise typer.Exit(1)
 
 
 for command in (scenes.generate, scenes.resume, scenes.export, methods.paint, methods.compare, methods.methods, doctor):

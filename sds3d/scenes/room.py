@@ -26,6 +26,11 @@ def rays_at_a_time(device: torch.device, samples: int, inputs: int, hidden: int)
     memory = CPU_BYTES
     if device.type == "cuda":
         memory = torch.cuda.get_device_properties(device).total_memory // 4
+    return rays_within(memory, samples, inputs, hidden)
+
+
+def rays_within(memory: int, samples: int, inputs: int, hidden: int) -> int:
+    """As ``rays_at_a_time``, for so many bytes."""
     sample = 4 * (3 * (inputs + hidden) + 50)  # values, their gradients and what is between, in float32
     return max(4096, memory // (samples * sample))
 

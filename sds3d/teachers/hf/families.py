@@ -159,6 +159,15 @@ class Family:
         """
         return None
 
+    def told(self, tokens: int) -> dict[str, tuple[int, ...]]:
+        """The shape of what ``embed`` gives for one prompt, by name, where a CLIP reads so many tokens."""
+        config = self.network.config
+        return {"words": (self._lengths(tokens)[0], config.get("encoder_hid_dim") or config.cross_attention_dim)}
+
+    def _lengths(self, tokens: int) -> list[int]:
+        """Tokens of each text encoder."""
+        return [length or tokens for length in self.TOKENIZERS.values()]
+
     def answer(self, network: nn.Module, x_t: Tensor, told: Tensor, condition: dict[str, Tensor]) -> Tensor:
         """The output (B, C, h, w) of this network, or one of its form, for x_t (B, C, h, w) at ``told`` (B,)."""
         return network(x_t, told, condition["words"], return_dict=False)[0]
@@ -176,6 +185,11 @@ class XL(Family):
             said = torch.tensor([prompt != "" for prompt in prompts], device=words.device)
             words, whole = words * said[:, None, None], whole * said[:, None]
         return {"words": words, "whole": whole}
+
+    def told(self, tokens: int) -> dict[str, tuple[int, ...]]:
+        config = self.network.config
+        whole = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+        return {**super().told(tokens), "whole": (whole,)}
 
     def answer(self, network: nn.Module, x_t: Tensor, told: Tensor, condition: dict[str, Tensor]) -> Tensor:
         height, width = (self.cell * side for side in x_t.shape[-2:])
@@ -213,6 +227,10 @@ class SD3(Family):
         words, _, whole, _ = pipe.encode_prompt(**told, do_classifier_free_guidance=False)
         return {"words": words, "whole": whole}
 
+    def told(self, tokens: int) -> dict[str, tuple[int, ...]]:
+        config, (clip, _, t5) = self.network.config, self._lengths(tokens)
+        return {"words": (clip + t5, config.joint_attention_dim), "whole": (config.pooled_projection_dim,)}
+
     def answer(self, network: nn.Module, x_t: Tensor, told: Tensor, condition: dict[str, Tensor]) -> Tensor:
         return network(x_t, condition["words"], condition["whole"], told, return_dict=False)[0]
 
@@ -243,6 +261,10 @@ class Flux(Family):
         words, whole, _ = pipe.encode_prompt(prompts, device=device)
         return {"words": words, "whole": whole}
 
+    def told(self, tokens: int) -> dict[str, tuple[int, ...]]:
+        config, (_, t5) = self.network.config, self._lengths(tokens)
+        return {"words": (t5, config.joint_attention_dim), "whole": (config.pooled_projection_dim,)}
+
     def answer(self, network: nn.Module, x_t: Tensor, told: Tensor, condition: dict[str, Tensor]) -> Tensor:
         size, (height, width), words = len(x_t), x_t.shape[-2:], condition["words"]
         guidance = None
@@ -269,6 +291,9 @@ class Unconditional(Family):
     ENCODERS, TOKENIZERS, LEFT_OUT = (), {}, ()
 
     def embed(self, pipe: Any, prompts: list[str], device: torch.device) -> dict[str, Tensor]:
+        return {}
+
+    def told(self, tokens: int) -> dict[str, tuple[int, ...]]:
         return {}
 
     def answer(self, network: nn.Module, x_t: Tensor, told: Tensor, condition: dict[str, Tensor]) -> Tensor:

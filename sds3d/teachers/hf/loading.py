@@ -29,7 +29,7 @@ def is_pipeline(name: str) -> bool:
     """Whether a teacher's name is a diffusers folder, or looks like an id on the hub: owner/model."""
     path = Path(name).expanduser()
     if path.exists():
-        return (path / INDEX).is_file() or _class_of(path / "config.json") == "UNet2DModel"
+        return (path / INDEX).is_file() or class_of(path / "config.json") == "UNet2DModel"
     return re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name) is not None and path.suffix not in WEIGHTS
 
 
@@ -41,10 +41,7 @@ def load(settings: TeacherConfig, device: torch.device) -> DiffusersTeacher:
             or damaged, or an option is not for it.
     """
     folder = find(settings.name, settings.hf)
-    name = _class_of(folder / INDEX) if (folder / INDEX).is_file() else "DDPMPipeline"
-    if name not in FAMILIES:
-        raise ValueError(f"{settings.name} is a {name}; what can teach is {', '.join(FAMILIES)}")
-    kind, wanted = FAMILIES[name], None if settings.dtype == "auto" else getattr(torch, settings.dtype)
+    kind, wanted = kind_of(folder, settings.name), None if settings.dtype == "auto" else getattr(torch, settings.dtype)
     dtype = wanted if wanted == torch.float16 else pick_dtype(device, wanted)  # float16 is for GPUs without bfloat16
     refuse_pickles(kind, folder, settings.hf)
     pipe = _pipeline(kind, folder, settings.hf, dtype)
@@ -71,20 +68,42 @@ def find(name: str, settings: HFConfig) -> Path:
     if path.is_dir():
         return path
     from diffusers import DiffusionPipeline
-    from diffusers.utils import logging
-    from huggingface_hub import errors  # the bases of its own are those of what it talks through: a proxy's, a timeout
 
     left_out = {part: None for family in FAMILIES.values() for part in family.LEFT_OUT}
     safe = None if settings.allow_pickle else True
+    with asking_hub(name):
+        return Path(
+            DiffusionPipeline.download(name, use_safetensors=safe, variant=settings.variant or None, **left_out)
+        )
+
+
+@contextmanager
+def asking_hub(name: str) -> Iterator[None]:
+    """The hub's errors, as what a user can do about them."""
+    from diffusers.utils import logging
+    from huggingface_hub import errors  # the bases of its own are those of what it talks through: a proxy's, a timeout
+
     spoken = logging.get_verbosity()
     logging.set_verbosity_error()  # what went wrong is told below, once
     try:
-        found = DiffusionPipeline.download(name, use_safetensors=safe, variant=settings.variant or None, **left_out)
+        yield
     except (OSError, ValueError, errors.OfflineModeIsEnabled, *errors.HfHubHTTPError.__bases__) as error:
         raise ValueError(_refusal(name, error)) from error
     finally:
         logging.set_verbosity(spoken)
-    return Path(found)
+
+
+def kind_of(folder: Path, name: str) -> type[Family]:
+    """The family of the pipeline in a folder, that the user calls by this name. Raises ValueError for another."""
+    found = pipeline_class(folder)
+    if found not in FAMILIES:
+        raise ValueError(f"{name} is a {found}; what can teach is {', '.join(FAMILIES)}")
+    return FAMILIES[found]
+
+
+def pipeline_class(folder: Path) -> str:
+    """Name of the diffusers class of the pipeline in a folder."""
+    return class_of(folder / INDEX) if (folder / INDEX).is_file() else "DDPMPipeline"
 
 
 def _refusal(name: str, error: BaseException) -> str:
@@ -172,7 +191,7 @@ def place(family: Family, settings: HFConfig, device: torch.device, dtype: torch
             vae.enable_tiling()
 
 
-def _class_of(path: Path) -> str:
+def class_of(path: Path) -> str:
     """The class that a diffusers file of settings names; "" where there is none."""
     try:
         name = json.loads(path.read_text(encoding="utf-8")).get("_class_name", "")
@@ -186,18 +205,18 @@ def _pipeline(kind: type[Family], folder: Path, settings: HFConfig, dtype: torch
     import diffusers
 
     told = {"variant": settings.variant or None, "use_safetensors": None if settings.allow_pickle else True}
-    with _quiet(), _sound(folder):
+    with quiet(), sound(folder):
         if not (folder / INDEX).is_file():
             return diffusers.DDPMPipeline(
                 diffusers.UNet2DModel.from_pretrained(folder, dtype=dtype, **told),
                 diffusers.DDPMScheduler.from_pretrained(folder),
             )
         precision: Any = {"default": dtype, "vae": torch.float32} if kind.UPCAST else dtype
-        spared = _spared(folder, (*kind.ENCODERS, *kind.LEFT_OUT))
-        return diffusers.DiffusionPipeline.from_pretrained(folder, dtype=precision, **told, **spared)
+        without = spared(folder, (*kind.ENCODERS, *kind.LEFT_OUT))
+        return diffusers.DiffusionPipeline.from_pretrained(folder, dtype=precision, **told, **without)
 
 
-def _spared(folder: Path, names: Iterable[str]) -> dict[str, Any]:
+def spared(folder: Path, names: Iterable[str]) -> dict[str, Any]:
     """How a pipeline is told to do without these parts, and without those that its index says it has not."""
     index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
     told: dict[str, Any] = dict.fromkeys([*names, *(name for name, what in index.items() if what == [None, None])])
@@ -225,9 +244,9 @@ def _text_pipeline(
         network.to("cpu")
         if device.type == "cuda":
             torch.cuda.empty_cache()  # or what it leaves counts as used
-        with _quiet(), _sound(folder):
-            spared = _spared(folder, family.LEFT_OUT) | there
-            pipe = diffusers.DiffusionPipeline.from_pretrained(folder, dtype=dtype, **told, **spared)
+        with quiet(), sound(folder):
+            without = spared(folder, family.LEFT_OUT) | there
+            pipe = diffusers.DiffusionPipeline.from_pretrained(folder, dtype=dtype, **told, **without)
         encoders += [part for name in family.ENCODERS if (part := getattr(pipe, name)) is not None]
         needed = sum(p.numel() * p.element_size() for encoder in encoders for p in encoder.parameters())
         fits = device.type != "cuda" or 1.2 * needed < torch.cuda.mem_get_info(device)[0]
@@ -245,7 +264,7 @@ def _text_pipeline(
 
 
 @contextmanager
-def _sound(folder: Path) -> Iterator[None]:
+def sound(folder: Path) -> Iterator[None]:
     """Errors of loading, as what a user can do about them."""
     from safetensors import SafetensorError
 
@@ -258,7 +277,7 @@ def _sound(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """No progress bars and no remarks while parts are loaded."""
     from diffusers.utils import logging as theirs
     from transformers.utils import logging as others

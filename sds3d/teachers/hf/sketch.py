@@ -1,0 +1,97 @@
+"""A pipeline as its settings files describe it: every part in shape, none in memory. Weights are neither read nor
+downloaded; what such a teacher does is what `sds3d.memory.Meter` counts."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sds3d.cameras import Cameras
+from sds3d.teachers.base import TeacherConfig
+from sds3d.teachers.hf.families import Family
+from sds3d.teachers.hf.loading import INDEX, asking_hub, kind_of, pipeline_class, place, quiet, sound, spared
+from sds3d.teachers.hf.multi_view import MultiView, is_multi_view
+from sds3d.teachers.hf.teacher import DiffusersTeacher
+from sds3d.teachers.hf.words import Condition
+
+FILES = (INDEX, "config.json", "*/config.json", "*scheduler_config.json")  # all that a sketch is made from
+CLIP_TOKENS = 77  # where the files do not say
+
+
+def draw(settings: TeacherConfig, dtype: torch.dtype) -> tuple[DiffusersTeacher, list[nn.Module]]:
+    """What a pipeline's settings files describe, in this precision: a teacher whose weights are on torch's meta device
+    (see `sds3d.memory.hollow`), never offloaded, and its text encoders, there too.
+
+    Raises:
+        ValueError: the hub cannot be reached or says no, the pipeline is of no family we know, a file is missing or
+            damaged, or an option is not for it.
+    """
+    folder = _settings_files(settings.name)
+    kind = kind_of(folder, settings.name)
+    plain = dataclasses.replace(settings.hf, offload=False)
+    with quiet(), sound(folder):
+        pipe, encoders, tokens = _pipeline(kind, folder, dtype)
+    family = (MultiView if is_multi_view(pipe) else kind)(pipe, plain)
+    place(family, plain, torch.device("meta"), dtype)
+    return DiffusersTeacher(family, _Words(family.told(tokens), dtype), settings.views, dtype), encoders
+
+
+class _Words:
+    """Stands in for `sds3d.teachers.hf.words.Words`: conditions of the right shape."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype):
+        self.shapes, self.dtype = shapes, dtype
+
+    def __call__(self, prompts: list[str]) -> Condition:
+        return {name: torch.zeros(len(prompts), *shape, dtype=self.dtype) for name, shape in self.shapes.items()}
+
+    def seen(self, prompts: list[str], cameras: Cameras, told: Tensor | None = None) -> Condition:
+        return self(prompts)
+
+
+def _settings_files(name: str) -> Path:
+    """The folder with a pipeline's settings; of what is on the hub they alone are downloaded. Raises ValueError."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    from huggingface_hub import snapshot_download
+
+    with asking_hub(name):
+        return Path(snapshot_download(name, allow_patterns=list(FILES)))
+
+
+def _pipeline(kind: type[Family], folder: Path, dtype: torch.dtype) -> tuple[Any, list[nn.Module], int]:
+    """The pipeline without its text encoders, on torch's meta device; these, and the tokens a CLIP reads."""
+    import diffusers
+    import transformers
+
+    def part(name: str, cls: str, exact: torch.dtype) -> nn.Module:
+        told = json.loads((folder / name / "config.json").read_text(encoding="utf-8"))
+        with torch.device("meta"):
+            return getattr(diffusers, cls).from_config(told).to(exact)
+
+    if not (folder / INDEX).is_file():
+        scheduler = diffusers.DDPMScheduler.from_pretrained(folder)
+        return diffusers.DDPMPipeline(part("", "UNet2DModel", dtype), scheduler), [], 0
+    index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+    classes = {name: what[1] for name, what in index.items() if isinstance(what, list) and what[1]}
+    parts = {name: part(name, classes[name], dtype) for name in (kind.PART, "vae") if name in classes}
+    if kind.UPCAST:
+        parts["vae"].float()
+    parts["scheduler"] = getattr(diffusers, classes["scheduler"]).from_pretrained(folder / "scheduler")
+    encoders, tokens = [], CLIP_TOKENS
+    for name in filter(classes.get, kind.ENCODERS):
+        kind_of_encoder = getattr(transformers, classes[name])
+        config = kind_of_encoder.config_class.from_pretrained(folder / name)
+        tokens = getattr(config, "max_position_embeddings", tokens)
+        with torch.device("meta"):
+            encoders.append(kind_of_encoder(config).to(dtype))
+    rest = spared(folder, [name for name in classes if name not in parts])
+    return getattr(diffusers, pipeline_class(folder))(**parts, **rest), encoders, tokens
