@@ -14,7 +14,9 @@ import sds3d
 from sds3d import launch, make
 from sds3d.config import DistillConfig, load
 from sds3d.generators.one_step import GeneratorConfig, begun_at, paint
+from sds3d.noise import Prediction
 from sds3d.teachers import small
+from sds3d.teachers.hf import families, generator
 from sds3d.train import train
 
 FAMILIES = tuple(tiny_pipelines.FAMILIES)
@@ -82,10 +84,10 @@ def by_diffusers(folder: Path | str, seed: int, call: str = "", **more) -> torch
     return ((images + 1) / 2).clamp(0, 1) if isinstance(pipe, diffusers.IFPipeline) else images  # IF's are in [-1, 1]
 
 
-def by_us(generator, name: str, seed: int) -> torch.Tensor:
+def by_us(painter, name: str, seed: int) -> torch.Tensor:
     """The same from the same noise by our own loop."""
-    shape, stream = (1, *generator._teacher.shape), torch.Generator().manual_seed(seed)
-    count, packed = generator.steps, (1, shape[2] // 2 * shape[3] // 2, 4 * shape[1])
+    shape, stream = (1, *painter._teacher.shape), torch.Generator().manual_seed(seed)
+    count, packed = painter.steps, (1, shape[2] // 2 * shape[3] // 2, 4 * shape[1])
 
     def more() -> torch.Tensor:
         if name == "flux":
@@ -93,13 +95,13 @@ def by_us(generator, name: str, seed: int) -> torch.Tensor:
         return torch.randn(shape, generator=world if name == "sd3" else stream)
 
     def unpacked(x: torch.Tensor) -> torch.Tensor:
-        height, width = (side * generator._teacher.family.cell for side in shape[2:])
-        return generator._teacher.family.pipe._unpack_latents(x, height, width, generator._teacher.family.cell)
+        height, width = (side * painter._teacher.family.cell for side in shape[2:])
+        return painter._teacher.family.pipe._unpack_latents(x, height, width, painter._teacher.family.cell)
 
     world = torch.Generator().manual_seed(seed + 1)
     noise = [torch.randn(shape, generator=stream)] + [more() for _ in range(count - 1)]
-    when, size = generator._begun_at(count)
-    teacher = generator._teacher
+    when, size = painter._begun_at(count)
+    teacher = painter._teacher
     with torch.no_grad():
         return teacher.decode(paint(teacher, teacher.network, when, noise, ["a red mug"], size))
 
@@ -159,12 +161,12 @@ def test_another_beginning_is_a_shorter_list_of_levels(name, wanted, start):
 
 def same_picture(made, name: str) -> None:
     """Diffusers and we paint the same from the same noise, and the seed is enough for that where there is one step."""
-    generator = sds3d.load_generator(made.path)
-    theirs, ours = by_diffusers(made.path / "pipeline", 5), by_us(generator, name, 5)
+    painter = sds3d.load_generator(made.path)
+    theirs, ours = by_diffusers(made.path / "pipeline", 5), by_us(painter, name, 5)
     assert theirs.shape == ours.shape and float(theirs.std()) > 0.01
     assert (theirs - ours).abs().max() < EXACT
-    if generator.steps == 1:
-        assert (theirs - generator(["a red mug"], seed=5)).abs().max() < EXACT
+    if painter.steps == 1:
+        assert (theirs - painter(["a red mug"], seed=5)).abs().max() < EXACT
 
 
 def captioned(folder: Path) -> Path:
@@ -199,13 +201,43 @@ def test_every_family_ends_in_a_pipeline_that_paints_as_we_do(name, steps, told)
 
 def test_fewer_steps_are_the_pipeline_s_own(told):
     made = sds3d.train_generator(**told("sd", steps=1, **{"generator.steps": 4, "generator.sigma_init": 10}))
-    generator = sds3d.load_generator(made.path)
+    painter = sds3d.load_generator(made.path)
     one = by_diffusers(made.path / "pipeline", 5, '"a prompt", num_inference_steps=1')
-    assert (one - generator(["a red mug"], seed=5, steps=1)).abs().max() < EXACT
+    assert (one - painter(["a red mug"], seed=5, steps=1)).abs().max() < EXACT
     with pytest.raises(ValueError, match="paints in 4 or fewer"):
-        generator(["a red mug"], steps=5)
+        painter(["a red mug"], steps=5)
     with pytest.raises(ValueError, match="smaller than `num_inference_steps`: 8"):
         by_diffusers(made.path / "pipeline", 5, '"a prompt", num_inference_steps=8')
+
+
+def test_a_flow_of_several_steps_refuses_one(told):
+    """Its scheduler stretches them to end at a level, which one step cannot."""
+    made = sds3d.train_generator(**told("sd3", steps=1, **{"generator.steps": 4}))
+    with pytest.raises(ValueError, match="cannot do with 1 step"), pytest.warns(RuntimeWarning):
+        sds3d.load_generator(made.path)(["a red mug"], steps=1)
+
+
+def test_a_network_whose_last_level_is_pure_noise_begins_near_it(start):
+    """alpha is 0 there (zero terminal SNR), where eps says nothing; and LCM answers with x_t itself at level 0."""
+    config, teacher, student = start("sd_v")
+    betas = diffusers.DDIMScheduler(rescale_betas_zero_snr=True, **tiny_pipelines.SCALED)
+    for kind in ("epsilon", "v_prediction"):
+        scheduler = diffusers.DDIMScheduler.from_config(betas.config, prediction_type=kind)
+        teacher.levels = families.levels(scheduler, 16)
+        teacher.schedule, teacher.shape = teacher.levels.schedule, (4, 64, 64)
+        when, _ = begun_at(teacher, GeneratorConfig())
+        alpha, sigma = teacher.schedule.alpha_sigma(when)
+        assert float(sigma / alpha) == pytest.approx(20, rel=0.1)  # 2.5 for 8 of a side
+        asking = generator.scheduler(teacher.family, teacher.levels, float(when), 1)
+        asking.set_timesteps(1)
+        x_t, output = torch.randn((2, 1, 4, 8, 8), generator=torch.Generator().manual_seed(0))
+        ours = Prediction(output, x_t, alpha.float(), sigma.float(), teacher.levels.kind).x0
+        theirs = asking.step(output, asking.timesteps[0], x_t).prev_sample
+        assert (ours - theirs).abs().max() < 1e-3 * ours.abs().max()
+    when = generator.times(
+        teacher.family, teacher.levels, generator.scheduler(teacher.family, teacher.levels, 0.001, 8), 8
+    )
+    assert (1000 * when).tolist() == pytest.approx([15, 13, 11, 9, 7, 5, 3, 1])
 
 
 def test_one_pass_whatever_the_guidance_scale_is(told):
@@ -257,9 +289,11 @@ def test_a_student_of_a_teacher_in_half_precision_learns_in_float32(start):
     unet = diffusers.UNet2DConditionModel.from_pretrained(folder / "unet", dtype=torch.bfloat16)
     same = {key: value.to(torch.bfloat16) for key, value in student.network.state_dict().items()}
     assert all(torch.equal(value, same[key]) for key, value in unet.state_dict().items() if key in same)
-    pipe = diffusers.DiffusionPipeline.from_pretrained(folder, dtype=torch.bfloat16)
-    pipe.set_progress_bar_config(disable=True)
-    assert pipe("a red mug", num_inference_steps=1, output_type="pt").images.isfinite().all()
+    for told in ({}, {"dtype": torch.bfloat16}):
+        pipe = diffusers.DiffusionPipeline.from_pretrained(folder, **told)
+        assert {pipe.unet.dtype, pipe.vae.dtype, pipe.text_encoder.dtype} == {told.get("dtype", torch.float32)}
+        pipe.set_progress_bar_config(disable=True)
+        assert pipe("a red mug", num_inference_steps=1, output_type="pt").images.isfinite().all()
 
 
 # as a user types it

@@ -43,7 +43,7 @@ def scheduler(family: Family, levels: Levels, first: float, steps: int) -> Any:
             levels.count, shift, shift_terminal=last, stochastic_sampling=True
         )
     most = levels.count // steps
-    each = min(max(round((first * levels.count + 1) / steps), 1), most)  # levels from one step to the next
+    each = min(max(round((first * levels.count + 1) / steps), 2), most)  # levels a step; LCM has none at level 0
     alpha, _ = levels.schedule.alpha_sigma(torch.arange(each * steps, dtype=torch.float64) / levels.count)
     squares = torch.cat([torch.ones(1, dtype=torch.float64), alpha**2])
     told = {"num_train_timesteps": each * steps, "original_inference_steps": steps, "timestep_scaling": 1e6}
@@ -76,6 +76,12 @@ def read(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{folder / CARD} is damaged ({error}); train the generator again") from error
 
 
+def _as_float32(config_file: Path) -> None:
+    """Let a text encoder load in float32 where nobody says a dtype, as diffusers' own parts do, or they do not fit."""
+    config = json.loads(config_file.read_text(encoding="utf-8"))
+    config_file.write_text(json.dumps({**config, "dtype": "float32"}, indent=2), encoding="utf-8")
+
+
 def save(teacher: DiffusersTeacher, state: dict[str, Tensor], when: Tensor, told: dict[str, Any], path: Path) -> None:
     """Write the teacher's pipeline with other weights and a generator's scheduler, in the teacher's precision.
 
@@ -106,4 +112,6 @@ def save(teacher: DiffusersTeacher, state: dict[str, Tensor], when: Tensor, told
             pipe.save_pretrained(folder)
         except SafetensorError as error:
             raise ValueError(f"cannot write {path}: {error}; make room, or name another place (out=FOLDER)") from error
+        for config_file in (file for name in family.ENCODERS for file in folder.glob(f"{name}/config.json")):
+            _as_float32(config_file)
         (folder / CARD).write_text(json.dumps(told, indent=1), encoding="utf-8")
