@@ -123,7 +123,8 @@ def test_before_the_first_step_the_saved_pipeline_paints_the_teacher_s_own_x0(na
     folder = made.save()
     z = torch.randn((1, *teacher.shape), generator=torch.Generator().manual_seed(3))
     x0 = teacher.predict(z, student.times.float(), ["a red mug"]).x0
-    assert (by_diffusers(folder, 3) - teacher.decode(x0)).abs().max() < EXACT
+    theirs, ours = by_diffusers(folder, 3), student.images(["a red mug"], torch.Generator().manual_seed(3))
+    assert (theirs - teacher.decode(x0)).abs().max() < EXACT and (theirs - ours).abs().max() < EXACT
     scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
     assert scheduler["_class_name"] in ("LCMScheduler", "FlowMatchEulerDiscreteScheduler")
     assert not list(folder.rglob("*.py"))  # no code of ours

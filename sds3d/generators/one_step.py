@@ -41,7 +41,7 @@ class GeneratorConfig:
         half_lives: of running means of its weights, in images; the first is what is sampled and exported, the others
             are kept beside it in the checkpoint. A young mean forgets faster: it never keeps more than
             (1 + step) / (10 + step) of itself in a step.
-        prompts: a text file of prompts, one a line; "" is what the teacher was trained on.
+        prompts: a text file of prompts, one a line; "" is what the teacher was trained on, where it says that.
 
     Raises:
         ValueError: a number that makes no sense.
