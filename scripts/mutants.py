@@ -18,7 +18,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 TESTS = (  # the quickest first: a run stops at the first that fails
-    "guidance prompts times one_step adversary pairs methods distill answers samplers critics"
+    "guidance prompts times one_step adversary pairs methods distill answers samplers critics hf_generators"
 ).split()
 MUTANTS = (  # file under sds3d/, what stands there, what is put there
     ("distill/sds.py", ") - q.noise", ") + q.noise"),
@@ -105,7 +105,12 @@ MUTANTS = (  # file under sds3d/, what stands there, what is put there
     ("generators/one_step.py", "torch.randint(self.config.steps, (), generator=generator)", "0"),
     ("generators/one_step.py", "self.share.randint(len(self.prompts)", "self.share.randint(1"),
     ("generators/one_step.py", "config.batch / half_life", "half_life / config.batch"),
-    ("generators/one_step.py", "self.means[0].module, self.times", "self.network, self.times"),
+    ("generators/one_step.py", "self.paint(self.means[0].module", "self.paint(self.network"),
+    ("generators/one_step.py", "if size is not None:", "if False:"),
+    ("teachers/hf/generator.py", "* levels.count + 1) / steps", "* levels.count) / steps"),
+    ("teachers/hf/generator.py", "stochastic_sampling=True", "stochastic_sampling=False"),
+    ("teachers/hf/generator.py", "alpha**2", "alpha"),
+    ("teachers/hf/families.py", ', "time_cond_proj_dim": 256', ""),
     ("samplers.py", "2 * self.steps - 1 if", "2 * self.steps if"),
     ("samplers.py", "(evaluations + 1) // 2", "evaluations // 2"),
     ("samplers.py", 'float(self.name == "ddpm")', "0.0"),

@@ -47,7 +47,7 @@ class Adversary(Learnt):
         like = next(teacher.network.parameters())
         with torch.random.fork_rng(devices=[]):  # modules draw their first weights from the global stream
             torch.manual_seed(generator.initial_seed())
-            self.head = Verdict(teacher.network.config.widths[-1]).to(like.device, like.dtype)
+            self.head = Verdict(teacher.feature_width).to(like.device, like.dtype)
         super().__init__(teacher, config, generator, share)
 
     def parts(self) -> list[nn.Module]:

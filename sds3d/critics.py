@@ -75,7 +75,13 @@ class Adaptable(Trainable, Protocol):
 
 
 class Featured(Trainable, Protocol):
-    """A teacher whose network shows its features."""
+    """A teacher whose network shows its features.
+
+    Attributes:
+        feature_width: channels of the lowest.
+    """
+
+    feature_width: int
 
     def features(self, network: nn.Module, x_t: Tensor, t: Tensor, prompts: list[str]) -> list[Tensor]:
         """Maps (B, width, h, w) of what a network of the same form sees of x_t (B, C, h, w) at t (B,), with gradients,

@@ -183,15 +183,21 @@ class Toys:
         return self.figures(self.renders(1), self.wanted(self.number))
 
 
-def real_for(prompts: Sequence[str], number: int) -> Real:
-    """What generators of these prompts are judged by. Raises ValueError where they are neither all digits nor toys."""
-    found = Digits()
-    if set(found.prompts) <= set(prompts):
-        return found
+def real_for(prompts: Sequence[str], number: int, size: int | None = None) -> Real:
+    """What generators of these prompts, and of images of this size, are judged by.
+
+    Raises:
+        ValueError: they are neither all digits nor toys, or of other sizes than the judges look at.
+    """
+    found: Digits | Toys = Digits()
     try:
-        return Toys(prompts, min(number, 2000))
+        if not set(found.prompts) <= set(prompts):
+            found = Toys(prompts, min(number, 2000))
+        if size not in (None, found.judge.size):
+            raise ValueError(f"its images are of {size} pixels a side, and the judge looks at {found.judge.size}")
     except ValueError as error:
         raise ValueError(f"only generators of all ten digits, or of toys, can be judged so far: {error}") from error
+    return found
 
 
 def measure(
@@ -280,13 +286,14 @@ def judge_generator(
     file = find(path)
     assert file is not None, path
     painter = load_generator(file)
+    real = real_for(painter.prompts, number, painter.image_size)
     config = of_run(file.parent / "config.yaml")
     teacher = make.load_teacher(config.teacher)
     if make.identity(config, teacher) != painter.told["teacher"]:
         raise ValueError(
             f"{path} was distilled from {painter.told['teacher']}; this is {make.identity(config, teacher)}"
         )
-    real, inception, found = real_for(painter.prompts, number), Inception(painter.device) if fid else None, {}
+    inception, found = Inception(painter.device) if fid else None, {}
     guided = by_teacher(teacher, *BEST, scale_of(config.method.scale, 0))
     draws = {"generator": by_generator(painter), "teacher": guided}
     for who, draw in draws.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -39,6 +40,32 @@ def replacing(path: str | Path, accepted: tuple[str, ...] = ()) -> Iterator[Path
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def replacing_folder(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary folder beside ``path``; it takes ``path``'s place when the block ends without an error.
+
+    After an error nothing is left behind and an older ``path`` is untouched.
+
+    Raises:
+        ValueError: the disk says no.
+    """
+    path, aside = Path(path), None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+        new = aside / "new"
+        new.mkdir()
+        yield new
+        if path.exists():
+            path.rename(aside / "old")
+        new.rename(path)
+    except OSError as error:
+        raise ValueError(unwritable(path, error)) from error
+    finally:
+        if aside is not None:
+            shutil.rmtree(aside, ignore_errors=True)
 
 
 def unwritable(path: Path, error: OSError) -> str:

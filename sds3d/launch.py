@@ -254,8 +254,8 @@ def train_generator(**overrides: Any) -> Generated:
         overrides: any setting: ``teacher="digits"``, ``method="dmd"``, ``steps=4000``, ``generator={"batch": 64}`` ...
 
     Returns:
-        The finished run: its folder (``path``) holds generator.safetensors, its card, grid.png;
-        `load_generator(path)` paints.
+        The finished run: its folder (``path``) holds generator.safetensors (or, of a diffusers pipeline, one in
+        pipeline/), its card, grid.png; `load_generator(path)` paints.
 
     Raises:
         ValueError: a setting that is not known, or a folder that cannot be written.

@@ -15,6 +15,8 @@ from sds3d.adversary import Adversary, Real
 from sds3d.cameras import Cameras
 from sds3d.config import Config, DistillConfig, PaintConfig, RunConfig
 from sds3d.critics import Learnt
+from sds3d.data import digits
+from sds3d.data.folder import read as read_folder
 from sds3d.distill.adversarial import Adversarial
 from sds3d.distill.bridge import Bridge
 from sds3d.distill.core import ScoreObjective, scale_of
@@ -28,6 +30,8 @@ from sds3d.shares import Share
 from sds3d.students import Particles, Student
 from sds3d.teachers import sources
 from sds3d.teachers.base import PACKAGED, HFConfig, Teacher, TeacherConfig
+from sds3d.teachers.hf.generator import CARD
+from sds3d.teachers.hf.teacher import DiffusersTeacher
 from sds3d.train import Objective
 from sds3d.transfer import onto
 
@@ -57,6 +61,8 @@ def load_teacher(settings: TeacherConfig, device: str = "auto") -> Teacher:
     from sds3d.teachers.hf import loading
 
     if settings.name not in PACKAGED and loading.is_pipeline(settings.name):
+        if (Path(settings.name).expanduser() / CARD).is_file():
+            raise ValueError(f"{settings.name} is a generator, which paints by itself (sds3d sample); name its teacher")
         return loading.load(settings, pick_device(device))
     path = small.packaged(settings.name) if settings.name in PACKAGED else Path(settings.name).expanduser()
     if path.is_dir():
@@ -97,13 +103,15 @@ def teacher(config: RunConfig) -> Teacher:
             f"the teacher {config.teacher.name} judges {together} views of a scene at once: give "
             f"camera.ring={together} and render.views={together}, or a multiple"
         )
-    if isinstance(config, DistillConfig) and known is None:
-        raise ValueError(
-            f"a generator is a copy of a teacher that sds3d teacher train made, and {config.teacher.name} "
-            "is none (it can teach scenes and images)"
-        )
-    if isinstance(config, DistillConfig) and not config.prompt:
-        return found
+    if isinstance(config, DistillConfig):
+        if together > 1:
+            raise ValueError(f"the teacher {config.teacher.name} judges views of a scene, and a generator draws none")
+        if isinstance(found, DiffusersTeacher):
+            found.words.sided = False
+        if "real" in config.method.NEEDS or ("pairs" in config.method.NEEDS and config.distance == "teacher"):
+            _ = found.feature_width  # which not every network has
+        if not config.prompt:
+            return found
     for name, prompt in (
         ("", config.prompt),
         ("negative: ", config.negative),
@@ -169,6 +177,11 @@ def prompts(config: DistillConfig, teacher: Teacher) -> list[str]:
         return [config.prompt]
     if not config.generator.prompts:
         toys = config.teacher.name in ("small", "toybox")  # whose weights are older than the list in their header
+        if not (toys or teacher.prompts):
+            raise ValueError(
+                f"the teacher {config.teacher.name} does not say what it was trained on; say what to draw: "
+                "--prompts FILE (generator.prompts=FILE), with a prompt a line, or --prompt"
+            )
         return list(sources.Toybox().prompts if toys else teacher.prompts)
     path = Path(config.generator.prompts).expanduser()
     try:
@@ -221,12 +234,15 @@ def real(config: DistillConfig, teacher: Teacher, share: Share = Share()) -> Rea
     name = config.real or config.teacher.name
     if name in ("toybox", "small") or not (config.real or name == "digits"):
         raise ValueError(f"{type(config.method).__name__} wants real images; give real=FOLDER, with captions")
-    found, wanted = sources.of(name, teacher.image_size)[0].pictures, set(prompts(config, teacher))
+    found = digits.pictures() if name == "digits" else read_folder(name, teacher.image_size, 1000).pictures
+    wanted = set(prompts(config, teacher))
     told = [next((text for text in texts if text in wanted), "") for texts in found.captions]
     kept = [i for i, text in enumerate(told) if text]
     if not kept:
         raise ValueError(f"no real image is captioned {sorted(wanted)[0]!r}, or any of the generator's prompts")
-    x = teacher.encode(found[kept].rgb()).to(pick_device(config.device))
+    device, parts = pick_device(config.device), [kept[i : i + 64] for i in range(0, len(kept), 64)]
+    with torch.no_grad():
+        x = torch.cat([teacher.encode(onto(found[part].rgb(), device)) for part in parts])
 
     def draw(count: int, generator: torch.Generator) -> tuple[Tensor, list[str]]:
         index = share.randint(len(kept), count, generator)
@@ -246,7 +262,7 @@ def objectives(
         made = pairs.load(pairs_folder(config, teacher), config.pairs, pick_device(config.device))
 
         def draw(noise: Tensor, prompts: list[str]) -> Tensor:
-            return paint(teacher, student.network, student.times[:1], [noise], prompts)
+            return paint(teacher, student.network, student.times[:1], [noise], prompts, student.size)
 
         apart = perceptual.distance(config.distance, teacher, pick_device(config.device))
         found["regression"] = Regression(made, draw, apart, config.method.regression, config.pairs.batch, share)

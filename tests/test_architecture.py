@@ -65,7 +65,7 @@ BLIND_TO_DATA += ("adversary", "perceptual")
 LIGHT = {"torch", "numpy", "sds3d"} | set(sys.stdlib_module_names)
 HOMES = {  # package -> the only files that may import it
     "omegaconf": {"config.py"},
-    "diffusers": {"teachers/hf/loading.py", "teachers/hf/sketch.py"},
+    "diffusers": {"teachers/hf/generator.py", "teachers/hf/loading.py", "teachers/hf/sketch.py"},
     "transformers": {"teachers/hf/loading.py", "teachers/hf/sketch.py"},
     "huggingface_hub": {"teachers/hf/loading.py", "teachers/hf/sketch.py"},
     "peft": {"teachers/hf/adapter.py"},

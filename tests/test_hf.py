@@ -536,9 +536,3 @@ def test_a_plain_unet_needs_its_noise_levels(pipelines, tmp_path):
     )
     x_t, t = randn(1, *whole.shape), torch.tensor([0.5])
     assert torch.equal(whole.predict(x_t, t, [""]).x0, alone.predict(x_t, t, [""]).x0)
-
-
-def test_a_generator_needs_a_teacher_of_ours(pipelines):
-    told = config.load("a red mug", {"teacher.name": str(pipelines("sd")), "generator": {}}, kind=config.DistillConfig)
-    with pytest.raises(ValueError, match="sds3d teacher train"):
-        make.teacher(told)

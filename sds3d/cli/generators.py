@@ -19,18 +19,22 @@ class DistillOptions(RunOptions):
     """The flags of distill, each short for a key."""
 
     prompt: Annotated[str | None, Option(help="learn this prompt only, not all the teacher was trained on")] = None
+    prompts: Annotated[str | None, Option(help="a text file of prompts to learn, one a line")] = None
     steps_of_generator: Annotated[
         int | None, Option("--sampling-steps", help="steps in which the generator paints, 1 to 8")
     ] = None
     fsdp: Annotated[bool, Option("--fsdp", help="share the weights, too, between torchrun's processes")] = False
 
     def own(self) -> dict[str, Any]:
-        return {"prompt": self.prompt, "generator.steps": self.steps_of_generator, "fsdp": self.fsdp or None}
+        own = {"prompt": self.prompt, "generator.prompts": self.prompts, "fsdp": self.fsdp or None}
+        return own | {"generator.steps": self.steps_of_generator}
 
 
 @spread
 def distill(overrides: Overrides = None, options: DistillOptions = DistillOptions()) -> None:
     """Train a generator that paints in one step what a teacher paints in many: generator.safetensors and grid.png.
+
+    Of a teacher that is a diffusers pipeline: a diffusers pipeline with a one-step scheduler.
 
     Methods: diffinstruct (the default), vsd, dmd (makes pairs first, once), dmd2 (needs the real images too).
 
@@ -42,6 +46,9 @@ def distill(overrides: Overrides = None, options: DistillOptions = DistillOption
 
       sds3d distill --teacher toybox --method dmd -o outputs/toy      [dim]# a GPU, or patience[/dim]
 
+      sds3d distill --teacher FOLDER --prompts prompts.txt --method vsd generator.batch=4 method.scale=4.5
+      optim.lr.generator=1e-5 critic.lr=1e-5      [dim]# of a diffusers pipeline[/dim]
+
       torchrun --nproc-per-node 2 -m sds3d distill --teacher digits      [dim]# --fsdp shares the weights, too[/dim]
 
     Ctrl-C stops after the current step and saves; [bold]sds3d resume[/bold] goes on.
@@ -52,7 +59,7 @@ def distill(overrides: Overrides = None, options: DistillOptions = DistillOption
 
 
 def sample(
-    generator: Annotated[Path, Argument(metavar="RUN", help="a run folder of distill, or its generator.safetensors")],
+    generator: Annotated[Path, Argument(metavar="RUN", help="a run folder of distill, or what is saved in it")],
     prompts: Annotated[list[str] | None, Argument(metavar="[PROMPT]...", help="what to draw; a few by default")] = None,
     number: Annotated[int, Option("-n", "--number", min=1, max=4096, help="how many images of each prompt")] = 8,
     steps: Annotated[int | None, Option(help="of the generator; all it was trained for by default")] = None,

@@ -164,6 +164,8 @@ def _hints(made: Asset | Painting | Generated, files: list[str], early: bool) ->
     """Commands to go on with, after a run that made files, early where it has steps left."""
     if any(file.endswith("generator.safetensors") for file in files):
         return [f"sds3d sample {made.path}", f"sds3d eval {made.path}"]
+    if any(file.endswith("pipeline") for file in files):
+        return [f"sds3d sample {made.path}"]
     hints = [f"sds3d resume {made.path}" + ("" if early else f" steps={2 * made.config.steps}")]
     if any(file.endswith(".glb") for file in files):
         hints.insert(0, f"sds3d export {made.path} --format glb,obj,ply,stl")

@@ -6,7 +6,8 @@ Instruct, arXiv 2305.18455, section 3; DMD, arXiv 2311.18828, section 3.1). With
     x_1 = G(z_1, t_1)        x_k = x0_theta(alpha_k x_{k-1} + sigma_k z_k, t_k, c)
 
 and in training a step k is drawn, whose input the generator makes itself, without gradient (backward simulation, DMD2,
-arXiv 2405.14867, section 4.5).
+arXiv 2405.14867, section 4.5). From a diffusers pipeline G(z, t, c) = x0_theta(z, t, c) instead, at a level that its
+network was trained on, as the pipeline's own latents begin; x_t is about as large as z at every level.
 """
 
 from __future__ import annotations
@@ -33,12 +34,14 @@ class GeneratorConfig:
     Args:
         sigma_init: sigma/alpha that the network is told with pure noise; 0 is 2.5 for 8 pixels a side and as much more
             as there are more: the same noise hides less of a larger image (Hoogeboom et al., arXiv 2301.11093, eq. 4).
+            Where the schedule ends before, its end: Stable Diffusion's 64 x 64 latents begin at 999 of 1,000. A flow's
+            pipeline begins at pure noise, and has no choice.
         steps: of the generator, 1 to 8.
         batch: images a draw.
         half_lives: of running means of its weights, in images; the first is what is sampled and exported, the others
             are kept beside it in the checkpoint. A young mean forgets faster: it never keeps more than
             (1 + step) / (10 + step) of itself in a step.
-        prompts: a text file of prompts, one a line; "" is what the teacher was trained on.
+        prompts: a text file of prompts, one a line; "" is what the teacher was trained on, where it says that.
 
     Raises:
         ValueError: a number that makes no sense.
@@ -71,6 +74,10 @@ class Network(Protocol):
     shape: tuple[int, int, int]
     network: nn.Module
 
+    def asked_at(self, times: Tensor) -> tuple[Tensor, float]:
+        """The times (K,) nearest to these at which a generator can be asked, and how large its first noise is."""
+        ...
+
     def answer(self, network: nn.Module, x_t: Tensor, t: Tensor, prompts: list[str]) -> Prediction: ...
 
     def decode(self, x: Tensor) -> Tensor: ...
@@ -91,12 +98,40 @@ def times(schedule: Schedule, config: GeneratorConfig, side: int) -> Tensor:
     return first * (1 - torch.arange(config.steps, dtype=torch.float64) / config.steps)
 
 
-def paint(teacher: Network, network: nn.Module, t: Tensor, noise: Sequence[Tensor], prompts: list[str]) -> Tensor:
+def begun_at(teacher: Network, config: GeneratorConfig) -> tuple[Tensor, float]:
+    """The times (K,) float64 of a generator that starts from this teacher, and the size of its first noise.
+
+    Raises:
+        ValueError: the teacher cannot begin at the sigma_init that was given.
+    """
+    found, size = teacher.asked_at(times(teacher.schedule, config, teacher.shape[-1]))
+    alpha, sigma = teacher.schedule.alpha_sigma(found[0])
+    if config.sigma_init and not 0.9 * config.sigma_init < sigma / alpha < 1.1 * config.sigma_init:
+        raise ValueError(
+            f"generator.sigma_init is {config.sigma_init}, and the nearest that this teacher's pipeline begins at in "
+            f"{config.steps} step(s) is {sigma / alpha:.3g}; give 0, which chooses"
+        )
+    return found, size
+
+
+def paint(
+    teacher: Network,
+    network: nn.Module,
+    t: Tensor,
+    noise: Sequence[Tensor],
+    prompts: list[str],
+    size: float | None = None,
+) -> Tensor:
     """x (B, C, h, w) that ``network`` makes of noise, a tensor (B, C, h, w) for each step, at the times t (K,).
 
     Gradients, where they are enabled, go through the last step alone.
+
+    Args:
+        size: standard deviation of the noise it begins with; None is sigma at the first time.
     """
     alpha, sigma = teacher.schedule.alpha_sigma(t)
+    if size is not None:
+        sigma = torch.cat([torch.full_like(sigma[:1], size), sigma[1:]])
     x = torch.zeros_like(noise[0])
     for i, fresh in enumerate(noise):
         a, s, when = (onto(v[i : i + 1].to(fresh.dtype), fresh.device).expand(len(fresh)) for v in (alpha, sigma, t))
@@ -131,8 +166,10 @@ class Generator:
             raise ValueError("there is no prompt to draw; give generator.prompts=FILE with one a line")
         self.teacher, self.config, self.prompts, self.identity = teacher, config, list(prompts), identity
         self.share, self.count = share, share.of(config.batch)
-        self.times = times(teacher.schedule, config, teacher.shape[-1])
+        self.times, self.size = begun_at(teacher, config)
         self.network = copy.deepcopy(teacher.network).requires_grad_(True).eval()  # dropout stays off
+        if next(self.network.parameters()).dtype in (torch.float16, torch.bfloat16):
+            self.network.float()  # small steps are lost on weights in half precision
         self.means = [EMA(self.network, 0.5 ** (config.batch / half_life)) for half_life in config.half_lives]
         for module in (self.network, *(mean.module for mean in self.means)):
             share.shard(module)
@@ -143,8 +180,12 @@ class Generator:
         depth = int(torch.randint(self.config.steps, (), generator=generator)) + 1
         noise = self.noise(self.count, depth, generator)
         prompts = [self.prompts[i] for i in chosen]
-        x = paint(self.teacher, self.network, self.times, noise, prompts)
+        x = self.paint(self.network, noise, prompts)
         return Draw(x, prompts, None, torch.arange(self.count), encoded=True, share=self.share)
+
+    def paint(self, network: nn.Module, noise: Sequence[Tensor], prompts: list[str]) -> Tensor:
+        """x (B, C, h, w) that the network, or a mean of it, makes of noise for the first steps; see ``paint``."""
+        return paint(self.teacher, network, self.times, noise, prompts, self.size)
 
     def noise(self, count: int, steps: int, generator: torch.Generator) -> list[Tensor]:
         """Noise for so many steps, (count, C, h, w) each."""
@@ -155,8 +196,12 @@ class Generator:
     @torch.no_grad()
     def images(self, prompts: list[str], generator: torch.Generator) -> Tensor:
         """Images (B, 3, H, W) in [0, 1] by the first running mean's weights."""
-        noise = self.noise(len(prompts), self.config.steps, generator)
-        return self.teacher.decode(paint(self.teacher, self.means[0].module, self.times, noise, prompts))
+        noise, found = self.noise(len(prompts), self.config.steps, generator), []
+        for first in range(0, len(prompts), self.config.batch):  # as many at a time as a step of training takes
+            rows = slice(first, first + self.config.batch)
+            x = self.paint(self.means[0].module, [fresh[rows] for fresh in noise], prompts[rows])
+            found.append(self.teacher.decode(x))
+        return torch.cat(found)
 
     def regularisers(self) -> dict[str, Tensor]:
         """None."""

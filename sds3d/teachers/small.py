@@ -108,6 +108,14 @@ class SmallTeacher:
         return self.unet
 
     @property
+    def feature_width(self) -> int:
+        return self.unet.config.widths[-1]
+
+    def asked_at(self, times: Tensor) -> tuple[Tensor, float]:
+        """See `sds3d.generators.one_step.Network.asked_at`: at any time, with as much noise as there is then."""
+        return times, float(self.schedule.alpha_sigma(times[0])[1])
+
+    @property
     def extra_width(self) -> int:
         return self.unet.config.condition if self.unet.config.cameras else 0
 

@@ -93,6 +93,7 @@ class Family:
         LEFT_OUT: parts nobody needs here.
         UPCAST: whether the VAE's ``force_upcast`` is meant, as only SDXL's pipelines mean it.
         together: see `sds3d.teachers.base.Teacher`.
+        SCHEDULER: what else a generator's scheduler says, because the pipeline asks for it.
     """
 
     pipe: Any
@@ -104,6 +105,7 @@ class Family:
     TOKENIZERS: ClassVar[dict[str, int]] = {"tokenizer": 0}
     LEFT_OUT: ClassVar[tuple[str, ...]] = ("safety_checker", "feature_extractor", "image_encoder")
     UPCAST: ClassVar[bool] = False
+    SCHEDULER: ClassVar[dict[str, str]] = {}
     together: ClassVar[int] = 1
 
     def prepare(self) -> None:
@@ -172,6 +174,45 @@ class Family:
         """The output (B, C, h, w) of this network, or one of its form, for x_t (B, C, h, w) at ``told`` (B,)."""
         return network(x_t, told, condition["words"], return_dict=False)[0]
 
+    @property
+    def feature_width(self) -> int:
+        """Channels of the last of ``features``. Raises ValueError where there are none."""
+        return self.network.config.block_out_channels[-1]
+
+    def features(self, network: nn.Module, x_t: Tensor, told: Tensor, condition: dict[str, Tensor]) -> list[Tensor]:
+        """The maps of a U-Net's way down and of its middle while it answers, highest resolution first."""
+        found: list[Tensor] = []
+
+        def keep(_: nn.Module, __: Any, output: Any) -> None:
+            found.append(output[0] if isinstance(output, tuple) else output)
+
+        hooks = [block.register_forward_hook(keep) for block in (*network.down_blocks, network.mid_block)]
+        try:
+            self.answer(network, x_t, told, condition)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return found
+
+    # what a generator that starts from it needs; see generator.py
+
+    def ask(self, scheduler: Any, steps: int) -> None:
+        """Set a generator's scheduler to so many steps, as the pipeline does."""
+        scheduler.set_timesteps(steps)
+
+    def adapt(self, config: dict[str, Any], state: dict[str, Tensor], side: int) -> None:
+        """Change a generator's configuration and weights in place, so that its pipeline's defaults are right for it.
+
+        A pipeline takes a U-Net with time_cond_proj_dim for guided already: it asks once, whatever its guidance_scale
+        is, and tells the network that number through these weights, which are made 0.
+        """
+        config |= {"sample_size": side, "time_cond_proj_dim": 256}
+        state.pop("time_embedding.cond_proj.weight", None)
+
+    def call(self, steps: int, size: int) -> str:
+        """What a user tells a generator's pipeline for an image of ``size`` pixels."""
+        return f'"a prompt", num_inference_steps={steps}'
+
 
 class XL(Family):
     PIPELINES = ("StableDiffusionXLPipeline",)
@@ -202,6 +243,7 @@ class IF(Family):
     PIPELINES = ("IFPipeline",)
     TOKENIZERS = {"tokenizer": 77}
     LEFT_OUT = ("safety_checker", "feature_extractor", "watermarker")
+    SCHEDULER = {"variance_type": "fixed_small"}  # the pipeline then drops the learned variance
 
     def embed(self, pipe: Any, prompts: list[str], device: torch.device) -> dict[str, Tensor]:
         words, _ = pipe.encode_prompt(prompts, do_classifier_free_guidance=False, device=device)
@@ -210,10 +252,38 @@ class IF(Family):
     def answer(self, network: nn.Module, x_t: Tensor, told: Tensor, condition: dict[str, Tensor]) -> Tensor:
         return super().answer(network, x_t, told, condition)[:, : self.channels]  # the rest is a learned variance
 
+    def adapt(self, config: dict[str, Any], state: dict[str, Tensor], side: int) -> None:
+        config["sample_size"] = side
 
-class SD3(Family):
-    PIPELINES = ("StableDiffusion3Pipeline",)
+    def call(self, steps: int, size: int) -> str:
+        return f"{super().call(steps, size)}, guidance_scale=1"
+
+
+class Transformer(Family):
+    """What flow transformers have in common."""
+
+    PIPELINES = ()
     PART = "transformer"
+
+    @property
+    def feature_width(self) -> int:
+        raise ValueError(
+            f"a {type(self.network).__name__} has no maps to compare; give distance=pixels or lpips, and for a "
+            "discriminator (dmd2) a teacher with a U-Net"
+        )
+
+    def adapt(self, config: dict[str, Any], state: dict[str, Tensor], side: int) -> None:
+        pass
+
+    def call(self, steps: int, size: int) -> str:
+        guidance = self.settings.embedded_guidance if self.network.config.get("guidance_embeds") else 1.0
+        own = self.pipe.default_sample_size * self.cell
+        sizes = "" if size == own else f", height={size}, width={size}"
+        return f"{super().call(steps, size)}, guidance_scale={guidance:g}{sizes}"
+
+
+class SD3(Transformer):
+    PIPELINES = ("StableDiffusion3Pipeline",)
     ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
     TOKENIZERS = {"tokenizer": 0, "tokenizer_2": 0, "tokenizer_3": 256}
     LEFT_OUT = ("feature_extractor", "image_encoder")
@@ -235,12 +305,11 @@ class SD3(Family):
         return network(x_t, condition["words"], condition["whole"], told, return_dict=False)[0]
 
 
-class Flux(Family):
+class Flux(Transformer):
     """Guidance-distilled: it was never trained on a null prompt, so two-pass guidance says little and it teaches
     weakly. SD3 is the better teacher of this kind."""
 
     PIPELINES = ("FluxPipeline",)
-    PART = "transformer"
     ENCODERS = ("text_encoder", "text_encoder_2")
     TOKENIZERS = {"tokenizer": 0, "tokenizer_2": 512}
     LEFT_OUT = ("feature_extractor", "image_encoder")
@@ -283,6 +352,9 @@ class Flux(Family):
         )[0]
         return self.pipe._unpack_latents(patches, height * self.cell, width * self.cell, self.cell)
 
+    def ask(self, scheduler: Any, steps: int) -> None:
+        scheduler.set_timesteps(sigmas=[1 - i / steps for i in range(steps)])
+
 
 class Unconditional(Family):
     """Told nothing of prompts: every branch of guidance is the same answer."""
@@ -298,6 +370,14 @@ class Unconditional(Family):
 
     def answer(self, network: nn.Module, x_t: Tensor, told: Tensor, condition: dict[str, Tensor]) -> Tensor:
         return network(x_t, told, return_dict=False)[0][:, : self.channels]  # the rest is a learned variance
+
+    def adapt(self, config: dict[str, Any], state: dict[str, Tensor], side: int) -> None:
+        config |= {"sample_size": side, "out_channels": self.channels}
+        for name in ("conv_out.weight", "conv_out.bias"):  # a variance is of no use to a generator
+            state[name] = state[name][: self.channels]
+
+    def call(self, steps: int, size: int) -> str:
+        return f"num_inference_steps={steps}"
 
 
 FAMILIES = {name: family for family in (Family, XL, IF, SD3, Flux, Unconditional) for name in family.PIPELINES}

@@ -58,7 +58,7 @@ def load(settings: TeacherConfig, device: torch.device) -> DiffusersTeacher:
     teacher = DiffusersTeacher(
         family, Words(embed, f"{mark} {dtype}", kept, device), settings.views, dtype, settings.compile
     )
-    teacher.fingerprint = mark
+    teacher.fingerprint, teacher.whole = mark, lambda: _whole(family, folder, dtype, device)
     return teacher
 
 
@@ -261,6 +261,18 @@ def _text_pipeline(
         if device.type == "cuda":
             torch.cuda.empty_cache()
         network.to(home)
+
+
+@contextmanager
+def _whole(family: Family, folder: Path, dtype: torch.dtype, device: torch.device) -> Iterator[Any]:
+    """The pipeline with all its parts, for as long as the block lasts."""
+    import diffusers
+
+    if not family.ENCODERS:  # a DDIMPipeline would put a scheduler of its own in the place of any
+        yield diffusers.DDPMPipeline(family.network, family.pipe.scheduler)
+        return
+    with _text_pipeline(family, folder, dtype, device) as (pipe, _):
+        yield pipe
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from sds3d.cameras import Cameras
 from sds3d.noise import Prediction, Schedule
 from sds3d.teachers.base import decode_pixels, encode_pixels
+from sds3d.teachers.hf import generator
 from sds3d.teachers.hf.adapter import Adapter, save
 from sds3d.teachers.hf.families import Family
 from sds3d.teachers.hf.words import Condition, Words, warn_of_cut
@@ -31,10 +32,12 @@ class DiffusersTeacher:
 
     Attributes:
         fingerprint: of the files it was loaded from.
+        whole: gives the pipeline with its text encoders, for the time of a with block.
     """
 
     extra_width = 0
     fingerprint = ""
+    whole: Callable[[], contextlib.AbstractContextManager[Any]]
 
     def __init__(self, family: Family, words: Words, views: str, dtype: torch.dtype, compiled: bool = False):
         self.family, self.words, self.views, self.dtype, self.device = family, words, views, dtype, words.device
@@ -92,6 +95,21 @@ class DiffusersTeacher:
         """See `sds3d.critics.Adaptable.save_adapter`."""
         return save(adapter, self.family.pipe, self.family.PART, folder)
 
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """What a generator learns where nobody says: something to say, where prompts mean nothing."""
+        return () if self.family.ENCODERS else ("an image",)
+
+    @property
+    def feature_width(self) -> int:
+        """Raises ValueError where the network has no features."""
+        return self.family.feature_width
+
+    def asked_at(self, times: Tensor) -> tuple[Tensor, float]:
+        """See `sds3d.generators.one_step.Network.asked_at`: as its pipeline is, once it is a generator's."""
+        scheduler = generator.scheduler(self.family, self.levels, float(times[0]), len(times))
+        return generator.times(self.family, self.levels, scheduler, len(times)), 1.0
+
     @torch.no_grad()
     def predict(
         self,
@@ -121,6 +139,12 @@ class DiffusersTeacher:
         assert extra is None, "it has no place for an extra condition"
         with torch.autocast(x_t.device.type, self.dtype, enabled=self.dtype != torch.float32):
             return self._ask(network, x_t, t, self._condition(prompts, cameras, camera_mask))
+
+    def features(self, network: nn.Module, x_t: Tensor, t: Tensor, prompts: list[str]) -> list[Tensor]:
+        """See `sds3d.critics.Featured.features`."""
+        with torch.autocast(x_t.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            told = self.levels.told(t).float()
+            return self.family.features(network, x_t.to(self.dtype), told, self._condition(prompts, None, None))
 
     def _ask(self, network: nn.Module, x_t: Tensor, t: Tensor, condition: Condition) -> Prediction:
         output = self.family.answer(network, x_t.to(self.dtype), self.levels.told(t).float(), condition)

@@ -34,10 +34,14 @@ class Words:
         mark: of the model and its precision: what the embeddings depend on beside the prompt.
         folder: of the disk cache.
         device: where the embeddings go.
+
+    Attributes:
+        sided: whether a prompt is expected to be asked for from all sides, too.
     """
 
     def __init__(self, embed: Callable[[list[str]], Condition], mark: str, folder: Path, device: torch.device):
         self.embed, self.mark, self.folder, self.device = embed, mark, folder, device
+        self.sided = True
         self._known: dict[str, Condition] = {}
         self._awaited: list[str] = [""]
 
@@ -50,7 +54,8 @@ class Words:
         """The condition of B prompts, (B, ...) each."""
         missing = [p for p in dict.fromkeys(prompts) if p not in self._known]
         if missing:
-            wanted = dict.fromkeys(text for p in [*missing, *self._awaited] for text in _relatives(p))
+            wanted = [*missing, *self._awaited]
+            wanted = dict.fromkeys(text for p in wanted for text in (_relatives(p) if self.sided else [p]))
             self._learn([p for p in wanted if p not in self._known])
             self._awaited.clear()
         found = [self._known[p] for p in prompts]
