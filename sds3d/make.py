@@ -25,7 +25,7 @@ from sds3d.generators.one_step import Generator, paint
 from sds3d.prompts import COLOURS, VIEW_WORDS, named_background, words
 from sds3d.runs import slug
 from sds3d.scenes.image import ImageStudent
-from sds3d.scenes.student import SceneConfig, SceneStudent
+from sds3d.scenes.student import BACKGROUNDS, SceneConfig, SceneStudent
 from sds3d.shares import Share
 from sds3d.students import Particles, Student
 from sds3d.teachers import sources
@@ -117,6 +117,7 @@ def teacher(config: RunConfig) -> Teacher:
         ("negative: ", config.negative),
         ("source.prompt: ", config.source.prompt),
         ("prompt and negative together: ", _spoilt(config)),
+        *((f"on {name}: ", f"{config.prompt} on a {name} background") for name in _drawn_backgrounds(config)),
     ):
         if prompt or not name:
             try:
@@ -129,6 +130,12 @@ def teacher(config: RunConfig) -> Teacher:
 def _spoilt(config: RunConfig) -> str:
     """The prompt with the words of its defects, where the method asks for that."""
     return f"{config.prompt}, {config.negative}" if isinstance(config.method, Bridge) and config.negative else ""
+
+
+def _drawn_backgrounds(config: RunConfig) -> list[str]:
+    """The backgrounds that a scene's prompts will name, beside its usual one."""
+    drawn = isinstance(config, Config) and config.render.background == "random"
+    return list(BACKGROUNDS)[1:] if drawn and not named_background(config.prompt) else []
 
 
 def student(config: RunConfig, teacher: Teacher | None = None, share: Share = Share()) -> Student:

@@ -444,6 +444,23 @@ def test_generate_from_a_folder(views, pipelines, call_packaged, in_folder):
     assert len(list((in_folder / "kept").iterdir())) == 6  # the null prompt; the prompt bare and from four sides
 
 
+@pytest.mark.parametrize("background", ["random", "white"])
+def test_text_encoders_are_loaded_once(background, pipelines, monkeypatch, tmp_path):
+    """Prompts on other backgrounds, which are drawn as the run goes on, are embedded with the first."""
+    told = config.parse_overrides([*TINY, "device=cpu", f"teacher.hf.cache={tmp_path}", "negative=low quality"])
+    layer = {"teacher.name": str(pipelines("sd")), "render.background": background}
+    made = config.load("a red mug", told, layer)
+    teacher, loads = make.teacher(made), []
+    embed = teacher.words.embed
+    monkeypatch.setattr(teacher.words, "embed", lambda prompts: loads.append(len(prompts)) or embed(prompts))
+    student, generator = make.student(made, teacher), torch.Generator().manual_seed(0)
+    asked = {prompt for step in range(12) for prompt in student.draw(step, generator).prompts}
+    assert len(asked) == (3 if background == "random" else 1)
+    for prompt in sorted(asked):
+        teacher.predict(randn(1, *teacher.shape), torch.tensor([0.5]), [prompt], orbit(1))
+    assert len(loads) == 1
+
+
 def test_a_teacher_draws(load):
     found = sample(load("sd3"), ["a red mug", "a blue ball"], guidance=3.0, steps=2)
     assert found.shape == (2, 3, 16, 16) and found.isfinite().all() and found.std() > 0
