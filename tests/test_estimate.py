@@ -243,6 +243,8 @@ def test_doctor_says_yes_before_any_weight_is_there(pipelines, call, in_folder):
 
 def test_doctor_says_no_and_which_settings_help_most_effective_first(wide, call):
     settings = ("method=sds", "teacher.dtype=float32", "teacher.hf.checkpointing=false", "render.chunk=4096")
+    settings += ("render.views=4", "render.resolution=64", "render.samples=32")
+    settings += ("field.log2_table=15", "field.hidden=32")
     asked = ("doctor", "--teacher", str(wide), "--memory", "0.61", *settings, "--json")
     code, out, err = call(*asked)
     assert code == 1, err
