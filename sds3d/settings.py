@@ -48,7 +48,7 @@ class ExportConfig:
         mesh_resolution: voxels along each side of the box.
         threshold: density at the surface, its level; null chooses it.
         keep: pieces smaller than this share of the largest piece's area are dropped; 1 keeps the largest only.
-        fill: close holes and gaps narrower than this, in scene units; 0 for none.
+        fill: close cracks, holes and gaps narrower than this, in scene units, where that is two voxels; 0 for none.
         smooth: rounds of smoothing.
         faces: at most so many triangles.
         colours: "texture", or "vertex".
@@ -59,7 +59,7 @@ class ExportConfig:
     mesh_resolution: int = 96
     threshold: float | None = None
     keep: float = 0.05
-    fill: float = 0.0
+    fill: float = 0.05
     smooth: int = 3
     faces: int = 50_000
     colours: str = "texture"

@@ -1,5 +1,6 @@
 """Surfaces of solids whose answers are known."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -199,6 +200,21 @@ def test_narrow_holes_can_be_filled():
     holed = less(block((-0.5,) * 3, (0.5,) * 3), tube(0.05, -1.0, 1.0))
     assert mesh_of(solid(holed), resolution=64).euler_number == 0
     assert mesh_of(solid(holed), resolution=64, fill=0.16).euler_number == 2
+
+
+def test_cracks_are_closed_and_wider_gaps_are_not():
+    """A block in two halves, 0.035 apart, which is a crack, or 0.15, which is a gap; cells are 0.021."""
+
+    import trimesh
+
+    def pieces(gap: float, **settings) -> int:
+        field = less(block((-0.5,) * 3, (0.5,) * 3), block((-1, -1, -gap / 2), (1, 1, gap / 2)))
+        found = source(solid(field, edge=0.001))
+        skin = extract(dataclasses.replace(found, detail=0.0), Surface(level=150.0, resolution=96, **settings))
+        return trimesh.Trimesh(skin.vertices, skin.faces, process=False).body_count
+
+    assert (pieces(0.035), pieces(0.035, fill=0.0)) == (1, 2)
+    assert (pieces(0.15), pieces(0.15, fill=0.2)) == (2, 1)
 
 
 def test_views_that_judge_had_no_part_in_the_choice():

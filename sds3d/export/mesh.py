@@ -48,7 +48,7 @@ class Surface:
         level: the density at the surface; None chooses it.
         keep: pieces with less than this share of the largest piece's area are dropped. 1 keeps the largest only,
             0 keeps all. Cavities, which nobody can see, are always dropped.
-        fill: close holes and gaps narrower than this, in scene units; 0 for none.
+        fill: close cracks, holes and gaps narrower than this, in scene units, where that is two voxels; 0 for none.
         smooth: rounds of Taubin's smoothing, which does not shrink.
         faces: at most so many triangles.
 
@@ -59,7 +59,7 @@ class Surface:
     resolution: int = 96
     level: float | None = None
     keep: float = 0.05
-    fill: float = 0.0
+    fill: float = 0.05
     smooth: int = 3
     faces: int = 50_000
 
@@ -245,8 +245,9 @@ def _march(
 
     voxel = 2 / (len(density) - 1)
     opacity = 1 - np.exp2(-np.maximum((density / np.float32(level)) ** 2, buried / np.float32(math.log(2))))
-    if surface.fill > 0:
-        opacity = grey_closing(opacity, size=(2 * max(1, round(surface.fill / voxel / 2)) + 1,) * 3)
+    reach = int(surface.fill / voxel / 2)  # voxels from either side
+    if reach:
+        opacity = grey_closing(opacity, size=(2 * reach + 1,) * 3)
     opacity = _blurred(opacity, max(BLUR, detail / voxel))
     opacity[[0, -1]] = opacity[:, [0, -1]] = opacity[:, :, [0, -1]] = 0  # closed at the box
     if not opacity.max() > 0.5:
