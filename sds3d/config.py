@@ -263,7 +263,7 @@ def changed(config: RunConfig, layer: Mapping[str, Any]) -> Any:
         if key not in free and not _leaves({key: layer[key]}) <= SPARING:
             raise ValueError(f"{key} cannot change on resume, only {', '.join(free)}; start a new run")
     steps = layer.get("steps", config.steps)
-    if isinstance(config, DistillConfig) and steps != config.steps:
+    if isinstance(config, DistillConfig) and steps > config.steps:
         ends = [name for name, ramp in config.optim.lr.items() if ramp(config.steps) == 0]
         if ends:
             raise ValueError(

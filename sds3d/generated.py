@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sds3d import report
-from sds3d.config import DistillConfig, name_of
+from sds3d.config import DistillConfig, name_of, of_run
 from sds3d.export import sheet
 from sds3d.files import replacing
 from sds3d.generators.one_step import Generator, GeneratorConfig, begun_at, paint
@@ -248,6 +248,17 @@ def find(path: Path) -> Path | None:
     return next((one for one in here if one.exists()), max(runs, key=lambda one: one.parent, default=None))
 
 
+def _how_to_get_one(path: Path) -> str:
+    """What a user can do about a folder without a generator."""
+    if not (path / "config.yaml").is_file():
+        return "train one with sds3d distill"
+    if not isinstance(of_run(path / "config.yaml"), DistillConfig):
+        return "it is no generator's run; train one with sds3d distill"
+    rows = Run.open(path).rows()
+    early = f", or have it written as it is: sds3d resume {path} steps={rows[-1]['step']}" if rows else ""
+    return f"let it finish: sds3d resume {path}{early}"
+
+
 def load_generator(path: str | Path, device: str = "auto") -> LoadedGenerator:
     """A trained generator, from its run folder, its generator.safetensors or pipeline, or a folder of runs: the newest.
 
@@ -259,7 +270,7 @@ def load_generator(path: str | Path, device: str = "auto") -> LoadedGenerator:
 
     file = find(Path(path))
     if file is None:
-        raise ValueError(f"{path} holds no {FILE}; train one with sds3d distill, and let it finish (sds3d resume)")
+        raise ValueError(f"{path} holds no {FILE}; {_how_to_get_one(Path(path).expanduser())}")
     if file.is_dir():
         told = hf.read(file)
         pipeline = loading.load(TeacherConfig(str(file), "words", hf=HFConfig(**told["hf"])), make.pick_device(device))

@@ -157,7 +157,8 @@ def nearest(word: str, known: Iterable[str]) -> str:
     known = list(dict.fromkeys(known))
     leaf = word.rpartition(".")[2]
     same_leaf = [k for k in known if k.rpartition(".")[2] == leaf]
-    close = difflib.get_close_matches(word, known, n=2, cutoff=0.6)
+    close = [k for k in known if len(leaf) > 2 and k.startswith(word)][:2]  # cut short
+    close = close or difflib.get_close_matches(word, known, n=2, cutoff=0.6)
     if not (same_leaf or close):
         by_leaf = {k.rpartition(".")[2]: k for k in known}
         close = [by_leaf[k] for k in difflib.get_close_matches(leaf, by_leaf, n=2, cutoff=0.6)]

@@ -109,6 +109,7 @@ def test_a_written_config_reads_back_as_itself(tmp_path, prompt):
 MISTAKES = {
     "render.resolutoin=3": "unknown key 'render.resolutoin'; did you mean render.resolution",
     "resolution=3": "unknown key 'resolution'; did you mean occupancy.resolution or render.resolution",
+    "render.res=3": "unknown key 'render.res'; did you mean render.resolution?",
     "stepps=3": "unknown key 'stepps'; did you mean steps?",
     "method.scal=3": "unknown key 'method.scal'; did you mean method.scale",
     "method=sdss": "method is 'sdss'; did you mean sds?",

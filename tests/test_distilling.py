@@ -248,6 +248,25 @@ def test_distill_sample_and_eval_as_a_user_types_them(call_packaged, in_folder, 
     assert "fd ratio" in (in_folder / "toy/00001-digits-dmd/README.md").read_text()
 
 
+def test_a_generator_that_was_stopped_can_be_had_as_it_is(call_packaged, in_folder):
+    told = configs.load(None, {"teacher.name": "digits", "method": "diffinstruct", **TINY}, kind=DistillConfig)
+    made, steps = launch.start(told)
+    next(steps), next(steps)
+    steps.close()
+    code, _, err = call_packaged("sample", str(made.path))
+    assert code == 2 and f"let it finish: sds3d resume {made.path}, or" in err
+    early = f"sds3d resume {made.path} steps=2"
+    assert early in err
+    code, _, err = call_packaged(*early.split()[1:])
+    assert code == 0, err
+    code, out, err = call_packaged("sample", str(made.path), "-n", "1", "-o", "g.png")
+    assert code == 0 and (in_folder / "g.png").is_file(), err
+    (in_folder / "scene").mkdir()
+    (in_folder / "scene/config.yaml").write_text(configs.to_yaml(configs.load("a red mug")))
+    code, _, err = call_packaged("sample", "scene")
+    assert code == 2 and "it is no generator's run" in err
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

@@ -28,7 +28,7 @@ class PaintOptions(RunOptions):
 
 @spread
 def paint(
-    prompt: Annotated[str, Argument(help='what to paint; view words count, as in "a red mug, side view"')],
+    prompt: Annotated[str, Argument(help='what to paint; view words count, as in "a red mug, front view"')],
     overrides: Overrides = None,
     options: PaintOptions = PaintOptions(),
 ) -> None:
@@ -38,7 +38,7 @@ def paint(
 
     [bold]Examples[/bold]
 
-      sds3d paint "a red mug, side view" --method vsd
+      sds3d paint "a red mug, front view" --method vsd
 
       sds3d paint "a red mug" --method nfsd -n 8 method.scale=5 steps=400
 

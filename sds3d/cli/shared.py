@@ -138,12 +138,9 @@ def carry_out(
         early = last is not None and last.step < last.total
         unfinished = early and not (watch is not None and watch.stopped)
         if not unfinished:
-            files = []
             if watch is not None:
                 watch.export()
-            for file in made.finish():
-                files.append(str(file))
-                display.note(f"wrote {file}")
+            files = _written(made, display)
     seconds = time.perf_counter() - begun
     if unfinished and share.index:
         raise typer.Exit(130)
@@ -158,6 +155,19 @@ def carry_out(
     print_result(result, files, as_json)
     if watch is not None:
         watch.finish([Path(file) for file in files], last)
+
+
+def _written(made: Asset | Painting | Generated, display: Silent) -> list[str]:
+    """Write a run's files; which they are."""
+    files = []
+    try:
+        for file in made.finish():
+            files.append(str(file))
+            display.note(f"wrote {file}")
+    except KeyboardInterrupt:
+        print(f"stopped while files were written; write them with: sds3d resume {made.path}", file=sys.stderr)
+        raise typer.Exit(130) from None
+    return files
 
 
 def _hints(made: Asset | Painting | Generated, files: list[str], early: bool) -> list[str]:

@@ -34,14 +34,14 @@ class SampleOptions:
 @app.command()
 @spread
 def sample(
-    prompt: Annotated[str, Argument(help='a caption; view words count, as in "a red mug, side view"')],
+    prompt: Annotated[str, Argument(help='a caption; view words count, as in "a red mug, front view"')],
     options: SampleOptions = SampleOptions(),
 ) -> None:
     """Draw images with the teacher itself: what it can and cannot draw is what an asset can be.
 
     [bold]Examples[/bold]
 
-      sds3d teacher sample "a red mug, side view" -n 8 -o grid.png
+      sds3d teacher sample "a red mug, front view" -n 8 -o grid.png
 
       sds3d teacher sample "a red mug" --orbit
 
