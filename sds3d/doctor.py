@@ -87,9 +87,9 @@ def to_text(report: dict[str, Any]) -> str:
     lines += [f"device   {report['device']}, {report['threads']}", ""]
     lines.append("packages")
     for name, version in report["packages"].items():
-        lines.append(f"  {name:16s}{version or ('not installed (optional)' if name in OPTIONAL else 'MISSING')}")
+        lines.append(f"  {name:20s}{version or ('not installed (optional)' if name in OPTIONAL else 'MISSING')}")
     for title in ("backends", "teachers"):
-        lines += ["", title] + [f"  {name:16s}{text}" for name, text in report[title].items()]
+        lines += ["", title] + [f"  {name:20s}{text}" for name, text in report[title].items()]
     lines += ["", f"recipes  {', '.join(report['recipes']) or 'none found'}", ""]
     if not report["problems"]:
         return "\n".join([*lines, 'All is well; try: sds3d generate "a red mug"'])
