@@ -23,6 +23,19 @@ KNOWN = {  # how figures are named on pages; others keep their own names
     "chamfer": "Chamfer",
     "fscore": "F-score at 0.05",
 }
+MESH = {  # the same of mesh.json, whose comparison is with the scene that the mesh was made from
+    "version": "made by sds3d",
+    "light_baked": "its colours hold light and shade",
+    "vertices": "vertices",
+    "faces": "triangles",
+    "watertight": "watertight",
+    "components": "separate pieces",
+    "iou": "silhouettes beside the scene's, IoU",
+    "psnr": "pictures beside the scene's, PSNR in dB",
+    "psnr_covered": "the same without the background, dB",
+}
+INTERNAL = {"level", "level_iou", "scale"}  # of mesh.json: how the surface was found, and how it stands in the file
+SAID_ABOVE = {"prompt", "method", "teacher", "seed", "particle"}  # of mesh.json: what the page says elsewhere
 
 THUMBNAIL = 192  # pixels a side
 COLUMNS = {  # the figures of a gallery: of the run, of eval.json, of mesh.json
@@ -51,13 +64,14 @@ def write_page(run: Run, note: str = "") -> Path:
     """
     config = configs.of_run(run.config)
     rows = figures(run)
-    tables = {"Mesh": facts(run.path / "mesh.json"), "Scores": facts(run.path / "eval.json")}
+    tables = {"Mesh": mesh_facts(run.path / "mesh.json"), "Scores": facts(run.path / "eval.json")}
     page = run_page.RunPage(
         title=config.prompt or run.path.name,
         line=f"{summary(config, rows)}; {date(run)}",
         note=note,
         models=_numbered(run.path, "mesh", ".glb"),
         films=_numbered(run.path, "turntable", ".mp4"),
+        film_size=config.export.size if isinstance(config, Config) else 0,
         pictures=_pictures(run.path, config),
         growth={int(path.stem): path for path in run.spread(8)} if run.pictures() else {},
         tables=tables,
@@ -169,6 +183,22 @@ def facts(path: Path) -> dict[str, str]:
     return {KNOWN.get(name, name.replace("_", " ")): _shown(value) for name, value in flat(_json(path)).items()}
 
 
+def mesh_facts(path: Path) -> dict[str, str]:
+    """What mesh.json tells, each thing once: what a check found of a file only where it differs from the mesh."""
+    values, found = flat(_json(path)), {}
+    for key, value in values.items():
+        place, _, figure = key.rpartition(" ")
+        if place == "mesh" and figure in INTERNAL or key in SAID_ABOVE:
+            continue
+        if not place or place == "mesh":
+            found[MESH.get(figure, figure.replace("_", " "))] = _shown(value)
+        elif not place.startswith("files "):
+            found[key.replace("_", " ")] = _shown(value)
+        elif value != values.get(f"mesh {figure}"):
+            found[f"{place.removeprefix('files ')}: {MESH.get(figure, figure)}"] = _shown(value)
+    return found
+
+
 def _json(path: Path) -> Any:
     """What a JSON file holds; nothing if it is not there or not to be read."""
     try:
@@ -220,6 +250,7 @@ def _commands(folder: Path, config: RunConfig) -> list[str]:
         return [
             f"sds3d export {folder} --format glb,obj,ply",
             f"sds3d render {folder} --size 512 --what rgb,depth,normals",
+            f"sds3d eval {folder}      # beside the true shape, where the toybox has one",
             f"sds3d resume {folder} steps={2 * config.steps}",
         ]
     return [f"sds3d resume {folder} steps={2 * config.steps}"]

@@ -153,15 +153,20 @@ CHROMIUM = (
 ).split()
 
 
+def chromium_program() -> str:
+    """Where the browser is; the test is skipped where none is installed."""
+    program = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if program is None:
+        pytest.skip("no browser is installed: apt-get install chromium")
+    return program
+
+
 @pytest.fixture(scope="module")
 def browser():
     """A headless Chromium (playwright's Browser); the test is skipped where none is installed."""
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is missing: pip install playwright")
-    program = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if program is None:
-        pytest.skip("no browser is installed: apt-get install chromium")
     with playwright.sync_playwright() as driver:
-        chromium = driver.chromium.launch(executable_path=program, args=CHROMIUM)
+        chromium = driver.chromium.launch(executable_path=chromium_program(), args=CHROMIUM)
         yield chromium
         chromium.close()
 

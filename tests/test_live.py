@@ -14,15 +14,20 @@ import torch
 import trimesh
 
 from sds3d import config as configs
-from sds3d import launch
+from sds3d import launch, make
 from sds3d.asset import Asset
 from sds3d.cameras import Cameras, Poses
+from sds3d.data import toybox
+from sds3d.distill import METHODS
 from sds3d.live import stage as stages
 from sds3d.live.address import Address
 from sds3d.live.eyes import GROWING, QUICK, SHARP, Eyes
+from sds3d.live.hints import TITLE, TOYS, Hints, without_commands
 from sds3d.live.jobs import Queue
 from sds3d.live.studio import Studio
 from sds3d.live.watch import Watch
+from sds3d.prompts import VIEW_WORDS, words
+from sds3d.teachers.base import TeacherConfig
 from sds3d.train import Step
 
 FRONT = Cameras(*(torch.tensor([v]) for v in stages.FRONT))
@@ -423,8 +428,8 @@ def studio(ball_teacher, in_folder, tiny):
     """A studio for tiny runs, and a function that serves until nothing is left to do."""
     layer = configs.parse_overrides(tiny)
 
-    def make() -> Studio:
-        return Studio(Page(), configs.load("a red ball", layer, kind=configs.Config), layer)
+    def make(*teachers: str) -> Studio:
+        return Studio(Page(), configs.load("a red ball", layer, kind=configs.Config), layer, teachers)
 
     def serve(studio: Studio) -> Path | None:
         return studio.serve(lambda: not any(job.state in ("new", "waiting", "running") for job in studio.queue.jobs()))
@@ -501,3 +506,94 @@ def test_studio_that_is_interrupted_names_the_run_to_go_on_with(studio):
 def test_studio_offers_methods_that_make_scenes(studio):
     methods = studio.make().stage.gui.named("method").given[1]
     assert {"sds", "vsd"} <= set(methods) and not {"dds", "dmd", "dmd2"} & set(methods)
+
+
+def test_what_each_method_of_the_studio_makes_is_a_scene(studio, tiny, monkeypatch):
+    monkeypatch.undo()  # the packaged teacher, since some methods train a copy of it
+    offered = studio.make().stage.gui.named("method").given[1]
+    taught = make.load_teacher(TeacherConfig("small"))
+    monkeypatch.setattr("sds3d.make.teacher", lambda config: taught)
+    fails = []
+    for method in METHODS:
+        settings = configs.parse_overrides([*tiny, f"method={method}"])
+        try:
+            launch.check(configs.load("a red ball", settings, kind=configs.Config))
+        except ValueError:
+            fails.append(method)
+    assert set(offered) == set(METHODS) - set(fails) and {"dds", "dmd", "dmd2"} == set(fails)
+
+
+def test_hints_about_the_toybox_are_its_words_and_all_that_name_something():
+    hints = Hints.of("toybox")
+    told = {word for kind in hints.words.values() for word in words(kind)}
+    degraded = {word for group in toybox.QUALITIES.values() for phrase in group for word in words(phrase)}
+    assert told - set(toybox.VOCABULARY) <= {"any", "as", "colour", "each", "in", "of", "or"}
+    missing = set(toybox.VOCABULARY) - told
+    assert missing <= degraded | {"view", "the", "and", "with", "an", *words(" ".join(VIEW_WORDS))}
+    for prompt in TOYS:
+        assert toybox.parse(prompt).main in words(prompt)
+
+
+def test_hints_about_other_teachers_are_their_words_or_nothing(tmp_path):
+    digits, hints = make.load_teacher(TeacherConfig("digits")), Hints.of("digits")
+    assert hints.words["words"].split(", ") == sorted(digits.vocabulary) and len(hints.examples) == 3
+    for prompt in hints.examples:
+        digits.check(prompt)
+    (tmp_path / "model_index.json").write_text("{}")
+    assert Hints.of(str(tmp_path)) == Hints.of("no-such.safetensors") == Hints()
+
+
+def test_studio_hints_at_what_the_chosen_teacher_knows(studio):
+    made = studio.make("digits", "no-such.safetensors")
+    gui = made.stage.gui
+    assert f"for example: {TOYS[0]}; " in gui.html() and "things: ball, cube" in gui.html()
+    gui.named("teacher").click("digits")
+    assert "handwritten" in gui.html() and "mug" not in gui.html() and gui.named(TITLE).visible
+    gui.named("teacher").click("no-such.safetensors")
+    assert "for example" not in gui.html() and "words:" not in gui.html() and not gui.named(TITLE).visible
+
+
+def test_an_unknown_word_is_told_without_commands():
+    with pytest.raises(ValueError) as problem:
+        make.load_teacher(TeacherConfig("small")).check("a red mugg")
+    told = without_commands(str(problem.value))
+    assert "'mugg' (nearest: mug" in told and TITLE in told and "sds3d" not in told and "--" not in told
+    assert without_commands("another problem") == "another problem"
+
+
+def test_nothing_typed_is_nothing_queued_and_a_refused_prompt_can_be_mended(studio):
+    made = studio.make()
+    box = made.stage.gui.named("prompt")
+    send(made, "  ")
+    assert made.queue.jobs() == []
+    send(made, "a red bal")
+    assert box.value == ""
+    made._attend()
+    assert box.value == "a red bal" and made.queue.jobs()[0].state == "failed"
+    send(made, "a red cube")
+    box.value = "a ball of"  # somebody types on
+    made._attend()
+    assert box.value == "a ball of"
+
+
+def test_what_waits_is_told_in_words(studio):
+    made = studio.make()
+    send(made, "a red ball")
+    made._attend()
+    assert "waiting: sds, teacher small, 6 steps, seed 0" in made.stage.gui.html()
+
+
+@pytest.mark.parametrize("out, why", [("/proc/x", "No such file"), ("taken", "File exists")])
+def test_studio_begins_only_where_it_can_write(call, in_folder, out, why):
+    (in_folder / "taken").write_text("a file")
+    code, printed, err = call("studio", "--port", "0", "--out", out)
+    assert code == 2 and f"cannot write {out}: {why}" in err and "open http" not in err and not printed
+
+
+def test_a_place_that_cannot_be_written_any_more_is_told_once(studio, in_folder):
+    made = studio.make()
+    (in_folder / "outputs").write_text("a file")
+    send(made, "a red ball")
+    studio.serve(made)
+    assert made.stage.gui.html().count("cannot write outputs") == 1
+    assert "nothing yet" in made.stage.gui.html() and made.queue.jobs()[0].state == "failed"

@@ -172,6 +172,8 @@ def test_studio_makes_what_is_typed_and_gives_it_away(serve, browser_page, tmp_p
     write(page, "a <img src=x> cube")
     page.get_by_role("button", name="Make it").click()
     page.get_by_text("unknown: 'a <img src=x> cube' (nearest: ball)").wait_for()
+    box = page.get_by_role("textbox").first
+    until(page, lambda: box.input_value() == "a <img src=x> cube", "the refused prompt is back, to be mended")
     write(page, "a red ball")
     page.keyboard.press("Enter")
     download = page.get_by_role("button", name="Download GLB").last
@@ -199,3 +201,14 @@ def test_studio_makes_what_is_typed_and_gives_it_away(serve, browser_page, tmp_p
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=PATIENCE / 1000)
     assert process.returncode == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_idle_studio_ends_at_once(serve, number):
+    process, _ = serve("studio", *TINY)
+    time.sleep(2)  # it lists earlier runs first
+    begun = time.monotonic()
+    process.send_signal(number)
+    out, err = process.communicate(timeout=PATIENCE / 1000)
+    assert process.returncode == 0 and not out and not err.strip(), err
+    assert time.monotonic() - begun < 5  # 1 where nobody else computes

@@ -9,6 +9,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+from conftest import CHROMIUM, chromium_program
 from PIL import Image
 
 from sds3d import report
@@ -113,6 +114,38 @@ def test_the_page_of_a_run_shows_all_there_is_of_it(browser_page, page_run):
     assert "log2_table: 10" in browser_page.inner_text("details")
     scripts = browser_page.locator("script:not([type])")
     assert scripts.count() == 1 and not re.findall(r'(?:src|href)="(?!data:|#)', (page_run / "index.html").read_text())
+
+
+def test_the_film_is_shown_at_most_twice_as_large_as_it_is(browser_page, page_run):
+    opened(browser_page, report.write_page(Run.open(page_run)))
+    browser_page.wait_for_function("document.querySelector('video').readyState >= 2")
+    film = "v => [v.clientWidth, v.clientHeight, v.videoWidth]"
+    assert browser_page.locator("video").evaluate(film) == [64, 64, 32]
+    browser_page.set_viewport_size({"width": 80, "height": 600})  # no room for that
+    assert browser_page.locator("video").evaluate(film)[0] < 64
+
+
+def test_a_mesh_is_told_once_and_in_words_and_a_scene_can_be_judged(browser_page, page_run):
+    found = {"iou": 0.91, "psnr": 24.6, "psnr_covered": 20.6}
+    other = found | {"iou": 0.87}
+    mesh = {"faces": 500, "watertight": True, "components": 2, "level": 5.5, "level_iou": 0.93, "scale": 0.79, **found}
+    told = {"prompt": "p", "version": "9.9", "light_baked": True, "mesh": mesh}
+    told["files"] = {"mesh.glb": found, "my mesh.obj": other, "mesh.ply": found}
+    (page_run / "mesh.json").write_text(json.dumps(told))
+    browser_page.goto(report.write_page(Run.open(page_run)).as_uri())
+    cells = browser_page.locator(".facts th, .facts td").all_inner_texts()
+    assert dict(zip(cells[::2], cells[1::2], strict=True)) == {
+        "made by sds3d": "9.9",
+        "its colours hold light and shade": "yes",
+        "triangles": "500",
+        "watertight": "yes",
+        "separate pieces": "2",
+        "silhouettes beside the scene's, IoU": "0.91",
+        "pictures beside the scene's, PSNR in dB": "24.6",
+        "the same without the background, dB": "20.6",
+        "my mesh.obj: silhouettes beside the scene's, IoU": "0.87",
+    }
+    assert f"sds3d eval {page_run} " in browser_page.inner_text("body")
 
 
 def test_hostile_text_is_shown_and_does_nothing(browser_page, call, tiny):
@@ -250,6 +283,25 @@ def test_the_gallery_sorts_and_leads_to_each_run(browser_page, many, call):
     names.get_by_text("a green ball").click()
     browser_page.wait_for_selector("[data-state=ready]")
     assert browser_page.url.endswith("deep/00004-x/index.html")
+
+
+def test_a_wide_gallery_scrolls_sideways_and_shows_that_it_does(browser, tmp_path):
+    words = {"method": "sds", "made": "scene", "date": "2026-11-23 20:22"}
+    columns = {str(i): gallery.Column(f"figure {i}", 3) for i in range(12)}
+    entries = [gallery.Entry(f"run {i}", "", "folder", words, dict.fromkeys(columns, 0.5)) for i in range(30)]
+    path = gallery.write(tmp_path / "g.html", "T", entries, columns)
+    shows = {"executable_path": chromium_program(), "args": CHROMIUM}
+    shows |= {"ignore_default_args": ["--hide-scrollbars"]}  # as users have it
+    with browser.browser_type.launch(**shows) as shown:
+        page = shown.new_page(viewport={"width": 1300, "height": 900})
+        page.goto(path.as_uri())
+        card, last = page.locator(".card"), page.get_by_role("button", name="figure 11")
+        bar, below = card.evaluate("c => [c.offsetHeight - c.clientHeight, c.getBoundingClientRect().bottom]")
+        assert bar > 8 and below <= 900  # the bar takes room, in the window
+        assert last.bounding_box()["x"] > 1300
+        card.evaluate("c => c.scrollTo(c.scrollWidth, 1500)")
+        box = last.bounding_box()
+        assert 0 < box["x"] < 1300 and 0 < box["y"] < 300  # with its heading
 
 
 def test_mistakes_about_galleries_are_named(call, page_run, tmp_path):

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -111,12 +112,15 @@ def studio(
     Ctrl-C saves the run that is going on, and ends it.
     """
     from sds3d import config as configs
-    from sds3d.live.studio import Studio
+    from sds3d.live.studio import Studio, require_writable
 
     layer = configs.parse_overrides(overrides or []) | ({"out": out} if out else {})
     base = configs.load("a red mug", layer, kind=configs.Config)  # before there is a page: the settings may be wrong
-    with staging(host, port, "sds3d studio") as stage, interruption() as stopped:
-        left = Studio(stage, base, layer, teacher or []).serve(lambda: bool(stopped))
+    require_writable(Path(base.out).expanduser())
+    with staging(host, port, "sds3d studio") as stage:
+        made = Studio(stage, base, layer, teacher or [])
+        with interruption(lambda: made.is_busy) as stopped:
+            left = made.serve(lambda: bool(stopped))
     if left is not None:
         print(f"go on with: sds3d resume {left}", file=sys.stderr)
         raise typer.Exit(130)

@@ -6,7 +6,7 @@ import json
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -183,8 +183,12 @@ def _hints(made: Asset | Painting | Generated, files: list[str], early: bool) ->
 
 
 @contextmanager
-def interruption() -> Iterator[list[int]]:
-    """A list that is empty until Ctrl-C (or SIGTERM) comes; a second one ends the program as usual."""
+def interruption(busy: Callable[[], bool] = lambda: True) -> Iterator[list[int]]:
+    """A list that is empty until Ctrl-C (or SIGTERM) comes; a second one ends the program as usual.
+
+    Args:
+        busy: whether there is a step to wait for, which is then said.
+    """
     caught: list[int] = []
     wanted = (signal.SIGINT, signal.SIGTERM)
 
@@ -192,7 +196,8 @@ def interruption() -> Iterator[list[int]]:
         if caught:
             raise KeyboardInterrupt
         caught.append(number)
-        print("\nstopping after this step; once more to stop at once", file=sys.stderr)
+        if busy():
+            print("\nstopping after this step; once more to stop at once", file=sys.stderr)
 
     before = {s: signal.signal(s, note) for s in wanted}
     try:

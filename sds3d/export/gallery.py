@@ -13,12 +13,14 @@ from sds3d.export import web
 
 STYLE = """
 body { max-width: 92rem }
-.card { overflow-x: auto }
+.card { overflow: auto; max-height: max(20rem, calc(100vh - 11rem)) }  /* its scroll bars stay within the window */
+.card::-webkit-scrollbar { width: .8rem; height: .8rem }  /* shown even where others hide until they are used */
+.card::-webkit-scrollbar-thumb { background: var(--soft); border: .2rem solid var(--card); border-radius: .4rem }
 table { border-collapse: collapse; width: 100% }
 th, td { padding: .45rem .8rem; text-align: left; border-bottom: 1px solid var(--line) }
 tbody tr:last-child td { border-bottom: 0 }
 tbody tr:hover { background: color-mix(in srgb, var(--accent) 6%, transparent) }
-th { position: sticky; top: 0; background: var(--card); white-space: nowrap; font-weight: 500 }
+th { position: sticky; top: 0; z-index: 1; background: var(--card); white-space: nowrap; font-weight: 500 }
 th button { all: unset; cursor: pointer; color: var(--soft) }
 th button:hover, th button:focus-visible { color: var(--accent) }
 th[aria-sort] button { color: var(--ink); font-weight: 600 }

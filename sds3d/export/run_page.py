@@ -14,7 +14,9 @@ VIEWER = Path(__file__).parent / "viewer" / "viewer.min.js"
 STYLE = """
 .hero { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr)) }
 figure { margin: 0; display: flex; flex-direction: column }
-figure > .view, figure > video { aspect-ratio: 1; width: 100%; display: block; background: #fff }
+figure > .view { aspect-ratio: 1; width: 100% }
+.film { flex: 1; display: grid; place-items: center; background: #fff }
+.film video { aspect-ratio: 1; width: 100%; display: block }
 figcaption { padding: .5rem .9rem; color: var(--soft); font-size: .86rem; border-top: 1px solid var(--line) }
 .view { position: relative; background: radial-gradient(circle at 50% 40%, #fff, #d9dee4) !important; cursor: grab;
   color: #1d2126; display: grid !important; place-items: center; padding: 0 }
@@ -48,6 +50,7 @@ class RunPage:
         line: of facts, under the title.
         note: what went wrong, if anything.
         models, films: .glb and .mp4 files, one a particle.
+        film_size: pixels a side of the films.
         pictures: caption -> picture file, shown large.
         growth: step -> picture of the views at that step.
         tables: heading -> name -> value: the mesh report, scores ...
@@ -61,6 +64,7 @@ class RunPage:
     note: str = ""
     models: Sequence[Path] = ()
     films: Sequence[Path] = ()
+    film_size: int = 128
     pictures: Mapping[str, Path] = field(default_factory=dict)
     growth: Mapping[int, Path] = field(default_factory=dict)
     tables: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
@@ -96,8 +100,9 @@ def _hero(page: RunPage) -> str:
             )
         for film in page.films[i : i + 1]:
             figures.append(
-                f'<figure class="card"><video autoplay loop muted playsinline controls src="{web.data_uri(film)}">'
-                f"</video><figcaption>{which}one turn, as the scene is rendered</figcaption></figure>"
+                f'<figure class="card"><div class="film"><video style="max-width: {2 * page.film_size}px" '
+                f'autoplay loop muted playsinline controls src="{web.data_uri(film)}"></video></div>'
+                f"<figcaption>{which}one turn, as the scene is rendered</figcaption></figure>"
             )
     hero = f'<div class="hero">{"".join(figures)}</div>' if figures else ""
     for caption, picture in page.pictures.items():

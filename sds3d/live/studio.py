@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import html
 import io
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 from sds3d import config as configs
 from sds3d import launch, make
 from sds3d.distill import METHODS
+from sds3d.files import unwritable
+from sds3d.live.hints import TITLE, Hints, without_commands
 from sds3d.live.jobs import Job, Queue
 from sds3d.live.stage import PROBLEMS, text
 from sds3d.live.watch import Watch
@@ -87,26 +90,46 @@ class Studio:
                 self.stage.wait(0.2)
         return None
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether something is being made."""
+        return self.queue.first("running") is not None
+
     def _add_form(self, base: configs.Config, teachers: Sequence[str]) -> None:
         """Prompt and settings, and what happens when they are sent."""
         gui = self.stage.gui
         able = [name for name, method in METHODS.items() if not NOT_FOR_SCENES & set(method.NEEDS)]
         with gui.add_form("New asset") as form:
-            prompt = gui.add_text("prompt", "", hint='what to make, as in "a red mug with a white handle"')
+            self._prompt = gui.add_text("prompt", "", hint="what to make")
+            examples = gui.add_html("")
             method = gui.add_dropdown("method", able, initial_value=configs.name_of(base.method))
             teacher = gui.add_dropdown("teacher", teachers, initial_value=base.teacher.name)
             steps = gui.add_number("steps", base.steps, min=1, step=1)
             seed = gui.add_number("seed", base.seed, min=0, step=1)
             send = gui.add_button("Make it", icon="sparkles")
+        with gui.add_folder(TITLE, expand_by_default=False) as folder:
+            words = gui.add_html("")
+
+        def hint(event: object = None) -> None:
+            hints = Hints.of(teacher.value) if teacher.value in teachers else Hints()
+            examples.content = text(f"for example: {'; '.join(hints.examples)}", muted=True)
+            examples.visible, folder.visible = bool(hints.examples), bool(hints.words)
+            words.content = "".join(text(f"{kind}: {told}", muted=True) for kind, told in hints.words.items())
+
+        hint()
+        teacher.on_update(hint)
         send.on_click(lambda event: form.submit())
 
         def add(event: object) -> None:
             if method.value not in able or teacher.value not in teachers:
                 return  # no page of ours offers that
+            wanted = self._prompt.value.strip()
+            if not wanted:
+                return
             settings = {"method": method.value, "teacher.name": teacher.value}
             settings |= {"steps": int(steps.value), "seed": int(seed.value)}
-            self.queue.add(prompt.value.strip(), settings)
-            prompt.value = ""
+            self.queue.add(wanted, settings)
+            self._prompt.value = ""
             self.stage.eyes.moved.set()
 
         form.on_submit(add)
@@ -139,7 +162,7 @@ class Studio:
                     make.teacher(config)
                 self.queue.move(job.number, "waiting")
             except PROBLEMS as error:  # of one prompt; the next may do better
-                self.queue.move(job.number, "failed", str(error))
+                self._fail(job, error)
         for row in self._rows:
             row.remove()
         self._rows = []
@@ -151,13 +174,21 @@ class Studio:
 
     def _add_row(self, job: Job) -> None:
         """A job that waits or has failed, with a button to take it away."""
-        gui, told = self.stage.gui, ", ".join(str(value) for value in job.settings.values())
-        line = text(job.prompt or "(no prompt)", strong=True) + text(job.message or f"waiting: {told}", muted=True)
+        gui, told = self.stage.gui, job.settings
+        waiting = (
+            f"waiting: {told['method']}, teacher {told['teacher.name']}, {told['steps']} steps, seed {told['seed']}"
+        )
+        line = text(job.prompt, strong=True) + text(job.message or waiting, muted=True)
         colour = "#b42318" if job.message else "inherit"
         row = gui.add_html(f'<div style="color:{colour};padding-top:.4em">{line}</div>')
         button = gui.add_button_group("", ("Remove",))
         button.on_click(lambda event: self._remove(job.number))
         self._rows += [row, button]
+
+    def _fail(self, job: Job, error: Exception) -> None:
+        """Say in the queue why a job came to nothing; its prompt goes back where it can be mended, if there is room."""
+        self.queue.move(job.number, "failed", without_commands(str(error)))
+        self._prompt.value = self._prompt.value or job.prompt
 
     def _remove(self, number: int) -> None:
         self.queue.remove(number)
@@ -171,9 +202,10 @@ class Studio:
         if not self.queue.move(job.number, "running"):
             return None
         self._attend()
-        self._empty.visible = False
+        self._empty.visible, begun = False, False
         try:
             made, steps = launch.start(self._config(job))
+            begun = True
             self.watch.begin(made)
             for last in steps:
                 self.watch.attend(last, interrupted)
@@ -192,8 +224,11 @@ class Studio:
             self.queue.done(job.number)
             self._put_on_shelf(Finished.of(made.path))
         except PROBLEMS as error:  # of one prompt; the next may do better
-            self.watch.fail(str(error))
-            self.queue.move(job.number, "failed", str(error))
+            if begun:
+                self.watch.fail("it failed; the queue says why")
+            self._empty.visible = self.watch.asset is None
+            self._fail(job, error)
+            self._attend()
         return None
 
     def _put_on_shelf(self, asset: Finished) -> None:
@@ -226,6 +261,15 @@ class Studio:
     def _return(self) -> None:
         self.watch.held = self._back.visible = False
         self.watch.reveal()
+
+
+def require_writable(out: Path) -> None:
+    """Make the folder of runs where it is missing. Raises ValueError where nothing can be written into it."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out).close()
+    except OSError as error:
+        raise ValueError(unwritable(out, error)) from error
 
 
 def earlier(out: Path) -> list[Path]:
