@@ -183,20 +183,22 @@ class Asset:
         if suffix == ".png":
             return sheet.preview(lambda cameras: self.views(cameras, settings.size), path, size=settings.size)
         exporter = self.exporter()
-        self.write_mesh(exporter, path)
+        if path.resolve().parent == self.path.resolve():
+            self.write_mesh(exporter, path)
+        else:  # a single file was asked for
+            exporter.write(path)
         for text in exporter.shortfalls():
             warnings.warn(text, stacklevel=2)
         return path
 
     def write_mesh(self, exporter: Export, path: Path) -> dict[str, Any]:
-        """Write one mesh file; in the run folder mesh.json, too, with what the GLB's extras say and each file's check.
+        """Write one mesh file, and mesh.json beside it, with what the GLB's extras say and each file's check.
 
         Returns:
             the report of `Export.write`.
         """
         report = exporter.write(path)
-        if path.resolve().parent == self.path.resolve():
-            self.run.write_text(self.file("mesh.json"), json.dumps(exporter.whole(), indent=1) + "\n")
+        self.run.write_text(path.with_name(self.file("mesh.json").name), json.dumps(exporter.whole(), indent=1) + "\n")
         return report
 
     def finish(self) -> Iterator[Path]:

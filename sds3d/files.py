@@ -68,6 +68,15 @@ def replacing_folder(path: str | Path) -> Iterator[Path]:
             shutil.rmtree(aside, ignore_errors=True)
 
 
+def require_folder(path: Path) -> None:
+    """Make a folder where it is missing. Raises ValueError where nothing can be written into it."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path).close()
+    except OSError as error:
+        raise ValueError(unwritable(path, error)) from error
+
+
 def unwritable(path: Path, error: OSError) -> str:
     """One sentence for a user whose disk said no."""
     return (

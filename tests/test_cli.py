@@ -296,6 +296,15 @@ def test_python_makes_an_asset(in_folder, ball_teacher):
         sds3d.nonsense  # noqa: B018
 
 
+def test_export_elsewhere_takes_its_report_along_and_says_at_once_where_it_cannot_write(call, made, in_folder):
+    code, _, err = call("export", made, "--format", "stl", "--out", "else/where")
+    told = json.loads((in_folder / "else/where/mesh.json").read_text())
+    assert code == 0 and {"scale", "origin"} <= set(told["mesh"]), err
+    (in_folder / "file").write_text("")
+    code, out, err = call("export", made, "--format", "stl", "--out", "file/in")
+    assert code == 2 and "cannot write file/in" in err and "density" not in err
+
+
 def test_ctrl_c_saves_and_resume_ends_where_an_uninterrupted_run_does(tmp_path, tiny):
     settings = [text for text in tiny if not text.startswith(("steps", "log"))]
     settings += ["steps=40", "log.save_every=1000", "log.picture_every=0", "export.frames=2"]

@@ -112,11 +112,12 @@ def studio(
     Ctrl-C saves the run that is going on, and ends it.
     """
     from sds3d import config as configs
-    from sds3d.live.studio import Studio, require_writable
+    from sds3d.files import require_folder
+    from sds3d.live.studio import Studio
 
     layer = configs.parse_overrides(overrides or []) | ({"out": out} if out else {})
     base = configs.load("a red mug", layer, kind=configs.Config)  # before there is a page: the settings may be wrong
-    require_writable(Path(base.out).expanduser())
+    require_folder(Path(base.out).expanduser())
     with staging(host, port, "sds3d studio") as stage:
         made = Studio(stage, base, layer, teacher or [])
         with interruption(lambda: made.is_busy) as stopped:

@@ -146,6 +146,7 @@ def export(
     """
     from sds3d import progress, report
     from sds3d.asset import FORMATS, Asset
+    from sds3d.files import require_folder
     from sds3d.runs import Run
 
     names = {"mp4": "turntable", "png": "preview"}
@@ -153,9 +154,10 @@ def export(
     for suffix in wanted or [""]:
         if f".{suffix}" not in FORMATS:
             raise ValueError(f"format is {suffix!r}; give one or more of {', '.join(f[1:] for f in FORMATS)}")
-    files, reports, lines = [], {}, []
+    asset, files, reports, lines = Asset.open(run), [], {}, []
+    require_folder(out or asset.path)  # before the work
     with progress.parts(quiet or json) as tell:
-        for one in Asset.open(run).particles:
+        for one in asset.particles:
             exporter = one.exporter(tell, **options.changed())
             for suffix in wanted:
                 path = (out or one.path) / one.file(f"{names.get(suffix, 'mesh')}.{suffix}").name

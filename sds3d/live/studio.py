@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import html
 import io
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 from sds3d import config as configs
 from sds3d import launch, make
 from sds3d.distill import METHODS
-from sds3d.files import unwritable
 from sds3d.live.hints import TITLE, Hints, without_commands
 from sds3d.live.jobs import Job, Queue
 from sds3d.live.stage import PROBLEMS, text
@@ -261,15 +259,6 @@ class Studio:
     def _return(self) -> None:
         self.watch.held = self._back.visible = False
         self.watch.reveal()
-
-
-def require_writable(out: Path) -> None:
-    """Make the folder of runs where it is missing. Raises ValueError where nothing can be written into it."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=out).close()
-    except OSError as error:
-        raise ValueError(unwritable(out, error)) from error
 
 
 def earlier(out: Path) -> list[Path]:
