@@ -163,7 +163,7 @@ def scene(config: Config, generator: torch.Generator) -> SceneStudent:
     device, render, named = pick_device(config.device), config.render, named_background(config.prompt)
     usual = named or "white"
     if named:
-        if render.background not in ("white", named):
+        if render.background not in ("white", "learned", named):
             raise ValueError(f"the prompt names a {named} background and render.background is {render.background}")
         render = dataclasses.replace(render, background=named)
     settings = SceneConfig(config.field, config.occupancy, render, config.camera, config.regularise)

@@ -120,6 +120,14 @@ def test_a_critic_of_it_starts_as_it_is_and_learns_sets(kind, teacher):
     assert torch.equal(teacher.predict(x, t, PROMPTS, cameras).eps, before.eps)
 
 
+@pytest.mark.parametrize("views", [1, 2, 6])
+def test_told_in_words_a_critic_learns_views_one_by_one(views, folder, tmp_path):
+    teacher = make.load_teacher(TeacherConfig(str(folder), "words", "float32", hf=HFConfig(cache=str(tmp_path))), "cpu")
+    critic = Learnt(teacher, CriticConfig(rank=2), torch.Generator().manual_seed(0))
+    draw = Draw(randn(views, 4, 8, 8), ["a red mug"] * views, orbit(views), torch.zeros(views), encoded=True)
+    assert critic.fit(draw, torch.Generator().manual_seed(0)) > 0
+
+
 def test_rings_stand_evenly_at_one_height():
     ranges = CameraRanges(ring=4)
     cameras = ranges.sample(12, torch.Generator().manual_seed(3))
