@@ -13,7 +13,10 @@ from sds3d import make
 from sds3d.cameras import CameraRanges, cat, orbit
 from sds3d.config import load as load_config
 from sds3d.critics import CriticConfig, Learnt
+from sds3d.doctor import examine_memory
+from sds3d.estimate import place
 from sds3d.query import Query
+from sds3d.savings import open_to
 from sds3d.students import Draw
 from sds3d.teachers.base import HFConfig, TeacherConfig
 from sds3d.teachers.hf.multi_view import MultiView, camera_numbers
@@ -151,3 +154,14 @@ def test_generate_in_rings_of_four(method, folder, call_packaged, in_folder):
     assert (Path(json.loads(out)["run"]) / "mesh.glb").is_file()
     with pytest.raises(ValueError, match="render.views is 6 and camera.ring 4; give a multiple"):
         load_config("a mug", {"camera.ring": 4, "render.views": 6})
+
+
+def test_doctor_keeps_rings_whole(folder):
+    """What it advises can be given, and where views stand alone it says what a run would."""
+    ringed = load_config("a mug", {"teacher.name": str(folder), "camera.ring": 4, "render.views": 8})
+    report = examine_memory(ringed, place("cuda", 0.7))
+    assert not report["fits"] and "render.views=4" in [one["setting"] for one in report["settings"]]
+    packaged = load_config("a mug", {"camera.ring": 4, "render.views": 12})
+    assert "render.views=4" in [one.setting for one in open_to(packaged)]
+    with pytest.raises(ValueError, match="give camera.ring=4 and render.views=4, or a multiple"):
+        examine_memory(load_config("a mug", {"teacher.name": str(folder)}), place("cuda", 12))
