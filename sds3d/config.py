@@ -39,7 +39,7 @@ def load(
     Raises:
         ValueError: unknown keys, wrong types, values nobody can use, a file that is missing or is no YAML.
     """
-    given = read_yaml(_found(Path(file))) if file is not None else {}
+    given = _of_file(Path(file), kind) if file is not None else {}
     for layer in map(_nested, [given, *layers]):
         given = (
             merge(given, layer) if _same_method(given, layer) else {**merge(given, layer), "method": layer["method"]}
@@ -147,10 +147,13 @@ PIPELINES = recipes_folder() / "pipelines"
 _SHARED = {f.name for f in dataclasses.fields(RunConfig)} - {"optim", "steps", "log"}
 
 
-def _found(file: Path) -> Path:
-    """A file, or the recipe of that name for a single model."""
+def _of_file(file: Path, kind: type[RunConfig] | None) -> dict[str, Any]:
+    """What a file says; or the recipe of that name for a single model, of which only a scene takes all."""
     shipped = PIPELINES / f"{file}.yaml"
-    return shipped if not file.exists() and shipped.is_file() else file
+    if file.exists() or not shipped.is_file():
+        return read_yaml(file)
+    values = read_yaml(shipped)
+    return values if kind in (None, Config) else {k: v for k, v in values.items() if k in _SHARED}
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -208,9 +211,13 @@ def _resolved(values: dict[str, Any]) -> dict[str, Any]:
         return round(float(share) * steps)
 
     OmegaConf.register_resolver("part", part, replace=True)
+    stages = values.get("render", {}).get("resolution")
     try:
-        return OmegaConf.to_container(OmegaConf.create(values), resolve=True)
-    except (OmegaConfBaseException, ValueError) as error:
+        found = OmegaConf.to_container(OmegaConf.create(values), resolve=True)
+        if isinstance(stages, list) and "${" in str(stages):  # parts of few steps fall on one: the last of them counts
+            found["render"]["resolution"] = [list(stage) for stage in dict(found["render"]["resolution"]).items()]
+        return found
+    except (OmegaConfBaseException, ValueError, TypeError) as error:
         raise ValueError(f"cannot resolve the settings: {str(error).splitlines()[0]}") from error
 
 

@@ -227,7 +227,8 @@ class Learnt:
         t is uniform in [0, 1], one an image or set of views; a share of the cameras is dropped.
         """
         t, dropped = onto(self.share.rand((len(x), 2), generator), x.device).to(x.dtype).unbind(1)
-        together = 1 if draw.cameras is None else getattr(self.teacher, "together", 1)
+        seen = draw.cameras is not None and self.teacher.views == "camera"
+        together = getattr(self.teacher, "together", 1) if seen else 1
         t = t[::together].repeat_interleave(together)  # one for the views that are judged in one
         noise = onto(self.share.randn(x.shape, generator, x.dtype), x.device)
         alpha, sigma = self.teacher.schedule.alpha_sigma(t)

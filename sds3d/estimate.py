@@ -136,6 +136,7 @@ def estimate(config: Config, where: Place) -> Estimate:
         painter = _with(teacher, attention_slicing=False, offload=False, cache="")
         bare = _with(teacher, checkpointing=True, slicing=False, tiling=False, offload=False, cache="")
     judge, views = _judge(bare, dtype), config.render.views
+    make.require_ring(config, judge.teacher)
     resolution = config.render.resolution_at(math.inf)  # the largest, usually
     kept, backward, forward = _encoding(painter, dtype, views, resolution)
     render, render_back = _render(config, where)

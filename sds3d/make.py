@@ -97,14 +97,9 @@ def teacher(config: RunConfig) -> Teacher:
             f"the teacher {config.teacher.name} knows neither cameras nor view words, which a scene needs; it can "
             "paint (sds3d paint) and teach a generator (sds3d distill)"
         )
-    together = getattr(found, "together", 1)
-    if isinstance(config, Config) and found.views == "camera" and config.camera.ring % together:
-        raise ValueError(
-            f"the teacher {config.teacher.name} judges {together} views of a scene at once: give "
-            f"camera.ring={together} and render.views={together}, or a multiple"
-        )
+    require_ring(config, found)
     if isinstance(config, DistillConfig):
-        if together > 1:
+        if getattr(found, "together", 1) > 1:
             raise ValueError(f"the teacher {config.teacher.name} judges views of a scene, and a generator draws none")
         if isinstance(found, DiffusersTeacher):
             found.words.sided = False
@@ -125,6 +120,16 @@ def teacher(config: RunConfig) -> Teacher:
             except ValueError as error:
                 raise ValueError(f"{name}{error}") from error
     return found
+
+
+def require_ring(config: RunConfig, teacher: Teacher) -> None:
+    """Raises ValueError where a teacher judges several views of a scene at once, and the scene's do not stand so."""
+    together = getattr(teacher, "together", 1)
+    if isinstance(config, Config) and teacher.views == "camera" and config.camera.ring % together:
+        raise ValueError(
+            f"the teacher {config.teacher.name} judges {together} views of a scene at once: give "
+            f"camera.ring={together} and render.views={together}, or a multiple"
+        )
 
 
 def _spoilt(config: RunConfig) -> str:
@@ -163,7 +168,7 @@ def scene(config: Config, generator: torch.Generator) -> SceneStudent:
     device, render, named = pick_device(config.device), config.render, named_background(config.prompt)
     usual = named or "white"
     if named:
-        if render.background not in ("white", named):
+        if render.background not in ("white", "learned", named):
             raise ValueError(f"the prompt names a {named} background and render.background is {render.background}")
         render = dataclasses.replace(render, background=named)
     settings = SceneConfig(config.field, config.occupancy, render, config.camera, config.regularise)

@@ -48,17 +48,20 @@ def open_to(config: RunConfig, image_size: int = 0) -> list[Saving]:
         image_size: what its teacher sees, pixels a side.
     """
     if isinstance(config, DistillConfig):
-        return _halved("generator.batch", config.generator.batch) + _halved("pairs.batch", config.pairs.batch)
+        critic = _of_critic(config) if is_pipeline(config.teacher) else []
+        pairs = _halved("pairs.batch", config.pairs.batch) if "pairs" in config.method.NEEDS else []
+        return [*critic, *_halved("generator.batch", config.generator.batch), *pairs]
     teacher = _of_pipeline(config, image_size) if is_pipeline(config.teacher) else []
     if isinstance(config, PaintConfig):
         return [*teacher, *_halved("image.count", config.image.count)]
-    told, found = config.render, []
-    if teacher and told.views > 1:
-        found.append(Saving("render.views=1", "a noisier gradient"))
+    told, ring, found = config.render, config.camera.ring, []
+    if teacher and told.views > ring:
+        found.append(Saving(f"render.views={ring}", "a noisier gradient"))
     chunk = Saving("render.chunk=4096", "rays at a time: a quarter slower", True)
     found += [] if 0 < told.chunk <= 4096 else [chunk]
-    if not teacher and told.views > 1:
-        found.append(Saving(f"render.views={told.views // 2}", "a noisier gradient"))
+    if not teacher and told.views > ring:
+        half = max(1, told.views // ring // 2) * ring
+        found.append(Saving(f"render.views={half}", "a noisier gradient"))
     pixels = told.resolution_at(math.inf)
     if pixels >= (128 if teacher else 8):
         found.append(Saving(f"render.resolution={pixels // 2}", "coarser views"))
@@ -72,11 +75,7 @@ def _halved(name: str, value: int) -> list[Saving]:
 
 def _of_pipeline(config: RunConfig, image_size: int) -> list[Saving]:
     """What is open to a diffusers teacher, and to a critic of it."""
-    told, hf, critic, found = config.teacher, config.teacher.hf, "critic" in config.method.NEEDS, []
-    if critic and config.critic.kind == "copy":
-        found.append(Saving("critic.kind=lora", "the critic learns less"))
-    if critic and not config.critic.checkpointing:
-        found.append(Saving("critic.checkpointing=true", "one more forward of the network in the critic's fit", True))
+    told, hf, critic, found = config.teacher, config.teacher.hf, "critic" in config.method.NEEDS, _of_critic(config)
     if not hf.checkpointing:
         found.append(Saving("teacher.hf.checkpointing=true", "one more forward of the VAE's encoder", True))
     if told.dtype == "float32":
@@ -91,6 +90,18 @@ def _of_pipeline(config: RunConfig, image_size: int) -> list[Saving]:
         found.append(Saving("teacher.hf.tiling=true", "large images in tiles, with seams", True))
     if critic and config.critic.kind == "lora" and config.critic.rank > 4:
         found.append(Saving("critic.rank=4", "the critic learns less"))
+    return found
+
+
+def _of_critic(config: RunConfig) -> list[Saving]:
+    """What is open to a critic of a diffusers teacher, the rank of its LoRA aside."""
+    if "critic" not in config.method.NEEDS:
+        return []
+    found = []
+    if config.critic.kind == "copy" and "real" not in config.method.NEEDS:  # a discriminator wants the copy
+        found.append(Saving("critic.kind=lora", "the critic learns less"))
+    if not config.critic.checkpointing:
+        found.append(Saving("critic.checkpointing=true", "one more forward of the network in the critic's fit", True))
     return found
 
 

@@ -86,6 +86,22 @@ def test_a_recipe_of_a_single_model_lies_under_what_the_user_says(in_folder):
     assert load("a corgi", {"teacher.name": "a/b"}, kind=configs.PaintConfig).steps == configs.PaintConfig("a").steps
 
 
+def test_images_and_generators_take_of_a_single_models_recipe_what_is_not_about_scenes():
+    painted = load("a corgi", file="sd3", kind=configs.PaintConfig)
+    assert (painted.weight, painted.method.scale) == ("flow", Ramp.constant(100)) and painted.negative
+    assert painted.steps == configs.PaintConfig("a corgi").steps
+    learnt = load(None, {"method": "vsd"}, file="sd3", kind=configs.DistillConfig)
+    assert learnt.teacher.name == painted.teacher.name and learnt.steps == configs.DistillConfig().steps
+
+
+@pytest.mark.parametrize("method", ["sds", "vsd", "nfsd"])
+@pytest.mark.parametrize("steps", [1, 2, 3, 9])
+def test_stages_of_resolution_fit_into_few_steps(method, steps):
+    """Whose parts fall on one step: the last of them counts."""
+    config = load("a corgi", {"method": method, "teacher.name": "a/b", "steps": steps})
+    assert config.render.resolution_at(steps) == 512
+
+
 def test_ramps_of_a_recipe_follow_the_number_of_steps(tmp_path):
     file = tmp_path / "mine.yaml"
     file.write_text("optim: {lr: {grid: ['${part:0.5}', 1e-2, 1e-3, '${steps}']}}\nlog: {save_every: '${part:1}'}\n")
@@ -223,6 +239,11 @@ def test_a_background_in_the_prompt_is_the_scene_s():
     assert draw.prompts == ["a red ball on a black background"] * 4
     corner = draw.images[0, :, 0, 0].tolist()
     assert corner == pytest.approx(COLOURS["black"], abs=0.02)
+    recipe = {"teacher.name": "a/b", "render.resolution": 8, "field.log2_table": 8, "field.finest": 16, "device": "cpu"}
+    by_pipeline = load("a red ball on a black background", recipe)
+    assert by_pipeline.render.background == "learned"  # which the recipe says, and no user
+    corner = make.student(by_pipeline).draw(0, torch.Generator().manual_seed(0)).images[0, :, 0, 0]
+    assert corner.tolist() == pytest.approx(COLOURS["black"], abs=0.02)
     with pytest.raises(ValueError, match="names a black background and render.background is grey"):
         make.student(load("a red ball on a black background", {"render.background": "grey"}))
 

@@ -239,6 +239,20 @@ def test_bfloat16_says_nearly_the_same(name, load):
     assert (exact - rough).norm() < 0.05 * exact.norm()
 
 
+@pytest.mark.parametrize("size", [1e-8, 1e-4, 1.0, 1e7])
+def test_float16_loses_no_gradient(size, load):
+    """On the images, whatever its size on the latents: half precision ends at 6e-8 and at 65,504."""
+    images = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    direction, found = size * randn(2, 4, 8, 8), []
+    for dtype in ("float32", "float16"):
+        seen = images.clone().requires_grad_()
+        (load("sd", dtype=dtype, checkpointing=True).encode(seen) * direction).sum().backward()
+        found.append(seen.grad.flatten())
+    exact, rough = found
+    assert torch.cosine_similarity(exact, rough, dim=0) > 0.9999
+    assert float(rough.norm() / exact.norm()) == pytest.approx(1, abs=0.01)
+
+
 def test_memory_options_change_little(load):
     images = torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     x_t, t = randn(3, 4, 8, 8), torch.full((3,), 0.5)

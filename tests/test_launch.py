@@ -11,9 +11,9 @@ import sds3d
 from sds3d import cameras as cam
 from sds3d import compare as comparing
 from sds3d import config as configs
-from sds3d import launch, make
+from sds3d import launch, make, savings
 from sds3d.asset import Asset
-from sds3d.config import Config, PaintConfig
+from sds3d.config import Config, DistillConfig, PaintConfig
 from sds3d.data import toybox
 from sds3d.distill import METHODS
 from sds3d.export import page
@@ -340,6 +340,19 @@ def test_out_of_memory_names_the_settings_to_lower(oracle, monkeypatch, kind, er
     _, steps = launch.start(configs.load("a disc", tiny() if kind is Config else {}, kind=kind))
     with pytest.raises(ValueError, match=f"out of memory on cpu; lower {lower}.*{error}"):
         next(steps)
+
+
+@pytest.mark.parametrize(
+    ("told", "settings"),
+    [
+        ({}, ["critic.kind=lora", "critic.checkpointing=true", "generator.batch=32"]),
+        ({"method": "dmd", "critic.checkpointing": True}, ["critic.kind=lora", "generator.batch=32", "pairs.batch=32"]),
+        ({"method": "dmd2"}, ["critic.checkpointing=true", "generator.batch=32"]),
+    ],
+)
+def test_what_a_generator_from_a_pipeline_can_save(told, settings):
+    config = configs.load(None, {"teacher.name": "a/b", "generator.batch": 64, **told}, kind=DistillConfig)
+    assert [saving.setting for saving in savings.open_to(config)] == settings
 
 
 class Greedy(BallTeacher):

@@ -13,7 +13,10 @@ from sds3d import make
 from sds3d.cameras import CameraRanges, cat, orbit
 from sds3d.config import load as load_config
 from sds3d.critics import CriticConfig, Learnt
+from sds3d.doctor import examine_memory
+from sds3d.estimate import place
 from sds3d.query import Query
+from sds3d.savings import open_to
 from sds3d.students import Draw
 from sds3d.teachers.base import HFConfig, TeacherConfig
 from sds3d.teachers.hf.multi_view import MultiView, camera_numbers
@@ -120,6 +123,14 @@ def test_a_critic_of_it_starts_as_it_is_and_learns_sets(kind, teacher):
     assert torch.equal(teacher.predict(x, t, PROMPTS, cameras).eps, before.eps)
 
 
+@pytest.mark.parametrize("views", [1, 2, 6])
+def test_told_in_words_a_critic_learns_views_one_by_one(views, folder, tmp_path):
+    teacher = make.load_teacher(TeacherConfig(str(folder), "words", "float32", hf=HFConfig(cache=str(tmp_path))), "cpu")
+    critic = Learnt(teacher, CriticConfig(rank=2), torch.Generator().manual_seed(0))
+    draw = Draw(randn(views, 4, 8, 8), ["a red mug"] * views, orbit(views), torch.zeros(views), encoded=True)
+    assert critic.fit(draw, torch.Generator().manual_seed(0)) > 0
+
+
 def test_rings_stand_evenly_at_one_height():
     ranges = CameraRanges(ring=4)
     cameras = ranges.sample(12, torch.Generator().manual_seed(3))
@@ -143,3 +154,14 @@ def test_generate_in_rings_of_four(method, folder, call_packaged, in_folder):
     assert (Path(json.loads(out)["run"]) / "mesh.glb").is_file()
     with pytest.raises(ValueError, match="render.views is 6 and camera.ring 4; give a multiple"):
         load_config("a mug", {"camera.ring": 4, "render.views": 6})
+
+
+def test_doctor_keeps_rings_whole(folder):
+    """What it advises can be given, and where views stand alone it says what a run would."""
+    ringed = load_config("a mug", {"teacher.name": str(folder), "camera.ring": 4, "render.views": 8})
+    report = examine_memory(ringed, place("cuda", 0.7))
+    assert not report["fits"] and "render.views=4" in [one["setting"] for one in report["settings"]]
+    packaged = load_config("a mug", {"camera.ring": 4, "render.views": 12})
+    assert "render.views=4" in [one.setting for one in open_to(packaged)]
+    with pytest.raises(ValueError, match="give camera.ring=4 and render.views=4, or a multiple"):
+        examine_memory(load_config("a mug", {"teacher.name": str(folder)}), place("cuda", 12))
