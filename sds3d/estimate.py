@@ -30,7 +30,7 @@ from sds3d.scenes.room import CPU_BYTES, rays_within
 from sds3d.scenes.student import RenderConfig
 from sds3d.students import Draw
 from sds3d.teachers import small
-from sds3d.teachers.base import PACKAGED, TeacherConfig
+from sds3d.teachers.base import TeacherConfig
 
 GIB = 2**30
 RAY_SHARE = 0.25  # of render.samples that a ray keeps: a house half grown has 8 of 32, later 6
@@ -190,7 +190,7 @@ def is_pipeline(teacher: TeacherConfig) -> bool:
     """Whether a teacher is a diffusers pipeline."""
     from sds3d.teachers.hf import loading
 
-    return teacher.name not in PACKAGED and loading.is_pipeline(teacher.name)
+    return loading.is_pipeline(teacher.name)
 
 
 def _with(teacher: TeacherConfig, **changed) -> TeacherConfig:

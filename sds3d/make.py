@@ -60,7 +60,7 @@ def load_teacher(settings: TeacherConfig, device: str = "auto") -> Teacher:
     from sds3d.teachers import small
     from sds3d.teachers.hf import loading
 
-    if settings.name not in PACKAGED and loading.is_pipeline(settings.name):
+    if loading.is_pipeline(settings.name):
         if (Path(settings.name).expanduser() / CARD).is_file():
             raise ValueError(f"{settings.name} is a generator, which paints by itself (sds3d sample); name its teacher")
         return loading.load(settings, pick_device(device))

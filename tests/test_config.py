@@ -79,6 +79,9 @@ def test_a_recipe_of_a_single_model_lies_under_what_the_user_says(in_folder):
     config = load("a corgi", {"teacher.name": "mine/sd3", "steps": 100}, file="sd3")
     assert (config.teacher.name, config.steps, config.render.resolution) == ("mine/sd3", 100, ((0, 256), (33, 512)))
     assert load("a corgi", {"method": "csd", "teacher.name": "a/b"}).time == load("a", {"teacher.name": "a/b"}).time
+    (in_folder / "small").mkdir()
+    (in_folder / "small/model_index.json").write_text("{}")
+    assert load("a corgi", {"teacher.name": "small"}) == load("a corgi")  # a folder of that name is not the teacher
     (in_folder / "sd3").write_text("steps: 7\n")
     assert load("a corgi", file="sd3").steps == 7  # a file of the name comes first
     with pytest.raises(ValueError, match="cannot read sd4: "):

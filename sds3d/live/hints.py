@@ -9,7 +9,7 @@ from sds3d import make
 from sds3d.data.kinds import KINDS, STACKS
 from sds3d.data.toybox import SIZES
 from sds3d.prompts import COLOURS
-from sds3d.teachers.base import PACKAGED, TeacherConfig
+from sds3d.teachers.base import TeacherConfig
 from sds3d.teachers.hf import loading
 
 TITLE = "What it knows"  # of the folder on the page
@@ -39,7 +39,7 @@ class Hints:
         """Of a teacher by its name; nothing of one that reads any words, or that cannot be loaded."""
         if teacher in ("small", "toybox"):
             return cls(TOYS, _toybox())
-        if teacher not in PACKAGED and loading.is_pipeline(teacher):
+        if loading.is_pipeline(teacher):
             return cls()
         try:
             found = make.load_teacher(TeacherConfig(teacher), "cpu")

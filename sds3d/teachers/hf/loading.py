@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sds3d.teachers.base import HFConfig, TeacherConfig
+from sds3d.teachers.base import PACKAGED, HFConfig, TeacherConfig
 from sds3d.teachers.hf.families import FAMILIES, Family
 from sds3d.teachers.hf.multi_view import MultiView, is_multi_view
 from sds3d.teachers.hf.teacher import DiffusersTeacher
@@ -28,6 +28,8 @@ SAMPLE = 1 << 16  # bytes of a file that a fingerprint looks at in each of three
 def is_pipeline(name: str) -> bool:
     """Whether a teacher's name is a diffusers folder, or looks like an id on the hub: owner/model."""
     path = Path(name).expanduser()
+    if name in PACKAGED:
+        return False
     if path.exists():
         return (path / INDEX).is_file() or class_of(path / "config.json") == "UNet2DModel"
     return re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name) is not None and path.suffix not in WEIGHTS
@@ -44,8 +46,7 @@ def load(settings: TeacherConfig, device: torch.device) -> DiffusersTeacher:
     kind, wanted = kind_of(folder, settings.name), None if settings.dtype == "auto" else getattr(torch, settings.dtype)
     dtype = wanted if wanted == torch.float16 else pick_dtype(device, wanted)  # float16 is for GPUs without bfloat16
     refuse_pickles(kind, folder, settings.hf)
-    pipe = _pipeline(kind, folder, settings.hf, dtype)
-    family = (MultiView if is_multi_view(pipe) else kind)(pipe, settings.hf)
+    family = family_of(kind, _pipeline(kind, folder, settings.hf, dtype), settings.hf)
     place(family, settings.hf, device, dtype)
     mark = fingerprint(folder)
 
@@ -99,6 +100,11 @@ def kind_of(folder: Path, name: str) -> type[Family]:
     if found not in FAMILIES:
         raise ValueError(f"{name} is a {found}; what can teach is {', '.join(FAMILIES)}")
     return FAMILIES[found]
+
+
+def family_of(kind: type[Family], pipe: Any, settings: HFConfig) -> Family:
+    """A pipeline as one of its family, or as what its network turns out to be."""
+    return (MultiView if is_multi_view(pipe) else kind)(pipe, settings)
 
 
 def pipeline_class(folder: Path) -> str:

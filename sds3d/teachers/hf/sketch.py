@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from sds3d.cameras import Cameras
 from sds3d.teachers.base import TeacherConfig
 from sds3d.teachers.hf.families import Family
-from sds3d.teachers.hf.loading import INDEX, asking_hub, kind_of, pipeline_class, place, quiet, sound, spared
-from sds3d.teachers.hf.multi_view import MultiView, is_multi_view
+from sds3d.teachers.hf.loading import INDEX, asking_hub, family_of, kind_of, pipeline_class, place, quiet, sound, spared
 from sds3d.teachers.hf.teacher import DiffusersTeacher
 from sds3d.teachers.hf.words import Condition
 
@@ -36,7 +35,7 @@ def draw(settings: TeacherConfig, dtype: torch.dtype) -> tuple[DiffusersTeacher,
     plain = dataclasses.replace(settings.hf, offload=False)
     with quiet(), sound(folder):
         pipe, encoders, tokens = _pipeline(kind, folder, dtype)
-    family = (MultiView if is_multi_view(pipe) else kind)(pipe, plain)
+    family = family_of(kind, pipe, plain)
     place(family, plain, torch.device("meta"), dtype)
     return DiffusersTeacher(family, _Words(family.told(tokens), dtype), settings.views, dtype), encoders
 
