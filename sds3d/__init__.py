@@ -5,8 +5,9 @@ Importing this imports nothing; what is used is loaded when it is used.
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING, Any
+
+from sds3d import threads
 
 if TYPE_CHECKING:
     from sds3d.asset import Asset
@@ -14,9 +15,7 @@ if TYPE_CHECKING:
     from sds3d.launch import generate, paint, train_generator
     from sds3d.painting import Painting
 
-# torch's OpenMP threads would spin between two operations and take the cores from numba's: on two cores a step of the
-# main job then takes 4.6 times as long (benchmarks/notes.md). OpenMP reads this once, when torch is loaded.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+threads.prepare()  # before torch is imported
 
 __version__ = "0.1.0"
 __all__ = ["Asset", "Generated", "Painting", "generate", "load_generator", "paint", "train_generator"]

@@ -12,7 +12,7 @@ import torch
 
 import sds3d
 from sds3d import config as configs
-from sds3d import make, ops
+from sds3d import make, ops, threads
 from sds3d.estimate import Place, dtype_of, estimate, image_size
 from sds3d.savings import advise
 from sds3d.settings import Config
@@ -61,6 +61,8 @@ def examine() -> dict[str, Any]:
         "packages": {name: _version(name) for name in PACKAGES},
         "device": str(device) if device.type == "cpu" else f"{device} ({torch.cuda.get_device_name(device)})",
         "threads": f"{torch.get_num_threads()} of {os.cpu_count()} processors",
+        "waiting threads": threads.describe(),
+        "thread pools": threads.pool(),
         "backends": {name: _backend(device, name) for name in ops.BACKENDS},
         "teachers": {name: _teacher(name) for name in PACKAGED},
         "recipes": sorted({path.stem for path in configs.recipes_folder().rglob("*.yaml")}),
@@ -84,7 +86,8 @@ def machine(device: torch.device) -> dict[str, Any]:
 def to_text(report: dict[str, Any]) -> str:
     """The report for people."""
     lines = [f"sds3d    {report['sds3d']}", f"python   {report['python']}"]
-    lines += [f"device   {report['device']}, {report['threads']}", ""]
+    lines += [f"device   {report['device']}, {report['threads']}"]
+    lines += [f"threads  {report['thread pools']}; {report['waiting threads']}", ""]
     lines.append("packages")
     for name, version in report["packages"].items():
         lines.append(f"  {name:20s}{version or ('not installed (optional)' if name in OPTIONAL else 'MISSING')}")

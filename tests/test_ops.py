@@ -1,5 +1,7 @@
 """Kernels against closed forms, finite differences, nerfacc's pure torch, and one another."""
 
+import ctypes
+import importlib
 import math
 import subprocess
 from typing import NamedTuple
@@ -8,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sds3d.ops import Backend, GridSpec, choose, nerfacc_cuda, reference
+from sds3d.ops import Backend, GridSpec, choose, nerfacc_cuda, numba_cpu, reference
 
 SMALL = GridSpec(levels=3, features=2, log2_table=8, base=4, finest=16)  # dense, hashed, hashed
 BACKENDS = [choose("cpu", name) for name in ("torch", "numba", "triton")]  # triton is interpreted: see conftest.py
@@ -225,6 +227,19 @@ def test_threads_change_no_bit_and_stay_as_they_were():
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(a, b) for a, b in zip(*results))
+
+
+def test_a_kernel_leaves_no_nested_teams_to_torch():
+    """numba allows them at every launch; in an OpenMP library that both share, torch's attention would start them."""
+    points, table = draw(5000, 3), draw(SMALL.entries, 2)
+    numba_cpu.hash_encode(points, table, SMALL)  # numba then knows what runs its loops
+    limit = numba_cpu._nesting_limit()
+    if limit is None:
+        pytest.skip("numba runs its loops without OpenMP here")
+    limit(8)
+    numba_cpu.hash_encode(points, table, SMALL)
+    levels = ctypes.CDLL(importlib.import_module("numba.np.ufunc.omppool").__file__).omp_get_max_active_levels
+    assert levels() == 1
 
 
 def test_checks_name_the_mistake():

@@ -6,8 +6,11 @@ no bit of any result.
 
 from __future__ import annotations
 
+import ctypes
 import math
-from functools import lru_cache
+from collections.abc import Callable
+from functools import cache, lru_cache
+from typing import Any
 
 import numba
 import numpy as np
@@ -49,6 +52,29 @@ def _share_threads() -> int:
     return threads
 
 
+@cache
+def _nesting_limit() -> Callable[[int], None] | None:
+    """OpenMP's omp_set_max_active_levels, of the library that runs numba's loops; None where no such library does."""
+    if numba.threading_layer() != "omp":
+        return None
+    from numba.np.ufunc import omppool
+
+    return getattr(ctypes.CDLL(omppool.__file__), "omp_set_max_active_levels", None)
+
+
+def _launch(kernel: Callable, *arguments: Any) -> None:
+    """Run a parallel kernel on torch's number of threads.
+
+    numba allows nested teams of threads at every launch. Where torch shares its OpenMP library, torch's attention
+    would then start a team inside each of its own threads, and take 300 times as long (benchmarks/notes.md).
+    """
+    _share_threads()
+    kernel(*arguments)
+    limit = _nesting_limit()
+    if limit is not None:
+        limit(1)
+
+
 class Loops:
     """`autograd.Loops` in numba."""
 
@@ -58,7 +84,8 @@ class Loops:
         out = torch.empty(points.shape[0], spec.width, dtype=table.dtype)
         block = max(1, min(BLOCK, -(-points.shape[0] // _share_threads())))
         moving = points.new_empty(0) if along is None else along
-        numba_kernels.gather(_flat(points), _flat(moving), _flat(table), scales, levels, lanes, block, _flat(out))
+        arrays = (_flat(points), _flat(moving), _flat(table), scales, levels, lanes)
+        _launch(numba_kernels.gather, *arrays, block, _flat(out))
         return out
 
     def scatter(self, points: Tensor, along: Tensor | None, grad: Tensor, spec: GridSpec) -> Tensor:
@@ -67,15 +94,15 @@ class Loops:
         out = torch.zeros(spec.entries, spec.features, dtype=grad.dtype)
         groups, moving = min(_share_threads(), spec.levels), points.new_empty(0) if along is None else along
         arrays = (_flat(points), _flat(moving), _flat(grad), scales, levels, lanes)
-        numba_kernels.scatter(*arrays, groups, BLOCK, _flat(out))
+        _launch(numba_kernels.scatter, *arrays, groups, BLOCK, _flat(out))
         return out
 
     def point_gradient(self, points: Tensor, table: Tensor, grad: Tensor, spec: GridSpec) -> Tensor:
         """The points' gradient (N, 3)."""
         scales, levels, lanes = _levels(spec, points.dtype)
         out = torch.zeros(points.shape, dtype=points.dtype)
-        _share_threads()
-        numba_kernels.point_gradient(_flat(points), _flat(grad), _flat(table), scales, levels, lanes, _flat(out))
+        arrays = (_flat(points), _flat(grad), _flat(table), scales, levels, lanes)
+        _launch(numba_kernels.point_gradient, *arrays, _flat(out))
         return out
 
     def blend(
@@ -88,8 +115,7 @@ class Loops:
         opacity, accumulated = sigma.new_empty(rays), values.new_zeros(rays, channels)
         limit, lanes = sigma.numpy().dtype.type(threshold), (0,) * channels
         inputs, outputs = (sigma, dt, values, offsets), (weights, light, opacity, accumulated)
-        _share_threads()
-        numba_kernels.composite(*map(_flat, inputs), limit, lanes, *map(_flat, outputs))
+        _launch(numba_kernels.composite, *map(_flat, inputs), limit, lanes, *map(_flat, outputs))
         return weights, light, opacity, accumulated
 
     def blend_backward(
@@ -105,8 +131,8 @@ class Loops:
         g_sigma, g_values, used = torch.empty_like(weights), torch.empty_like(values), int(offsets[-1])
         g_sigma[used:].zero_(), g_values[used:].zero_()
         inputs, outputs = (dt, values, offsets, weights, light), (*grads, g_sigma, g_values)
-        _share_threads()
-        numba_kernels.composite_backward(*map(_flat, inputs), (0,) * values.shape[1], *map(_flat, outputs))
+        lanes = (0,) * values.shape[1]
+        _launch(numba_kernels.composite_backward, *map(_flat, inputs), lanes, *map(_flat, outputs))
         return g_sigma, g_values
 
 
@@ -139,12 +165,12 @@ def march(
     offsets = torch.zeros(rays + 1, dtype=torch.int64)
 
     def run(ray_index: Tensor, points: Tensor, t: Tensor) -> None:
-        numba_kernels.march(*inputs, offsets.numpy(), ray_index.numpy(), points.numpy(), t.numpy())
+        outputs = (offsets, ray_index, points, t)
+        _launch(numba_kernels.march, *inputs, *(x.numpy() for x in outputs))
 
     def empty(samples: int) -> tuple[Tensor, Tensor, Tensor]:
         return torch.empty(samples, dtype=torch.int64), origins.new_empty(samples, 3), origins.new_empty(samples)
 
-    _share_threads()
     run(*empty(0))
     offsets = offsets.cumsum(0)
     samples = empty(int(offsets[-1]))

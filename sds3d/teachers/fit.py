@@ -114,10 +114,21 @@ def is_inner(name: str, weight: Tensor) -> bool:
 
 
 class Fit:
-    """A training in progress: networks, their mean, optimiser, random state."""
+    """A training in progress: networks, their mean, optimiser, random state.
 
-    def __init__(self, config: FitConfig, source: Source, device: torch.device | str = "cpu"):
+    Args:
+        dtype: torch.bfloat16 to train under autocast, torch.float32; None takes bfloat16 where that is fast.
+    """
+
+    def __init__(
+        self,
+        config: FitConfig,
+        source: Source,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
+    ):
         self.config, self.source, self.step, self.device = config, source, 0, torch.device(device)
+        self.dtype = small.pick_dtype(self.device, dtype)
         with torch.random.fork_rng(devices=[]):  # modules draw their first weights from the global stream
             torch.manual_seed(config.seed)
             text = TextEncoder(source.vocabulary, source.network.text)
@@ -149,7 +160,7 @@ class Fit:
         told = () if batch.cameras is None else (batch.cameras.to(self.device), batch.seen.float().to(self.device))
         with (
             self._noise_of_step(),
-            torch.autocast(self.device.type, torch.bfloat16, enabled=small.fast_bf16(self.device)),
+            torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16),
         ):
             v = self.nets["unet"](noised(clean, eps, alpha, sigma), t, known, *told)
         return (weight * (v.float() - target("v", clean, eps, alpha, sigma)).square()).mean()
