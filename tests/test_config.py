@@ -288,6 +288,11 @@ def test_a_background_in_the_prompt_is_the_scene_s():
         make.student(load("a red ball on a black background", {"render.background": "grey"}))
 
 
+def test_view_words_in_the_middle_of_a_prompt_name_no_view():
+    with pytest.raises(ValueError, match="does not know 'mirrors'"):  # not that it names a view
+        make.teacher(load("a car with side view mirrors"))
+
+
 def test_a_scene_s_prompt_says_no_view():
     with pytest.raises(ValueError, match="says 'side view', but a scene is seen from all sides"):
         make.teacher(load("a red mug, side view"))
