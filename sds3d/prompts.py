@@ -48,11 +48,14 @@ def view_word(azimuth: float, elevation: float) -> str:
     return "back view" if away >= 135 else "side view"
 
 
-def view_negatives(azimuth: float) -> dict[str, float]:
-    """For Perp-Neg: how much each view word away from this azimuth (degrees) is to be avoided, 0 to 1.
+def view_negatives(azimuth: float, elevation: float) -> dict[str, float]:
+    """For Perp-Neg: how much each view word away from this azimuth and elevation (degrees) is to be avoided, 0 to 1.
 
     The front counts by its distance from the camera over 180 degrees, so does the back, and the nearer side over 90.
+    From overhead, which is no view from any side, none is avoided.
     """
+    if view_word(azimuth, elevation) == "overhead view":
+        return dict.fromkeys(VIEW_WORDS[:3], 0.0)
     away = abs((azimuth + 180) % 360 - 180)
     return {"front view": away / 180, "side view": abs(away - 90) / 90, "back view": 1 - away / 180}
 

@@ -73,12 +73,13 @@ def test_the_word_names_the_side_the_camera_stands_on():
 def test_view_words_are_avoided_the_more_the_farther_they_are():
     for azimuth in (0, 30, 90, 135, 180, 200, 270, 359, -90, 720):
         away = min(azimuth % 360, 360 - azimuth % 360)
-        weights = view_negatives(azimuth)
+        weights = view_negatives(azimuth, 60)
         assert weights["front view"] == pytest.approx(away / 180) and 0 <= min(weights.values())
         assert weights["back view"] == pytest.approx(1 - weights["front view"])
         assert weights["side view"] == pytest.approx(abs(away - 90) / 90)
-    assert view_negatives(0) == {"front view": 0, "side view": 1, "back view": 1}
-    assert view_negatives(90)["side view"] == 0
+    assert view_negatives(0, 0) == {"front view": 0, "side view": 1, "back view": 1}
+    assert view_negatives(90, 0)["side view"] == 0
+    assert all(set(view_negatives(azimuth, 61).values()) == {0} for azimuth in range(-180, 180, 30))
 
 
 def test_view_blend_is_smooth_and_agrees_with_the_words():
