@@ -185,7 +185,7 @@ def evaluate(
     """Judge runs: scenes by the toybox's true shapes, generators by real images that nobody trained on.
 
     Scenes: IoU, PSNR, Chamfer, F-score, and eval.png. Generators (of digits): FD-feat and its ratio to the teacher's,
-    class accuracy, precision, recall, speed, and eval.json and eval.png.
+    KID-feat, class accuracy, precision, recall, speed, and eval.json and eval.png.
 
     [bold]Examples[/bold]
 
