@@ -307,6 +307,23 @@ def test_python_makes_an_asset(in_folder, ball_teacher):
         sds3d.nonsense  # noqa: B018
 
 
+def test_export_says_how_a_mesh_stands(call, made, in_folder):
+    import trimesh
+
+    code, _, err = call("export", made, "-f", "stl", "--height", "80", "--resolution", "24", "-o", "print")
+    told = json.loads((in_folder / "print/mesh.json").read_text())
+    assert code == 0 and (told["mesh"]["up"], told["mesh"]["unit"]) == ("z", "mm"), err
+    assert trimesh.load(in_folder / "print/mesh.stl").bounds[:, 2].tolist() == pytest.approx([0, 80], abs=1e-3)
+    for given, said in {
+        ("-f", "stl,glb", "--height", "80"): "height is 80, in mm for stl and in metres for the others",
+        ("-f", "glb", "--up", "z"): "a GLB has y up by its standard",
+        ("-f", "stl", "--up", "x"): "up is 'x'; give y or z",
+        ("-f", "ply", "--height", "-1"): "height is -1.0; give a number above 0",
+    }.items():
+        code, out, err = call("export", made, *given, "-o", "nowhere")
+        assert code == 2 and out == "" and said in err and not (in_folder / "nowhere").exists(), err
+
+
 def test_export_elsewhere_takes_its_report_along_and_says_at_once_where_it_cannot_write(call, made, in_folder):
     code, _, err = call("export", made, "--format", "stl", "--out", "else/where")
     told = json.loads((in_folder / "else/where/mesh.json").read_text())
