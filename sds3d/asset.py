@@ -18,6 +18,7 @@ from sds3d import make, report
 from sds3d.cameras import Cameras, orbit
 from sds3d.config import Config, DistillConfig
 from sds3d.export import formats, sheet, video
+from sds3d.export.model import stand
 from sds3d.export.pipeline import Export
 from sds3d.export.source import Source, Tell, silent
 from sds3d.runs import Run
@@ -116,11 +117,14 @@ class Asset:
         camera = Cameras(*(torch.tensor([float(v)]) for v in (azimuth, elevation, distance, fov)))
         return Image.fromarray(sheet.to_bytes(self.views(camera, resolution))[0])
 
-    def exporter(self, tell: Tell = silent, **changed: Any) -> Export:
+    def exporter(
+        self, tell: Tell = silent, up: str | None = None, height: float | None = None, **changed: Any
+    ) -> Export:
         """What writes this scene into mesh files; several formats share what is made once.
 
         Args:
             tell: called with what is being done, and how far it is, 0 to 1.
+            up, height: how files stand, see ``export``.
             changed: settings of ``export`` other than the config's, as ``mesh_resolution=256``.
 
         Raises:
@@ -140,7 +144,7 @@ class Asset:
         pixels = min(settings.size, Source.pixels)
         detail = 2 / config.field.finest  # a cell of the finest grid
         source = Source(self.scene.density, self.scene.colours, self._on_white, self.scene.device, detail, pixels)
-        return Export(source, settings.surface(), settings.look(), card, lit, tell)
+        return Export(source, settings.surface(), settings.look(), card, lit, tell, up, height)
 
     def _on_white(self, cameras: Cameras, size: int) -> tuple[Tensor, Tensor]:
         """Images (B, 3, H, H) on white, and opacity (B, 1, H, H)."""
@@ -159,14 +163,19 @@ class Asset:
         changed = {} if resolution is None else {"mesh_resolution": resolution}
         return formats.to_trimesh(self.exporter(**changed).model("vertex"))
 
-    def export(self, path: str | Path) -> Path:
+    def export(self, path: str | Path, up: str | None = None, height: float | None = None) -> Path:
         """Write .glb, .obj, .ply, .stl (mesh), .mp4 (turntable) or .png (eight views), chosen by the suffix.
 
-        Meshes stand on y = 0 and are one high. Each is compared with the scene; a file that does not look like it comes
-        with a warning.
+        A mesh stands on the ground. Each is compared with the scene; a file that does not look like it comes with a
+        warning.
+
+        Args:
+            path: where to.
+            up: of a mesh, the axis that points up, "y" or "z"; by default y in GLB and OBJ, z in PLY and STL.
+            height: of a mesh, in millimetres for STL (100 by default), in metres otherwise (1).
 
         Raises:
-            ValueError: another suffix, an empty scene, or a place that cannot be written.
+            ValueError: another suffix, axis or height than can be, an empty scene, or a place that cannot be written.
         """
         path, settings = Path(path).expanduser(), self.config.export
         suffix = path.suffix.lower()
@@ -182,7 +191,8 @@ class Asset:
             )
         if suffix == ".png":
             return sheet.preview(lambda cameras: self.views(cameras, settings.size), path, size=settings.size)
-        exporter = self.exporter()
+        stand(suffix, up, height)  # before the work
+        exporter = self.exporter(up=up, height=height)
         if path.resolve().parent == self.path.resolve():
             self.write_mesh(exporter, path)
         else:  # a single file was asked for

@@ -9,6 +9,9 @@ in any value, so that a recipe's ramps follow the number of steps.
 from __future__ import annotations
 
 import dataclasses
+import functools
+import re
+import typing
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -45,7 +48,7 @@ def load(
             merge(given, layer) if _same_method(given, layer) else {**merge(given, layer), "method": layer["method"]}
         )
     if prompt is not None:
-        given["prompt"] = prompt.replace("${", "\\${")
+        given["prompt"] = literal(prompt)
     kind = kind or (PaintConfig if "image" in given else DistillConfig if "generator" in given else Config)
     if kind is DistillConfig:
         given.setdefault("prompt", "")
@@ -102,7 +105,10 @@ def _typed(values: dict[str, Any], name: str, kind: type[RunConfig]) -> RunConfi
 
 
 def parse_overrides(texts: Iterable[str]) -> dict[str, Any]:
-    """``key=value`` texts as a nested mapping; values are read as YAML. Raises ValueError."""
+    """``key=value`` texts as a nested mapping. Raises ValueError.
+
+    The value of a setting whose type is text (``text_keys``) is taken as it is written. Other values are read as YAML.
+    """
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
@@ -112,12 +118,42 @@ def parse_overrides(texts: Iterable[str]) -> dict[str, Any]:
         key, equals, value = text.partition("=")
         if not equals or not key.strip() or key != key.strip():
             raise ValueError(f"{text!r} is no key=value; write settings as steps=800, and the prompt in quotes")
+        if key in text_keys():
+            layer = merge(layer, _nested({key: literal(value)}))
+            continue
         try:
             node = OmegaConf.to_container(OmegaConf.from_dotlist([text]))
         except (OmegaConfBaseException, YAMLError, ValueError, TypeError) as error:
             raise ValueError(f"cannot read {text!r}; give key=value with a value in YAML") from error
         layer = merge(layer, _nested(node))
     return layer
+
+
+@functools.cache
+def text_keys() -> frozenset[str]:
+    """Dotted names of the settings whose type is text, of every kind of run."""
+
+    def of(cls: type, above: str = "") -> set[str]:
+        found: set[str] = set()
+        for name, kind in typing.get_type_hints(cls).items():
+            if dataclasses.is_dataclass(kind):
+                found |= of(kind, f"{above}{name}.")
+            elif kind is str:
+                found.add(above + name)
+        return found
+
+    return frozenset(of(Config) | of(PaintConfig) | of(DistillConfig))
+
+
+def literal(value: Any) -> Any:
+    """A plain value for a layer, a tree or a text, in which no ``${...}`` is a reference."""
+    if isinstance(value, Mapping):
+        return {key: literal(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [literal(part) for part in value]
+    if isinstance(value, str):  # backslashes before the brace would escape one another
+        return re.sub(r"(\\*)\$\{", r"\1\1\\${", value)
+    return value
 
 
 def recipe(name: str, kind: type[RunConfig] = Config, pipeline: bool = False) -> dict[str, Any]:
@@ -188,9 +224,7 @@ def to_yaml(config: RunConfig) -> str:
 
     values = plain(config)
     values["method"] = {"name": name_of(config.method), **values["method"]}
-    for key in ("prompt", "negative"):
-        values[key] = values[key].replace("${", "\\${")
-    return OmegaConf.to_yaml(OmegaConf.create(values))
+    return OmegaConf.to_yaml(OmegaConf.create(literal(values)))
 
 
 def name_of(method: Method) -> str:

@@ -1,9 +1,10 @@
 """How well a generator, or a teacher with a sampler, draws digits or toys: against real ones that neither ever saw.
 
 Every figure is measured with several seeds, and reported as their mean and spread (standard deviation). FD-feat is the
-Frechet distance between the features of a classifier of real images (it is no FID: other features); precision and
-recall are of the same features; a copy is an image nearer to a training image, in pixels, than 99 of 100 held-out ones
-are (of digits only: the toybox never shows an image twice).
+Frechet distance between the features of a classifier of real images (it is no FID: other features); KID-feat is the
+unbiased kernel distance of the same features, for few images; precision and recall are of them, too; a copy is an image
+nearer to a training image, in pixels, than 99 of 100 held-out ones are (of digits only: the toybox never shows an image
+twice).
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from sds3d.teachers.base import Teacher
 from sds3d.teachers.drawing import sample
 from sds3d.typed import plain
 
-FIGURES = ("fd_feat", "class_accuracy", "precision", "recall", "copy_rate", "samples_per_second")
+FIGURES = ("fd_feat", "kid_feat", "class_accuracy", "precision", "recall", "copy_rate", "samples_per_second")
 CHUNK = 256
 BEST = ("heun", 18)  # the packaged teachers' best sampler and its steps
 Draw = Callable[[list[str], int], Tensor]  # prompts, seed -> images (B, 3, H, W) in [0, 1]
@@ -109,6 +110,7 @@ class Digits:
         flat = [x.mean(1).flatten(1) for x in (images.cpu(), self.train, self.held_out)]
         return {
             "fd_feat": features.frechet(drawn, self.real),
+            "kid_feat": features.kernel_distance(drawn, self.real),
             "class_accuracy": float((self.judge.classify(images).cpu() == wanted).double().mean()),
             "precision": precision,
             "recall": recall,
@@ -173,6 +175,7 @@ class Toys:
         right = ((said == wanted) | (wanted < 0)).all(1)
         return {
             "fd_feat": features.frechet(drawn, self.real),
+            "kid_feat": features.kernel_distance(drawn, self.real),
             "class_accuracy": float(right.double().mean()),
             "precision": precision,
             "recall": recall,

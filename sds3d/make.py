@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from sds3d.distill.bridge import Bridge
 from sds3d.distill.core import ScoreObjective, scale_of
 from sds3d.distill.regression import Regression
 from sds3d.generators.one_step import Generator, paint
-from sds3d.prompts import COLOURS, VIEW_WORDS, named_background, words
+from sds3d.prompts import COLOURS, VIEW_WORDS, named_background, named_view, words
 from sds3d.runs import slug
 from sds3d.scenes.image import ImageStudent
 from sds3d.scenes.student import BACKGROUNDS, SceneConfig, SceneStudent
@@ -86,9 +87,8 @@ def load_teacher(settings: TeacherConfig, device: str = "auto") -> Teacher:
 
 def teacher(config: RunConfig) -> Teacher:
     """The config's teacher, which must know its prompts. Raises ValueError."""
-    said = [view for view in VIEW_WORDS if view in " ".join(words(config.prompt))]
-    if said and isinstance(config, Config):
-        raise ValueError(f"the prompt says {said[0]!r}, but a scene is seen from all sides; leave it out")
+    if isinstance(config, Config):
+        _refuse_view(config)
     found = load_teacher(config.teacher, config.device)
     known = getattr(found, "vocabulary", None)
     blind = found.views == "words" and known is not None and not {"front", "back", "view"} <= set(known)
@@ -120,6 +120,22 @@ def teacher(config: RunConfig) -> Teacher:
             except ValueError as error:
                 raise ValueError(f"{name}{error}") from error
     return found
+
+
+def _refuse_view(config: Config) -> None:
+    """Raises ValueError where a scene's prompt names a view. Warns where view words may mean something else, which only
+    a pipeline's text encoder can tell."""
+    from sds3d.teachers.hf import loading
+
+    if view := named_view(config.prompt):
+        raise ValueError(f"the prompt says {view!r}, but a scene is seen from all sides; leave it out")
+    said = [view for view in VIEW_WORDS if view in " ".join(words(config.prompt))]
+    if said and loading.is_pipeline(config.teacher.name):
+        warnings.warn(
+            f"the prompt has the words {said[0]!r}, taken as part of the object; if they mean where it is seen from, "
+            "leave them out: a scene is seen from all sides",
+            stacklevel=3,
+        )
 
 
 def require_ring(config: RunConfig, teacher: Teacher) -> None:
@@ -197,7 +213,7 @@ def prompts(config: DistillConfig, teacher: Teacher) -> list[str]:
         return list(sources.Toybox().prompts if toys else teacher.prompts)
     path = Path(config.generator.prompts).expanduser()
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(
             f"cannot read generator.prompts {path}: {error}; give a text file, one prompt a line"

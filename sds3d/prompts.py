@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import difflib
 import re
+import unicodedata
+import warnings
 from collections.abc import Collection, Sequence
 
 from sds3d.cameras import Cameras
@@ -46,11 +48,14 @@ def view_word(azimuth: float, elevation: float) -> str:
     return "back view" if away >= 135 else "side view"
 
 
-def view_negatives(azimuth: float) -> dict[str, float]:
-    """For Perp-Neg: how much each view word away from this azimuth (degrees) is to be avoided, 0 to 1.
+def view_negatives(azimuth: float, elevation: float) -> dict[str, float]:
+    """For Perp-Neg: how much each view word away from this azimuth and elevation (degrees) is to be avoided, 0 to 1.
 
     The front counts by its distance from the camera over 180 degrees, so does the back, and the nearer side over 90.
+    From overhead, which is no view from any side, none is avoided.
     """
+    if view_word(azimuth, elevation) == "overhead view":
+        return dict.fromkeys(VIEW_WORDS[:3], 0.0)
     away = abs((azimuth + 180) % 360 - 180)
     return {"front view": away / 180, "side view": abs(away - 90) / 90, "back view": 1 - away / 180}
 
@@ -82,8 +87,73 @@ def with_view(prompt: str | Sequence[str], cameras: Cameras) -> list[str]:
 
 
 def words(prompt: str) -> list[str]:
-    """Lower-case words of a prompt; everything but letters separates them."""
-    return re.findall(r"[a-z]+", prompt.lower())
+    """Words of a prompt, in Unicode's composed form and without case.
+
+    A word is a run of letters, marks and digits of any script ("1.5" is one), a single Han or kana character (their
+    sentences have no spaces), or a single symbol ("№", "&"). Spaces and other punctuation separate words.
+    """
+    text = "".join(c for c in unicodedata.normalize("NFC", prompt.casefold()) if unicodedata.category(c) != "Cf")
+    kinds = "".join(_kind(c) for c in text)
+    return [text[found.start() : found.end()] for found in re.finditer(_WORD, _with_points(text, kinds))]
+
+
+_WORD = r"[wm]+|[cs]m*"  # over the kinds of the characters
+_ALONE = ((0x3040, 0x30FF), (0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xF900, 0xFAFF), (0x20000, 0x3FFFF))
+
+
+def _kind(character: str) -> str:
+    """w: part of a word, m: a mark, which joins what is before it, c: a word alone, s: a symbol, blank: a separator."""
+    category = unicodedata.category(character)
+    if category[0] == "M":
+        return "m"
+    if category[0] in "LN":
+        return "c" if any(first <= ord(character) <= last for first, last in _ALONE) else "w"
+    return "s" if category[0] == "S" or character in "&%#@" else " "
+
+
+def _with_points(text: str, kinds: str) -> str:
+    """The kinds, in which a point or comma between two digits is part of the word."""
+    inner = {found.start() for found in re.finditer(r"(?<=\d)[.,](?=\d)", text)}
+    return "".join("w" if i in inner else kind for i, kind in enumerate(kinds))
+
+
+_WEIGHTS = re.compile(
+    r"\([^()]*:\s*[+-]?[\d.]+\s*\)"  # (red:1.3)
+    r"|\([^()]*\)[\d.]+"  # (red)1.3
+    r"|\(\([^()]*\)+"  # ((red))
+    r"|\[[^\[\]]*\]+"  # [red]
+    r"|\S*\w\)?(?:\+\++|--+)(?!\w)"  # red++
+)
+
+
+def weighted(prompt: str) -> str:
+    """The first piece of a prompt that other programs read as a weight, as "(red:1.3)" or "((red))"; "" if none is."""
+    found = _WEIGHTS.search(prompt)
+    return found[0] if found else ""
+
+
+def warn_of_weights(prompt: str) -> None:
+    """Warn of a piece that is ``weighted``: no weight is applied here."""
+    piece = weighted(prompt)
+    if piece:
+        warnings.warn(
+            f"{piece!r} looks like a weighted word; weights are not applied, and the text is read as it is written",
+            stacklevel=3,
+        )
+
+
+def named_view(prompt: str) -> str:
+    """The view that a prompt names, as "side view" of "a mug, side view" or "side view of a mug"; "" if it names none.
+
+    A prompt names a view where one of its parts between commas ends with the view's words, or begins with them and
+    "of". So "a car with side view mirrors" names none.
+    """
+    for part in re.split(r"[,;.]", prompt):
+        text = re.sub(rf" on an? ({'|'.join(COLOURS)}) background$", "", " ".join(words(part)))
+        for view in VIEW_WORDS:
+            if re.search(rf"(^| ){view}$|^(an? |the )?{view} of( |$)", text):
+                return view
+    return ""
 
 
 def unknown_words(prompt: str, known: Collection[str]) -> str:

@@ -124,7 +124,8 @@ class Query:
             return found[0].eps
         cond, uncond = found[0], found[1]
         if views:
-            weights = [view_negatives(azimuth) for azimuth in self.cameras.azimuth.tolist()]
+            places = zip(self.cameras.azimuth.tolist(), self.cameras.elevation.tolist(), strict=True)
+            weights = [view_negatives(*place) for place in places]
             each = onto(torch.tensor([[w[v] for w in weights] for v in views], dtype=x_t.dtype), x_t.device)
             eps = perp_neg(
                 uncond.eps, cond.eps, torch.stack([p.eps for p in found[2:]]), self.guidance.perp_neg * each, scale

@@ -34,7 +34,13 @@ MESH = {  # the same of mesh.json, whose comparison is with the scene that the m
     "psnr": "pictures beside the scene's, PSNR in dB",
     "psnr_covered": "the same without the background, dB",
 }
-INTERNAL = {"level", "level_iou", "scale"}  # of mesh.json: how the surface was found, and how it stands in the file
+INTERNAL = {
+    "level",
+    "level_iou",
+    "scale",
+    "up",
+    "unit",
+}  # of mesh.json: how the surface was found, and how it stands in the file
 SAID_ABOVE = {"prompt", "method", "teacher", "seed", "particle"}  # of mesh.json: what the page says elsewhere
 
 THUMBNAIL = 192  # pixels a side
@@ -188,7 +194,7 @@ def mesh_facts(path: Path) -> dict[str, str]:
     values, found = flat(_json(path)), {}
     for key, value in values.items():
         place, _, figure = key.rpartition(" ")
-        if place == "mesh" and figure in INTERNAL or key in SAID_ABOVE:
+        if (place == "mesh" or place.startswith("files ")) and figure in INTERNAL or key in SAID_ABOVE:
             continue
         if not place or place == "mesh":
             found[MESH.get(figure, figure.replace("_", " "))] = _shown(value)

@@ -21,6 +21,7 @@ SCORE = {"teachers.base", "samplers", "guidance", "prompts", "noise", "times", "
 SCORE |= {"transfer", "shares", "teachers.drawing"}
 ARROWS = {
     "files": set(),
+    "picture": set(),
     "ramp": set(),
     "transfer": set(),
     "shares": set(),
@@ -35,8 +36,8 @@ ARROWS = {
     "students": {"cameras", "shares"},
     "networks": {"cameras", "prompts"},
     "ops": set(),
-    "data": {"cameras", "files", "prompts"},
-    "scenes": {"ops", "cameras", "prompts", "ramp", "students", "transfer"},
+    "data": {"cameras", "files", "picture", "prompts"},
+    "scenes": {"ops", "cameras", "picture", "prompts", "ramp", "students", "transfer"},
     "generators": {"networks", "noise", "ramp", "shares", "students", "transfer"},
     "teachers.base": {"noise", "cameras"},
     "teachers.drawing": {"teachers.base", "samplers", "guidance", "noise", "cameras", "transfer"},

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sds3d.metrics.features import copy_rate, frechet, precision_recall
+from sds3d.metrics.features import copy_rate, frechet, kernel_distance, precision_recall
 
 
 def normal(rows: int, columns: int, seed: int) -> Tensor:
@@ -23,6 +23,35 @@ def two_by_two(ours: Tensor, theirs: Tensor) -> float:
     """tr (S S')^(1/2) of two covariances of size 2: the root of M has trace sqrt(tr M + 2 sqrt det M)."""
     product = ours @ theirs
     return float((product.trace() + 2 * product.det().sqrt()).sqrt())
+
+
+def test_the_kernel_distance_is_its_double_sum():
+    ours, theirs = normal(7, 5, 0), normal(4, 5, 1) + 0.5
+
+    def k(x, y):
+        return float((sum(a * b for a, b in zip(x.tolist(), y.tolist())) / 5 + 1) ** 3)
+
+    def pairs(rows):
+        return [k(x, y) for i, x in enumerate(rows) for j, y in enumerate(rows) if i != j]
+
+    between = [k(x, y) for x in ours for y in theirs]
+    known = sum(pairs(ours)) / (7 * 6) + sum(pairs(theirs)) / (4 * 3) - 2 * sum(between) / (7 * 4)
+    assert kernel_distance(ours, theirs) == pytest.approx(known, rel=1e-12)
+    assert kernel_distance(theirs, ours) == pytest.approx(known, rel=1e-12)
+    assert kernel_distance(ours.float(), theirs.float()) == pytest.approx(known, rel=1e-5)
+    many = normal(5000, 3, 2)  # more than a block of rows
+    assert kernel_distance(many, many[:2500]) == pytest.approx(kernel_distance(many.flip(0), many[:2500].flip(0)))
+
+
+def test_the_kernel_distance_is_unbiased_and_the_frechet_distance_is_not():
+    """Of 10 rows from one distribution in 8 columns; and the mean over draws does not depend on the number of rows."""
+    few = [(normal(10, 8, 2 * i), normal(10, 8, 2 * i + 1)) for i in range(400)]
+    found = torch.tensor([kernel_distance(*pair) for pair in few])
+    assert float(found.min()) < 0 and abs(float(found.mean())) < 3 * float(found.std()) / 400**0.5
+    assert min(frechet(*pair) for pair in few[:50]) > 1
+    moved = [[kernel_distance(x[:n], y[:n] + 0.5) for x, y in few] for n in (5, 10)]
+    means, errors = zip(*((float(m.mean()), float(m.std()) / 400**0.5) for m in map(torch.tensor, moved)))
+    assert means[0] > 10 * errors[0] and abs(means[0] - means[1]) < 3 * (errors[0] ** 2 + errors[1] ** 2) ** 0.5
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from PIL import Image
 from sds3d import make
 from sds3d.data import folder
 from sds3d.networks.unet import UNetConfig
+from sds3d.scenes.image import ImageConfig, ImageStudent
 from sds3d.teachers import fit, sources
 from sds3d.teachers.base import TeacherConfig
 from sds3d.teachers.drawing import sample
@@ -69,13 +70,62 @@ def test_a_table_names_files_and_captions(tmp_path, kind):
     ]
 
 
+def table(path, rows):
+    """Write a table, as its name ends: the first row names the columns."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8-sig", newline="") as file:
+        if path.suffix == ".csv":
+            csv.writer(file).writerows(rows)
+        else:
+            file.writelines(json.dumps(dict(zip(rows[0], row))) + "\n" for row in rows[1:])
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+@pytest.mark.parametrize("columns", [("file_name", "text"), ("File", "Caption"), ("FILENAME", " Text ")])
+def test_folders_as_libraries_of_datasets_lay_them_out(tmp_path, kind, columns):
+    """A table named metadata, in a folder of each split, whose names count from there."""
+    for name in ("train/a.png", "train/images/b.png", "test/a.png", "test/c.png"):
+        picture(tmp_path / name)
+    table(tmp_path / "train" / f"metadata.{kind}", [columns, ("a.png", "digit 3"), ("images\\b.png", "digit 7")])
+    table(tmp_path / "test" / f"Metadata.{kind}", [columns, ("./a.png", "красная 4"), ("..\\test\\c.png", "红色")])
+    found = read(tmp_path)
+    assert found.skipped == []
+    assert found.pictures.captions == [("красная 4",), ("红色",), ("digit 3",), ("digit 7",)]
+    assert found.pictures.vocabulary() == ("3", "4", "7", "digit", "красная", "红", "色")
+
+
+def test_a_name_in_a_table_is_the_file_that_it_means(tmp_path):
+    picture(tmp_path / "odd\\name.png")
+    picture(tmp_path / "caf\xe9.png")  # composed, where a Mac writes it in two characters
+    table(tmp_path / "captions.csv", [("file", "caption"), ("odd\\name.png", "a"), ("cafe\u0301.png", "b")])
+    found = read(tmp_path)
+    assert found.skipped == [] and found.pictures.captions == [("b",), ("a",)]
+
+
+def test_rows_that_cannot_be_used_say_why(tmp_path):
+    picture(tmp_path / "a.png")
+    (tmp_path / "captions.csv").write_text("file,caption\na.png,a wall, red\na.png,a wall\n")
+    rows = [{"file": "a.png", "caption": ["one", "two"]}, {"file": "a.png", "caption": {"x": 1}}, {"caption": "c"}]
+    (tmp_path / "captions.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "metadata.csv").write_text("id,label\n1,2\n")  # about something else
+    found = read(tmp_path)
+    assert found.pictures.captions == [("a wall", "one", "two")]
+    *others, last = found.skipped
+    assert others == [
+        "captions.csv, row 1: more values than the header has names; put a caption with commas in quotes",
+        "captions.jsonl, row 2: it needs file and caption",
+        "captions.jsonl, row 3: it needs file and caption",
+    ]
+    assert last.startswith("metadata.csv: cannot read") and "its header is 'id,label'" in last
+
+
 def test_what_cannot_be_used_is_listed_with_its_reason(tmp_path):
     whole = picture(tmp_path / "whole.png", caption="a wall").read_bytes()
     for name, data in (("cut.png", whole[: len(whole) // 2]), ("empty.png", b""), ("text.jpg", b"no image")):
         (tmp_path / name).write_bytes(data)
         (tmp_path / name).with_suffix(".txt").write_text("a wall")
     picture(tmp_path / "bare.png")
-    picture(tmp_path / "numbers.png", caption="1 2 3")
+    picture(tmp_path / "points.png", caption="... !")
     picture(tmp_path / "latin.png").with_suffix(".txt").write_bytes("für".encode("latin-1"))
     picture(tmp_path / "long.png", caption="word " * 19)
     picture(tmp_path / "mixed.png", caption="word " * 18 + "\n" + "word " * 40)
@@ -87,7 +137,7 @@ def test_what_cannot_be_used_is_listed_with_its_reason(tmp_path):
         "latin.png: latin.txt cannot be read (UnicodeDecodeError)",
         "long.png: a caption of 19 words, at most 18 are read",
         "mixed.png: a caption of 40 words, at most 18 are read",
-        "numbers.png: no caption",
+        "points.png: no caption",
         "text.jpg: it cannot be read (UnidentifiedImageError)",
     ]
     assert found.pictures.captions == [(("word " * 18).strip(),), ("a wall",)]
@@ -109,9 +159,20 @@ def test_every_kind_of_image_becomes_what_a_viewer_shows(tmp_path):
     Image.fromarray(turned).save(tmp_path / "turned.png", exif=exif)
     for path in tmp_path.iterdir():
         path.with_suffix(".txt").write_text("a thing")
+    frames = [Image.new("RGB", (8, 8), colour) for colour in (RED, BLUE)]
+    frames[0].save(tmp_path / "two.png", save_all=True, append_images=frames[1:])
+    (tmp_path / "two.txt").write_text("a thing")
+    clear = Image.new("P", (8, 8), 0)
+    clear.putpalette([*RED, *BLUE])
+    clear.save(tmp_path / "x-clear.png", transparency=0)
+    (tmp_path / "x-clear.txt").write_text("a thing")
     found = read(tmp_path)
-    assert found.skipped == [] and len(found.pictures) == 7
-    alpha, cmyk, grey_alpha, grey, grey16, _, turned = found.pictures.images
+    assert found.skipped == [] and len(found.pictures) == 9
+    for path, shown in zip(sorted(p for p in tmp_path.iterdir() if p.suffix != ".txt"), found.pictures.images):
+        start = ImageStudent(ImageConfig(1, 8, str(path), 0.0), "a thing", torch.Generator()).images()[0]
+        assert torch.equal((start * 255).round().to(torch.uint8), shown), path  # the other reader of pictures
+    alpha, cmyk, grey_alpha, grey, grey16, _, turned, two, clear = found.pictures.images
+    assert two[:, 4, 4].tolist() == list(RED) and clear.unique().tolist() == [255]
     assert alpha[:, 4, 1].tolist() == list(RED) and alpha[:, 4, 6].tolist() == [255] * 3
     assert int(cmyk.max()) < 10
     assert grey.unique().tolist() == [77] and grey_alpha.unique().tolist() == [204]  # a fifth of black on white
@@ -138,6 +199,11 @@ def test_the_middle_square_is_taken(tmp_path, shape):
         ({"a.png": b"junk", "a.txt": b"a wall"}, r"none of the 1 images .* \(a.png: it cannot be read"),
         ({"a.png": b"", "b.png": b""}, r"none of the 2 images .* \(a.png: no caption; b.png: no caption\); put a .txt"),
         ({"a.png": b"", "captions.csv": b"\xff\xfe"}, "cannot read .*captions.csv"),
+        ({"a.png": b"", "captions.csv": b"id,label\n1,2"}, "its header is 'id,label'; give it the columns file "),
+        (
+            {"a.png": b"", "captions.csv": b'file,caption\na.png,"' + b"a" * 131_073 + b'"\n'},
+            "near line 1 it .* a field of more than 131,072 characters; is a quote never closed",
+        ),
         ({"a.png": b"", "captions.jsonl": b'{"file": '}, "cannot read .*captions.jsonl"),
         ({"a.png": b"", "captions.jsonl": b"[1, 2]"}, "every line must be an object with file and caption"),
     ],
@@ -239,3 +305,22 @@ def test_a_batch_larger_than_the_data_is_refused_before_anything_is_written(call
     assert code == 2
     assert err.splitlines()[-1] == "error: batch is 6 and there are 5 images; give batch=5 or more images"
     assert not (in_folder / "outputs").exists()
+
+
+@pytest.mark.parametrize("mode", ["F", "I"])
+def test_numbers_without_a_known_white_are_refused(tmp_path, mode):
+    Image.fromarray(numpy.full((8, 8), 70000, numpy.float32 if mode == "F" else numpy.int32)).save(tmp_path / "a.tif")
+    (tmp_path / "a.txt").write_text("a wall")
+    picture(tmp_path / "b.png", caption="a wall")
+    found = read(tmp_path)
+    assert found.skipped == [f"a.tif: its numbers are neither of 8 nor of 16 bits (mode {mode}); save it as a PNG"]
+    with pytest.raises(ValueError, match="image.start .*a.tif is no picture that can be read: its numbers are neither"):
+        ImageStudent(ImageConfig(1, 8, str(tmp_path / "a.tif")), "a wall", torch.Generator())
+
+
+@pytest.mark.parametrize("data", [None, b"", b"no picture"])
+def test_a_start_that_is_no_picture(tmp_path, data):
+    if data is not None:
+        (tmp_path / "a.png").write_bytes(data)
+    with pytest.raises(ValueError, match="a.png is no picture that can be read: (there is no such file|it cannot)"):
+        ImageStudent(ImageConfig(1, 8, str(tmp_path / "a.png")), "a wall", torch.Generator())

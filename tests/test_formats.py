@@ -15,7 +15,7 @@ from solids import BLUE, RED, TWELVE, block, plain, solid, source, union
 from sds3d.export import formats, texture
 from sds3d.export.formats import FORMATS, read, write
 from sds3d.export.mesh import Surface, extract
-from sds3d.export.model import Model, Placement
+from sds3d.export.model import STANDS, Model, Placement, Stand, stand
 from sds3d.export.pipeline import Export, Look
 
 WEB = Path(__file__).parent / "web"
@@ -133,6 +133,70 @@ def test_a_placement_stands_a_model_on_the_ground_and_can_be_undone(models):
     assert low[0] == pytest.approx(-high[0]) and low[2] == pytest.approx(-high[2])
     assert there[there[:, 2] > high[2] - 0.1][:, 1].mean() > 0.6  # the nose still looks along +z, above the middle
     np.testing.assert_allclose(place.to_world(place.to_file(model)).vertices, model.vertices, atol=1e-12)
+
+
+@pytest.mark.parametrize("stands", [Stand("y", "m", 2.0), Stand("z", "mm", 80.0)])
+def test_a_placement_turns_what_stands_in_z_and_can_be_undone(models, stands):
+    model = models["vertex"]
+    place = Placement.standing(model.vertices, stands)
+    there = place.to_file(model)
+    low, high = there.vertices.min(0), there.vertices.max(0)
+    up = "xyz".index(stands.up)
+    assert low[up] == pytest.approx(0) and high[up] == pytest.approx(stands.height)
+    nose = there.vertices[model.vertices[:, 2] > 0.6].mean(0)  # which is on the front, above the middle
+    assert nose[up] > 0.6 * stands.height and (nose[2] > 0.3 if stands.up == "y" else nose[1] < -0.3)
+    lump = there.vertices[model.vertices[:, 0] > 0.5].mean(0)
+    assert lump[0] > 0.3 * stands.height  # not mirrored
+    np.testing.assert_allclose(np.cross(*there.normals[:2]), place._turned(np.cross(*model.normals[:2])[None], 1)[0])
+    back = place.to_world(there)
+    np.testing.assert_allclose(back.vertices, model.vertices, atol=1e-12)
+    np.testing.assert_allclose(back.normals, model.normals, atol=1e-12)
+
+
+@pytest.fixture(scope="module")
+def exporter(nosed):
+    return Export(nosed[0], Surface(resolution=64), Look(texture=256))
+
+
+@MESHES
+@pytest.mark.parametrize(("up", "height"), [(None, None), ("y", 0.3), ("z", 70.0)])
+def test_files_stand_as_programs_expect_them(exporter, tmp_path, suffix, up, height):
+    """And are checked as they stand; what the report says undoes it."""
+    path, one = tmp_path / f"mesh{suffix}", exporter
+    one.up, one.height = up, height
+    if (suffix, up) == (".glb", "z"):
+        with pytest.raises(ValueError, match="up is 'z', and a GLB has y up by its standard"):
+            one.write(path)
+        return
+    report = one.write(path)
+    usual = {".glb": ("y", "m", 1), ".obj": ("y", "m", 1), ".ply": ("z", "m", 1), ".stl": ("z", "mm", 100)}[suffix]
+    axis, unit, high = up or usual[0], usual[1], height or usual[2]
+    assert (report["up"], report["unit"]) == (axis, unit) and report["iou"] > 0.97
+    assert suffix == ".stl" or report["psnr"] > 22
+    written = read(path)
+    vertices = written.vertices
+    standing = vertices[:, "xyz".index(axis)]
+    assert standing.min() == pytest.approx(0, abs=1e-5 * high) and standing.max() == pytest.approx(high, rel=1e-5)
+    front = vertices[:, 2] if axis == "y" else -vertices[:, 1]
+    assert standing[front > 0.95 * front.max()].mean() > 0.6 * high  # the nose
+    again = Placement(report["scale"], tuple(report["origin"]), report["up"]).to_world(written)
+    np.testing.assert_allclose(again.vertices.max(0), one.skin().vertices.max(0), atol=1e-5)
+    assert one.whole()["files"][path.name]["scale"] == report["scale"]
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"up": "x"}, "up is 'x'; give y or z"),
+        ({"height": 0.0}, "height is 0.0; give a number above 0, in mm for STL"),
+        ({"height": float("nan")}, "height is nan"),
+        ({"height": float("inf")}, "height is inf"),
+    ],
+)
+def test_a_stand_that_cannot_be_is_refused(given, said):
+    with pytest.raises(ValueError, match=said):
+        stand(".stl", **given)
+    assert set(STANDS) == set(FORMATS)
 
 
 def exported(scene, path, **settings):

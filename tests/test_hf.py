@@ -22,11 +22,12 @@ from sds3d.cameras import Cameras, orbit
 from sds3d.critics import CriticConfig, Learnt
 from sds3d.guidance import Guidance, cfg
 from sds3d.noise import noised
-from sds3d.prompts import with_view
+from sds3d.prompts import VIEW_WORDS, with_view
 from sds3d.query import Query
 from sds3d.samplers import ddim
 from sds3d.teachers.base import HFConfig, TeacherConfig
 from sds3d.teachers.drawing import sample
+from sds3d.teachers.hf.words import _relatives
 from sds3d.train import make_optimiser, train
 
 FAMILIES = tuple(tiny_pipelines.FAMILIES)
@@ -404,6 +405,28 @@ def test_a_long_prompt_warns_of_what_is_cut(name, load):
         teacher.check(long)
     with pytest.raises(ValueError, match="empty"):
         teacher.check("  ")
+
+
+def test_a_pipeline_reads_the_text_as_it_is_and_warns_of_weights(settings, tmp_path):
+    teacher, read = make.load_teacher(settings("sd", cache=str(tmp_path)), "cpu"), []
+    embed = teacher.words.embed
+    teacher.words.embed = lambda prompts: read.extend(prompts) or embed(prompts)
+    prompt = "a (RED:1.3) mug, [Кружка] №7"
+    with pytest.warns(UserWarning, match=r"'\(RED:1.3\)' looks like a weighted word; weights are not applied"):
+        teacher.check(prompt)
+    teacher.words([prompt])
+    assert read[0] == prompt
+
+
+def test_view_words_in_the_middle_of_a_prompt_are_part_of_the_object(pipelines):
+    mirrors = "a car with side view mirrors"
+    assert _relatives(mirrors) == [mirrors, *(f"{mirrors}, {view}" for view in VIEW_WORDS)]
+    assert _relatives("a car, side view") == _relatives("a car") and _relatives("side view") == ["side view"]
+    told = config.load(mirrors, {"teacher.name": str(pipelines("sd")), "device": "cpu"})
+    with pytest.warns(UserWarning, match="the words 'side view', taken as part of the object"):
+        make.teacher(told)
+    with pytest.raises(ValueError, match="says 'side view', but a scene is seen from all sides"):
+        make.teacher(config.load("a car, side view", {"teacher.name": str(pipelines("sd")), "device": "cpu"}))
 
 
 # runs

@@ -127,8 +127,9 @@ def test_the_film_is_shown_at_most_twice_as_large_as_it_is(browser_page, page_ru
 
 def test_a_mesh_is_told_once_and_in_words_and_a_scene_can_be_judged(browser_page, page_run):
     found = {"iou": 0.91, "psnr": 24.6, "psnr_covered": 20.6}
-    other = found | {"iou": 0.87}
+    other = found | {"iou": 0.87, "scale": 79.0, "origin": [0, 0, 0], "up": "z", "unit": "mm"}
     mesh = {"faces": 500, "watertight": True, "components": 2, "level": 5.5, "level_iou": 0.93, "scale": 0.79, **found}
+    mesh |= {"up": "y", "unit": "m"}
     told = {"prompt": "p", "version": "9.9", "light_baked": True, "mesh": mesh}
     told["files"] = {"mesh.glb": found, "my mesh.obj": other, "mesh.ply": found}
     (page_run / "mesh.json").write_text(json.dumps(told))

@@ -162,6 +162,29 @@ def test_unknown_words_name_their_neighbours(teacher):
         teacher.check("  , ")
 
 
+@pytest.mark.parametrize(
+    ("prompt", "unknown"),
+    [
+        ("a red mug 红色 №7", ["'红'", "'色'", "'№'", "'7'"]),
+        ("красная кружка", ["'красная'", "'кружка'"]),
+        ("a (red:1.3) mug", ["'1.3'", "no weights, such as '(red:1.3)'"]),
+        ("a red & blue mug", ["'&'"]),
+        ("a red mug 🍕", ["'🍕'"]),
+    ],
+)
+def test_text_that_a_closed_vocabulary_lacks_is_refused_by_name(teacher, prompt, unknown):
+    with pytest.raises(ValueError, match="does not know") as caught:
+        teacher.check(prompt)
+    assert all(name in str(caught.value) for name in unknown), caught.value
+    with pytest.raises(ValueError, match="the toybox does not know"):
+        toybox.parse(prompt)
+
+
+def test_brackets_are_said_to_weigh_nothing(teacher):
+    with pytest.warns(UserWarning, match=r"'\(\(red\)\)' looks like a weighted word; weights are not applied"):
+        teacher.check("a ((red)) mug")
+
+
 @pytest.mark.parametrize("damage", ["cut", "other", "missing"])
 def test_damaged_weights_are_refused(tmp_path, damage):
     path = tmp_path / "teacher.safetensors"

@@ -108,7 +108,7 @@ def resume(
 
 @dataclass(frozen=True)
 class MeshOptions:
-    """The flags of export that say how a mesh is made, each short for a key of ``export``."""
+    """The flags of export that say how a mesh is made, each short for a key of ``export``; and how it stands."""
 
     resolution: Annotated[int | None, Option(help="voxels along each side of the box")] = None
     level: Annotated[float | None, Option(help="density at the surface; chosen by silhouettes by default")] = None
@@ -118,6 +118,19 @@ class MeshOptions:
     keep: Annotated[float | None, Option(help="drop pieces below this share of the largest; 1: keep it alone")] = None
     fill: Annotated[float | None, Option(help="close holes narrower than this, in scene units")] = None
     smooth: Annotated[int | None, Option(help="rounds of smoothing")] = None
+    up: Annotated[str | None, Option(help="the axis that points up, y or z; y in glb and obj, z in ply and stl")] = None
+    height: Annotated[float | None, Option(help="of the mesh: in mm for stl (100), in metres otherwise (1)")] = None
+
+    def check(self, formats: list[str]) -> None:
+        """Raises ValueError where meshes of these formats cannot stand so."""
+        from sds3d.export.model import STANDS, stand
+
+        for suffix in formats:
+            stand(f".{suffix}", self.up, self.height)
+        if self.height is not None and len({STANDS[f".{suffix}"].unit for suffix in formats}) > 1:
+            raise ValueError(
+                f"height is {self.height:g}, in mm for stl and in metres for the others; write stl in a call of its own"
+            )
 
     def changed(self) -> dict[str, Any]:
         """The keys that were given."""
@@ -136,13 +149,17 @@ def export(
 ) -> None:
     """Write a run's asset in other formats, and check each mesh against the scene's own pictures.
 
-    Meshes are one high and stand on y = 0, +y up, their front +z. The report is in the run's mesh.json, and in the GLB.
+    Meshes stand on the ground. GLB and OBJ are one metre high, +y up, their front +z. PLY is one metre high, +z up, its
+    front -y, as Blender has it. STL is for slicers: in millimetres, 100 high, +z up. --up and --height change that. The
+    report is in the run's mesh.json, and in the GLB.
 
     [bold]Examples[/bold]
 
       sds3d export outputs/00001-a-red-mug --format glb,obj,ply,stl
 
       sds3d export outputs/00001-a-red-mug --resolution 256 --texture 2048 --faces 20000
+
+      sds3d export outputs/00001-a-red-mug -f stl --height 80      [dim]# 80 mm high, to print[/dim]
     """
     from sds3d import progress, report
     from sds3d.asset import FORMATS, Asset
@@ -154,6 +171,7 @@ def export(
     for suffix in wanted or [""]:
         if f".{suffix}" not in FORMATS:
             raise ValueError(f"format is {suffix!r}; give one or more of {', '.join(f[1:] for f in FORMATS)}")
+    options.check([suffix for suffix in wanted if suffix not in names])
     asset, files, reports, lines = Asset.open(run), [], {}, []
     require_folder(out or asset.path)  # before the work
     with progress.parts(quiet or json) as tell:
@@ -185,7 +203,7 @@ def evaluate(
     """Judge runs: scenes by the toybox's true shapes, generators by real images that nobody trained on.
 
     Scenes: IoU, PSNR, Chamfer, F-score, and eval.png. Generators (of digits): FD-feat and its ratio to the teacher's,
-    class accuracy, precision, recall, speed, and eval.json and eval.png.
+    KID-feat, class accuracy, precision, recall, speed, and eval.json and eval.png.
 
     [bold]Examples[/bold]
 

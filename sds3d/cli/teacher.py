@@ -92,8 +92,9 @@ def train_teacher(
     """Train a teacher: on your own images with captions, on handwritten digits, or on the toybox.
 
     A folder holds images, and for each a .txt with its caption (one a line, if there are several); or one captions.csv
-    with the columns file and caption, or captions.jsonl. They are shrunk to size=32 or 64 pixels. The words of the
-    captions are the words it will know. It saves now and then, with a sample grid, and on Ctrl-C. What it makes is a
+    with the columns file and caption, or captions.jsonl (or metadata.csv or .jsonl with file_name and text). They are
+    shrunk to size=32 or 64 pixels; clear parts become white. The words of the captions are the words it will know,
+    letters and digits of any script. It saves now and then, with a sample grid, and on Ctrl-C. What it makes is a
     teacher like any other: --teacher FOLDER. OMP_WAIT_POLICY=active makes an idle CPU up to twice as fast.
 
     [bold]Examples[/bold]

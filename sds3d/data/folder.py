@@ -1,8 +1,9 @@
 """A user's own pictures with captions.
 
-A folder of images, and what they show: a .txt beside each image (every line a caption that may be drawn), or one
-captions.csv (columns file, caption) or captions.jsonl (objects with file and caption). An image may have several rows.
-What is transparent becomes white.
+A folder of images, and what they show: a .txt beside each image (every line a caption that may be drawn), or a table,
+captions.csv or captions.jsonl, whose rows have file and caption. The names that datasets libraries use are read, too:
+metadata.csv and metadata.jsonl, with file_name and text. A table may lie in a folder below, as train/metadata.jsonl;
+its file names count from there. An image may have several rows.
 """
 
 from __future__ import annotations
@@ -10,17 +11,22 @@ from __future__ import annotations
 import csv
 import io
 import json
+import posixpath
+import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
+from sds3d import picture
 from sds3d.data.pictures import Pictures
 from sds3d.prompts import words
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-TABLES = ("captions.csv", "captions.jsonl")
+TABLES = ("captions.csv", "captions.jsonl", "metadata.csv", "metadata.jsonl")
+FILES = ("file", "file_name", "filename")  # columns, whatever their case
+CAPTIONS = ("caption", "text")
 
 
 @dataclass
@@ -56,11 +62,11 @@ def read(folder: str | Path, size: int, longest: int) -> Folder:
     for path in files:
         name = path.relative_to(folder).as_posix()
         try:
-            told = said.pop(name, None) or _beside(path)
+            told = said.pop(unicodedata.normalize("NFC", name), None) or _beside(path)
             lengths = [len(words(text)) for text in told]
             skipped += [f"{name}: a caption of {n} words, at most {longest} are read" for n in lengths if n > longest]
             if min(lengths) <= longest:
-                images.append(_pixels(path, size))
+                images.append(picture.read(path, size))
                 captions.append(tuple(text for text, n in zip(told, lengths) if n <= longest))
         except ValueError as error:
             skipped.append(f"{name}: {error}")
@@ -74,33 +80,78 @@ def read(folder: str | Path, size: int, longest: int) -> Folder:
 
 
 def _table(folder: Path) -> tuple[dict[str, list[str]], list[str]]:
-    """Captions by file from captions.csv or captions.jsonl, and the rows that say nothing."""
+    """Captions by file, which is named from the folder, from all tables in it, and the rows that cannot be used."""
     said: dict[str, list[str]] = {}
     skipped: list[str] = []
-    for path in (folder / name for name in TABLES):
-        if not path.is_file():
+    for path in sorted(path for path in folder.rglob("*") if path.name.lower() in TABLES and path.is_file()):
+        place = path.relative_to(folder)
+        try:
+            rows = list(_rows(path))
+        except ValueError as error:
+            if place.stem.lower() != "metadata":
+                raise
+            skipped.append(f"{place.as_posix()}: {error}")  # which may be about something else
             continue
-        for number, row in enumerate(_rows(path), start=1):
-            name, text = (str(row.get(key) or "").strip() for key in ("file", "caption"))
-            if name and words(text):
-                said.setdefault(name.removeprefix("./"), []).append(text)
+        for number, row in enumerate(rows, start=1):
+            file, texts = _of_row(row)
+            if file and texts and None not in row:
+                said.setdefault(_named(place.parent, file, folder), []).extend(texts)
             else:
-                skipped.append(f"{path.name}, row {number}: it needs file and caption")
+                reason = "more values than the header has names; put a caption with commas in quotes"
+                reason = reason if None in row else "it needs file and caption"
+                skipped.append(f"{place.as_posix()}, row {number}: {reason}")
     return said, skipped
+
+
+def _of_row(row: dict) -> tuple[str, list[str]]:
+    """The file that a row of a table names, "" where it names none, and the captions with words in it."""
+    values = {str(key).strip().lower(): value for key, value in row.items()}
+    file = next((str(values[key] or "").strip() for key in FILES if key in values), "")
+    said = [values[key] for key in CAPTIONS if key in values]
+    texts = [text for value in said for text in (value if isinstance(value, list) else [value])]
+    texts = [str(text).strip() for text in texts if isinstance(text, str | int | float)]
+    return file, [text for text in texts if words(text)]
+
+
+def _named(below: Path, file: str, folder: Path) -> str:
+    """A file that a table in ``below`` names, from the folder; a Windows path is one where no file has that name."""
+    if not (folder / below / file).is_file():
+        file = file.replace("\\", "/")
+    return unicodedata.normalize("NFC", posixpath.normpath(posixpath.join(below.as_posix(), file)))
 
 
 def _rows(path: Path) -> Iterator[dict]:
     """The rows of a table. Raises ValueError where it cannot be read."""
     try:
         text = path.read_text(encoding="utf-8-sig")
-        rows = list(csv.DictReader(io.StringIO(text, newline=""))) if path.suffix == ".csv" else None
+        rows = None if path.suffix.lower() == ".jsonl" else _rows_of_csv(path, text)
         if rows is None:
             rows = [json.loads(line) for line in text.splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError, csv.Error, json.JSONDecodeError) as error:
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"cannot read {path}: {error}") from error
     if not all(isinstance(row, dict) for row in rows):
         raise ValueError(f"cannot read {path}: every line must be an object with file and caption")
     yield from rows
+
+
+def _rows_of_csv(path: Path, text: str) -> list[dict]:
+    """The rows of comma-separated values. Raises ValueError where there are none, or the header names no file."""
+    table = csv.DictReader(io.StringIO(text, newline=""))
+    try:
+        rows = list(table)
+    except csv.Error as error:
+        longest = f"{csv.field_size_limit():,}"
+        raise ValueError(
+            f"cannot read {path}: near line {table.line_num} it is no comma-separated table, or has a field of more "
+            f"than {longest} characters; is a quote never closed?"
+        ) from error
+    header = [str(name).strip().lower() for name in table.fieldnames or ()]
+    if rows and not (set(header) & set(FILES) and set(header) & set(CAPTIONS)):
+        raise ValueError(
+            f"cannot read {path}: its header is {','.join(table.fieldnames or ())!r}; give it the columns file (or "
+            "file_name) and caption (or text), with a comma between"
+        )
+    return rows
 
 
 def _beside(path: Path) -> list[str]:
@@ -114,20 +165,3 @@ def _beside(path: Path) -> list[str]:
     if not found:
         raise ValueError("no caption")
     return found
-
-
-def _pixels(path: Path, size: int) -> torch.Tensor:
-    """(3, size, size) uint8, the middle square. Raises ValueError where it is no image."""
-    import numpy
-    from PIL import Image, ImageOps, UnidentifiedImageError
-
-    try:
-        with Image.open(path) as file:
-            whole = ImageOps.exif_transpose(file)
-            if whole.mode.startswith("I"):  # 16 bits of grey, which convert would clip at 255
-                whole = Image.fromarray((numpy.asarray(whole) // 257).astype(numpy.uint8))
-            square = ImageOps.fit(whole.convert("RGBA"), (size, size), Image.Resampling.LANCZOS)
-            shown = Image.alpha_composite(Image.new("RGBA", square.size, "white"), square).convert("RGB")
-            return torch.from_numpy(numpy.array(shown)).permute(2, 0, 1).contiguous()
-    except (OSError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-        raise ValueError(f"it cannot be read ({type(error).__name__})") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -29,26 +30,85 @@ class Model:
 
 
 @dataclass(frozen=True)
-class Placement:
-    """From the world of ``cameras.py`` to a file: file = scale * (world - origin). Neither turns anything.
+class Stand:
+    """How files of a format stand, so that other programs show them upright and in a size that makes sense.
 
     Args:
-        scale: metres a scene unit.
+        up: the axis that points up, "y" or "z"; the front then looks along +z or -y, as Blender's front view wants.
+        unit: what a file's 1 is, "m" or "mm".
+        height: of the asset, in units.
+
+    Raises:
+        ValueError: another axis, or a height that is no number above 0.
+    """
+
+    up: str
+    unit: str
+    height: float
+
+    def __post_init__(self):
+        if self.up not in ("y", "z"):
+            raise ValueError(f"up is {self.up!r}; give y or z")
+        if not (self.height > 0 and math.isfinite(self.height)):
+            raise ValueError(f"height is {self.height}; give a number above 0, in mm for STL and in metres otherwise")
+
+
+STANDS = {  # glTF's axes are part of its standard; a slicer takes an STL's numbers for mm, and lays z upwards
+    ".glb": Stand("y", "m", 1.0),
+    ".obj": Stand("y", "m", 1.0),
+    ".ply": Stand("z", "m", 1.0),
+    ".stl": Stand("z", "mm", 100.0),
+}
+
+
+def stand(suffix: str, up: str | None = None, height: float | None = None) -> Stand:
+    """How a file with this suffix stands.
+
+    Args:
+        up: "y" or "z"; None is the format's own.
+        height: in the format's unit; None is the format's own.
+
+    Raises:
+        ValueError: see ``Stand``; or a GLB with z up.
+    """
+    usual = STANDS[suffix]
+    if suffix == ".glb" and up not in (None, "y"):
+        raise ValueError(f"up is {up!r}, and a GLB has y up by its standard; leave it out, or write another format")
+    return replace(usual, up=usual.up if up is None else up, height=usual.height if height is None else height)
+
+
+@dataclass(frozen=True)
+class Placement:
+    """From the world of ``cameras.py`` (y up) to a file: file = turned(scale * (world - origin)).
+
+    Args:
+        scale: the file's units a scene unit.
         origin: (x, y, z) of the world that is (0, 0, 0) in the file.
+        up: "y" turns nothing; "z" turns (x, y, z) to (x, -z, y).
     """
 
     scale: float
     origin: tuple[float, float, float]
+    up: str = "y"
 
     @classmethod
-    def standing(cls, vertices: np.ndarray) -> Placement:
-        """Unit height, standing on y = 0, the middle of its box above the origin; for world vertices (V, 3)."""
+    def standing(cls, vertices: np.ndarray, stands: Stand = STANDS[".glb"]) -> Placement:
+        """On the ground, the middle of its box above the origin; for world vertices (V, 3)."""
         low, high = vertices.min(0), vertices.max(0)
         middle = (low + high) / 2
-        return cls(1 / float(high[1] - low[1]), (float(middle[0]), float(low[1]), float(middle[2])))
+        origin = float(middle[0]), float(low[1]), float(middle[2])
+        return cls(stands.height / float(high[1] - low[1]), origin, stands.up)
 
     def to_file(self, model: Model) -> Model:
-        return replace(model, vertices=self.scale * (model.vertices - np.array(self.origin)))
+        vertices = self.scale * (model.vertices - np.array(self.origin))
+        return replace(model, vertices=self._turned(vertices, 1), normals=self._turned(model.normals, 1))
 
     def to_world(self, model: Model) -> Model:
-        return replace(model, vertices=model.vertices / self.scale + np.array(self.origin))
+        vertices = self._turned(model.vertices, -1) / self.scale + np.array(self.origin)
+        return replace(model, vertices=vertices, normals=self._turned(model.normals, -1))
+
+    def _turned(self, rows: np.ndarray, sign: int) -> np.ndarray:
+        """(V, 3) rows a quarter turn about x, forth (1) or back (-1), where z is up."""
+        if self.up == "y":
+            return rows
+        return np.stack([rows[:, 0], -sign * rows[:, 2], sign * rows[:, 1]], -1)

@@ -1,9 +1,10 @@
 """A scene as an asset for other programs: surface, colours, files, and a check of each file against the scene.
 
-A file stands on y = 0, is one metre high, +y up and +z its front (glTF's axes, and the world's of ``cameras.py``); the
-report says how to undo it: world = file / scale + origin. After it is written, and before it has its final name, each
-file is read back, rendered (raster.py) and compared with the scene's own pictures, from views that had no part in
-choosing the surface:
+A file stands on the ground, in the size and with the axis up that programs expect of its format (``model.STANDS``). A
+GLB is one metre high, +y up and +z its front (glTF's axes, and the world's of ``cameras.py``). The report says how to
+undo it: world = file / scale + origin, where up is z after turning (x, y, z) to (x, z, -y). After it is written, and
+before it has its final name, each file is read back, rendered (raster.py) and compared with the scene's own pictures,
+from views that had no part in choosing the surface:
 
     IoU   of silhouettes, opacity cut at 1/2, mean over the views
     PSNR  of the pictures on white, mean over the views; and the same over the pixels only that either one covers
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from sds3d.export import formats, mesh, raster, texture
 from sds3d.export.mesh import Surface
-from sds3d.export.model import Model, Placement
+from sds3d.export.model import Model, Placement, Stand, stand
 from sds3d.export.source import Source, Tell, checking_views, silent
 
 IOU, PSNR = 0.97, 22.0  # a file below either is reported
@@ -60,6 +61,7 @@ class Export:
         surface, look: how it is made.
         card: what a GLB carries beside the report: prompt, method ...
         unlit: whether the colours hold light already.
+        up, height: how files stand; None is as their format wants it, see ``model.stand``.
         tell: called with what is being done, and how far it is.
 
     Attributes:
@@ -73,6 +75,8 @@ class Export:
     card: dict[str, Any] = field(default_factory=dict)
     unlit: bool = True
     tell: Tell = silent
+    up: str | None = None
+    height: float | None = None
     seconds: dict[str, float] = field(default_factory=dict, init=False)
     reports: dict[Path, dict[str, Any]] = field(default_factory=dict, init=False)
     _made: dict[Any, Any] = field(default_factory=dict, init=False)
@@ -88,11 +92,11 @@ class Export:
             return self._once("vertex colours", lambda: texture.with_vertex_colours(skin, self.source, self.tell))
         return self._once("texture", lambda: texture.with_texture(skin, self.source, self.look.texture, self.tell))
 
-    def report(self) -> dict[str, Any]:
-        """Of the surface: plain values, the same whenever it is made again."""
+    def report(self, stands: Stand) -> dict[str, Any]:
+        """Of the surface and its place in a file: plain values, the same whenever it is made again."""
         skin = self.skin()
         shape = formats.to_trimesh(Model(skin.vertices, skin.faces, mesh.normals(skin.vertices, skin.faces)))
-        place = Placement.standing(skin.vertices)
+        place = Placement.standing(skin.vertices, stands)
         return {
             "vertices": len(skin.vertices),
             "faces": len(skin.faces),
@@ -102,6 +106,8 @@ class Export:
             "level_iou": skin.level_iou,
             "scale": place.scale,
             "origin": list(place.origin),
+            "up": stands.up,
+            "unit": stands.unit,
         }
 
     def write(self, path: Path) -> dict[str, Any]:
@@ -114,9 +120,10 @@ class Export:
             ValueError: an empty scene, another suffix, or a place that cannot be written.
         """
         suffix = path.suffix.lower()
+        stands = stand(suffix, self.up, self.height)
         model = self.model("vertex" if suffix in (".ply", ".stl") else self.look.colours)
-        place = Placement.standing(self.skin().vertices)
-        report = self.report()
+        place = Placement.standing(self.skin().vertices, stands)
+        report = self.report(stands)
 
         def check(written: Path) -> dict[str, Any]:
             with self._timed("check"):
@@ -149,9 +156,10 @@ class Export:
         ]
 
     def whole(self) -> dict[str, Any]:
-        """The card, the report of the first file written, and what the check of each file found."""
+        """The card, the report of the first file written, and of each file its place and what its check found."""
         first = next(iter(self.reports.values()))
-        checks = {p.name: {k: r[k] for k in ("iou", "psnr", "psnr_covered")} for p, r in self.reports.items()}
+        own = ("iou", "psnr", "psnr_covered", "scale", "origin", "up", "unit")
+        checks = {p.name: {k: r[k] for k in own} for p, r in self.reports.items()}
         return {**self.card, "mesh": first, "files": checks}
 
     def _compare(self, model: Model, coloured: bool) -> dict[str, Any]:

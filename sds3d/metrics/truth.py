@@ -5,10 +5,14 @@ Per view, with masks S (ours) and T (true), coverage cut at 1/2:
     IoU  = |S and T| / |S or T|
     PSNR = -10 log10 mean over (S or T) and RGB of (ours - true)^2, both on one background; at most ``BEST_PSNR`` dB
 
-Between the surfaces, with points P on ours and Q on the true one, spread evenly by area (Knapitsch et al. 2017):
+Between the surfaces A (ours) and B (true), with points P on A and Q on B, even by area (Knapitsch et al. 2017):
 
-    Chamfer = (mean_P min_Q |p - q| + mean_Q min_P |q - p|) / 2, scene units
+    Chamfer = (mean_P d(p, B) + mean_Q d(q, A)) / 2, scene units
     F-score = harmonic mean of the shares of P and of Q that lie within ``REACH`` of the other surface
+
+where d is the distance to the surface itself, not to points on it: the floor, of a surface against itself, is
+below 1e-5, and F-score 1. (Until November 2026 d was the distance to the nearest of the other's 10,000 points,
+which had a floor: 0.012 for a cube of side 1.2 against itself, and about as much too large for close surfaces.)
 """
 
 from __future__ import annotations
@@ -31,6 +35,8 @@ VIEWS = 24
 REACH = 0.05  # scene units
 BEST_PSNR = 60.0  # dB; equal images have no finite PSNR
 POINTS = 10_000  # on each surface
+ANCHORS = 30_000  # points on a surface by which its triangles near to another point are found
+NEAR = 12  # anchors whose triangles are measured
 
 Render = Callable[[Cameras], tuple[Tensor, Tensor]]  # -> images (B, 3, H, W) and coverage (B, 1, H, W)
 
@@ -118,24 +124,73 @@ def masked_psnr(ours: Tensor, true: Tensor, coverage: Tensor) -> Tensor:
 def surface_distances(
     ours: trimesh.Trimesh, true: trimesh.Trimesh, points: int = POINTS, seed: int = 0
 ) -> tuple[float, float]:
-    """Symmetric Chamfer distance (scene units) and F-score at ``REACH`` (in [0, 1]), both floats."""
-    from scipy.spatial import cKDTree
+    """Symmetric Chamfer distance (scene units) and F-score at ``REACH`` (in [0, 1]), both floats.
 
+    Two meshes of 80,000 triangles take about 0.7 seconds of a core.
+    """
     rng = np.random.default_rng(seed)
     p, q = surface_points(ours, points, rng), surface_points(true, points, rng)
-    to_true, to_ours = cKDTree(q).query(p)[0], cKDTree(p).query(q)[0]
+    to_true, to_ours = distances_to(true, p, rng), distances_to(ours, q, rng)
     precision, recall = (to_true <= REACH).mean(), (to_ours <= REACH).mean()
     fscore = 2 * precision * recall / (precision + recall) if precision + recall > 0 else 0.0
     return float(to_true.mean() + to_ours.mean()) / 2, float(fscore)
 
 
+def distances_to(mesh: trimesh.Trimesh, points: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Distance (N,) of points (N, 3) to a surface: to the nearest of the triangles near them.
+
+    Candidates are the triangles of the ``NEAR`` nearest anchors, which are points on the surface and every triangle's
+    middle. The answer is never too small. It can be too large where none of them lies on the nearest triangle, by less
+    than the anchors' spacing.
+    """
+    from scipy.spatial import cKDTree
+
+    corners = np.asarray(mesh.vertices)[np.asarray(mesh.faces)]  # (F, 3, 3)
+    anchors, face = _points_on(corners, ANCHORS, rng)
+    tree = cKDTree(np.concatenate([anchors, corners.mean(1)]))
+    face = np.concatenate([face, np.arange(len(corners))])
+    near = face[tree.query(points, NEAR)[1].clip(max=len(face) - 1)]  # (N, NEAR)
+    apart = [distance_to_triangles(points, corners[near[:, i]]) for i in range(NEAR)]
+    return np.min(apart, axis=0)
+
+
+def distance_to_triangles(points: np.ndarray, corners: np.ndarray) -> np.ndarray:
+    """Distance (N,) of each point (N, 3) to its triangle (N, 3, 3), which may have no area."""
+    a, b, c = corners[:, 0], corners[:, 1], corners[:, 2]
+    normal = np.cross(b - a, c - a)
+    doubled = np.linalg.norm(normal, axis=1)
+    edges = [_distance_to_segment(points, *ends) for ends in ((a, b), (b, c), (c, a))]
+    to_edges = np.min(edges, axis=0)
+    # The foot of the perpendicular lies inside where it is on the inner side of all three edges.
+    inner = [((np.cross(v - u, points - u) * normal).sum(1) >= 0) for u, v in ((a, b), (b, c), (c, a))]
+    inside = np.all(inner, axis=0) & (doubled > 0)
+    to_plane = np.abs(((points - a) * normal).sum(1)) / np.where(doubled > 0, doubled, 1)
+    return np.where(inside, to_plane, to_edges)
+
+
+def _distance_to_segment(points: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """(N,) of points, ends and ends (N, 3)."""
+    along = b - a
+    squared = (along**2).sum(1)
+    share = ((points - a) * along).sum(1) / np.where(squared > 0, squared, 1)
+    return np.linalg.norm(points - a - share.clip(0, 1)[:, None] * along, axis=1)
+
+
 def surface_points(mesh: trimesh.Trimesh, points: int, rng: np.random.Generator) -> np.ndarray:
     """Points (points, 3) on a mesh, uniform by area.
+
+    Raises:
+        ValueError: it has no area.
+    """
+    return _points_on(np.asarray(mesh.vertices)[np.asarray(mesh.faces)], points, rng)[0]
+
+
+def _points_on(corners: np.ndarray, points: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Points (points, 3) on triangles (F, 3, 3), uniform by area, and the triangle of each (points,).
 
     Faces by their share, at even steps along the summed area (so that every part gets its due), and in a face a
     place in the unit square, folded onto the triangle.
     """
-    corners = np.asarray(mesh.vertices)[np.asarray(mesh.faces)]  # (F, 3, 3)
     edges = corners[:, 1:] - corners[:, :1]  # (F, 2, 3)
     area = np.linalg.norm(np.cross(edges[:, 0], edges[:, 1]), axis=1)
     if not area.sum() > 0 or not math.isfinite(area.sum()):
@@ -145,4 +200,4 @@ def surface_points(mesh: trimesh.Trimesh, points: int, rng: np.random.Generator)
     face = face.clip(max=len(area) - 1)
     u = rng.random((points, 2))
     u = np.where(u.sum(1, keepdims=True) > 1, 1 - u, u)
-    return corners[face, 0] + (u[:, :, None] * edges[face]).sum(1)
+    return corners[face, 0] + (u[:, :, None] * edges[face]).sum(1), face

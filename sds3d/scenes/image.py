@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn import Parameter
 
+from sds3d import picture
 from sds3d.students import Draw
 
 
@@ -88,16 +88,7 @@ class ImageStudent(nn.Module):
 
 def _read(path: Path, size: int) -> Tensor:
     """A picture as (1, 3, size, size) in [0, 1], its middle square."""
-    import numpy
-    from PIL import Image, UnidentifiedImageError
-
     try:
-        with Image.open(path.expanduser()) as file:
-            pixels = torch.from_numpy(numpy.array(file.convert("RGB"))).permute(2, 0, 1)[None] / 255
-    except (OSError, UnidentifiedImageError) as error:
+        return picture.read(path.expanduser(), size)[None] / 255
+    except ValueError as error:
         raise ValueError(f"image.start {path} is no picture that can be read: {error}") from error
-    height, width = pixels.shape[-2:]
-    side = min(height, width)
-    top, left = (height - side) // 2, (width - side) // 2
-    square = pixels[..., top : top + side, left : left + side]
-    return F.interpolate(square, (size, size), mode="area" if side > size else "bicubic").clamp(0, 1)

@@ -23,7 +23,7 @@ from sds3d.files import replacing
 from sds3d.networks.text import PROMPT_WORDS, TextEncoder
 from sds3d.networks.unet import UNet, UNetConfig
 from sds3d.noise import Prediction, Schedule
-from sds3d.prompts import unknown_words, words
+from sds3d.prompts import unknown_words, warn_of_weights, weighted, words
 from sds3d.teachers.base import VIEWS, decode_pixels, encode_pixels
 from sds3d.transfer import onto
 
@@ -91,11 +91,15 @@ class SmallTeacher:
             raise ValueError(f"the prompt has {length} words; the embedded teacher reads {PROMPT_WORDS}: shorten it")
         unknown = unknown_words(prompt, self.vocabulary)
         if unknown:
+            piece = weighted(prompt)
             raise ValueError(
-                f"the embedded teacher does not know {unknown}; it knows {len(self.vocabulary)} words (sds3d teacher "
+                f"the embedded teacher does not know {unknown}"
+                + (f" (it reads no weights, such as {piece!r})" if piece else "")
+                + f"; it knows {len(self.vocabulary)} words (sds3d teacher "
                 "words lists them). An open vocabulary needs a diffusers pipeline: give its folder or its id on the "
                 "hub with --teacher"
             )
+        warn_of_weights(prompt)
 
     def encode(self, images: Tensor) -> Tensor:
         return encode_pixels(images, self.image_size, self.shape[0])

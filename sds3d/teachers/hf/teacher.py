@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from sds3d.cameras import Cameras
 from sds3d.noise import Prediction, Schedule
+from sds3d.prompts import warn_of_weights
 from sds3d.teachers.base import decode_pixels, encode_pixels
 from sds3d.teachers.hf import generator
 from sds3d.teachers.hf.adapter import Adapter, save
@@ -50,13 +51,14 @@ class DiffusersTeacher:
         self._shift, self._scale = (value.to(self.device) for value in _latent_scale(family.vae))
 
     def check(self, prompt: str) -> None:
-        """Warn of what its text encoders cut from a prompt, and expect it to be asked for.
+        """Warn of what its text encoders cut from a prompt and of weights, and expect it to be asked for.
 
         Raises:
             ValueError: an empty prompt.
         """
         if not prompt.strip():
             raise ValueError('the prompt is empty: say what to make, for example "a DSLR photo of a corgi"')
+        warn_of_weights(prompt)
         for name, length in self.family.TOKENIZERS.items():
             tokenizer = self.family.pipe.components.get(name)
             if tokenizer is not None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sds3d.cameras import Cameras
 from sds3d.files import replacing
-from sds3d.prompts import VIEW_WORDS, view_blend
+from sds3d.prompts import VIEW_WORDS, named_view, view_blend
 from sds3d.transfer import onto
 
 Condition = dict[str, Tensor]  # by name, (N, ...) each
@@ -107,7 +107,7 @@ def _relatives(prompt: str) -> list[str]:
     """What will probably be asked for where this is: the prompt from all sides."""
     for view in VIEW_WORDS:
         prompt = prompt.removesuffix(f", {view}")
-    return [prompt] if any(view in prompt for view in VIEW_WORDS) else _with_views(prompt)
+    return [prompt] if named_view(prompt) else _with_views(prompt)
 
 
 def _blend(views: list[Tensor], shares: Tensor) -> Tensor:
