@@ -85,7 +85,7 @@ class Featured(Trainable, Protocol):
 
     def features(self, network: nn.Module, x_t: Tensor, t: Tensor, prompts: list[str]) -> list[Tensor]:
         """Maps (B, width, h, w) of what a network of the same form sees of x_t (B, C, h, w) at t (B,), with gradients,
-        lowest resolution last."""
+        lowest resolution last; in float32 or more, whatever precision the network computes in."""
         ...
 
 

@@ -1,0 +1,97 @@
+"""Half precision: what is trained learns as in float32, and an answer depends on nobody who asked before."""
+
+from pathlib import Path
+
+import pytest
+import tiny_pipelines
+import torch
+from safetensors.torch import load_file
+
+from sds3d import make
+from sds3d.teachers.base import HFConfig, TeacherConfig
+
+HALF = ("bfloat16", "float16")
+PROMPTS = {"digits": ["digit three", "digit seven"], "sd": ["a red mug", "a blue ball"]}
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Folders of tiny pipelines by name."""
+    return {name: tiny_pipelines.build(name, tmp_path_factory.mktemp(name)) for name in ("sd", "ddpm")}
+
+
+@pytest.fixture
+def fresh(folders, tmp_path):
+    """A teacher that has met no prompt: "digits", or a tiny pipeline, with an empty cache of its own."""
+
+    def load(name: str, dtype: str, cache: str = "kept"):
+        hf = HFConfig(cache=str(tmp_path / cache)) if name in folders else HFConfig()
+        return make.load_teacher(TeacherConfig(str(folders.get(name, name)), "words", dtype, hf=hf), "cpu")
+
+    return load
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_features_come_in_float32(dtype, fresh):
+    for name in ("digits", "sd"):
+        if (name, dtype) == ("digits", "float16"):
+            continue  # which is for pipelines
+        teacher = fresh(name, dtype)
+        x, t = torch.randn((2, *teacher.shape), generator=seeded()), torch.tensor([0.3, 0.8])
+        maps = teacher.features(teacher.network, x, t, PROMPTS[name])
+        assert {one.dtype for one in maps} == {torch.float32} and maps[-1].shape[1] == teacher.feature_width
+
+
+# prompts
+
+
+def questions(teacher, prompts: list[str]) -> dict:
+    """Every way to ask a teacher, by name; each gives one tensor."""
+    x, t = torch.randn((2, *teacher.shape), generator=seeded()), torch.tensor([0.3, 0.8])
+
+    def under(dtype: torch.dtype) -> torch.Tensor:
+        with torch.autocast("cpu", dtype):
+            return teacher.predict(x, t, prompts).output
+
+    def inference() -> torch.Tensor:
+        with torch.inference_mode():
+            return teacher.predict(x, t, prompts).output
+
+    return {
+        "predict": lambda: teacher.predict(x, t, prompts).output,
+        "answer": lambda: teacher.answer(teacher.network, x, t, prompts).output.detach(),
+        "features": lambda: teacher.features(teacher.network, x, t, prompts)[-1].detach(),
+        "predict in inference mode": inference,
+        "predict under bfloat16": lambda: under(torch.bfloat16),
+        "predict under float16": lambda: under(torch.float16),
+    }
+
+
+def numbers(path: Path) -> dict[str, bytes]:
+    """Every tensor's bytes in a file; those of the file's own head have no fixed order."""
+    return {name: value.view(torch.uint8).numpy().tobytes() for name, value in load_file(path).items()}
+
+
+@pytest.mark.parametrize(
+    "name, dtype", [("digits", "float32"), ("digits", "bfloat16"), *(("sd", d) for d in ("float32", *HALF))]
+)
+def test_an_answer_does_not_depend_on_what_was_asked_before(name, dtype, fresh, tmp_path):
+    """Each question first of all, then the others, of a teacher that has met no prompt; the disk's bytes too."""
+    answers, disks = {}, []
+    for first in questions(fresh(name, dtype), PROMPTS[name]):
+        teacher = fresh(name, dtype, f"cache of {first}")
+        asked = questions(teacher, PROMPTS[name])
+        for way in (first, *(other for other in asked if other != first)):
+            found = asked[way]()
+            assert torch.equal(found, answers.setdefault(way, found)), f"{way}, after {first} met the prompts"
+        kept = tmp_path / f"cache of {first}"
+        disks.append({path.name: numbers(path) for path in kept.iterdir()} if kept.exists() else {})
+        x = torch.zeros((2, *teacher.shape), requires_grad=True)  # and what was kept may be trained through
+        teacher.answer(teacher.network, x, torch.tensor([0.3, 0.8]), PROMPTS[name]).output.sum().backward()
+    assert all(disk == disks[0] for disk in disks) and bool(disks[0]) == (name == "sd")
+    for way in ("in inference mode", "under bfloat16", "under float16"):
+        assert torch.equal(answers[f"predict {way}"], answers["predict"])
