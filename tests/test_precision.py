@@ -8,6 +8,9 @@ import torch
 from safetensors.torch import load_file
 
 from sds3d import make
+from sds3d.adversary import Adversary
+from sds3d.critics import CriticConfig
+from sds3d.students import Draw
 from sds3d.teachers.base import HFConfig, TeacherConfig
 
 HALF = ("bfloat16", "float16")
@@ -35,6 +38,38 @@ def fresh(folders, tmp_path):
     return load
 
 
+def adversary(teacher, prompts: list[str]) -> Adversary:
+    """A discriminator of bright and dark images, at the README's rates."""
+
+    def real(count: int, generator: torch.Generator) -> tuple[torch.Tensor, list[str]]:
+        x = 0.3 * torch.randn((count, *teacher.shape), generator=generator) + 1
+        return x, [prompts[i % len(prompts)] for i in range(count)]
+
+    return Adversary(teacher, CriticConfig("copy", lr=1e-4), seeded(), real, 1e-2)
+
+
+def moves_of_the_head(teacher, prompts: list[str], fits: int = 15) -> torch.Tensor:
+    """How far every weight of the head has gone, (N,), after so many fits to the same draws."""
+    critic = adversary(teacher, prompts)
+    start = [p.detach().clone() for p in critic.head.parameters()]
+    for step in range(fits):
+        x = 0.3 * torch.randn((8, *teacher.shape), generator=seeded(step)) - 1
+        critic.fit(Draw(x, [prompts[0]] * 8, None, torch.arange(8), encoded=True), seeded(100 + step))
+    ends = critic.head.parameters()
+    return torch.cat([(end - first).abs().flatten() for first, end in zip(start, ends, strict=True)]).detach()
+
+
+# the discriminator
+
+
+@pytest.mark.parametrize("name, dtype", [("sd", "bfloat16"), ("sd", "float16"), ("digits", "bfloat16")])
+def test_a_discriminator_s_head_learns_as_in_float32(name, dtype, fresh):
+    exact, found = (moves_of_the_head(fresh(name, of), PROMPTS[name]) for of in ("float32", dtype))
+    assert found.dtype == torch.float32 and found.isfinite().all()
+    assert float((found > 0).float().mean()) > 0.99
+    assert float(found.mean()) == pytest.approx(float(exact.mean()), rel=0.2)
+
+
 @pytest.mark.parametrize("dtype", HALF)
 def test_features_come_in_float32(dtype, fresh):
     for name in ("digits", "sd"):
@@ -44,6 +79,14 @@ def test_features_come_in_float32(dtype, fresh):
         x, t = torch.randn((2, *teacher.shape), generator=seeded()), torch.tensor([0.3, 0.8])
         maps = teacher.features(teacher.network, x, t, PROMPTS[name])
         assert {one.dtype for one in maps} == {torch.float32} and maps[-1].shape[1] == teacher.feature_width
+
+
+def test_the_command_line_s_dmd2_runs_in_bfloat16(call_packaged):
+    code, _, err = call_packaged(
+        *"distill --teacher digits --method dmd2 teacher.dtype=bfloat16 steps=2 generator.batch=8".split(),
+        *"critic.steps=1 log.picture_every=0 device=cpu".split(),
+    )
+    assert code == 0, err
 
 
 # prompts
