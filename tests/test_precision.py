@@ -5,12 +5,20 @@ from pathlib import Path
 import pytest
 import tiny_pipelines
 import torch
+from conftest import settings as tiny_scene
 from safetensors.torch import load_file
 
-from sds3d import make
+from sds3d import launch, make
 from sds3d.adversary import Adversary
+from sds3d.config import DistillConfig, PaintConfig, load
 from sds3d.critics import CriticConfig
+from sds3d.data import digits
+from sds3d.distill import METHODS
+from sds3d.networks.text import TextEncoder
+from sds3d.networks.unet import UNet, UNetConfig
+from sds3d.prompts import VIEW_WORDS
 from sds3d.students import Draw
+from sds3d.teachers import small
 from sds3d.teachers.base import HFConfig, TeacherConfig
 
 HALF = ("bfloat16", "float16")
@@ -138,3 +146,80 @@ def test_an_answer_does_not_depend_on_what_was_asked_before(name, dtype, fresh, 
     assert all(disk == disks[0] for disk in disks) and bool(disks[0]) == (name == "sd")
     for way in ("in inference mode", "under bfloat16", "under float16"):
         assert torch.equal(answers[f"predict {way}"], answers["predict"])
+
+
+# going on
+
+
+FOR_GENERATORS = ("vsd", "diffinstruct", "dmd", "dmd2")
+RUNS = [
+    *(("scene", name) for name in METHODS if name == "vsd" or name not in FOR_GENERATORS),
+    ("words", "vsd"),  # whose critic is told the camera by a network of its own
+    *(("image", name) for name in ("sds", "vsd")),
+    *(("generator", name) for name in FOR_GENERATORS),
+]
+
+
+@pytest.fixture(scope="module")
+def tiny_teachers(tmp_path_factory) -> dict[str, Path]:
+    """Files of untrained teachers: of scenes and images, and of the digits."""
+    folder, made = tmp_path_factory.mktemp("teachers"), {}
+    told = ("a", "red", "ball", "ugly", *sorted({word for view in VIEW_WORDS for word in view.split()}))
+    numbers = digits.pictures().vocabulary()
+    for name, channels, cameras, words in (("scene", 3, True, told), ("generator", 1, False, numbers)):
+        sizes = UNetConfig((8, 8), (1,), 8, 8, heads=2, size=8, channels=channels, fold=1, cameras=cameras)
+        networks, made[name] = (UNet(sizes), TextEncoder(words, 8)), folder / f"{name}.safetensors"
+        for network in networks:
+            for weights in network.parameters():
+                weights.data = 0.3 * torch.randn(weights.shape, generator=seeded(len(made)))
+        small.save(made[name], *networks, words, [f"a handwritten {number}" for number in digits.NAMES])
+    return made
+
+
+def run_config(kind: str, method: str, teachers: dict[str, Path], **more):
+    """A run of four steps in bfloat16, of a second."""
+    told = {"method": method, "steps": 4, "device": "cpu", "teacher.dtype": "bfloat16", **more}
+    told["teacher.name"] = str(teachers["generator" if kind == "generator" else "scene"])
+    told |= {"log.picture_every": 0, "log.save_every": 100}
+    if kind == "generator":
+        told |= {"generator.batch": 8, "pairs.count": 8, "pairs.batch": 8, "pairs.steps": 1, "critic.steps": 1}
+        return load(None, told | {"real": "digits"} if method == "dmd2" else told, kind=DistillConfig)
+    if kind == "words":
+        told["teacher.views"] = "words"
+    if method in ("bridge", "nfsd"):
+        told["negative"] = "ugly"
+    if method == "vsd":
+        told["critic.rank"] = 2  # of a network whose layers are 8 wide
+    if kind == "image":
+        return load("a red ball", told | {"image.size": 8}, kind=PaintConfig)
+    return load("a red ball", tiny_scene() | told)
+
+
+def all_tensors(state, name: str = "") -> dict[str, torch.Tensor]:
+    """What a checkpoint holds, by its place there."""
+    if isinstance(state, torch.Tensor):
+        return {name: state}
+    parts = state.items() if isinstance(state, dict) else enumerate(state) if isinstance(state, list) else ()
+    return {key: value for part, one in parts for key, value in all_tensors(one, f"{name}/{part}").items()}
+
+
+@pytest.mark.parametrize(("kind", "method"), RUNS, ids=lambda value: value)
+def test_a_run_that_was_stopped_ends_bit_for_bit_as_one_that_was_not(kind, method, tiny_teachers, in_folder):
+    more = {}
+    if method == "dds":
+        source, steps = launch.start(run_config(kind, "sds", tiny_teachers))
+        list(steps)
+        more = {"source.run": str(source.path), "source.prompt": "a red ball", "negative": "ugly"}
+    config = run_config(kind, method, tiny_teachers, **more)
+    for _ in launch.prepare(config):
+        pass
+    whole, steps = launch.start(config)
+    assert len(list(steps)) == 4
+    stopped, steps = launch.start(config)
+    next(steps), next(steps)
+    steps.close()
+    stopped, steps = launch.resume(stopped.path)
+    assert [step.step for step in steps] == [3, 4]
+    ours, theirs = (all_tensors(made.run.load_checkpoint()) for made in (stopped, whole))
+    assert ours.keys() == theirs.keys() and len(ours) > 3
+    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
