@@ -5,7 +5,9 @@ from pathlib import Path
 import pytest
 import tiny_pipelines
 import torch
+from conftest import TEST_DTYPE
 from conftest import settings as tiny_scene
+from PIL import Image
 from safetensors.torch import load_file
 
 from sds3d import launch, make
@@ -65,6 +67,12 @@ def moves_of_the_head(teacher, prompts: list[str], fits: int = 15) -> torch.Tens
         critic.fit(Draw(x, [prompts[0]] * 8, None, torch.arange(8), encoded=True), seeded(100 + step))
     ends = critic.head.parameters()
     return torch.cat([(end - first).abs().flatten() for first, end in zip(start, ends, strict=True)]).detach()
+
+
+@pytest.mark.network
+def test_what_is_left_to_auto_is_the_same_on_every_machine(fresh):
+    assert TEST_DTYPE in ("float32", "bfloat16")
+    assert {fresh(name, "auto").dtype for name in ("digits", "sd")} == {getattr(torch, TEST_DTYPE)}
 
 
 # the discriminator
@@ -156,14 +164,18 @@ RUNS = [
     *(("scene", name) for name in METHODS if name == "vsd" or name not in FOR_GENERATORS),
     ("words", "vsd"),  # whose critic is told the camera by a network of its own
     *(("image", name) for name in ("sds", "vsd")),
-    *(("generator", name) for name in FOR_GENERATORS),
+    *((kind, name) for kind in ("generator", "pipeline") for name in FOR_GENERATORS),
 ]
 
 
 @pytest.fixture(scope="module")
-def tiny_teachers(tmp_path_factory) -> dict[str, Path]:
-    """Files of untrained teachers: of scenes and images, and of the digits."""
-    folder, made = tmp_path_factory.mktemp("teachers"), {}
+def tiny_teachers(folders, tmp_path_factory) -> dict[str, Path]:
+    """Untrained teachers, of scenes and images, of the digits, and a pipeline; and pictures of what it draws."""
+    folder, made = tmp_path_factory.mktemp("teachers"), {"pipeline": folders["sd"]}
+    made["pictures"] = folder / "pictures"
+    made["pictures"].mkdir()
+    Image.new("RGB", (20, 20), (200, 20, 30)).save(made["pictures"] / "one.png")
+    (made["pictures"] / "one.txt").write_text("a red mug")
     told = ("a", "red", "ball", "ugly", *sorted({word for view in VIEW_WORDS for word in view.split()}))
     numbers = digits.pictures().vocabulary()
     for name, channels, cameras, words in (("scene", 3, True, told), ("generator", 1, False, numbers)):
@@ -179,11 +191,15 @@ def tiny_teachers(tmp_path_factory) -> dict[str, Path]:
 def run_config(kind: str, method: str, teachers: dict[str, Path], **more):
     """A run of four steps in bfloat16, of a second."""
     told = {"method": method, "steps": 4, "device": "cpu", "teacher.dtype": "bfloat16", **more}
-    told["teacher.name"] = str(teachers["generator" if kind == "generator" else "scene"])
+    told["teacher.name"] = str(teachers[kind if kind in teachers else "scene"])
     told |= {"log.picture_every": 0, "log.save_every": 100}
-    if kind == "generator":
+    if kind in ("generator", "pipeline"):
         told |= {"generator.batch": 8, "pairs.count": 8, "pairs.batch": 8, "pairs.steps": 1, "critic.steps": 1}
-        return load(None, told | {"real": "digits"} if method == "dmd2" else told, kind=DistillConfig)
+        if kind == "pipeline":
+            told |= {"prompt": "a red mug", "teacher.hf.cache": "kept"}
+        if method == "dmd2":
+            told["real"] = "digits" if kind == "generator" else str(teachers["pictures"])
+        return load(None, told, kind=DistillConfig)
     if kind == "words":
         told["teacher.views"] = "words"
     if method in ("bridge", "nfsd"):
