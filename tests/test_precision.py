@@ -16,6 +16,7 @@ from sds3d.config import DistillConfig, PaintConfig, load
 from sds3d.critics import CriticConfig
 from sds3d.data import digits
 from sds3d.distill import METHODS
+from sds3d.distill.adversarial import Adversarial
 from sds3d.networks.text import TextEncoder
 from sds3d.networks.unet import UNet, UNetConfig
 from sds3d.prompts import VIEW_WORDS
@@ -84,6 +85,21 @@ def test_a_discriminator_s_head_learns_as_in_float32(name, dtype, fresh):
     assert found.dtype == torch.float32 and found.isfinite().all()
     assert float((found > 0).float().mean()) > 0.99
     assert float(found.mean()) == pytest.approx(float(exact.mean()), rel=0.2)
+
+
+@pytest.mark.parametrize("name, dtype", [("sd", "bfloat16"), ("sd", "float16"), ("digits", "bfloat16")])
+def test_a_generator_s_slope_from_a_verdict_is_that_of_float32(name, dtype, fresh):
+    """Through the whole network, where float16 could lose it: nothing below 6e-8, nothing above 65,504."""
+    slopes = []
+    for of in ("float32", dtype):
+        teacher = fresh(name, of)
+        x = torch.randn((4, *teacher.shape), generator=seeded(1)).requires_grad_()
+        draw = Draw(x, PROMPTS[name] * 2, None, torch.arange(4), encoded=True)
+        Adversarial(adversary(teacher, PROMPTS[name]), 3e-3)(draw, 0, seeded(2)).loss.backward()
+        slopes.append(x.grad.flatten())
+    exact, found = slopes
+    assert torch.cosine_similarity(exact, found, dim=0) > 0.99
+    assert float(found.norm() / exact.norm()) == pytest.approx(1, abs=0.05)
 
 
 @pytest.mark.parametrize("dtype", HALF)
