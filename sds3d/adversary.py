@@ -45,9 +45,10 @@ class Adversary(Learnt):
     ):
         self.real, self.weight = real, weight
         like = next(teacher.network.parameters())
+        dtype = torch.promote_types(like.dtype, torch.float32)  # small steps are lost on weights in half precision
         with torch.random.fork_rng(devices=[]):  # modules draw their first weights from the global stream
             torch.manual_seed(generator.initial_seed())
-            self.head = Verdict(teacher.feature_width).to(like.device, like.dtype)
+            self.head = Verdict(teacher.feature_width).to(like.device, dtype)
         super().__init__(teacher, config, generator, share)
 
     def parts(self) -> list[nn.Module]:

@@ -85,7 +85,7 @@ class Featured(Trainable, Protocol):
 
     def features(self, network: nn.Module, x_t: Tensor, t: Tensor, prompts: list[str]) -> list[Tensor]:
         """Maps (B, width, h, w) of what a network of the same form sees of x_t (B, C, h, w) at t (B,), with gradients,
-        lowest resolution last."""
+        lowest resolution last; in float32 or more, whatever precision the network computes in."""
         ...
 
 
@@ -160,7 +160,7 @@ class Learnt:
     Args:
         teacher: whose network it starts from.
         config: how.
-        generator: of the LoRA's initial values.
+        generator: of the initial values of what is new: a LoRA, the camera's network.
         share: of the batch, where several processes train.
     """
 
@@ -174,9 +174,11 @@ class Learnt:
         device = next(self.network.parameters()).device
         self.camera: nn.Module | None = None
         if teacher.views == "words" and teacher.extra_width:
-            self.camera = nn.Sequential(
-                nn.Linear(CAMERA_FEATURES, CAMERA_WIDTH), nn.SiLU(), nn.Linear(CAMERA_WIDTH, teacher.extra_width)
-            ).to(device)
+            with torch.random.fork_rng(devices=[]):  # modules draw their first weights from the global stream
+                torch.manual_seed(generator.initial_seed())
+                self.camera = nn.Sequential(
+                    nn.Linear(CAMERA_FEATURES, CAMERA_WIDTH), nn.SiLU(), nn.Linear(CAMERA_WIDTH, teacher.extra_width)
+                ).to(device)
             nn.init.zeros_(self.camera[-1].weight)
             nn.init.zeros_(self.camera[-1].bias)
         for part in self.parts():

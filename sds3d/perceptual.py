@@ -49,7 +49,7 @@ def _features(teacher: Featured, x: Tensor, y: Tensor) -> Tensor:
         wanted = look(y)
     total = _pixels(x, y)
     for ours, theirs in zip(look(x), wanted):
-        apart = F.normalize(ours.float(), dim=1) - F.normalize(theirs.float(), dim=1)
+        apart = F.normalize(ours, dim=1) - F.normalize(theirs, dim=1)
         total = total + apart.square().sum(1).flatten(1).mean(1)
     return total
 

@@ -11,6 +11,7 @@ from torch import Tensor
 import sds3d
 from sds3d.cameras import Cameras, orbit
 from sds3d.noise import Prediction, Schedule
+from sds3d.teachers import small
 from sds3d.teachers.base import decode_pixels, encode_pixels
 
 os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton: its kernels run on a CPU
@@ -23,6 +24,12 @@ TINY = (
     "render.samples=24 occupancy.resolution=8 export.mesh_resolution=24 export.texture=128 export.frames=4 "
     "export.size=32 log.save_every=4 log.picture_every=3 backend=torch"
 ).split()
+
+# What a teacher computes in on a CPU where a test leaves that to teacher.dtype=auto: the same on every machine. Tests
+# marked `network` also pass in bfloat16, which is the default where the processor has it (AMX); .ci/run runs them so.
+TEST_DTYPE = os.environ.get("SDS3D_TEST_DTYPE", "float32")
+if TEST_DTYPE not in ("float32", "bfloat16"):
+    raise pytest.UsageError(f"SDS3D_TEST_DTYPE is {TEST_DTYPE!r}; give float32 or bfloat16")
 
 SCHEDULES = {
     "cosine": Schedule.cosine(),
@@ -73,6 +80,16 @@ class BallTeacher:
     def check(self, prompt: str) -> None:
         if "ball" not in prompt:
             raise ValueError(f"unknown: {prompt!r} (nearest: ball)")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def auto_dtype():
+    """Let every teacher of a CPU that is loaded with dtype "auto" compute in TEST_DTYPE."""
+    machine, patch = small.fast_bf16, pytest.MonkeyPatch()
+    wanted = TEST_DTYPE == "bfloat16"
+    patch.setattr(small, "fast_bf16", lambda device: wanted if device.type == "cpu" else machine(device))
+    yield
+    patch.undo()
 
 
 @pytest.fixture

@@ -31,6 +31,7 @@ def teacher():
     return small.load(small.packaged("digits"), "words")
 
 
+@pytest.mark.network
 @pytest.mark.parametrize("method", FOR_GENERATORS)
 def test_every_method_for_generators_trains_one_that_loads(in_folder, method):
     made = sds3d.train_generator(method=method, **TINY)
@@ -49,6 +50,7 @@ def test_every_method_for_generators_trains_one_that_loads(in_folder, method):
         assert torch.allclose(weights, trained[name], atol=2e-3, rtol=1e-3), name  # float16 on disk
 
 
+@pytest.mark.network
 def test_an_interrupted_distillation_ends_bit_for_bit_as_an_uninterrupted_one(in_folder):
     whole = sds3d.train_generator(method="dmd2", **TINY)
     made, steps = launch.start(load(None, {**TINY, "method": "dmd2"}, kind=DistillConfig))
@@ -225,6 +227,7 @@ def test_true_toys_are_their_own_floor_and_blank_pictures_are_not():
 # the commands
 
 
+@pytest.mark.network
 def test_distill_sample_and_eval_as_a_user_types_them(call_packaged, in_folder, monkeypatch):
     monkeypatch.setattr(evaluation, "BEST", ("ddim", 2))
     call = call_packaged

@@ -235,6 +235,7 @@ def walls(in_folder, monkeypatch):
     return in_folder / "walls"
 
 
+@pytest.mark.network
 def test_a_folder_becomes_a_teacher_that_draws(call, walls, in_folder):
     quick = ("size=32", "steps=4", "batch=2", "save_every=9")
     code, out, err = call("teacher", "train", "walls/", *quick)
@@ -266,6 +267,7 @@ def test_a_folder_becomes_a_teacher_that_draws(call, walls, in_folder):
     assert code == 2 and "takes no camera" in err
 
 
+@pytest.mark.network
 def test_a_training_on_a_folder_resumes_bit_for_bit(call, walls, in_folder, monkeypatch):
     monkeypatch.setattr(fit, "save_grid", lambda teacher, prompts, path: None)
     quick = ("size=32", "steps=4", "batch=2", "save_every=9")

@@ -14,7 +14,7 @@ import diffusers
 import pytest
 import tiny_pipelines
 import torch
-from conftest import TINY
+from conftest import TEST_DTYPE, TINY
 from transformers import PreTrainedModel
 
 from sds3d import config, make
@@ -432,6 +432,7 @@ def test_view_words_in_the_middle_of_a_prompt_are_part_of_the_object(pipelines):
 # runs
 
 
+@pytest.mark.network
 @every_family
 @pytest.mark.parametrize("method", ["sds", "nfsd", "vsd"])
 def test_three_steps_of_a_scene(name, method, load):
@@ -440,7 +441,7 @@ def test_three_steps_of_a_scene(name, method, load):
     told = config.load(
         "a red mug", layer, {"critic.rank": 2, "critic.kind": "lora" if name in ("sd", "sd3") else "copy"}
     )
-    teacher = load(name)
+    teacher = load(name, dtype=TEST_DTYPE)
     before, critic, student = weights(teacher), make.critic(told, teacher), make.student(told, teacher)
     started = [p.clone() for group in make_optimiser(student, told.optim).param_groups for p in group["params"]]
     learnt = [p.clone() for p in critic.parameters()] if critic else []
@@ -467,6 +468,7 @@ def test_a_critic_of_a_teacher_in_half_precision_learns_in_float32(load):
         assert all(p.grad.isfinite().all() for p in critic.parameters() if p.grad is not None)
 
 
+@pytest.mark.network
 @pytest.mark.parametrize("views", ["camera", "words"])
 def test_generate_from_a_folder(views, pipelines, call_packaged, in_folder):
     code, out, err = call_packaged(
@@ -498,8 +500,9 @@ def test_text_encoders_are_loaded_once(background, pipelines, monkeypatch, tmp_p
     assert len(loads) == 1
 
 
+@pytest.mark.network
 def test_a_teacher_draws(load):
-    found = sample(load("sd3"), ["a red mug", "a blue ball"], guidance=3.0, steps=2)
+    found = sample(load("sd3", dtype=TEST_DTYPE), ["a red mug", "a blue ball"], guidance=3.0, steps=2)
     assert found.shape == (2, 3, 16, 16) and found.isfinite().all() and found.std() > 0
 
 

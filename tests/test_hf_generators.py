@@ -8,6 +8,7 @@ import diffusers
 import pytest
 import tiny_pipelines
 import torch
+from conftest import TEST_DTYPE
 from PIL import Image
 
 import sds3d
@@ -248,9 +249,10 @@ def test_one_pass_whatever_the_guidance_scale_is(told):
     assert torch.equal(default, high)
 
 
+@pytest.mark.network
 @pytest.mark.parametrize("kind", ["lora", "copy"])
 def test_the_teacher_stays_as_it_was_and_only_its_network_is_copied(kind, start, in_folder):
-    config, teacher, student = start("sd", **{"critic.kind": kind, "method": "vsd"})
+    config, teacher, student = start("sd", **{"critic.kind": kind, "method": "vsd", "teacher.dtype": TEST_DTYPE})
     before, critic = weights(teacher), make.critic(config, teacher)
     own = {id(p) for p in student.network.parameters()} | {id(p) for m in student.means for p in m.module.parameters()}
     assert not own & {id(p) for p in (*teacher.family.network.parameters(), *teacher.family.vae.parameters())}
@@ -264,9 +266,11 @@ def test_the_teacher_stays_as_it_was_and_only_its_network_is_copied(kind, start,
     assert any(moved) or kind == "lora"
 
 
+@pytest.mark.network
 def test_an_interrupted_run_ends_as_an_uninterrupted_one(told, in_folder):
-    whole = sds3d.train_generator(**told("sd", method="vsd"))
-    made, steps = launch.start(load(None, told("sd", method="vsd"), kind=DistillConfig))
+    settings = told("sd", method="vsd", **{"teacher.dtype": TEST_DTYPE})
+    whole = sds3d.train_generator(**settings)
+    made, steps = launch.start(load(None, settings, kind=DistillConfig))
     for step in steps:
         if step.step == 2:
             break

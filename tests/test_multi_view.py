@@ -143,6 +143,7 @@ def test_rings_stand_evenly_at_one_height():
         CameraRanges(ring=0)
 
 
+@pytest.mark.network
 @pytest.mark.parametrize("method", ["sds", "vsd"])
 def test_generate_in_rings_of_four(method, folder, call_packaged, in_folder):
     asked = ["generate", "a red mug", "--teacher", str(folder), "--method", method, "--json", *TINY]

@@ -315,6 +315,7 @@ class Layer:
         return config.load("a red mug", told)
 
 
+@pytest.mark.network
 def test_a_run_goes_on_with_its_adapter_and_leaves_it_to_diffusers(pipelines, tmp_path):
     """Six steps at once, and three, a stop and three more: the same checkpoint, bit for bit, of changes alone."""
     ends = []

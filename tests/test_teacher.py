@@ -241,6 +241,7 @@ def test_degraded_images_stay_images(quality):
     assert (spoilt - image).abs().mean() > 0.02
 
 
+@pytest.mark.network
 def test_training_learns_and_resumes_bit_for_bit(tmp_path, monkeypatch):
     small_net = UNetConfig(widths=(8, 8, 16, 16), blocks=(1, 1, 1), condition=16, heads=2)
     monkeypatch.setattr(sources.Toybox, "network", small_net)

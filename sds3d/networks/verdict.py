@@ -1,7 +1,11 @@
-"""A discriminator's last layers: features of a diffusion network in, one number an image out."""
+"""A discriminator's last layers: features of a diffusion network in, one number an image out.
+
+It computes in the precision of its own weights, float32 at least, whatever precision the features come in.
+"""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 
@@ -19,4 +23,6 @@ class Verdict(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """(B, width, h, w) -> (B,), above 0 for real."""
-        return self.last(self.look(features).mean((2, 3))).sum(1)  # of one number; FSDP wants no view
+        with torch.autocast(features.device.type, enabled=False):
+            maps = self.look(features.to(self.last.weight.dtype))
+            return self.last(maps.mean((2, 3))).sum(1)  # of one number; FSDP wants no view

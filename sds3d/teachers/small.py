@@ -157,19 +157,22 @@ class SmallTeacher:
         return Prediction(v, x_t, alpha, sigma, "v")
 
     def features(self, network: nn.Module, x_t: Tensor, t: Tensor, prompts: list[str]) -> list[Tensor]:
-        """The maps of the network's way down for x_t (B, C, S, S) at t (B,), highest first; differentiable."""
+        """See `sds3d.critics.Featured.features`: the maps of the network's way down."""
+        exact, text = self.unet.last.weight.dtype, self._embed(prompts)
         with torch.autocast(x_t.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
-            exact = self.unet.last.weight.dtype
-            return network.features(x_t.to(exact), t.to(exact), self._embed(prompts))
+            found = network.features(x_t.to(exact), t.to(exact), text)
+        return [maps.to(exact) for maps in found]
 
     @torch.inference_mode(False)  # what is kept here also goes through a critic, with gradients
     @torch.no_grad()
     def _embed(self, prompts: list[str]) -> tuple[Tensor, Tensor, Tensor]:
-        """Word vectors (B, L, D), mask (B, L), whole (B, D); every prompt is encoded once and kept."""
-        for prompt in dict.fromkeys(prompts):
-            if prompt not in self._embedded:
-                vectors, _, whole = self.text(onto(self.text.tokens([prompt]), self.device))
-                self._embedded[prompt] = (vectors[0], whole[0])
+        """Word vectors (B, L, D), mask (B, L), whole (B, D), in the encoder's own precision (float32), whatever the
+        teacher's; every prompt is encoded once and kept."""
+        with torch.autocast(self.device.type, enabled=False):  # what is kept depends on nobody who asked first
+            for prompt in dict.fromkeys(prompts):
+                if prompt not in self._embedded:
+                    vectors, _, whole = self.text(onto(self.text.tokens([prompt]), self.device))
+                    self._embedded[prompt] = (vectors[0], whole[0])
         vectors = [self._embedded[p][0] for p in prompts]
         padded = torch.nn.utils.rnn.pad_sequence(vectors, batch_first=True)
         lengths = onto(torch.tensor([len(v) for v in vectors]), self.device)

@@ -125,7 +125,7 @@ class DiffusersTeacher:
     ) -> Prediction:
         """See `sds3d.teachers.base.Teacher.predict`."""
         condition = self._condition(prompts, cameras, camera_mask)
-        with self._present():
+        with self._present(), torch.autocast(x_t.device.type, enabled=False):  # a caller's changes no answer
             return self._ask(self._judge, x_t, t, condition)
 
     def answer(
@@ -141,14 +141,16 @@ class DiffusersTeacher:
         """See `sds3d.critics.Trainable.answer`. In half precision the network's weights may be in float32; an adapter
         answers as ``predict`` does, without autocast."""
         assert extra is None, "it has no place for an extra condition"
+        condition = self._condition(prompts, cameras, camera_mask)
         with torch.autocast(x_t.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            return self._ask(network, x_t, t, self._condition(prompts, cameras, camera_mask))
+            return self._ask(network, x_t, t, condition)
 
     def features(self, network: nn.Module, x_t: Tensor, t: Tensor, prompts: list[str]) -> list[Tensor]:
         """See `sds3d.critics.Featured.features`."""
+        condition = self._condition(prompts, None, None)
         with torch.autocast(x_t.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            told = self.levels.told(t).float()
-            return self.family.features(network, x_t.to(self.dtype), told, self._condition(prompts, None, None))
+            found = self.family.features(network, x_t.to(self.dtype), self.levels.told(t).float(), condition)
+        return [maps.to(torch.promote_types(x_t.dtype, torch.float32)) for maps in found]
 
     def _ask(self, network: nn.Module, x_t: Tensor, t: Tensor, condition: Condition) -> Prediction:
         output = self.family.answer(network, x_t.to(self.dtype), self.levels.told(t).float(), condition)

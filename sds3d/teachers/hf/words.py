@@ -6,6 +6,7 @@ import hashlib
 import os
 import warnings
 from collections.abc import Callable, Sequence
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from sds3d.prompts import VIEW_WORDS, named_view, view_blend
 from sds3d.transfer import onto
 
 Condition = dict[str, Tensor]  # by name, (N, ...) each
+VERSION = 2  # of what is kept on disk; the first one's numbers depended on who asked first
 
 
 def cache_folder() -> Path:
@@ -26,8 +28,21 @@ def cache_folder() -> Path:
     return base / "sds3d" / "prompts"
 
 
+def _plain(method: Callable[..., Condition]) -> Callable[..., Condition]:
+    """Let a method compute without gradients, and as if its caller had neither autocast nor inference mode."""
+
+    @wraps(method)
+    def run(self: Words, *arguments: Any) -> Condition:
+        with torch.inference_mode(False), torch.no_grad():  # on the CPU, too: it may have the text encoders
+            with torch.autocast("cpu", enabled=False), torch.autocast(self.device.type, enabled=False):
+                return method(self, *arguments)
+
+    return run
+
+
 class Words:
-    """Embeds prompts.
+    """Embeds prompts, in the precision of the text encoders' own weights: under a caller's autocast or inference mode
+    as without.
 
     Args:
         embed: loads the text encoders, embeds N prompts and lets the encoders go.
@@ -49,7 +64,7 @@ class Words:
         """Say that a prompt will be asked for: it is embedded together with the first that is."""
         self._awaited.append(prompt)
 
-    @torch.no_grad()
+    @_plain
     def __call__(self, prompts: Sequence[str]) -> Condition:
         """The condition of B prompts, (B, ...) each."""
         missing = [p for p in dict.fromkeys(prompts) if p not in self._known]
@@ -61,7 +76,7 @@ class Words:
         found = [self._known[p] for p in prompts]
         return {name: torch.stack([one[name] for one in found]) for name in found[0]}
 
-    @torch.no_grad()
+    @_plain
     def seen(self, prompts: Sequence[str], cameras: Cameras, told: Tensor | None = None) -> Condition:
         """The condition of B prompts, each seen from its camera: the view words' embeddings, blended by its angles.
 
@@ -95,7 +110,8 @@ class Words:
         self._known[prompt] = {name: onto(value, self.device) for name, value in one.items()}
 
     def _path(self, prompt: str) -> Path:
-        return self.folder / f"{hashlib.sha256(f'{self.mark}: {prompt}'.encode()).hexdigest()[:40]}.safetensors"
+        name = hashlib.sha256(f"{VERSION} {self.mark}: {prompt}".encode()).hexdigest()[:40]
+        return self.folder / f"{name}.safetensors"
 
 
 def _with_views(prompt: str) -> list[str]:
