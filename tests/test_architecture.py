@@ -18,11 +18,12 @@ TESTS = sorted((ROOT / "tests").glob("*.py"))
 # its files may import.
 OWN_ROOMS = {"teachers.base", "teachers.drawing", "export.sheet", "export.chart"}
 SCORE = {"teachers.base", "samplers", "guidance", "prompts", "noise", "times", "ramp", "cameras", "students"}
-SCORE |= {"transfer", "shares", "teachers.drawing"}
+SCORE |= {"transfer", "shares", "teachers.drawing", "draws"}
 ARROWS = {
     "files": set(),
     "ramp": set(),
     "transfer": set(),
+    "draws": {"prompts", "transfer"},
     "shares": set(),
     "memory": set(),
     "cameras": {"transfer"},
@@ -37,9 +38,9 @@ ARROWS = {
     "ops": set(),
     "data": {"cameras", "files", "prompts"},
     "scenes": {"ops", "cameras", "prompts", "ramp", "students", "transfer"},
-    "generators": {"networks", "noise", "ramp", "shares", "students", "transfer"},
+    "generators": {"networks", "draws", "noise", "ramp", "shares", "students", "transfer"},
     "teachers.base": {"noise", "cameras"},
-    "teachers.drawing": {"teachers.base", "samplers", "guidance", "noise", "cameras", "transfer"},
+    "teachers.drawing": {"teachers.base", "draws", "samplers", "guidance", "noise", "cameras", "transfer"},
     "teachers": SCORE - {"students"} | {"networks", "data", "files", "export.sheet", "export.chart"},
     "pairs": SCORE | {"files"},
     "critics": SCORE | {"networks"},
