@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Protocol
@@ -26,7 +26,7 @@ from sds3d.data import digits, renders, toybox
 from sds3d.distill.core import scale_of
 from sds3d.export import sheet
 from sds3d.files import replacing
-from sds3d.generated import CARD, LoadedGenerator, a_few, find, load_generator, write_card
+from sds3d.generated import CARD, LoadedGenerator, a_few, find, load_generator, rows_of, write_card
 from sds3d.metrics import features
 from sds3d.metrics.inception import Inception
 from sds3d.metrics.judge import DigitJudge, ToyJudge
@@ -37,7 +37,6 @@ from sds3d.teachers.drawing import sample
 from sds3d.typed import plain
 
 FIGURES = ("fd_feat", "kid_feat", "class_accuracy", "precision", "recall", "copy_rate", "samples_per_second")
-CHUNK = 256
 BEST = ("heun", 18)  # the packaged teachers' best sampler and its steps
 Draw = Callable[[list[str], int], Tensor]  # prompts, seed -> images (B, 3, H, W) in [0, 1]
 
@@ -230,19 +229,13 @@ def summary(rows: list[dict[str, float]]) -> dict[str, Measured]:
 
 
 def by_teacher(teacher: Teacher, sampler: str, steps: int, guidance: float = 1.0) -> Draw:
-    """What draws with a teacher, CHUNK images at a time."""
-
-    def draw(prompts: list[str], seed: int) -> Tensor:
-        parts = [prompts[first : first + CHUNK] for first in range(0, len(prompts), CHUNK)]
-        seeds = [1000 * seed + i for i in range(len(parts))]
-        return torch.cat([sample(teacher, p, s, guidance, None, steps, sampler).cpu() for p, s in zip(parts, seeds)])
-
-    return draw
+    """What draws with a teacher."""
+    return lambda prompts, seed: sample(teacher, prompts, seed, guidance, None, steps, sampler).cpu()
 
 
 def by_generator(generator: LoadedGenerator) -> Draw:
     """What draws with a generator."""
-    return lambda prompts, seed: generator(prompts, seed, batch=CHUNK)
+    return generator
 
 
 def table(rows: dict[str, dict[str, Measured]]) -> str:
@@ -275,6 +268,7 @@ def judge_generator(
     seeds: int = 3,
     note: Callable[[str, int, dict[str, float]], None] = lambda who, seed, row: None,
     fid: bool = False,
+    dtype: str | None = None,
 ) -> Report:
     """Measure a generator of digits or toys and its teacher; writes eval.json, eval.png and the card beside it.
 
@@ -282,16 +276,18 @@ def judge_generator(
         path: its run folder.
         note: told who drew, the seed, and the figures, as each seed is done.
         fid: measure FID, too; see `sds3d.metrics.inception`.
+        dtype: what both compute in; None is the run's own teacher.dtype.
 
     Raises:
         ValueError: it draws neither digits nor toys, its teacher is gone or is another one now, or FID cannot be had.
     """
     file = find(path)
     assert file is not None, path
-    painter = load_generator(file)
-    real = real_for(painter.prompts, number, painter.image_size)
     config = of_run(file.parent / "config.yaml")
-    teacher = make.load_teacher(config.teacher)
+    settings = config.teacher if dtype is None else replace(config.teacher, dtype=dtype)
+    painter = load_generator(file, dtype=settings.dtype)
+    real = real_for(painter.prompts, number, painter.image_size)
+    teacher = make.load_teacher(settings)
     if make.identity(config, teacher) != painter.told["teacher"]:
         raise ValueError(
             f"{path} was distilled from {painter.told['teacher']}; this is {make.identity(config, teacher)}"
@@ -310,12 +306,14 @@ def judge_generator(
     rows = {who: summary(values) for who, values in found.items()}
     report = {**plain(rows["generator"]), "teacher": plain(rows["teacher"]), "images": number, "seeds": seeds}
     command = f"sds3d eval {path} -n {number} --seeds {seeds}" + " --fid" * fid
+    command += f" --dtype {dtype}" * (dtype is not None)
     report |= {"machine": doctor.machine(painter.device), "command": command}
+    report["dtype"] = str(painter.dtype).removeprefix("torch.")
     with replacing(file.parent / "eval.json") as part:
         part.write_text(json.dumps(report, indent=1), encoding="utf-8")
     told = a_few(painter.prompts)
-    shown = painter([prompt for prompt in told for _ in range(16)], seed=1)
-    grid = sheet.contact_sheet(list(shown.split(16)), file.parent / "eval.png", told, sheet.seen(shown))
+    shown = painter(told * 16, seed=1)
+    grid = sheet.contact_sheet(rows_of(shown, len(told)), file.parent / "eval.png", told, sheet.seen(shown))
     write_card(file.parent, config, painter.told["teacher"], table(rows))
     write_page(Run(file.parent))
     return Report(rows["generator"], rows, [str(file.parent / "eval.json"), str(grid), str(file.parent / CARD)])

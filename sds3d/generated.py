@@ -13,17 +13,17 @@ from torch import Tensor
 
 from sds3d import report
 from sds3d.config import DistillConfig, name_of, of_run
+from sds3d.draws import in_order
 from sds3d.export import sheet
 from sds3d.files import replacing
-from sds3d.generators.one_step import Generator, GeneratorConfig, begun_at, paint
+from sds3d.generators.one_step import Generator, GeneratorConfig, begun_at, images
 from sds3d.ramp import Ramp
 from sds3d.runs import Run
 from sds3d.teachers import small
-from sds3d.teachers.base import HFConfig, TeacherConfig
+from sds3d.teachers.base import DTYPES, HFConfig, TeacherConfig
 from sds3d.teachers.hf import generator as hf
 from sds3d.teachers.hf.teacher import DiffusersTeacher
 from sds3d.teachers.small import SmallTeacher
-from sds3d.transfer import onto
 from sds3d.typed import plain
 
 FILE = "generator.safetensors"
@@ -58,13 +58,12 @@ class Generated:
 
     def rows(self) -> tuple[list[str], list[Tensor]]:
         """A few prompts, and SHOWN images of each, (SHOWN, 3, H, W), always of the same noise."""
-        prompts, generator = a_few(self.student.prompts), torch.Generator().manual_seed(0)
-        images = self.student.images([p for p in prompts for _ in range(SHOWN)], generator)
-        return prompts, list(images.cpu().split(SHOWN))
+        prompts = a_few(self.student.prompts)
+        return prompts, rows_of(self.student.images(prompts * SHOWN, 0).cpu(), len(prompts))
 
     def picture(self) -> Tensor:
         """An image of each of a few prompts, for a progress picture."""
-        images = torch.stack([row[0] for row in self.rows()[1]])
+        images = self.student.images(a_few(self.student.prompts), 0).cpu()  # the first of each row
         return sheet.resize(images, sheet.seen(images))
 
     def finish(self) -> Iterator[Path]:
@@ -99,6 +98,8 @@ class Generated:
         student, teacher, network = self.student, self.student.teacher, self.student.means[0].module
         told = {"generator": json.dumps(asdict(self.config.generator)), "teacher": student.identity}
         told |= {"method": type(self.config.method).__name__, "steps": str(self.config.steps)}
+        numbers = teacher.levels.told(student.times) if isinstance(teacher, DiffusersTeacher) else student.times
+        told["times"] = json.dumps(numbers.tolist())
         if isinstance(teacher, DiffusersTeacher):
             told["prompts"] = json.dumps(student.prompts)
             hf.save(teacher, network.state_dict(), student.times, told, self.path / FOLDER)
@@ -112,6 +113,12 @@ def a_few(prompts: Sequence[str], most: int = 10) -> list[str]:
     """At most ``most`` of them, evenly taken."""
     count = min(most, len(prompts))
     return [prompts[i * len(prompts) // count] for i in range(count)]
+
+
+def rows_of(images: Tensor, count: int) -> list[Tensor]:
+    """A row (N, 3, H, W) for each of ``count`` prompts, of N images of the first, the second ... and so N times: then
+    an image's place, and its noise, depend on no N."""
+    return list(images.unflatten(0, (-1, count)).transpose(0, 1))
 
 
 def write_card(path: Path, config: DistillConfig, teacher: str, figures: str = "") -> Path:
@@ -148,7 +155,8 @@ def _in_diffusers(pipeline: Path) -> list[str]:
         return []
     return [
         "It is a diffusers pipeline, too, with a scheduler of its own; it wants to be called as it says here, "
-        "and on a GPU takes half the memory with dtype=torch.bfloat16.",
+        "and on a GPU takes half the memory with dtype=torch.bfloat16. Fewer steps are the first of its times, which "
+        "diffusers does not take by itself: use `sds3d sample --steps`, or steps= above.",
         "",
         "```python",
         "from diffusers import DiffusionPipeline",
@@ -168,6 +176,7 @@ class LoadedGenerator:
 
     Attributes:
         prompts: what it learnt to draw.
+        times: t (K,) of its K steps, as in training.
         told: what its file says: teacher, method, steps of training, settings.
     """
 
@@ -176,6 +185,7 @@ class LoadedGenerator:
         config = json.loads(told["generator"])
         self._config = GeneratorConfig(**{**config, "half_lives": tuple(config["half_lives"])})
         self.prompts = tuple(json.loads(told["prompts"]))
+        self.times, self._size = _times(teacher, self._config, told.get("times"))
         self.told = {key: told[key] for key in ("teacher", "method", "steps", "generator")}
 
     @property
@@ -197,14 +207,21 @@ class LoadedGenerator:
         """Raises ValueError where it does not know a word of the prompt."""
         self._teacher.check(prompt)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """What its network computes in."""
+        return self._teacher.dtype
+
     def __call__(self, prompts: Sequence[str], seed: int = 0, steps: int | None = None, batch: int = 0) -> Tensor:
         """Images (B, 3, H, W) in [0, 1], on the CPU.
 
         Args:
             prompts: B of them.
-            seed: of the noise; the same prompts and seed give the same images, whatever ``batch`` is.
-            steps: fewer than it was trained for are possible, not more.
-            batch: images at a time; 0 is 256 of 64 pixels a side, and as many fewer as they are larger.
+            seed: of the noise. Image i of a seed depends on its prompt alone: not on B, and not on ``batch``
+                (`sds3d.draws` says how).
+            steps: fewer than it was trained for are possible, not more: the first of its ``times``, as in training.
+            batch: how many images at least are made before they leave the device together; 0 is 256 of 64 pixels a
+                side, and as many fewer as they are larger.
 
         Raises:
             ValueError: an unknown word, or a number of steps that it was not trained for.
@@ -214,25 +231,37 @@ class LoadedGenerator:
         steps = self.steps if steps is None else steps
         if not 1 <= steps <= self.steps:
             raise ValueError(f"steps is {steps}; this generator paints in {self.steps} or fewer")
-        generator, told = torch.Generator().manual_seed(seed), list(prompts)
-        when, size = self._begun_at(steps)
-        batch = batch or max(1, 256 * 64**2 // max(self._teacher.image_size, 64) ** 2)
-        noise = torch.randn((steps, len(told), *self._teacher.shape), generator=generator)
-        found = []
-        with torch.inference_mode():
-            for first in range(0, len(told), batch):
-                part = [onto(fresh[first : first + batch], self._teacher.device) for fresh in noise]
-                x = paint(self._teacher, self._teacher.network, when, part, told[first : first + batch], size)
-                found.append(self._teacher.decode(x).cpu())
-        return torch.cat(found) if found else torch.zeros(0, 3, *[self._teacher.image_size] * 2)
-
-    def _begun_at(self, steps: int) -> tuple[Tensor, float]:
-        """The times of so many steps, and the size of the first noise."""
+        if batch < 0:
+            raise ValueError(f"batch is {batch}; give a number of images, or 0 for as many as usually fit")
+        batch = batch or max(1, 256 * 64**2 // max(self.image_size, 64) ** 2)
+        order, kept, found = [], [], [torch.zeros(0, 3, self.image_size, self.image_size)]
         teacher = self._teacher
-        if isinstance(teacher, DiffusersTeacher):  # as its pipeline has it
-            return hf.times(teacher.family, teacher.levels, teacher.family.pipe.scheduler, steps), 1.0
-        when, size = begun_at(teacher, self._config)
-        return when[:steps], size
+        for rows, piece in images(teacher, teacher.network, self.times[:steps], prompts, seed, self._size):
+            order += rows
+            kept.append(piece)
+            if sum(map(len, kept)) >= batch:
+                found.append(torch.cat(kept).cpu())
+                kept.clear()
+        return in_order(order, [*found, *(piece.cpu() for piece in kept)])
+
+
+def _times(teacher: SmallTeacher | DiffusersTeacher, config: GeneratorConfig, said: str | None) -> tuple[Tensor, float]:
+    """The times (K,) of a saved generator's K steps, as in training, and the size of its first noise.
+
+    Args:
+        said: JSON of the times: of a network's own, and of a pipeline's what its network is told. Older files do not
+            say them, and give for all steps the same again.
+    """
+    if said is None and isinstance(teacher, DiffusersTeacher):
+        return hf.times(teacher.family, teacher.levels, teacher.family.pipe.scheduler, config.steps), 1.0
+    if said is None:
+        return begun_at(teacher, config)
+    found = torch.tensor(json.loads(said), dtype=torch.float64)
+    if found.shape != (config.steps,) or not bool((found.diff() < 0).all()):
+        raise ValueError(f"the generator's times are {said}, not {config.steps} falling numbers; train it again")
+    if isinstance(teacher, DiffusersTeacher):
+        return hf.times_of(teacher.levels, found), 1.0
+    return found, float(teacher.schedule.alpha_sigma(found[:1])[1])
 
 
 def find(path: Path) -> Path | None:
@@ -259,24 +288,40 @@ def _how_to_get_one(path: Path) -> str:
     return f"let it finish: sds3d resume {path}{early}"
 
 
-def load_generator(path: str | Path, device: str = "auto") -> LoadedGenerator:
+def load_generator(path: str | Path, device: str = "auto", dtype: str = "auto") -> LoadedGenerator:
     """A trained generator, from its run folder, its generator.safetensors or pipeline, or a folder of runs: the newest.
 
+    Args:
+        dtype: what it computes in: "auto" (bfloat16 where that is fast), "float32", "bfloat16", or of a pipeline
+            "float16".
+
     Raises:
-        ValueError: there is none, it is damaged, or it is a teacher's file.
+        ValueError: there is none, it is damaged, it is a teacher's file, or the dtype is not for it.
+
+    Example::
+
+        gen = sds3d.load_generator("outputs/00001-digits-diffinstruct", dtype="float32")
+        images = gen(["a handwritten seven"] * 4, seed=0)  # (4, 3, 8, 8) in [0, 1]
     """
     from sds3d import make
     from sds3d.teachers.hf import loading
 
+    dtype = str(dtype).removeprefix("torch.")
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype is {dtype!r}; give {', '.join(DTYPES[:-1])} or {DTYPES[-1]}")
     file = find(Path(path))
     if file is None:
         raise ValueError(f"{path} holds no {FILE}; {_how_to_get_one(Path(path).expanduser())}")
     if file.is_dir():
         told = hf.read(file)
-        pipeline = loading.load(TeacherConfig(str(file), "words", hf=HFConfig(**told["hf"])), make.pick_device(device))
+        settings = TeacherConfig(str(file), "words", dtype, hf=HFConfig(**told["hf"]))
+        pipeline = loading.load(settings, make.pick_device(device))
         pipeline.words.sided = False
         return LoadedGenerator(pipeline, told)
-    network = small.load(file, "words", make.pick_device(device))
+    if dtype == "float16":
+        raise ValueError(f"dtype float16 is for diffusers pipelines, and {file} is none; give float32 or bfloat16")
+    wanted = None if dtype == "auto" else getattr(torch, dtype)
+    network = small.load(file, "words", make.pick_device(device), wanted)
     if "generator" not in network.told:
         raise ValueError(f"{file} is a teacher's, not a generator's; distil it: sds3d distill --teacher {file}")
     return LoadedGenerator(network, network.told)

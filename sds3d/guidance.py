@@ -16,6 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+RESCALED = ("x0", "output")
+
 
 @dataclass(frozen=True)
 class Guidance:
@@ -25,6 +27,8 @@ class Guidance:
         perp_neg: weight of the view words a camera does not see, by Perp-Neg; 0 leaves them out. For teachers that
             are told the view in words.
         rescale: share of CFG rescale, 0 to 1.
+        rescale_on: what that acts on: "x0", or "output", which is what the network predicts (eps, v or flow), as
+            diffusers' guidance_rescale does.
 
     Raises:
         ValueError: out of range.
@@ -32,12 +36,17 @@ class Guidance:
 
     perp_neg: float = 0.0
     rescale: float = 0.0
+    rescale_on: str = "x0"
 
     def __post_init__(self):
         if self.perp_neg < 0:
             raise ValueError(f"guidance.perp_neg is {self.perp_neg}; give a weight of at least 0")
         if not 0 <= self.rescale <= 1:
             raise ValueError(f"guidance.rescale is {self.rescale}; give a share from 0 to 1")
+        if self.rescale_on not in RESCALED:
+            raise ValueError(f"guidance.rescale_on is {self.rescale_on!r}; give {' or '.join(RESCALED)}")
+        if self.rescale_on != "x0" and not self.rescale:
+            raise ValueError(f"guidance.rescale_on={self.rescale_on} needs a share: give guidance.rescale, as in 0.7")
 
 
 def cfg(uncond: Tensor, cond: Tensor, scale: float) -> Tensor:
@@ -45,14 +54,14 @@ def cfg(uncond: Tensor, cond: Tensor, scale: float) -> Tensor:
     return uncond + scale * (cond - uncond)
 
 
-def rescaled(x0: Tensor, cond: Tensor, share: float) -> Tensor:
-    """CFG rescale (Lin et al., arXiv 2305.08891, eq. 15 and 16) on predictions of x0, (B, C, H, W) each.
+def rescaled(guided: Tensor, cond: Tensor, share: float) -> Tensor:
+    """CFG rescale (Lin et al., arXiv 2305.08891, eq. 15 and 16) on predictions of x0, eps or v, (B, C, H, W) each.
 
-    Gives the guided ``x0`` each sample's standard deviation under the prompt alone, and mixes ``share`` of that in.
+    Gives the guided one each sample's standard deviation under the prompt alone, and mixes ``share`` of that in.
     """
-    assert x0.shape == cond.shape, (x0.shape, cond.shape)
-    wanted, has = (x.flatten(1).std(1).view(-1, *[1] * (x0.dim() - 1)) for x in (cond, x0))
-    return x0 * (1 - share + share * wanted / has.clamp_min(1e-12))
+    assert guided.shape == cond.shape, (guided.shape, cond.shape)
+    wanted, has = (x.flatten(1).std(1).view(-1, *[1] * (guided.dim() - 1)) for x in (cond, guided))
+    return guided * (1 - share + share * wanted / has.clamp_min(1e-12))
 
 
 def perp_neg(uncond: Tensor, cond: Tensor, negatives: Tensor, weights: Tensor, scale: float) -> Tensor:

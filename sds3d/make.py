@@ -305,6 +305,7 @@ def pairs_folder(config: DistillConfig, teacher: Teacher) -> Path:
     if config.pairs.folder:
         return Path(config.pairs.folder).expanduser()
     told = (config.pairs.sampler, config.pairs.steps, scale_of(config.method.scale, 0), prompts(config, teacher))
+    told += (str(teacher.dtype),)
     mark = hashlib.sha256(repr(told).encode()).hexdigest()[:8]  # one folder for each that would differ
     return Path(config.out).expanduser() / "pairs" / f"{slug(identity(config, teacher))}-{mark}"
 

@@ -31,7 +31,15 @@ def _per_sample(value: Tensor, like: Tensor) -> Tensor:
 
 
 class Schedule(ABC):
-    """Noise levels over t in [0, 1]; make one with ``cosine``, ``linear``, ``table``, ``ve`` or ``flow``."""
+    """Noise levels over t in [0, 1]; make one with ``cosine``, ``linear``, ``table``, ``ve`` or ``flow``.
+
+    Attributes:
+        t_noisiest: t of the noisiest level that a network is trained on, where sampling begins.
+        t_clean: where steps of equal length in t arrive at sigma = 0. Below 0 in a table, whose first level is a little
+            noisy: nothing is evaluated there, the last prediction of x0 stands for it.
+    """
+
+    t_noisiest, t_clean = 1.0, 0.0
 
     @staticmethod
     def cosine() -> Schedule:
@@ -47,7 +55,7 @@ class Schedule(ABC):
     def table(alpha_bar: Tensor) -> Schedule:
         """That of a network trained on N levels with alpha_t^2 = alpha_bar (N,), falling, as diffusers' schedulers have
         it: t = index / N (so t = 0 is index 0, a little noisy). Between indices, log(sigma/alpha) is linear, and it
-        goes on straight to t = 1.
+        goes on straight to t = 1, a level more than the network knows.
 
         Raises:
             ValueError: alpha_bar does not fall, or leaves [0, 1).
@@ -167,6 +175,7 @@ class _Table(Schedule):
     def __init__(self, log_alpha_bar: Tensor):
         log_ratio = (torch.log(-torch.expm1(log_alpha_bar)) - log_alpha_bar) / 2
         self.count = len(log_ratio)
+        self.t_noisiest, self.t_clean = 1 - 1 / self.count, -1 / self.count
         log_ratio = torch.cat([log_ratio, 2 * log_ratio[-1:] - log_ratio[-2:-1]])  # (N + 1,)
         self._tables = {log_ratio.device: log_ratio}
 

@@ -1,7 +1,8 @@
 """Pairs of noise and what the teacher makes of it by a deterministic sampler: made once, kept on disk, resumable.
 
 DMD's regression learns from them (arXiv 2311.18828, section 3.3). A folder holds parts of at most PART pairs, each
-drawn from a seed of its own, so that an interrupted making goes on where it stopped, and a longer one adds to it.
+drawn by itself, so that an interrupted making goes on where it stopped, and a longer one adds to it: pair i is image i
+of SEED (`sds3d.draws`), whose prompt comes from its part's number.
 """
 
 from __future__ import annotations
@@ -14,14 +15,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from sds3d.draws import in_order
 from sds3d.files import replacing
 from sds3d.samplers import Sampler
 from sds3d.teachers.base import Teacher
-from sds3d.teachers.drawing import draw
+from sds3d.teachers.drawing import drawn
 from sds3d.transfer import onto
 
 PART = 500
 PARTS = "[0-9]*.safetensors"
+SEED = 0x9A125  # none that samples and evaluations begin with: a generator is not judged by the noise it learnt from
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,7 @@ def make(
         ValueError: the folder holds other pairs, or the disk says no; what was there stays.
     """
     told = {"teacher": identity, "sampler": config.sampler, "steps": config.steps, "guidance": guidance}
-    told |= {"prompts": list(prompts)}
+    told |= {"prompts": list(prompts), "dtype": str(teacher.dtype).removeprefix("torch.")}
     _claim(folder, told)
     for part in range(-(-config.count // PART)):
         path = _part(folder, part)
@@ -102,9 +105,14 @@ def _claim(folder: Path, told: dict) -> None:
         return
     there = _claimed(folder)
     for key, wanted in told.items():
-        if there.get(key) != wanted:
+        if key not in there:  # older pairs: any precision, and of a pipeline's levels with noise left in
             raise ValueError(
-                f"{folder} holds pairs made with {key}={there.get(key)}, not {wanted}; give another pairs.folder"
+                f"{path} is of an older version and does not say {key}; give another pairs.folder, or remove {folder} "
+                "and the pairs are made again"
+            )
+        if there[key] != wanted:
+            raise ValueError(
+                f"{folder} holds pairs made with {key}={there[key]}, not {wanted}; give another pairs.folder"
             )
 
 
@@ -133,18 +141,15 @@ def _make_part(
     guidance: float,
     device: torch.device,
 ) -> None:
-    """PART pairs, from a seed that is the part's number."""
+    """The PART pairs of a part."""
     from safetensors.torch import save
 
-    generator = torch.Generator().manual_seed(part)
-    chosen = torch.randint(len(prompts), (PART,), generator=generator)
-    noise = torch.randn((PART, *teacher.shape), generator=generator)
-    sampler, found = Sampler(config.sampler, config.steps), []
-    for index in range(0, PART, config.batch):
-        piece, told = noise[index : index + config.batch], chosen[index : index + config.batch].tolist()
-        found.append(draw(teacher, onto(piece, device), [prompts[i] for i in told], sampler, guidance).cpu())
+    chosen = torch.randint(len(prompts), (PART,), generator=torch.Generator().manual_seed(part))
+    told, sampler = [prompts[i] for i in chosen.tolist()], Sampler(config.sampler, config.steps)
+    rows, *made = zip(*drawn(teacher, told, SEED, sampler, guidance, first=part * PART, device=device))
+    noise, x = (in_order(sum(rows, []), pieces).cpu().float().contiguous() for pieces in made)
     with replacing(path) as file:
-        file.write_bytes(save({"noise": noise, "x": torch.cat(found).float().contiguous(), "prompt": chosen}))
+        file.write_bytes(save({"noise": noise, "x": x, "prompt": chosen}))
 
 
 def load(folder: Path, config: PairsConfig, device: torch.device | str = "cpu") -> Pairs:

@@ -134,9 +134,11 @@ class Query:
             eps = cfg(uncond.eps, cond.eps, scale)
         if not self.guidance.rescale:
             return eps
-        guided = Prediction(eps, x_t, cond.alpha, cond.sigma, "eps")
-        x0 = rescaled(guided.x0, cond.x0, self.guidance.rescale)
-        return Prediction(x0, x_t, cond.alpha, cond.sigma, "x0").eps
+        levels = cond.alpha, cond.sigma
+        guided = Prediction(eps, x_t, *levels, "eps", cond.rates)
+        kind = "x0" if self.guidance.rescale_on == "x0" else cond.kind
+        value = rescaled(getattr(guided, kind), getattr(cond, kind), self.guidance.rescale)
+        return Prediction(value, x_t, *levels, kind, cond.rates).eps
 
     def inverted(self, t: Tensor, steps: int, scale: float, eta: float = 0.0) -> Tensor:
         """x carried up to t (B,) by DDIM inversion with guidance ``scale``, (B, C, H, W).

@@ -3,6 +3,10 @@
 Each takes x_t along given times: ``ddpm`` adds noise on the way, the others follow the probability-flow ODE, which
 in y = x_t / alpha and r = sigma / alpha is ``dy/dr = eps(x_t, t)``, the same in every schedule (Karras et al., arXiv
 2206.00364, eq. 4). At t = 1 alpha may be 0 and r endless: x_t is pure noise there, and the first step treats it so.
+
+A `Sampler` begins at the noisiest level that the schedule's networks know and ends at sigma = 0 in any schedule: where
+the least level still has noise (a table's index 0, VE's sigma_min), the last step goes to the x0 predicted last, as
+diffusers' schedulers do with ``timestep_spacing="trailing"`` and ``final_sigmas_type="zero"``.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ from sds3d.noise import Prediction, Schedule, noised
 from sds3d.transfer import onto
 
 Predict = Callable[[Tensor, Tensor], Prediction]  # (x_t (B, C, H, W), t (B,)) -> Prediction
+Fresh = torch.Generator | Callable[[], Tensor]  # where fresh noise comes from: one stream, or each image's own
 Steps = Iterator[tuple[Tensor, Tensor, Tensor]]  # t (B,) reached, the x0 predicted on the way there, x_t there
 
 SAMPLERS = ("ddim", "ddpm", "heun", "dpm++")
@@ -47,7 +52,7 @@ class Sampler:
 
     @property
     def evaluations(self) -> int:
-        """How often it asks for a prediction in a schedule that ends without noise; heun asks once more in others."""
+        """How often it asks for a prediction."""
         return 2 * self.steps - 1 if self.name == "heun" else self.steps
 
     @staticmethod
@@ -55,47 +60,47 @@ class Sampler:
         """The sampler of that name that takes at most so many ``evaluations``."""
         return Sampler(name, (evaluations + 1) // 2 if name == "heun" else evaluations)
 
-    def __call__(
-        self, predict: Predict, noise: Tensor, schedule: Schedule, generator: torch.Generator | None = None
-    ) -> Steps:
-        """From noise (B, C, H, W) of standard deviation 1 to the least noise of the schedule.
+    def __call__(self, predict: Predict, noise: Tensor, schedule: Schedule, generator: Fresh | None = None) -> Steps:
+        """From noise (B, C, H, W) of standard deviation 1 to sigma = 0. It begins with as much as images of standard
+        deviation 1 have at the noisiest level.
 
         Args:
-            generator: of fresh noise, for "ddpm".
+            generator: of fresh noise, for "ddpm"; see ``ddim``.
         """
-        if self.name in ("ddim", "ddpm"):
-            _, sigma = schedule.alpha_sigma(torch.ones(1))
-            return ddim(predict, float(sigma) * noise, schedule, self.steps, float(self.name == "ddpm"), generator)
-        solve, times = (heun, edm_times) if self.name == "heun" else (dpm_solver, log_times)
-        found = times(schedule, self.steps)
-        _, sigma = schedule.alpha_sigma(found[:1])
-        return solve(predict, float(sigma) * noise, schedule, found)
+        times = {"heun": edm_times, "dpm++": log_times}.get(self.name, even_times)(schedule, self.steps)
+        x_t = float(torch.hypot(*schedule.alpha_sigma(times[:1]))) * noise
+        levels = _levels(schedule, times, noise, clean=True)
+        if self.name == "heun":
+            return _heun(predict, x_t, levels)
+        if self.name == "dpm++":
+            return _dpm_solver(predict, x_t, levels)
+        return _ddim(predict, x_t, levels, float(self.name == "ddpm"), generator)
 
 
 def edm_times(schedule: Schedule, steps: int, rho: float = 7.0) -> Tensor:
-    """Times (steps + 1,) float64, falling: r^(1/rho) falls evenly (Karras et al., arXiv 2206.00364, eq. 5).
-
-    r goes from R_MAX to R_MIN and then to 0; where the schedule does not reach as far, from and to its own ends.
-    """
+    """Times (steps,) float64 of a sampler's predictions, falling: r^(1/rho) falls evenly (Karras et al., arXiv
+    2206.00364, eq. 5), from R_MAX to R_MIN or as far as the schedule's levels reach. The last step goes to r = 0."""
     return _times(schedule, steps, lambda r: r ** (1 / rho), lambda y: y**rho)
 
 
 def log_times(schedule: Schedule, steps: int) -> Tensor:
-    """Times (steps + 1,) float64, falling: log r falls evenly (Lu et al., arXiv 2206.00927, section 3.3); its ends are
-    those of ``edm_times``."""
+    """As ``edm_times``, but log r falls evenly (Lu et al., arXiv 2206.00927, section 3.3)."""
     return _times(schedule, steps, torch.log, torch.exp)
+
+
+def even_times(schedule: Schedule, steps: int) -> Tensor:
+    """As ``edm_times``, but t falls evenly, and would arrive at sigma = 0 with the last step."""
+    ends = torch.tensor([schedule.t_noisiest, schedule.t_clean], dtype=torch.float64)
+    return torch.lerp(*ends, torch.arange(steps, dtype=torch.float64) / steps).clamp_min(0)
 
 
 def _times(schedule: Schedule, steps: int, scale: Callable, back: Callable) -> Tensor:
     """Times between the ends, even in scale(r)."""
-    alpha, sigma = schedule.alpha_sigma(torch.tensor([0.0, 1.0], dtype=torch.float64))
+    alpha, sigma = schedule.alpha_sigma(torch.tensor([0.0, schedule.t_noisiest], dtype=torch.float64))
     low, high = sigma / alpha.clamp_min(1e-12)
     ends = torch.stack([high.clamp_max(R_MAX), low.clamp_min(R_MIN)])
-    to_zero = bool(low == 0)  # the last step is to sigma = 0, where log r has no end
-    places = torch.arange(steps + (not to_zero), dtype=torch.float64) / max(steps - to_zero, 1)
-    ratios = back(torch.lerp(*scale(ends), places)).clamp(ends[1], ends[0])
-    times = schedule.t_of_ratio(ratios)
-    return torch.cat([times, times.new_zeros(1)]) if to_zero else times
+    places = torch.arange(steps, dtype=torch.float64) / max(steps - 1, 1)
+    return schedule.t_of_ratio(back(torch.lerp(*scale(ends), places)).clamp(ends[1], ends[0]))
 
 
 @dataclass(frozen=True)
@@ -108,13 +113,15 @@ class _Level:
     clean: bool
 
 
-def _levels(schedule: Schedule, times: Tensor, like: Tensor) -> list[_Level]:
-    """The levels at all times, where x_t (B, C, H, W) is."""
+def _levels(schedule: Schedule, times: Tensor, like: Tensor, clean: bool = False) -> list[_Level]:
+    """The levels at all times, where x_t (B, C, H, W) is; at the end sigma = 0, called t = 0, where it is ``clean``."""
     dtype = torch.promote_types(like.dtype, torch.float32)
-    alpha, sigma = schedule.alpha_sigma(times.double())
-    rows = onto(torch.stack([times.double(), alpha, sigma], -1).to(dtype), like.device)
-    clean = (sigma == 0).tolist()
-    return [_Level(*(value.expand(len(like)) for value in row), end) for row, end in zip(rows, clean)]
+    rows = torch.stack([times.double(), *schedule.alpha_sigma(times.double())], -1)
+    if clean:
+        rows = torch.cat([rows, rows.new_tensor([[0.0, 1.0, 0.0]])])
+    ends = (rows[:, 2] == 0).tolist()
+    rows = onto(rows.to(dtype), like.device)
+    return [_Level(*(value.expand(len(like)) for value in row), end) for row, end in zip(rows, ends)]
 
 
 def heun(predict: Predict, x_t: Tensor, schedule: Schedule, times: Tensor) -> Steps:
@@ -125,7 +132,11 @@ def heun(predict: Predict, x_t: Tensor, schedule: Schedule, times: Tensor) -> St
         x_t: (B, C, H, W) at times[0]: noise times sigma, where it is nearly pure noise.
         times: (S + 1,), falling.
     """
-    levels = _levels(schedule, times, x_t)
+    return _heun(predict, x_t, _levels(schedule, times, x_t))
+
+
+def _heun(predict: Predict, x_t: Tensor, levels: list[_Level]) -> Steps:
+    """``heun`` over these levels."""
     for at, to in zip(levels[:-1], levels[1:]):
         here = predict(x_t, at.t)
         if to.clean:
@@ -145,7 +156,11 @@ def dpm_solver(predict: Predict, x_t: Tensor, schedule: Schedule, times: Tensor)
     where primes are of the step before. The first step, and a step to sigma = 0, have D = x0: first order. Arguments
     as ``heun``'s.
     """
-    levels = _levels(schedule, times, x_t)
+    return _dpm_solver(predict, x_t, _levels(schedule, times, x_t))
+
+
+def _dpm_solver(predict: Predict, x_t: Tensor, levels: list[_Level]) -> Steps:
+    """``dpm_solver`` over these levels."""
     before, length = None, None
     for at, to in zip(levels[:-1], levels[1:]):
         x0 = predict(x_t, at.t).x0
@@ -166,7 +181,7 @@ def ddim(
     schedule: Schedule,
     steps: int,
     eta: float = 0.0,
-    generator: torch.Generator | None = None,
+    generator: Fresh | None = None,
     t_start: float | Tensor = 1.0,
     t_end: float | Tensor = 0.0,
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -179,7 +194,7 @@ def ddim(
     Args:
         predict: (x_t (B, C, H, W), t (B,)) -> Prediction.
         x_t: (B, C, H, W) at ``t_start``: noise times sigma, where alpha is 0 there.
-        generator: of the noise z, when eta > 0.
+        generator: of the noise z, when eta > 0; or what draws it, (B, C, H, W) at each call.
         t_start, t_end: one t for all, or (B,).
 
     Yields:
@@ -196,24 +211,32 @@ def ddim(
     start, end = (torch.as_tensor(v, dtype=dtype, device=x_t.device).expand(len(x_t)) for v in (t_start, t_end))
     if not x_t.is_cuda and not bool(((start >= 0) & (start <= 1) & (end >= 0) & (end <= 1)).all()):  # see transfer
         raise ValueError(f"t lies in [0, 1], got t_start {t_start} and t_end {t_end}")
-    for i in range(steps):
-        t, s = (torch.lerp(start, end, k / steps) for k in (i, i + 1))
-        prediction = predict(x_t, t)
+    times = (torch.lerp(start, end, k / steps) for k in range(steps + 1))
+    levels = [_Level(t, *schedule.alpha_sigma(t), False) for t in times]
+    yield from _ddim(predict, x_t, levels, eta, generator)
+
+
+def _ddim(predict: Predict, x_t: Tensor, levels: list[_Level], eta: float, generator: Fresh | None) -> Steps:
+    """``ddim`` over these levels."""
+    for at, to in zip(levels[:-1], levels[1:]):
+        prediction = predict(x_t, at.t)
         x0 = prediction.x0
-        alpha, sigma = schedule.alpha_sigma(t)
-        alpha_s, sigma_s = schedule.alpha_sigma(s)
         if eta == 0:
-            x_t = noised(x0, prediction.eps, alpha_s, sigma_s)
+            x_t = noised(x0, prediction.eps, to.alpha, to.sigma)
         else:
-            ratio = sigma_s * alpha / (alpha_s * sigma)
+            ratio = to.sigma * at.alpha / (to.alpha * at.sigma)
             ratio = torch.minimum(ratio, 1 / ratio)
-            fresh = eta * sigma_s * (1 - ratio**2).clamp_min(0).sqrt()  # h
-            kept = (sigma_s**2 - fresh**2).clamp_min(0).sqrt()
-            z = torch.randn(x_t.shape, generator=generator, dtype=dtype, device=_device(generator, x_t))
-            z = onto(z, x_t.device)
-            x_t = noised(noised(x0, prediction.eps, alpha_s, kept), z, torch.ones_like(fresh), fresh)
-        yield s, x0, x_t
+            fresh = eta * to.sigma * (1 - ratio**2).clamp_min(0).sqrt()  # h
+            kept = (to.sigma**2 - fresh**2).clamp_min(0).sqrt()
+            z = onto(_draw(generator, x_t).to(fresh.dtype), x_t.device)
+            x_t = noised(noised(x0, prediction.eps, to.alpha, kept), z, torch.ones_like(fresh), fresh)
+        yield to.t, x0, x_t
 
 
-def _device(generator: torch.Generator | None, like: Tensor) -> torch.device:
-    return like.device if generator is None else generator.device
+def _draw(fresh: Fresh | None, like: Tensor) -> Tensor:
+    """Normal noise of the shape of ``like``."""
+    if callable(fresh):
+        return fresh()
+    device = like.device if fresh is None else fresh.device
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    return torch.randn(like.shape, generator=fresh, dtype=dtype, device=device)

@@ -95,11 +95,11 @@ class TimeDraw:
         return schedule.t_of_ratio(levels).clamp(low, high).float()[member]
 
     def _bounds(self, step: int, schedule: Schedule) -> tuple[float, float]:
-        """t_min and t_max at a step, in the schedule's t."""
+        """t_min and t_max at a step, in the schedule's t, none noisier than what its networks know."""
         bounds = self.t_min(step), self.t_max(step)
-        if self.unit == "t":
-            return bounds
-        return tuple(schedule.t_of_ratio(torch.tensor(bounds, dtype=torch.float64)).tolist())
+        if self.unit == "ratio":
+            bounds = schedule.t_of_ratio(torch.tensor(bounds, dtype=torch.float64)).tolist()
+        return min(bounds[0], schedule.t_noisiest), min(bounds[1], schedule.t_noisiest)
 
 
 @cache

@@ -179,3 +179,27 @@ def test_rescaled_guidance_keeps_the_spread_of_the_prompt_s_own_answer(schedule)
     guided = (q.x_t - sigma * q.guided(5.0)) / alpha
     own = (q.x_t - sigma * q.eps("cond")[0]) / alpha
     assert torch.allclose(guided.flatten(1).std(1), own.flatten(1).std(1))
+
+
+@pytest.mark.parametrize("kind", ["eps", "v"])
+def test_rescaled_output_is_diffusers_guidance_rescale(kind):
+    """Which acts on what the network predicts: eps of most Stable Diffusions, v of some."""
+    from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
+
+    schedule, g = SCHEDULES["linear"], torch.Generator().manual_seed(0)
+    modes = Mixture(torch.ones(3), torch.randn((3, 2, 3, 3), generator=g), 0.4)
+    teacher = MixtureTeacher(modes, {"a mug": [1.0, 0.0, 0.0]}, schedule, kind)
+    x, noise = torch.randn((2, 4, 2, 3, 3), generator=g, dtype=torch.float64)
+    t = torch.tensor([0.1, 0.4, 0.7, 0.95], dtype=torch.float64)
+    found = {}
+    for on in ("x0", "output"):
+        guidance = Guidance(rescale=0.7, rescale_on=on)
+        goal = ScoreObjective(teacher, METHODS["sds"](), TimeDraw(0.1, 0.9), guidance=guidance)
+        q = goal.query(Draw(x, ["a mug"] * 4, None, torch.arange(4)), x, t, noise)
+        found[on] = q.guided(7.5)
+    cond, uncond = (getattr(teacher.predict(q.x_t, t, [prompt] * 4), kind) for prompt in ("a mug", ""))
+    theirs = rescale_noise_cfg(uncond + 7.5 * (cond - uncond), cond, guidance_rescale=0.7)
+    alpha, sigma = (value.view(4, 1, 1, 1) for value in (q.alpha, q.sigma))
+    theirs = theirs if kind == "eps" else alpha * theirs + sigma * q.x_t  # v's eps
+    assert torch.allclose(found["output"], theirs, atol=1e-10)
+    assert (found["output"] - found["x0"]).abs().max() > 0.01

@@ -18,12 +18,13 @@ TESTS = sorted((ROOT / "tests").glob("*.py"))
 # its files may import.
 OWN_ROOMS = {"teachers.base", "teachers.drawing", "export.sheet", "export.chart"}
 SCORE = {"teachers.base", "samplers", "guidance", "prompts", "noise", "times", "ramp", "cameras", "students"}
-SCORE |= {"transfer", "shares", "teachers.drawing"}
+SCORE |= {"transfer", "shares", "teachers.drawing", "draws"}
 ARROWS = {
     "files": set(),
     "picture": set(),
     "ramp": set(),
     "transfer": set(),
+    "draws": {"prompts", "transfer"},
     "shares": set(),
     "memory": set(),
     "cameras": {"transfer"},
@@ -38,9 +39,9 @@ ARROWS = {
     "ops": set(),
     "data": {"cameras", "files", "picture", "prompts"},
     "scenes": {"ops", "cameras", "picture", "prompts", "ramp", "students", "transfer"},
-    "generators": {"networks", "noise", "ramp", "shares", "students", "transfer"},
+    "generators": {"networks", "draws", "noise", "ramp", "shares", "students", "transfer"},
     "teachers.base": {"noise", "cameras"},
-    "teachers.drawing": {"teachers.base", "samplers", "guidance", "noise", "cameras", "transfer"},
+    "teachers.drawing": {"teachers.base", "draws", "samplers", "guidance", "noise", "cameras", "transfer"},
     "teachers": SCORE - {"students"} | {"networks", "data", "files", "export.sheet", "export.chart"},
     "pairs": SCORE | {"files"},
     "critics": SCORE | {"networks"},

@@ -396,6 +396,8 @@ def test_another_method_takes_none_of_the_settings_of_the_one_below(tmp_path):
         ({"method": "vsd", "critic.kind": "lara"}, "did you mean lora"),
         ({"noise": "old"}, "noise is 'old'; give fresh or fixed"),
         ({"guidance.rescale": 2}, "guidance.rescale is 2.*0 to 1"),
+        ({"guidance.rescale": 0.7, "guidance.rescale_on": "eps"}, "rescale_on is 'eps'; give x0 or output"),
+        ({"guidance.rescale_on": "output"}, "give guidance.rescale, as in 0.7"),
         ({"time.kind": "normal"}, "time.kind.*uniform, lognormal or dreamtime"),
         ({"weight": "sigma"}, "unknown weight 'sigma'"),
     ],

@@ -8,7 +8,7 @@ import torch
 
 import sds3d
 from sds3d import config as configs
-from sds3d import evaluation, launch, make
+from sds3d import evaluation, generated, launch, make
 from sds3d.config import DistillConfig, load, recipes_folder
 from sds3d.distill import METHODS
 from sds3d.teachers import small
@@ -104,21 +104,87 @@ def test_pairs_of_other_settings_have_folders_of_their_own(teacher):
         return make.pairs_folder(load(None, {"method": "dmd", **layer}, kind=DistillConfig), teacher)
 
     assert place() == place(seed=3)
-    others = [place(), place(prompt="four"), place(**{"method.scale": 2}), place(**{"pairs.steps": 9})]
-    assert len(set(others)) == 4
+    half = small.load(small.packaged("digits"), "words", dtype=torch.bfloat16)
+    layer = {"method": "dmd", "teacher.dtype": "bfloat16"}
+    other = make.pairs_folder(load(None, layer, kind=DistillConfig), half)
+    others = [place(), place(prompt="four"), place(**{"method.scale": 2}), place(**{"pairs.steps": 9}), other]
+    assert len(set(others)) == 5
+    assert other != place(
+        **{"teacher.dtype": "bfloat16"}
+    )  # what the teacher computes in counts, not what was asked for
+
+
+def test_pairs_of_one_precision_are_not_used_by_a_run_in_another(in_folder):
+    for dtype in ("float32", "bfloat16"):
+        sds3d.train_generator(method="dmd", **{**TINY, "teacher.dtype": dtype})
+    folders = sorted((in_folder / "outputs/pairs").iterdir())
+    told = [json.loads((folder / "pairs.json").read_text())["dtype"] for folder in folders]
+    assert sorted(told) == ["bfloat16", "float32"]
+    with pytest.raises(ValueError, match="holds pairs made with dtype="):
+        sds3d.train_generator(method="dmd", **{**TINY, "teacher.dtype": told[1], "pairs.folder": str(folders[0])})
 
 
 def test_images_do_not_depend_on_how_many_are_drawn_at_a_time(in_folder):
     sds3d.train_generator(**{**TINY, "generator.steps": 2})
     generator = sds3d.load_generator("outputs")
     prompts = ["a handwritten one", "a handwritten two"] * 3
-    assert torch.allclose(generator(prompts, seed=3, batch=2), generator(prompts, seed=3), atol=1e-5)
+    assert torch.equal(generator(prompts, seed=3, batch=2), generator(prompts, seed=3))
     assert not torch.allclose(generator(prompts, seed=3), generator(prompts, seed=4), atol=1e-2)
     assert not torch.allclose(generator(prompts, seed=3, steps=1), generator(prompts, seed=3), atol=1e-3)
     with pytest.raises(ValueError, match="steps is 3; this generator paints in 2 or fewer"):
         generator(prompts, steps=3)
     with pytest.raises(ValueError, match="does not know 'sevn'.*seven"):
         generator(["a handwritten sevn"])
+
+
+def test_fewer_steps_are_the_first_of_its_times(in_folder):
+    made = sds3d.train_generator(**{**TINY, "generator.steps": 4})
+    generator, teacher = sds3d.load_generator("outputs", dtype="float32"), make.load_teacher(made.config.teacher)
+    assert json.loads(generator._teacher.told["times"]) == made.student.times.tolist() == generator.times.tolist()
+    asked, answer = [], generator._teacher.answer
+
+    def note(network, x_t, t, prompts):
+        asked.append(float(t[0]))
+        return answer(network, x_t, t, prompts)
+
+    generator._teacher.answer = note
+    for steps in (1, 2, 3, 4):
+        asked.clear()
+        generator(["a handwritten two"], steps=steps)
+        assert asked == pytest.approx(made.student.times[:steps].tolist())
+    told = {key: value for key, value in generator._teacher.told.items() if key != "times"}
+    assert generated.LoadedGenerator(teacher, told).times.tolist() == generator.times.tolist()  # of an older file
+    for bad in ("[0.5]", "[0.1, 0.2, 0.3, 0.4]"):
+        with pytest.raises(ValueError, match="not 4 falling numbers; train it again"):
+            generated.LoadedGenerator(teacher, {**told, "times": bad})
+
+
+def test_a_generator_and_a_teacher_compute_in_the_dtype_they_are_told(call_packaged, in_folder, monkeypatch):
+    made = sds3d.train_generator(**{**TINY, "teacher.dtype": "float32"})
+    found = {dtype: sds3d.load_generator(made.path, dtype=dtype) for dtype in ("float32", "bfloat16")}
+    assert [generator.dtype for generator in found.values()] == [torch.float32, torch.bfloat16]
+    assert sds3d.load_generator(made.path, dtype=torch.bfloat16).dtype == torch.bfloat16
+    exact, half = (generator(["a handwritten two"] * 4, seed=1) for generator in found.values())
+    assert half.dtype == torch.float32 and 1e-4 < float((exact - half).abs().max()) < 0.3
+    run, two = str(made.path), ("--teacher", "digits", "a handwritten two", "--steps", "2")
+    for command in (("sample", run), ("teacher", "sample", *two)):
+        pictures = []
+        for dtype in ("float32", "bfloat16"):
+            code, _, err = call_packaged(*command, "-n", "2", "--dtype", dtype, "-o", f"{dtype}.png")
+            assert code == 0, err
+            pictures.append((in_folder / f"{dtype}.png").read_bytes())
+        assert pictures[0] != pictures[1]
+        code, _, err = call_packaged(*command, "--dtype", "float16")
+        assert code == 2 and "for diffusers pipelines" in err
+        code, _, err = call_packaged(*command, "--dtype", "half")
+        assert code == 2 and "dtype is 'half'; give auto, float32, bfloat16 or float16" in err
+    monkeypatch.setattr(evaluation, "BEST", ("ddim", 1))
+    for dtype in ((), ("--dtype", "bfloat16")):
+        code, _, err = call_packaged("eval", run, "-n", "600", "--seeds", "1", *dtype)
+        assert code == 0, err
+        stored = json.loads((made.path / "eval.json").read_text())
+        assert stored["dtype"] == (dtype[1] if dtype else "float32")  # what it was trained with
+        assert stored["command"].endswith(" ".join(dtype) or "--seeds 1")
 
 
 # settings

@@ -14,6 +14,7 @@ from PIL import Image
 import sds3d
 from sds3d import launch, make
 from sds3d.config import DistillConfig, load
+from sds3d.draws import ImageNoise
 from sds3d.generators.one_step import GeneratorConfig, begun_at, paint
 from sds3d.noise import Prediction
 from sds3d.teachers import small
@@ -101,10 +102,9 @@ def by_us(painter, name: str, seed: int) -> torch.Tensor:
 
     world = torch.Generator().manual_seed(seed + 1)
     noise = [torch.randn(shape, generator=stream)] + [more() for _ in range(count - 1)]
-    when, size = painter._begun_at(count)
     teacher = painter._teacher
     with torch.no_grad():
-        return teacher.decode(paint(teacher, teacher.network, when, noise, ["a red mug"], size))
+        return teacher.decode(paint(teacher, teacher.network, painter.times, noise, ["a red mug"], 1.0))
 
 
 def weights(teacher) -> dict[str, torch.Tensor]:
@@ -124,7 +124,7 @@ def test_before_the_first_step_the_saved_pipeline_paints_the_teacher_s_own_x0(na
     folder = made.save()
     z = torch.randn((1, *teacher.shape), generator=torch.Generator().manual_seed(3))
     x0 = teacher.predict(z, student.times.float(), ["a red mug"]).x0
-    theirs, ours = by_diffusers(folder, 3), student.images(["a red mug"], torch.Generator().manual_seed(3))
+    theirs, ours = by_diffusers(folder, 3), student.images(["a red mug"], 3)
     assert (theirs - teacher.decode(x0)).abs().max() < EXACT and (theirs - ours).abs().max() < EXACT
     scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
     assert scheduler["_class_name"] in ("LCMScheduler", "FlowMatchEulerDiscreteScheduler")
@@ -162,12 +162,12 @@ def test_another_beginning_is_a_shorter_list_of_levels(name, wanted, start):
 
 
 def same_picture(made, name: str) -> None:
-    """Diffusers and we paint the same from the same noise, and the seed is enough for that where there is one step."""
+    """Diffusers and we paint the same from the same noise, and the seed is enough for that where it gives all noise."""
     painter = sds3d.load_generator(made.path)
     theirs, ours = by_diffusers(made.path / "pipeline", 5), by_us(painter, name, 5)
     assert theirs.shape == ours.shape and float(theirs.std()) > 0.01
     assert (theirs - ours).abs().max() < EXACT
-    if painter.steps == 1:
+    if painter.steps == 1 or name not in ("sd3", "flux"):  # whose schedulers draw from the global stream
         assert (theirs - painter(["a red mug"], seed=5)).abs().max() < EXACT
 
 
@@ -201,22 +201,55 @@ def test_every_family_ends_in_a_pipeline_that_paints_as_we_do(name, steps, told)
     same_picture(made, name)
 
 
-def test_fewer_steps_are_the_pipeline_s_own(told):
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_fewer_steps_are_the_first_of_those_it_was_trained_with(steps, told):
+    """LCM's own choice of two of four steps is the first and the third, which training never put after the first."""
     made = sds3d.train_generator(**told("sd", steps=1, **{"generator.steps": 4, "generator.sigma_init": 10}))
-    painter = sds3d.load_generator(made.path)
-    one = by_diffusers(made.path / "pipeline", 5, '"a prompt", num_inference_steps=1')
-    assert (one - painter(["a red mug"], seed=5, steps=1)).abs().max() < EXACT
+    painter, card = sds3d.load_generator(made.path), made.path / "pipeline" / "generator.json"
+    numbers = json.loads(json.loads(card.read_text())["times"])
+    assert numbers == made.student.teacher.levels.told(made.student.times).tolist() and len(numbers) == 4
+    count = painter._teacher.levels.count  # of the levels that are left of 1,000
+    assert (count * painter.times).tolist() == pytest.approx(numbers)
+    first = [round(number) for number in numbers[:steps]]
+    theirs = by_diffusers(made.path / "pipeline", 5, '"a prompt"', timesteps=first)
+    assert (theirs - painter(["a red mug"], seed=5, steps=steps)).abs().max() < EXACT
+    own = by_diffusers(made.path / "pipeline", 5, f'"a prompt", num_inference_steps={steps}')
+    assert ((own - theirs).abs().max() < EXACT) == (steps != 2)
     with pytest.raises(ValueError, match="paints in 4 or fewer"):
         painter(["a red mug"], steps=5)
     with pytest.raises(ValueError, match="smaller than `num_inference_steps`: 8"):
         by_diffusers(made.path / "pipeline", 5, '"a prompt", num_inference_steps=8')
+    card.write_text(json.dumps({**json.loads(card.read_text()), "times": "[3.0, 2.0]"}))
+    with pytest.raises(ValueError, match=r"times are \[3.0, 2.0\], not 4 falling numbers; train it again"):
+        sds3d.load_generator(made.path)
+    card.write_text(json.dumps({key: value for key, value in json.loads(card.read_text()).items() if key != "times"}))
+    older = sds3d.load_generator(made.path)
+    assert torch.allclose(older.times, painter.times, atol=1e-12)
 
 
-def test_a_flow_of_several_steps_refuses_one(told):
-    """Its scheduler stretches them to end at a level, which one step cannot."""
+def test_a_flow_paints_in_the_first_of_its_steps(told):
+    """Its scheduler would stretch fewer steps to end at the last one's level, and cannot do so with one."""
     made = sds3d.train_generator(**told("sd3", steps=1, **{"generator.steps": 4}))
-    with pytest.raises(ValueError, match="cannot do with 1 step"), pytest.warns(RuntimeWarning):
-        sds3d.load_generator(made.path)(["a red mug"], steps=1)
+    painter = sds3d.load_generator(made.path)
+    assert torch.allclose(painter.times, made.student.times, atol=1e-6) and float(painter.times[0]) == 1
+    teacher = painter._teacher
+    for steps in (1, 2):
+        fresh = ImageNoise(5, [0], teacher.shape)
+        noise = [fresh() for _ in range(steps)]
+        with torch.no_grad():
+            x = paint(teacher, teacher.network, made.student.times[:steps], noise, ["a red mug"], 1.0)
+        assert torch.allclose(painter(["a red mug"], seed=5, steps=steps), teacher.decode(x), atol=EXACT)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_a_generator_from_a_pipeline_computes_in_the_given_dtype(dtype, told):
+    made = sds3d.train_generator(**told("sd", steps=1, **{"generator.steps": 2}))
+    painter = sds3d.load_generator(made.path, dtype=dtype)
+    assert painter.dtype == painter._teacher.network.conv_in.weight.dtype == getattr(torch, dtype)
+    prompts = ["a red mug", "a blue ball", "a red ball"]
+    images = painter(prompts, seed=1)
+    assert images.dtype == torch.float32 and bool(images.isfinite().all())
+    assert torch.equal(torch.cat([painter(prompts[:1], seed=1), painter(prompts[:2], seed=1)[1:]]), images[:2])
 
 
 def test_a_network_whose_last_level_is_pure_noise_begins_near_it(start):

@@ -9,7 +9,7 @@ import torch
 from conftest import SCHEDULES, every_schedule
 
 from sds3d.noise import Prediction, Schedule, noised
-from sds3d.samplers import SAMPLERS, Sampler, ddim, dpm_solver, edm_times, heun, log_times
+from sds3d.samplers import SAMPLERS, Sampler, ddim, dpm_solver, edm_times, even_times, heun, log_times
 from sds3d.teachers.mixture import Mixture, MixtureTeacher
 
 MEAN, STD = 0.7, 0.4
@@ -142,10 +142,87 @@ def test_every_sampler_reaches_the_data_from_pure_noise(schedule, name):
     assert kept == pytest.approx(0 if name == "ddpm" else 1, abs=0.04)  # 10,000 samples: four standard errors
 
 
+class Unit:
+    """Draws noise that is 1 in one sample and 0 in the others, in another sample each time: where every step is linear,
+    the samples become the coefficients of all noise that went in."""
+
+    def __init__(self, like: torch.Tensor):
+        self.drawn, self.like = 0, like
+
+    def __call__(self) -> torch.Tensor:
+        found = torch.zeros_like(self.like)
+        found[self.drawn] = 1
+        self.drawn += 1
+        return found
+
+
+def moments(name: str, steps: int, mean: float, std: float) -> tuple[float, float]:
+    """Mean and standard deviation, exact, of what a sampler makes of N(mean, std^2) on Stable Diffusion's levels."""
+    schedule, noise = Schedule.linear(), torch.zeros(steps + 2, 1, 1, 1, dtype=torch.float64)
+    teacher = MixtureTeacher(Mixture(torch.ones(1), torch.full((1, 1, 1, 1), mean), std), schedule=schedule, kind="eps")
+    fresh = Unit(noise)
+
+    def predict(x_t, t):
+        assert float(t.max()) <= 0.999  # the network knows 0 to 999 of 1,000
+        return teacher.predict(x_t, t, [""] * len(x_t))
+
+    begun = fresh()
+    *_, x = last(Sampler(name, steps)(predict, begun, schedule, fresh))
+    (offset,) = x[-1].flatten()  # a sample that got no noise
+    return float(offset), float((x[:-1] - offset).square().sum().sqrt())
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("steps", [1, 5, 30])
+def test_one_known_image_is_drawn_exactly_on_stable_diffusion_s_levels(name, steps):
+    """Index 0 has a noise of 0.029, which no image keeps."""
+    mean, std = moments(name, steps, MEAN, 0.0)
+    assert mean == pytest.approx(MEAN, abs=1e-6) and std < 1e-6
+
+
+@pytest.mark.parametrize(("name", "steps"), [("ddim", 500), ("ddpm", 500), ("heun", 100), ("dpm++", 200)])
+@pytest.mark.parametrize("std", [0.7, 1.0])
+def test_a_gaussian_keeps_its_spread_on_stable_diffusion_s_levels(name, steps, std):
+    """x0 at index 0 is narrower by 0.029^2 / 2 std^2 of itself. Of first-order samplers the limit of many steps."""
+    found = moments(name, steps, 0.0, std)[1]
+    if name in ("ddim", "ddpm"):
+        found = 2 * moments(name, 2 * steps, 0.0, std)[1] - found
+    assert found == pytest.approx(std, abs=1e-3)
+
+
+@pytest.mark.parametrize("name", ["ddim", "ddpm", "dpm++"])
+def test_a_whole_sampler_is_diffusers_own_on_stable_diffusion_s_levels(name):
+    """Their "trailing" steps begin at index 999 and end at sigma = 0."""
+    steps, schedule = 10, Schedule.linear()
+    network, predict = same_network(schedule)
+    noise = torch.randn(2, 3, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    times = log_times(schedule, steps) if name == "dpm++" else even_times(schedule, steps)
+    indices = (1000 * times).round()
+    if name == "dpm++":
+        theirs = diffusers.DPMSolverMultistepScheduler(
+            **SD, algorithm_type="dpmsolver++", solver_order=2, lower_order_final=False, use_lu_lambdas=True,
+            final_sigmas_type="zero",
+        )  # fmt: skip
+    else:
+        kind = diffusers.DDIMScheduler if name == "ddim" else diffusers.DDPMScheduler
+        theirs = kind(**SD, clip_sample=False, timestep_spacing="trailing")
+    theirs.set_timesteps(steps)
+    if name != "dpm++":
+        assert theirs.timesteps.tolist() == indices.tolist() == [*range(999, 0, -100)]
+    x_t = float(theirs.init_noise_sigma) * noise
+    generators = [torch.Generator().manual_seed(5) for _ in range(2)]
+    ours = Sampler(name, steps)(predict, noise, schedule, generators[0])
+    more = {"generator": generators[1]} if name == "ddpm" else {}
+    for index, (_, _, reached) in zip(theirs.timesteps, ours, strict=True):
+        x_t = theirs.step(network(x_t), index, x_t, **more).prev_sample
+        # alpha_bar is float32 there
+        assert torch.allclose(reached, x_t, atol=2e-3), float((reached - x_t).abs().max())
+
+
 @pytest.mark.parametrize("name", SAMPLERS)
 @pytest.mark.parametrize("steps", [1, 2, 7])
 def test_a_sampler_asks_as_often_as_it_says(name, steps):
-    for schedule, more in ((Schedule.cosine(), 0), (Schedule.flow(), 0), (Schedule.ve(), 1), (Schedule.linear(), 1)):
+    for schedule in (Schedule.cosine(), Schedule.flow(), Schedule.ve(), Schedule.linear()):
         asked = []
 
         def predict(x_t, t, schedule=schedule, asked=asked):
@@ -155,7 +232,7 @@ def test_a_sampler_asks_as_often_as_it_says(name, steps):
         sampler = Sampler(name, steps)
         found = list(sampler(predict, torch.zeros(1, 1, 1, 1, dtype=torch.float64), schedule, torch.Generator()))
         assert len(found) == steps
-        assert len(asked) == sampler.evaluations + more * (name == "heun"), (schedule, name)
+        assert len(asked) == sampler.evaluations, (schedule, name)
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
@@ -168,16 +245,19 @@ def test_a_sampler_within_a_budget_uses_it_and_no_more(name):
 
 
 @every_schedule
-@pytest.mark.parametrize("spacing", [edm_times, log_times])
-def test_times_fall_from_the_most_noise_to_the_least(schedule, spacing):
-    # sigma/alpha; Stable Diffusion's known 14.6146 is at index 999, and t = 1 is one index on
-    noisiest = {"_Cosine": 80, "_Flow": 80, "_VE": 50, "_Table": 14.7035}[type(schedule).__name__]
-    for steps in (1, 2, 18):
+@pytest.mark.parametrize("spacing", [edm_times, log_times, even_times])
+def test_times_fall_from_the_noisiest_level_that_networks_know(schedule, spacing):
+    """Of Stable Diffusion's 1,000 levels that is index 999, of the known sigma/alpha 14.6146."""
+    noisiest = {"_Cosine": 80, "_Flow": 80, "_VE": 50, "_Table": 14.6146}[type(schedule).__name__]
+    for steps in (1, 2, 18, 2000):
         times = spacing(schedule, steps)
-        assert len(times) == steps + 1 and bool((times.diff() < 0).all())
-        assert float(times[-1]) == pytest.approx(0, abs=1e-12)
+        assert len(times) == steps and bool((times.diff() <= 0).all())
+        assert float(times[-1]) >= 0 and float(times[0]) <= schedule.t_noisiest + 1e-12
         alpha, sigma = schedule.alpha_sigma(times)
-        assert float(sigma[0] / alpha[0]) == pytest.approx(noisiest, rel=1e-5)
+        if spacing is even_times:
+            assert float(times[0]) == schedule.t_noisiest
+        else:
+            assert float(sigma[0] / alpha[0]) == pytest.approx(noisiest, rel=1e-5)
 
 
 def test_edm_times_are_those_of_diffusers():
@@ -187,7 +267,8 @@ def test_edm_times_are_those_of_diffusers():
         theirs.set_timesteps(steps)
         for schedule in (Schedule.cosine(), Schedule.flow()):
             alpha, sigma = schedule.alpha_sigma(edm_times(schedule, steps))
-            assert torch.allclose((sigma / alpha).float(), theirs.sigmas, rtol=1e-5, atol=1e-9)
+            assert torch.allclose((sigma / alpha).float(), theirs.sigmas[:-1], rtol=1e-5, atol=1e-9)
+            assert float(theirs.sigmas[-1]) == 0  # where the last step goes in ours, too
 
 
 @pytest.mark.parametrize("eta", [0.5, 1.0])

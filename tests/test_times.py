@@ -70,6 +70,17 @@ def test_log_normal_levels_cut_off_at_the_range(schedule):
     assert math.log(low) - 1e-4 <= float(found[0]) and float(found[-1]) <= math.log(high) + 1e-4
 
 
+@pytest.mark.parametrize("unit", ["t", "ratio"])
+def test_no_t_is_noisier_than_the_levels_of_a_table(unit):
+    """Stable Diffusion's networks know the indices 0 to 999; t = 1 would be index 1,000."""
+    schedule = Schedule.linear()
+    for low in (0.9989, 1.0) if unit == "t" else (14.61, 14.7):
+        time = TimeDraw(low, 1.0 if unit == "t" else 14.7, unit=unit)
+        t = time.draw(0, torch.arange(500), seeded(), schedule)
+        assert 0.9989 <= float(t.min()) and float(t.max()) == pytest.approx(0.999, abs=1e-5)
+        assert float(t.max()) <= 0.999 + 6e-8  # float32
+
+
 @pytest.mark.parametrize("kind", ["uniform", "lognormal", "dreamtime"])
 def test_ranges_by_ratio_mean_the_same_in_every_schedule(kind):
     for schedule in SCHEDULES.values():

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 from typer import Argument, Option
 
-from sds3d.cli.shared import Json, Overrides, Quiet, RunOptions, begin, print_result
+from sds3d.cli.shared import DType, Json, Overrides, Quiet, RunOptions, begin, print_result
 from sds3d.options import spread
 
 
@@ -58,15 +58,24 @@ def distill(overrides: Overrides = None, options: DistillOptions = DistillOption
     begin(None, overrides, options, DistillConfig)
 
 
+@dataclass(frozen=True)
+class SampleOptions:
+    """The flags of sample."""
+
+    number: Annotated[int, Option("-n", "--number", min=1, max=4096, help="how many images of each prompt")] = 8
+    steps: Annotated[int | None, Option(help="of the generator: its first ones, or all it was trained for")] = None
+    seed: Annotated[int, Option(help="of the noise")] = 0
+    dtype: DType = "auto"
+    out: Annotated[Path, Option("--out", "-o", help="a .png or .jpg")] = Path("grid.png")
+    quiet: Quiet = False
+    json: Json = False
+
+
+@spread
 def sample(
     generator: Annotated[Path, Argument(metavar="RUN", help="a run folder of distill, or what is saved in it")],
     prompts: Annotated[list[str] | None, Argument(metavar="[PROMPT]...", help="what to draw; a few by default")] = None,
-    number: Annotated[int, Option("-n", "--number", min=1, max=4096, help="how many images of each prompt")] = 8,
-    steps: Annotated[int | None, Option(help="of the generator; all it was trained for by default")] = None,
-    seed: Annotated[int, Option(help="of the noise")] = 0,
-    out: Annotated[Path, Option("--out", "-o", help="a .png or .jpg")] = Path("grid.png"),
-    quiet: Quiet = False,
-    json: Json = False,
+    options: SampleOptions = SampleOptions(),
 ) -> None:
     """Draw images with a generator that distill trained, one row a prompt.
 
@@ -75,18 +84,18 @@ def sample(
       sds3d sample outputs/00001-digits-diffinstruct "a handwritten seven" "a handwritten two" -n 16 -o grid.png
     """
     from sds3d.export import sheet
-    from sds3d.generated import a_few, load_generator
+    from sds3d.generated import a_few, load_generator, rows_of
 
-    painter = load_generator(generator)
+    o, painter = options, load_generator(generator, dtype=options.dtype)
     wanted = prompts or a_few(painter.prompts)
     begun = time.perf_counter()
-    images = painter([prompt for prompt in wanted for _ in range(number)], seed, steps)
+    images = painter(list(wanted) * o.number, o.seed, o.steps)
     seconds = time.perf_counter() - begun
-    path = sheet.contact_sheet(list(images.split(number)), out, wanted, sheet.seen(images))
-    if not (quiet or json):
+    path = sheet.contact_sheet(rows_of(images, len(wanted)), o.out, wanted, sheet.seen(images))
+    if not (o.quiet or o.json):
         rate = len(images) / seconds
-        print(f"{len(images)} images in {steps or painter.steps} step(s), {rate:.0f} a second", file=sys.stderr)
-    print_result({"files": [str(path)], "images": len(images), "seconds": round(seconds, 4)}, [str(path)], json)
+        print(f"{len(images)} images in {o.steps or painter.steps} step(s), {rate:.0f} a second", file=sys.stderr)
+    print_result({"files": [str(path)], "images": len(images), "seconds": round(seconds, 4)}, [str(path)], o.json)
 
 
 def is_one(run: Path) -> bool:
@@ -96,7 +105,7 @@ def is_one(run: Path) -> bool:
     return find(run) is not None
 
 
-def evaluate(run: Path, number: int, seeds: int, fid: bool, quiet: bool, json: bool) -> None:
+def evaluate(run: Path, number: int, seeds: int, fid: bool, quiet: bool, json: bool, dtype: str | None = None) -> None:
     """Measure a generator and its teacher; print a table, write eval.json and eval.png beside the generator."""
     from sds3d import evaluation
     from sds3d.typed import plain
@@ -106,7 +115,7 @@ def evaluate(run: Path, number: int, seeds: int, fid: bool, quiet: bool, json: b
             figures = "  ".join(f"{key} {value:.3f}" for key, value in row.items())
             print(f"{who}, seed {seed + 1} of {seeds}: {figures}", file=sys.stderr, flush=True)
 
-    report = evaluation.judge_generator(run, number, seeds, note, fid)
+    report = evaluation.judge_generator(run, number, seeds, note, fid, dtype)
     if not (quiet or json):
         print(evaluation.table(report.rows), file=sys.stderr)
     print_result({**plain(report.figures), "files": report.files}, report.files, json)

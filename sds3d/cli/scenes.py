@@ -197,6 +197,9 @@ def evaluate(
     number: Annotated[int, Option("-n", "--number", help="images a seed, of a generator")] = 5000,
     seeds: Annotated[int, Option(min=1, help="how often to measure a generator")] = 3,
     fid: Annotated[bool, Option("--fid", help="FID of a generator, too (pip install sds3d\\[fid])")] = False,
+    dtype: Annotated[
+        str | None, Option(help="what a generator and its teacher compute in; the run's by default")
+    ] = None,
     quiet: Quiet = False,
     json: Json = False,
 ) -> None:
@@ -216,8 +219,10 @@ def evaluate(
 
     for run in list(runs):
         if generators.is_one(run):
-            generators.evaluate(run, number, seeds, fid, quiet, json)
+            generators.evaluate(run, number, seeds, fid, quiet, json, dtype)
             runs.remove(run)
+        elif dtype is not None:
+            raise ValueError(f"--dtype is for generators, and {run} is none")
     if not runs:
         return
     rows = []

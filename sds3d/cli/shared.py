@@ -36,6 +36,7 @@ TEACHERS = (
     "(its folder, or its id on the hub)"
 )
 Teacher = Annotated[str, Option(help=TEACHERS)]
+DType = Annotated[str, Option(help="what the network computes in: auto, float32, bfloat16, or of a pipeline float16")]
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 from typer import Argument, Option
 
-from sds3d.cli.shared import Overrides, Quiet, Teacher, interruption
+from sds3d.cli.shared import DType, Overrides, Quiet, Teacher, interruption
 from sds3d.options import spread
 
 app = typer.Typer(no_args_is_help=True, help="Look at, check or train the teacher (the 2D diffusion model).")
@@ -29,6 +29,7 @@ class SampleOptions:
     sampler: Annotated[str, Option(help="ddim, ddpm, heun (two evaluations a step) or dpm++")] = "ddim"
     steps: Annotated[int, Option(min=1, help="of the sampler")] = 30
     teacher: Teacher = "small"
+    dtype: DType = "auto"
 
 
 @app.command()
@@ -52,7 +53,7 @@ def sample(
     from sds3d.teachers.base import TeacherConfig
     from sds3d.teachers.drawing import sample as draw
 
-    o, judge = options, make.load_teacher(TeacherConfig(options.teacher))
+    o, judge = options, make.load_teacher(TeacherConfig(options.teacher, dtype=options.dtype))
     judge.check(prompt)
     if o.orbit and judge.views != "camera":
         raise ValueError(f"the teacher {o.teacher} takes no camera; leave --orbit out")

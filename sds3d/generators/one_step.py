@@ -13,7 +13,7 @@ network was trained on, as the pipeline's own latents begin; x_t is about as lar
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
+from sds3d.draws import ImageNoise, in_order, piece_size, pieces
 from sds3d.networks.ema import EMA
 from sds3d.noise import Prediction, Schedule, noised
 from sds3d.shares import Share
@@ -72,6 +73,7 @@ class Network(Protocol):
 
     schedule: Schedule
     shape: tuple[int, int, int]
+    image_size: int
     network: nn.Module
 
     def asked_at(self, times: Tensor) -> tuple[Tensor, float]:
@@ -140,6 +142,24 @@ def paint(
     return x
 
 
+@torch.no_grad()
+def images(
+    teacher: Network,
+    network: nn.Module,
+    t: Tensor,
+    prompts: Sequence[str],
+    seed: int,
+    size: float | None = None,
+) -> Iterator[tuple[list[int], Tensor]]:
+    """Which of the prompts (P of them), and the images (P, 3, H, W) in [0, 1] that ``network`` makes of a seed's noise
+    for them, a piece at a time; see `sds3d.draws`. Arguments as ``paint``'s."""
+    like = next(network.parameters())
+    for rows, count in pieces(prompts, piece_size(teacher.image_size, like.device)):
+        fresh = ImageNoise(seed, rows, teacher.shape, like.device, torch.promote_types(like.dtype, torch.float32))
+        x = paint(teacher, network, t, [fresh() for _ in t], [prompts[row] for row in rows], size)
+        yield rows[:count], teacher.decode(x)[:count]
+
+
 class Generator:
     """A `sds3d.students.Student` that draws images from noise.
 
@@ -193,15 +213,11 @@ class Generator:
         shape = (count, *self.teacher.shape)
         return [onto(self.share.randn(shape, generator, like.dtype), like.device) for _ in range(steps)]
 
-    @torch.no_grad()
-    def images(self, prompts: list[str], generator: torch.Generator) -> Tensor:
-        """Images (B, 3, H, W) in [0, 1] by the first running mean's weights."""
-        noise, found = self.noise(len(prompts), self.config.steps, generator), []
-        for first in range(0, len(prompts), self.config.batch):  # as many at a time as a step of training takes
-            rows = slice(first, first + self.config.batch)
-            x = self.paint(self.means[0].module, [fresh[rows] for fresh in noise], prompts[rows])
-            found.append(self.teacher.decode(x))
-        return torch.cat(found)
+    def images(self, prompts: Sequence[str], seed: int) -> Tensor:
+        """Images (B, 3, H, W) in [0, 1] of a seed by the first running mean's weights."""
+        made = images(self.teacher, self.means[0].module, self.times, prompts, seed, self.size)
+        rows, found = zip(*made)
+        return in_order(sum(rows, []), found)
 
     def regularisers(self) -> dict[str, Tensor]:
         """None."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -92,6 +93,7 @@ class Teacher(Protocol):
         shape: (C, h, w) of one x, the space it denoises in.
         views: how it is told where an image is seen from: "camera" (cameras are passed, no view words) or
             "words" (the prompts carry view words, cameras are not passed).
+        dtype: what its network computes in.
 
     A teacher may have ``together``, how many views of one scene it judges in one forward (4 of MVDream's kind): rows
     that come with cameras then are sets of so many neighbours, whose cameras stand evenly around the scene
@@ -103,6 +105,7 @@ class Teacher(Protocol):
     image_size: int
     shape: tuple[int, int, int]
     views: str
+    dtype: torch.dtype
 
     def encode(self, images: Tensor) -> Tensor:
         """images (B, 3, H, W) in [0, 1], any size -> x (B, C, h, w), the space it denoises in; differentiable."""

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from sds3d import cameras as cam
 from sds3d.cameras import Cameras
+from sds3d.draws import ImageNoise, in_order, piece_size, pieces
 from sds3d.guidance import cfg
 from sds3d.noise import Prediction
-from sds3d.samplers import Sampler
+from sds3d.samplers import Fresh, Sampler
 from sds3d.teachers.base import Teacher
 from sds3d.transfer import onto
 
@@ -45,7 +46,7 @@ def draw(
     sampler: Sampler = Sampler(),
     guidance: float = 1.0,
     cameras: Cameras | None = None,
-    generator: torch.Generator | None = None,
+    generator: Fresh | None = None,
 ) -> Tensor:
     """x (B, C, h, w) that the sampler makes of this noise for B prompts.
 
@@ -55,6 +56,38 @@ def draw(
     assert noise.shape == (len(prompts), *teacher.shape), (noise.shape, len(prompts), teacher.shape)
     *_, (_, _, x) = sampler(guided(teacher, prompts, guidance, cameras), noise, teacher.schedule, generator)
     return x
+
+
+def drawn(
+    teacher: Teacher,
+    prompts: Sequence[str],
+    seed: int,
+    sampler: Sampler,
+    guidance: float,
+    cameras: Cameras | None = None,
+    first: int = 0,
+    device: torch.device | str = "cpu",
+) -> Iterator[tuple[list[int], Tensor, Tensor]]:
+    """Which of the prompts (P of them), their noise and x, (P, C, h, w) each, a piece at a time, of images ``first``,
+    ``first`` + 1, ... of a seed, one a prompt; see `sds3d.draws`.
+
+    Args:
+        cameras: as many as prompts, or None.
+        device: where the teacher is.
+
+    Raises:
+        ValueError: cameras for a teacher that judges several views of a scene at once, and they are no whole sets.
+    """
+    device, views = torch.device(device), getattr(teacher, "together", 1) if cameras is not None else 1
+    if len(prompts) % views:
+        raise ValueError(f"this teacher sees {views} views of a scene at once and got {len(prompts)}; give a multiple")
+    cameras = cameras.to(device) if cameras is not None else None
+    alike = prompts if views == 1 else [""] * len(prompts)  # sets stay together
+    for rows, count in pieces(alike, piece_size(teacher.image_size, device, views)):
+        fresh = ImageNoise(seed, [first + row for row in rows], teacher.shape, device)
+        noise, seen = fresh(), cameras[torch.tensor(rows)] if cameras is not None else None
+        x = draw(teacher, noise, [prompts[row] for row in rows], sampler, guidance, seen, fresh)
+        yield rows[:count], noise[:count], x[:count]
 
 
 def sample(
@@ -69,13 +102,14 @@ def sample(
 ) -> Tensor:
     """Images the teacher draws, one a prompt, (B, 3, H, W) in [0, 1].
 
+    Image i of a seed depends on its prompt and camera alone, not on how many are drawn; see `sds3d.draws`.
+
     Args:
         cameras: B exact cameras, or None to leave the view to the prompts' words.
         sampler: one of `samplers.SAMPLERS`.
         device: where the teacher is; None asks it.
     """
     where = torch.device(device if device is not None else getattr(teacher, "device", "cpu"))
-    generator = torch.Generator().manual_seed(seed)
-    noise = torch.randn((len(prompts), *teacher.shape), generator=generator).to(where)
-    told = cameras.to(where) if cameras is not None else None
-    return teacher.decode(draw(teacher, noise, prompts, Sampler(sampler, steps), guidance, told, generator))
+    made = drawn(teacher, prompts, seed, Sampler(sampler, steps), guidance, cameras, device=where)
+    rows, images = zip(*((rows, teacher.decode(x)) for rows, _, x in made))
+    return in_order(sum(rows, []), images)

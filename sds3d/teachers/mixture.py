@@ -113,6 +113,8 @@ class MixtureTeacher:
         ValueError: classes whose weights do not fit the mixture.
     """
 
+    dtype = torch.float64
+
     def __init__(
         self,
         mixture: Mixture,

@@ -68,6 +68,12 @@ def times(family: Family, levels: Levels, asking: Any, steps: int) -> Tensor:
     return levels.schedule.t_of_ratio(sigma / (1 - sigma))
 
 
+def times_of(levels: Levels, numbers: Tensor) -> Tensor:
+    """The t (K,) float64 of the numbers (K,) that a network of these levels is told: CARD's "times"."""
+    found = numbers / levels.count
+    return levels.schedule.t_of_ratio(found / (1 - found)) if levels.flow else found
+
+
 def read(folder: Path) -> dict[str, Any]:
     """What CARD says in a generator's pipeline. Raises ValueError where it is damaged."""
     try:
