@@ -27,6 +27,7 @@ ARROWS = {
     "draws": {"prompts", "transfer"},
     "shares": set(),
     "memory": set(),
+    "threads": set(),
     "cameras": {"transfer"},
     "typed": {"ramp"},
     "noise": set(),
