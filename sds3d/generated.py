@@ -16,6 +16,7 @@ from sds3d.config import DistillConfig, name_of, of_run
 from sds3d.export import sheet
 from sds3d.files import replacing
 from sds3d.generators.one_step import Generator, GeneratorConfig, begun_at, paint
+from sds3d.modes import require_own_process, training
 from sds3d.ramp import Ramp
 from sds3d.runs import Run
 from sds3d.teachers import small
@@ -214,6 +215,7 @@ class LoadedGenerator:
         steps = self.steps if steps is None else steps
         if not 1 <= steps <= self.steps:
             raise ValueError(f"steps is {steps}; this generator paints in {self.steps} or fewer")
+        require_own_process()
         generator, told = torch.Generator().manual_seed(seed), list(prompts)
         when, size = self._begun_at(steps)
         batch = batch or max(1, 256 * 64**2 // max(self._teacher.image_size, 64) ** 2)
@@ -259,6 +261,7 @@ def _how_to_get_one(path: Path) -> str:
     return f"let it finish: sds3d resume {path}{early}"
 
 
+@training()
 def load_generator(path: str | Path, device: str = "auto") -> LoadedGenerator:
     """A trained generator, from its run folder, its generator.safetensors or pipeline, or a folder of runs: the newest.
 

@@ -16,6 +16,7 @@ from sds3d.asset import Asset
 from sds3d.config import Config, DistillConfig, PaintConfig, RunConfig
 from sds3d.critics import Learnt
 from sds3d.generated import Generated
+from sds3d.modes import training
 from sds3d.painting import Painting
 from sds3d.runs import Run
 from sds3d.scenes.edit import EditedScene
@@ -25,6 +26,7 @@ from sds3d.teachers.base import Teacher
 from sds3d.train import Step, make_optimiser, train
 
 
+@training()
 def check(config: RunConfig) -> None:
     """Refuse what could not run. Raises ValueError."""
     parts = _Parts(config)
@@ -32,6 +34,7 @@ def check(config: RunConfig) -> None:
     make_optimiser(parts.student, config.optim)
 
 
+@training()
 def start(config: RunConfig) -> tuple[Asset | Painting | Generated, Iterator[Step]]:
     """A new run: its folder, and the loop, not yet begun. The folder is made once everything else is in order.
 
@@ -51,6 +54,7 @@ def start(config: RunConfig) -> tuple[Asset | Painting | Generated, Iterator[Ste
         raise
 
 
+@training()
 def resume(
     path: str | Path, layer: Mapping[str, Any] | None = None
 ) -> tuple[Asset | Painting | Generated, Iterator[Step]]:
