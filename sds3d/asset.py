@@ -96,8 +96,8 @@ class Asset:
 
     def views(self, cameras: Cameras, resolution: int | None = None) -> Tensor:
         """Images (B, 3, H, W) in [0, 1], no gradient; H = W = the training resolution by default."""
-        require_own_process()
-        return self.scene.render_view(cameras, resolution).rgb
+        with training():
+            return self.scene.render_view(cameras, resolution).rgb
 
     def render(
         self,

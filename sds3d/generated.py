@@ -16,7 +16,7 @@ from sds3d.config import DistillConfig, name_of, of_run
 from sds3d.export import sheet
 from sds3d.files import replacing
 from sds3d.generators.one_step import Generator, GeneratorConfig, begun_at, paint
-from sds3d.modes import require_own_process, training
+from sds3d.modes import training
 from sds3d.ramp import Ramp
 from sds3d.runs import Run
 from sds3d.teachers import small
@@ -215,13 +215,12 @@ class LoadedGenerator:
         steps = self.steps if steps is None else steps
         if not 1 <= steps <= self.steps:
             raise ValueError(f"steps is {steps}; this generator paints in {self.steps} or fewer")
-        require_own_process()
         generator, told = torch.Generator().manual_seed(seed), list(prompts)
         when, size = self._begun_at(steps)
         batch = batch or max(1, 256 * 64**2 // max(self._teacher.image_size, 64) ** 2)
         noise = torch.randn((steps, len(told), *self._teacher.shape), generator=generator)
         found = []
-        with torch.inference_mode():
+        with training(), torch.inference_mode():
             for first in range(0, len(told), batch):
                 part = [onto(fresh[first : first + batch], self._teacher.device) for fresh in noise]
                 x = paint(self._teacher, self._teacher.network, when, part, told[first : first + batch], size)

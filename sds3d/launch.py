@@ -58,7 +58,8 @@ def start(config: RunConfig) -> tuple[Asset | Painting | Generated, Iterator[Ste
 def resume(
     path: str | Path, layer: Mapping[str, Any] | None = None
 ) -> tuple[Asset | Painting | Generated, Iterator[Step]]:
-    """A run, and the loop from its checkpoint on.
+    """A run, and the loop from its checkpoint on. One that was made on a GPU goes on without, with a warning, where
+    there is none; its config.yaml keeps what it says.
 
     Args:
         path: the run folder.
@@ -69,9 +70,10 @@ def resume(
     """
     run = Run.open(path)
     config = configs.changed(configs.of_run(run.config), layer or {})
-    for _ in prepare(config):
+    here = make.usable_here(config, layer or {})
+    for _ in prepare(here):
         pass
-    parts = _Parts(config, share_of(config))
+    parts = _Parts(here, share_of(here))
     made = parts.made(run)
     steps = parts.steps(made, resume=True)
     if layer and parts.share.index == 0:

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import threading
+import warnings
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,8 @@ import torch
 from conftest import TINY
 
 import sds3d
-from sds3d import config
+from sds3d import config, launch, make
+from sds3d.teachers.hf.words import Words
 
 MODES = {
     "no_grad": torch.no_grad,
@@ -54,8 +56,6 @@ def test_a_scene_is_made_in_any_mode(mode, plain, tmp_path):
 
 @every_mode
 def test_the_mode_between_two_steps_is_the_callers(mode, tmp_path):
-    from sds3d import launch
-
     told = config.load("a red mug", SMALL, {"out": str(tmp_path), "method": "vsd"}, kind=config.Config)
     with mode():
         before = modes()
@@ -119,3 +119,101 @@ def test_after_a_fork_it_says_what_to_do(before, wanted):
     done = subprocess.run([sys.executable, "-c", FORK, before], capture_output=True, text=True, timeout=120)
     assert done.stdout.splitlines()[-1] == wanted, done.stderr
     assert ('get_context("spawn")' in done.stdout) == (before == "used")
+
+
+# where nothing of the user's can be written
+
+READ_ONLY = """
+import sys, warnings
+from numba.core import caching
+caching.CacheImpl._locator_classes = []  # as where neither the package's folder nor HOME can be written
+with warnings.catch_warnings(record=True) as said:
+    warnings.simplefilter("always")
+    from sds3d.ops import numba_kernels
+print(numba_kernels.FAST["cache"], *(str(one.message) for one in said))
+"""
+
+
+def test_kernels_compile_where_they_cannot_be_kept():
+    done = subprocess.run([sys.executable, "-c", READ_ONLY], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("False compiled kernels cannot be kept") and "NUMBA_CACHE_DIR" in done.stdout
+
+
+def test_a_prompt_that_cannot_be_kept_is_only_a_warning(tmp_path):
+    words = Words(lambda texts: {"words": torch.ones(len(texts), 2)}, "mark", Path("/dev/null/x"), torch.device("cpu"))
+    with pytest.warns(UserWarning, match="the embedding is not kept"):
+        assert words(["a red mug"])["words"].shape == (1, 2)
+
+
+# a run that was made on another machine
+
+ELSEWHERE = "cuda:99"  # a GPU that no machine has
+
+
+@pytest.fixture
+def made_elsewhere(tmp_path) -> Path:
+    """A scene's run of one step, whose config says a GPU and kernels that only run on one."""
+    told = config.load("a red mug", SMALL, {"out": str(tmp_path)}, kind=config.Config)
+    made, steps = launch.start(told)
+    next(steps)
+    steps.close()
+    move_away(made.path)
+    return made.path
+
+
+def move_away(run: Path) -> None:
+    text = (run / "config.yaml").read_text()
+    text = text.replace("device: cpu", f"device: {ELSEWHERE}").replace("backend: torch", "backend: tinycudann")
+    (run / "config.yaml").write_text(text)
+    assert ELSEWHERE in text
+
+
+def test_a_run_made_on_a_gpu_goes_on_without_one(made_elsewhere, plain):
+    """With what there is, saying so; its config.yaml stays, so that it can go back."""
+    before = (made_elsewhere / "config.yaml").read_text()
+    with pytest.warns(UserWarning) as said:
+        made, steps = launch.resume(made_elsewhere)
+    texts = " ".join(str(one.message) for one in said)
+    here = make.pick_device("auto")
+    assert f"made with device={ELSEWHERE}, which is not here: it goes on with device={here}" in texts
+    assert "made with backend=tinycudann" in texts
+    assert [step.step for step in steps] == [2] and all(path.exists() for path in made.finish())
+    assert (made_elsewhere / "config.yaml").read_text() == before
+    assert sds3d.Asset.open(made_elsewhere).render(resolution=16).size == (16, 16)
+
+
+def test_a_device_that_the_user_gives_is_still_refused(made_elsewhere):
+    for wanted in (ELSEWHERE, "cuda:77"):
+        for ask in (
+            lambda wanted: launch.resume(made_elsewhere, {"device": wanted}),
+            lambda wanted: sds3d.Asset.open(made_elsewhere, wanted),
+            lambda wanted: sds3d.generate("a red mug", **{**SMALL, "device": wanted}),
+        ):
+            with pytest.raises(ValueError, match="sees no such GPU; give device=cpu"):
+                ask(wanted)
+    with pytest.raises(ValueError, match="tinycudann"), pytest.warns(UserWarning, match="goes on with device"):
+        launch.resume(made_elsewhere, {"backend": "tinycudann"})
+
+
+@pytest.mark.parametrize(
+    "command", [["resume"], ["export", "--format", "ply"], ["render", "-f", "png", "--size", "16", "--frames", "2"]]
+)
+def test_commands_open_a_run_made_on_a_gpu(command, made_elsewhere, call_packaged):
+    name, *rest = command
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        code, _, err = call_packaged(name, str(made_elsewhere), *rest, "-q")
+    assert code == 0, err
+    assert any("goes on with device" in str(one.message) for one in said) == (name == "resume")
+
+
+def test_a_generator_made_on_a_gpu_goes_on_without_one(tmp_path, call_packaged):
+    few = {"steps": 2, "out": str(tmp_path), "device": "cpu", "generator": {"batch": 4}}
+    run = sds3d.train_generator(teacher="digits", method="diffinstruct", **few).path
+    move_away(run)
+    with pytest.warns(UserWarning, match="goes on with device"):
+        _, steps = launch.resume(run)
+    assert list(steps) == []
+    code, _, err = call_packaged("sample", str(run), "a handwritten seven", "-o", str(tmp_path / "grid.png"), "-q")
+    assert code == 0 and (tmp_path / "grid.png").is_file(), err

@@ -10,6 +10,7 @@ import diffusers
 import pytest
 import tiny_pipelines
 import torch
+from PIL import Image
 
 from sds3d import make
 from sds3d.teachers.base import HFConfig, TeacherConfig
@@ -356,3 +357,61 @@ def test_every_scheduler_of_diffusers_is_taken_as_it_comes_or_refused(name, copy
         assert levels(scheduler, 16).count >= 1
     except ValueError as error:
         assert "alphas_cumprod" in str(error)
+
+
+# commands
+
+
+@pytest.fixture
+def pickled(pipelines, tmp_path):
+    """A pipeline whose network comes as a pickle."""
+    folder = tmp_path / "pickled"
+    shutil.copytree(pipelines("sd"), folder)
+    network = diffusers.UNet2DConditionModel.from_pretrained(folder / "unet")
+    shutil.rmtree(folder / "unet")
+    network.save_pretrained(folder / "unet", safe_serialization=False)
+    return folder
+
+
+def test_a_teacher_is_sampled_with_a_runs_settings(pickled, call_packaged, tmp_path):
+    told = ("teacher", "sample", "a red mug", "--teacher", str(pickled), "-n", "1", "--steps", "2")
+    own, grid = (f"teacher.hf.cache={tmp_path / 'kept'}", "teacher.dtype=float32"), tmp_path / "grid.png"
+    code, _, err = call_packaged(*told, *own, "-o", str(grid))
+    assert code == 2 and "--allow-pickle (teacher.hf.allow_pickle=true)" in err
+    for allowed in ("--allow-pickle", "teacher.hf.allow_pickle=true"):
+        sizes = []
+        for size in (16, 128):
+            code, out, err = call_packaged(*told, *own, allowed, f"teacher.hf.size={size}", "-o", str(grid))
+            assert code == 0, err
+            with Image.open(grid) as image:
+                sizes.append(image.size)
+            grid.unlink()
+        assert sizes[0] != sizes[1]
+    for wrong, words in (("steps=3", "steps is no setting of a teacher"), ("teacher.hf.sise=3", "size")):
+        code, _, err = call_packaged(*told, *own, "--allow-pickle", wrong)
+        assert code == 2 and words in err
+
+
+def test_methods_are_compared_with_a_pickled_teacher(pickled, call_packaged, tmp_path):
+    few = ("steps=1", "image.count=1", "image.size=16", "device=cpu", f"teacher.hf.cache={tmp_path / 'kept'}")
+    told = (
+        "compare",
+        "a red mug",
+        "--methods",
+        "sds",
+        f"teacher.name={pickled}",
+        *few,
+        "-o",
+        str(tmp_path / "out"),
+        "-q",
+    )
+    _, _, err = call_packaged(*told)
+    assert "--allow-pickle" in err + (tmp_path / "out" / "results.json").read_text()
+    code, out, err = call_packaged(*told, "--allow-pickle", "-o", str(tmp_path / "again"))
+    assert code == 0, err
+    assert "--allow-pickle" not in (tmp_path / "again" / "results.json").read_text()
+
+
+def test_words_of_a_pipeline_are_any(pickled, call_packaged):
+    code, _, err = call_packaged("teacher", "words", "--teacher", str(pickled))
+    assert code == 2 and "reads any words" in err

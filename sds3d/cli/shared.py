@@ -36,6 +36,9 @@ TEACHERS = (
     "(its folder, or its id on the hub)"
 )
 Teacher = Annotated[str, Option(help=TEACHERS)]
+AllowPickle = Annotated[
+    bool, Option("--allow-pickle", help="take a pipeline's .bin weights, which can run any program")
+]
 
 
 @dataclass(frozen=True)
@@ -45,9 +48,7 @@ class RunOptions:
     method: Annotated[str | None, Option(help="how to distil; sds3d methods lists them")] = None
     seed: Annotated[int | None, Option(help="of every random draw")] = None
     teacher: Annotated[str | None, Option(help=TEACHERS)] = None
-    allow_pickle: Annotated[
-        bool, Option("--allow-pickle", help="take a pipeline's .bin weights, which can run any program")
-    ] = False
+    allow_pickle: AllowPickle = False
     device: Annotated[str | None, Option(help="auto, cpu or cuda")] = None
     out: Annotated[str | None, Option("--out", "-o", help="folder for run folders")] = None
     config: Annotated[
