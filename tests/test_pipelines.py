@@ -54,8 +54,12 @@ def refused(folder: Path, **hf) -> str:
     return str(error.value)
 
 
+def randn(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+
 def answer(teacher, t: float = 0.5) -> torch.Tensor:
-    x_t = torch.randn(2, *teacher.shape, generator=torch.Generator().manual_seed(0))
+    x_t = randn(2, *teacher.shape)
     return teacher.predict(x_t, torch.full((2,), t), ["a red mug", ""]).output
 
 
@@ -99,7 +103,11 @@ def test_a_latent_consistency_model_is_told_its_guidance(name, cls, copy_of):
     pipe.set_progress_bar_config(disable=True)
     pipe.unet.register_forward_hook(lambda _, args, output: calls.append((*args[:2], output[0])))
     told = {"prompt": "a red mug", "guidance_scale": 8.5, "num_inference_steps": 3, "output_type": "latent"}
-    told |= {"image": torch.rand(1, 3, 16, 16), "strength": 1.0} if "Img2Img" in cls else {"height": 16, "width": 16}
+    told |= (
+        {"image": torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0)), "strength": 1.0}
+        if "Img2Img" in cls
+        else {"height": 16, "width": 16}
+    )
     pipe(**told, generator=torch.Generator().manual_seed(0))
     teacher = load(folder, embedded_guidance=8.5)
     assert len(calls) >= 3 and teacher.family.takes_guidance
@@ -111,7 +119,7 @@ def test_a_latent_consistency_model_is_told_its_guidance(name, cls, copy_of):
 
 def test_a_critic_and_features_are_told_the_guidance_too(copy_of):
     folder = with_guidance(copy_of("sd"))
-    x_t, t, prompts = torch.randn(1, 4, 8, 8), torch.tensor([0.5]), ["a red mug"]
+    x_t, t, prompts = randn(1, 4, 8, 8), torch.tensor([0.5]), ["a red mug"]
     weak, strong = load(folder), load(folder, embedded_guidance=8.5)
     for ask in (
         lambda one: one.answer(one.network, x_t, t, prompts).output,
@@ -127,7 +135,7 @@ def test_a_generator_from_a_guided_network_needs_no_guidance(copy_of):
     teacher.family.adapt(config, state, 8)
     network = type(teacher.network).from_config(config)
     network.load_state_dict({**{"time_embedding.cond_proj.weight": torch.zeros(16 // 2, 256)}, **state})
-    x_t, told, words = torch.randn(1, 4, 8, 8), torch.tensor([500.0]), teacher.words(["a red mug"])["words"]
+    x_t, told, words = randn(1, 4, 8, 8), torch.tensor([500.0]), teacher.words(["a red mug"])["words"]
     trained = teacher.family.answer(teacher.network, x_t, told, {"words": words})
     for w in (0.0, 6.5):
         saved = network(x_t, told, words, timestep_cond=guidance_embedding(w + 1, 256)[None]).sample

@@ -91,16 +91,16 @@ class Family:
         do nothing. Raises ValueError."""
         network, vae, guidance = self.network, self.vae, self.settings.embedded_guidance
         fields.refuse_unknown(network, "the pipeline's network", self.FIELDS)
-        wanted = (1, 3)
+        taken = network.config.in_channels
+        given = network.config.out_channels or taken  # twice as many where it says a variance, too
         if vae is not None:
             kind = type(vae).__name__
             if kind not in fields.VAES:
                 raise ValueError(f"the pipeline's VAE is of the class {kind}; known are {', '.join(fields.VAES)}")
             fields.refuse_unknown(vae, "the pipeline's VAE", fields.VAES[kind])
-            wanted = (vae.config.latent_channels,)
-        if self.channels not in wanted:
+        if taken > given or (vae is None and self.channels not in (1, 3)):
             raise ValueError(
-                f"the pipeline's network takes {network.config.in_channels} channels: an image, and a mask or another "
+                f"the pipeline's network takes {taken} channels and gives {given}: an image, and a mask or another "
                 "image beside it, which a teacher has not (inpainting, depth, editing or upscaling); give a "
                 "text-to-image model"
             )
