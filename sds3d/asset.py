@@ -21,6 +21,7 @@ from sds3d.export import formats, sheet, video
 from sds3d.export.model import stand
 from sds3d.export.pipeline import Export
 from sds3d.export.source import Source, Tell, silent
+from sds3d.modes import require_own_process, training
 from sds3d.runs import Run
 from sds3d.scenes.student import SceneStudent
 from sds3d.students import Particles
@@ -51,6 +52,7 @@ class Asset:
         self.scene: SceneStudent = student.students[particle] if isinstance(student, Particles) else student
 
     @classmethod
+    @training()
     def open(cls, path: str | Path, device: str = "auto", backend: str = "auto") -> Asset:
         """The asset of a run folder, as its last checkpoint has it, on any device and backend.
 
@@ -95,7 +97,8 @@ class Asset:
 
     def views(self, cameras: Cameras, resolution: int | None = None) -> Tensor:
         """Images (B, 3, H, W) in [0, 1], no gradient; H = W = the training resolution by default."""
-        return self.scene.render_view(cameras, resolution).rgb
+        with training():
+            return self.scene.render_view(cameras, resolution).rgb
 
     def render(
         self,
@@ -130,6 +133,7 @@ class Asset:
         Raises:
             ValueError: a setting is out of its range.
         """
+        require_own_process()
         config, settings = self.config, dataclasses.replace(self.config.export, **changed)
         lit = config.render.shading == "albedo"  # then the scene's colours hold what light the teacher painted
         card = {

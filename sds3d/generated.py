@@ -17,6 +17,7 @@ from sds3d.draws import in_order
 from sds3d.export import sheet
 from sds3d.files import replacing
 from sds3d.generators.one_step import Generator, GeneratorConfig, begun_at, images
+from sds3d.modes import training
 from sds3d.ramp import Ramp
 from sds3d.runs import Run
 from sds3d.teachers import small
@@ -236,12 +237,13 @@ class LoadedGenerator:
         batch = batch or max(1, 256 * 64**2 // max(self.image_size, 64) ** 2)
         order, kept, found = [], [], [torch.zeros(0, 3, self.image_size, self.image_size)]
         teacher = self._teacher
-        for rows, piece in images(teacher, teacher.network, self.times[:steps], prompts, seed, self._size):
-            order += rows
-            kept.append(piece)
-            if sum(map(len, kept)) >= batch:
-                found.append(torch.cat(kept).cpu())
-                kept.clear()
+        with training(), torch.inference_mode():
+            for rows, piece in images(teacher, teacher.network, self.times[:steps], prompts, seed, self._size):
+                order += rows
+                kept.append(piece)
+                if sum(map(len, kept)) >= batch:
+                    found.append(torch.cat(kept).cpu())
+                    kept.clear()
         return in_order(order, [*found, *(piece.cpu() for piece in kept)])
 
 
@@ -288,6 +290,7 @@ def _how_to_get_one(path: Path) -> str:
     return f"let it finish: sds3d resume {path}{early}"
 
 
+@training()
 def load_generator(path: str | Path, device: str = "auto", dtype: str = "auto") -> LoadedGenerator:
     """A trained generator, from its run folder, its generator.safetensors or pipeline, or a folder of runs: the newest.
 

@@ -16,6 +16,7 @@ from sds3d.asset import Asset
 from sds3d.config import Config, DistillConfig, PaintConfig, RunConfig
 from sds3d.critics import Learnt
 from sds3d.generated import Generated
+from sds3d.modes import training
 from sds3d.painting import Painting
 from sds3d.runs import Run
 from sds3d.scenes.edit import EditedScene
@@ -25,6 +26,7 @@ from sds3d.teachers.base import Teacher
 from sds3d.train import Step, make_optimiser, train
 
 
+@training()
 def check(config: RunConfig) -> None:
     """Refuse what could not run. Raises ValueError."""
     parts = _Parts(config)
@@ -32,6 +34,7 @@ def check(config: RunConfig) -> None:
     make_optimiser(parts.student, config.optim)
 
 
+@training()
 def start(config: RunConfig) -> tuple[Asset | Painting | Generated, Iterator[Step]]:
     """A new run: its folder, and the loop, not yet begun. The folder is made once everything else is in order.
 
@@ -51,10 +54,12 @@ def start(config: RunConfig) -> tuple[Asset | Painting | Generated, Iterator[Ste
         raise
 
 
+@training()
 def resume(
     path: str | Path, layer: Mapping[str, Any] | None = None
 ) -> tuple[Asset | Painting | Generated, Iterator[Step]]:
-    """A run, and the loop from its checkpoint on.
+    """A run, and the loop from its checkpoint on. One that was made on a GPU goes on without, with a warning, where
+    there is none; its config.yaml keeps what it says.
 
     Args:
         path: the run folder.
@@ -65,9 +70,10 @@ def resume(
     """
     run = Run.open(path)
     config = configs.changed(configs.of_run(run.config), layer or {})
-    for _ in prepare(config):
+    here = make.usable_here(config, layer or {})
+    for _ in prepare(here):
         pass
-    parts = _Parts(config, share_of(config))
+    parts = _Parts(here, share_of(here))
     made = parts.made(run)
     steps = parts.steps(made, resume=True)
     if layer and parts.share.index == 0:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,11 +50,46 @@ def pick_device(wanted: str) -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         if wanted.startswith("cuda"):
             raise ValueError(
-                f"device {wanted!r} is not usable here: torch {torch.__version__} sees no such GPU; leave device "
-                "out, or install torch's CUDA build"
+                f"device {wanted!r} is not usable here: torch {torch.__version__} sees no such GPU; give "
+                "device=cpu (--device cpu), or install torch's CUDA build"
             ) from error
         raise ValueError(f"device {wanted!r} is not usable here; give auto, cpu or cuda") from error
     return device
+
+
+def usable_here(config: RunConfig, given: Mapping[str, Any]) -> RunConfig:
+    """The config of a run that may have been made on another machine, with a device and kernels that are on this one.
+    What it had and is not here is replaced, with a warning, unless the user gives it now.
+
+    Args:
+        given: what the user gives, by key.
+
+    Raises:
+        ValueError: the user gives a device that is not here.
+    """
+    try:
+        device = pick_device(config.device)
+    except ValueError:
+        if "device" in given:
+            raise
+        device = pick_device("auto")
+        warnings.warn(
+            f"the run was made with device={config.device}, which is not here: it goes on with device={device}",
+            stacklevel=4,  # past the decorator of launch.resume
+        )
+        config = dataclasses.replace(config, device=str(device))
+    if isinstance(config, Config) and "backend" not in given:
+        try:
+            ops.choose(device, config.backend)
+        except ValueError:
+            found = ops.choose(device).name
+            warnings.warn(
+                f"the run was made with backend={config.backend}, which cannot run on {device} here: it goes on with "
+                f"backend={found}",
+                stacklevel=4,  # past the decorator of launch.resume
+            )
+            config = dataclasses.replace(config, backend="auto")
+    return config
 
 
 def load_teacher(settings: TeacherConfig, device: str = "auto") -> Teacher:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from sds3d import memory
+from sds3d.modes import stepwise_training, training
 from sds3d.ramp import Ramp
 from sds3d.runs import Run
 from sds3d.shares import Share
@@ -135,6 +136,7 @@ class Step:
     picture: Tensor | None = None
 
 
+@training()
 def train(
     student: Student,
     objectives: Mapping[str, Objective],
@@ -145,7 +147,8 @@ def train(
     critic: Critic | None = None,
     share: Share = Share(),
 ) -> Iterator[Step]:
-    """Train ``student``; gives an iterator that yields after every step. A checkpoint is read at once.
+    """Train ``student``; gives an iterator that yields after every step. A checkpoint is read at once. Each step has
+    gradients, also where the caller turned them off; see `sds3d.modes`.
 
     Args:
         student: what has the parameters.
@@ -213,6 +216,7 @@ class _State:
             run.save_checkpoint(state)
 
 
+@stepwise_training
 def _loop(
     state: _State,
     objectives: Mapping[str, Objective],

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 from typer import Argument, Option
 
-from sds3d.cli.shared import Json, Overrides, Quiet, RunOptions, begin, dump, print_result
+from sds3d.cli.shared import AllowPickle, Json, Overrides, Quiet, RunOptions, begin, dump, print_result
 from sds3d.options import spread
 
 
@@ -57,6 +57,7 @@ class CompareOptions:
     seeds: Annotated[str, Option(help="a run for each, with commas between")] = "0"
     student: Annotated[str, Option(help="image (pixels) or scene")] = "image"
     negative: Annotated[str | None, Option(help="what not to make, as in 'blurry, ugly'")] = None
+    allow_pickle: AllowPickle = False
     held_out: Annotated[bool, Option("--held-out", help="the toybox's 12 held-out prompts, too")] = False
     out: Annotated[Path, Option("--out", "-o", help="folder; a second call goes on there")] = Path("outputs/compare")
     quiet: Quiet = False
@@ -90,7 +91,7 @@ def compare(
     from sds3d.progress import Clock
     from sds3d.typed import convert
 
-    texts = prompts or []
+    texts = (prompts or []) + ["teacher.hf.allow_pickle=true"] * options.allow_pickle
     named = [text for text in texts if "=" not in text]
     given = [] if options.negative is None else [f"negative={options.negative}"]
     if options.held_out:

@@ -37,6 +37,9 @@ TEACHERS = (
 )
 Teacher = Annotated[str, Option(help=TEACHERS)]
 DType = Annotated[str, Option(help="what the network computes in: auto, float32, bfloat16, or of a pipeline float16")]
+AllowPickle = Annotated[
+    bool, Option("--allow-pickle", help="take a pipeline's .bin weights, which can run any program")
+]
 
 
 @dataclass(frozen=True)
@@ -47,9 +50,7 @@ class RunOptions:
     negative: Annotated[str | None, Option(help="what not to make, as in 'blurry, ugly'")] = None
     seed: Annotated[int | None, Option(help="of every random draw")] = None
     teacher: Annotated[str | None, Option(help=TEACHERS)] = None
-    allow_pickle: Annotated[
-        bool, Option("--allow-pickle", help="take a pipeline's .bin weights, which can run any program")
-    ] = False
+    allow_pickle: AllowPickle = False
     device: Annotated[str | None, Option(help="auto, cpu or cuda")] = None
     out: Annotated[str | None, Option("--out", "-o", help="folder for run folders")] = None
     config: Annotated[

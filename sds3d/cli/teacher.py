@@ -6,13 +6,16 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from typer import Argument, Option
 
-from sds3d.cli.shared import DType, Overrides, Quiet, Teacher, interruption
+from sds3d.cli.shared import AllowPickle, DType, Overrides, Quiet, Teacher, interruption
 from sds3d.options import spread
+
+if TYPE_CHECKING:
+    from sds3d.teachers.base import TeacherConfig
 
 app = typer.Typer(no_args_is_help=True, help="Look at, check or train the teacher (the 2D diffusion model).")
 
@@ -30,12 +33,34 @@ class SampleOptions:
     steps: Annotated[int, Option(min=1, help="of the sampler")] = 30
     teacher: Teacher = "small"
     dtype: DType = "auto"
+    allow_pickle: AllowPickle = False
+
+
+def settings_of(options: SampleOptions, overrides: list[str] | None) -> TeacherConfig:
+    """The settings of a teacher: its name, and the same keys that a run takes, as teacher.hf.size=256.
+
+    Raises:
+        ValueError: another key, an unknown one, or a value that nobody can use.
+    """
+    from sds3d.config import parse_overrides
+    from sds3d.teachers.base import TeacherConfig
+    from sds3d.typed import build, merge
+
+    given = parse_overrides(overrides or [])
+    layer = given.pop("teacher", {})
+    if given or not isinstance(layer, dict):
+        wrong = next(iter(given), "teacher")
+        raise ValueError(f"{wrong} is no setting of a teacher; give those of a run, such as teacher.hf.size=256")
+    flags = {"name": options.teacher, "dtype": options.dtype}
+    flags |= {"hf": {"allow_pickle": True}} if options.allow_pickle else {}
+    return build(TeacherConfig, merge(flags, layer), "teacher")
 
 
 @app.command()
 @spread
 def sample(
     prompt: Annotated[str, Argument(help='a caption; view words count, as in "a red mug, front view"')],
+    overrides: Overrides = None,
     options: SampleOptions = SampleOptions(),
 ) -> None:
     """Draw images with the teacher itself: what it can and cannot draw is what an asset can be.
@@ -47,13 +72,14 @@ def sample(
       sds3d teacher sample "a red mug" --orbit
 
       sds3d teacher sample "a handwritten seven" --teacher digits --sampler heun --steps 18
+
+      sds3d teacher sample "a corgi" --teacher FOLDER teacher.hf.size=256      [dim]# of a diffusers pipeline[/dim]
     """
     from sds3d import cameras, make
     from sds3d.export import sheet
-    from sds3d.teachers.base import TeacherConfig
     from sds3d.teachers.drawing import sample as draw
 
-    o, judge = options, make.load_teacher(TeacherConfig(options.teacher, dtype=options.dtype))
+    o, judge = options, make.load_teacher(settings_of(options, overrides))
     judge.check(prompt)
     if o.orbit and judge.views != "camera":
         raise ValueError(f"the teacher {o.teacher} takes no camera; leave --orbit out")
@@ -72,11 +98,11 @@ def words(teacher: Teacher = "small") -> None:
     """
     from sds3d import make
     from sds3d.teachers.base import TeacherConfig
+    from sds3d.teachers.hf import loading
 
-    known = getattr(make.load_teacher(TeacherConfig(teacher)), "vocabulary", None)
-    if known is None:
+    if loading.is_pipeline(teacher):  # whose weights nobody has to read for that
         raise ValueError(f"the teacher {teacher} reads any words: it has no list of them")
-    print(" ".join(known))
+    print(" ".join(make.load_teacher(TeacherConfig(teacher)).vocabulary))
 
 
 @app.command(name="train")

@@ -10,6 +10,7 @@ over groups of them of one size, whatever the number of threads.
 from __future__ import annotations
 
 import math
+import warnings
 
 import numpy as np
 from numba import njit, prange, types
@@ -17,8 +18,25 @@ from numba.extending import overload
 
 RAYS = 64  # a task of compositing
 CHUNK = 256  # points; a constant of the compiled code, so planes of the scratch are a known distance apart
-FAST = {"error_model": "numpy", "fastmath": {"contract", "nsz"}, "cache": True}
-EXACT = {"error_model": "numpy", "cache": True}  # marching agrees with the reference on which samples exist
+
+
+def can_be_kept(function) -> bool:
+    """Whether numba finds a folder in which to keep what it compiles of a function; warns where it finds none."""
+    try:
+        njit(cache=True)(function)
+    except RuntimeError:
+        warnings.warn(
+            f"compiled kernels cannot be kept, neither beside {__file__} nor in your cache folder, so each start takes "
+            "a minute longer; set NUMBA_CACHE_DIR to a folder of yours",
+            stacklevel=2,
+        )
+        return False
+    return True
+
+
+KEPT = can_be_kept(can_be_kept)
+FAST = {"error_model": "numpy", "fastmath": {"contract", "nsz"}, "cache": KEPT}
+EXACT = {"error_model": "numpy", "cache": KEPT}  # marching agrees with the reference on which samples exist
 
 u32, word = np.uint32, np.uintp  # numba does not test an unsigned index for being negative
 

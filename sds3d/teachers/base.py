@@ -24,10 +24,11 @@ class HFConfig:
     """Of diffusers pipelines only.
 
     Args:
-        variant: of the weights' files, as "fp16"; "" is the plain one.
+        variant: of the weights' files, as "fp16"; "" is the plain one, or the only one there is.
         allow_pickle: take .bin files where there is no .safetensors. Such a file can run any program it carries.
         size: pixels a side of the images it judges; 0 is what it was trained on. Smaller is faster and worse.
-        embedded_guidance: what a guidance-distilled network (FLUX.1-dev) is told, beside the method's own scale.
+        embedded_guidance: what a guidance-distilled network (FLUX.1-dev, latent consistency models) is told, beside the
+            method's own scale.
         cache: folder for embedded prompts; "" is sds3d/prompts in the user's cache folder.
         checkpointing: recompute the VAE encoder's layers in the backward pass: gigabytes less at 512 pixels, for one
             more forward of the encoder.

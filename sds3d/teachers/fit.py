@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from sds3d import cameras as cam
 from sds3d.files import replacing
+from sds3d.modes import stepwise_training
 from sds3d.networks.ema import EMA
 from sds3d.networks.muon import Muon
 from sds3d.networks.text import TextEncoder
@@ -257,6 +258,7 @@ def _undamaged(path: Path) -> Iterator[None]:
         raise ValueError(f"{path} is damaged or of another version ({reason}); start a new folder") from error
 
 
+@stepwise_training
 def train(
     out: Path, config: FitConfig, source: Source, resume: bool = False, device: torch.device | str = "cpu"
 ) -> Iterator[FitStep]:

@@ -25,6 +25,7 @@ from sds3d.networks.unet import UNet, UNetConfig
 from sds3d.noise import Prediction, Schedule
 from sds3d.prompts import unknown_words, warn_of_weights, weighted, words
 from sds3d.teachers.base import VIEWS, decode_pixels, encode_pixels
+from sds3d.teachers.single_file import explain
 from sds3d.transfer import onto
 
 FILE = "teacher.safetensors"  # the weights in a training's folder
@@ -245,17 +246,21 @@ def load(
         compiled: see ``SmallTeacher``.
 
     Raises:
-        ValueError: if the file is missing or damaged, or views is unknown.
+        ValueError: if the file is missing, damaged or of another kind, or views is unknown.
     """
     from safetensors import SafetensorError, safe_open
 
     path, device = Path(path or packaged("small")), torch.device(device)
     if not path.is_file():
         raise ValueError(f"no teacher weights at {path}; give a .safetensors file that `sds3d teacher train` wrote")
+    foreign = explain(path)
+    if foreign:
+        raise ValueError(foreign)
     try:
         with safe_open(path, "pt") as file:
-            header, tensors = file.metadata(), {k: file.get_tensor(k).float() for k in file.keys()}
-        vocabulary = tuple(json.loads(header["vocabulary"]))
+            header = file.metadata() or {}
+            vocabulary = tuple(json.loads(header["vocabulary"]))  # before the tensors, which may be gigabytes
+            tensors = {k: file.get_tensor(k).float() for k in file.keys()}
         config = {k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(header["unet"]).items()}
         unet, text = UNet(UNetConfig(**config)), TextEncoder(vocabulary, width=config["text"])
         for name, module in (("unet.", unet), ("text.", text)):

@@ -8,11 +8,12 @@ network is called, and which noise levels it knows. Every number is read from th
     SD3, SD3.5                 latents  transformer  flow                    words, a whole
     FLUX.1                     latents  transformer  flow, in 2 x 2 patches  words, a whole, a distilled guidance
     DDPM                       pixels   U-Net        eps, v or x0            nothing
+
+A U-Net whose configuration has time_cond_proj_dim (latent consistency models) is told a distilled guidance, too.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -20,61 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from sds3d.cameras import Cameras
-from sds3d.noise import Schedule
 from sds3d.teachers.base import HFConfig
-
-KINDS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}  # diffusers' names of what a network may output
-
-
-@dataclass(frozen=True)
-class Levels:
-    """The noise levels a network was trained on.
-
-    Args:
-        schedule: of x_t.
-        kind: of the network's output, one of `sds3d.noise.KINDS`.
-        count: of the levels; the network is told numbers from 0 to this.
-        flow: whether it is told count * sigma, else count * t.
-    """
-
-    schedule: Schedule
-    kind: str
-    count: int
-    flow: bool = False
-
-    def told(self, t: Tensor) -> Tensor:
-        """What the network is told at t (B,), (B,)."""
-        return self.count * (self.schedule.alpha_sigma(t)[1] if self.flow else t)
-
-
-def levels(scheduler: Any, patches: int) -> Levels:
-    """What a scheduler's configuration says.
-
-    Args:
-        patches: the transformer's, of one image, on which a flow's shift may depend.
-
-    Raises:
-        ValueError: a scheduler of another kind.
-    """
-    config = scheduler.config
-    if "FlowMatch" in type(scheduler).__name__:
-        return Levels(Schedule.flow(_shift(config, patches)), "flow", config.num_train_timesteps, flow=True)
-    kind = config.get("prediction_type", "epsilon")
-    if not hasattr(scheduler, "alphas_cumprod") or kind not in KINDS:
-        raise ValueError(
-            f"the pipeline's scheduler is a {type(scheduler).__name__} with prediction type {kind!r}; what can be used "
-            f"has alphas_cumprod (DDIM, DDPM, Euler, PNDM ...) and predicts {', '.join(KINDS)}, or is of FlowMatch kind"
-        )
-    return Levels(Schedule.table(scheduler.alphas_cumprod), KINDS[kind], len(scheduler.alphas_cumprod))
-
-
-def _shift(config: Any, patches: int) -> float:
-    """A flow's shift; where it is dynamic it grows with the image, as diffusers' FluxPipeline has it."""
-    if not config.get("use_dynamic_shifting"):
-        return config.shift
-    slope = (config.max_shift - config.base_shift) / (config.max_image_seq_len - config.base_image_seq_len)
-    mu = config.base_shift + slope * (patches - config.base_image_seq_len)
-    return math.exp(mu) if config.get("time_shift_type", "exponential") == "exponential" else mu
+from sds3d.teachers.hf import fields
+from sds3d.teachers.hf.levels import Levels, levels
 
 
 @dataclass(frozen=True)
@@ -86,7 +35,8 @@ class Family:
         settings: the user's.
 
     Attributes:
-        PIPELINES: names of the classes whose files it reads.
+        PIPELINES: names of the classes whose files it reads; with the first of them, since their weights are the same.
+        FIELDS: of the network's configuration, those that are known.
         PART: the network's name in the pipeline.
         ENCODERS: the text encoders' names.
         TOKENIZERS: the tokenizers' names, each with the number of tokens it is cut to; 0 is the tokenizer's own.
@@ -99,7 +49,14 @@ class Family:
     pipe: Any
     settings: HFConfig
 
-    PIPELINES: ClassVar[tuple[str, ...]] = ("StableDiffusionPipeline",)
+    PIPELINES: ClassVar[tuple[str, ...]] = (
+        "StableDiffusionPipeline",
+        "StableDiffusionImg2ImgPipeline",
+        "StableDiffusionInpaintPipeline",
+        "LatentConsistencyModelPipeline",
+        "LatentConsistencyModelImg2ImgPipeline",
+    )
+    FIELDS: ClassVar[fields.Known] = fields.UNET
     PART: ClassVar[str] = "unet"
     ENCODERS: ClassVar[tuple[str, ...]] = ("text_encoder",)
     TOKENIZERS: ClassVar[dict[str, int]] = {"tokenizer": 0}
@@ -123,6 +80,42 @@ class Family:
     @property
     def channels(self) -> int:
         return self.network.config.in_channels
+
+    @property
+    def takes_guidance(self) -> bool:
+        """Whether the network is told a distilled guidance."""
+        return bool(self.network.config.get("time_cond_proj_dim"))
+
+    def check(self) -> None:
+        """Refuse a network or a VAE that would have to be used in another way than it is here, or settings that would
+        do nothing. Raises ValueError."""
+        network, vae, guidance = self.network, self.vae, self.settings.embedded_guidance
+        fields.refuse_unknown(network, "the pipeline's network", self.FIELDS)
+        taken = network.config.in_channels
+        given = network.config.out_channels or taken  # twice as many where it says a variance, too
+        if vae is not None:
+            kind = type(vae).__name__
+            if kind not in fields.VAES:
+                raise ValueError(f"the pipeline's VAE is of the class {kind}; known are {', '.join(fields.VAES)}")
+            fields.refuse_unknown(vae, "the pipeline's VAE", fields.VAES[kind])
+        if taken > given or (vae is None and self.channels not in (1, 3)):
+            raise ValueError(
+                f"the pipeline's network takes {taken} channels and gives {given}: an image, and a mask or another "
+                "image beside it, which a teacher has not (inpainting, depth, editing or upscaling); give a "
+                "text-to-image model"
+            )
+        if guidance != HFConfig().embedded_guidance and not self.takes_guidance:
+            raise ValueError(
+                f"teacher.hf.embedded_guidance is {guidance:g}, and this {type(network).__name__} is told no guidance; "
+                "leave it out (the method's own scale is method.scale)"
+            )
+
+    def _guidance(self, like: Tensor) -> Tensor | None:
+        """What the U-Net is told of a distilled guidance for B images, (B, time_cond_proj_dim); None for nothing."""
+        if not self.takes_guidance:
+            return None
+        told = guidance_embedding(self.settings.embedded_guidance, self.network.config.time_cond_proj_dim)
+        return told.to(like).expand(len(like), -1)
 
     @property
     def side(self) -> int:
@@ -172,7 +165,7 @@ class Family:
 
     def answer(self, network: nn.Module, x_t: Tensor, told: Tensor, condition: dict[str, Tensor]) -> Tensor:
         """The output (B, C, h, w) of this network, or one of its form, for x_t (B, C, h, w) at ``told`` (B,)."""
-        return network(x_t, told, condition["words"], return_dict=False)[0]
+        return network(x_t, told, condition["words"], timestep_cond=self._guidance(x_t), return_dict=False)[0]
 
     @property
     def feature_width(self) -> int:
@@ -204,18 +197,33 @@ class Family:
         """Change a generator's configuration and weights in place, so that its pipeline's defaults are right for it.
 
         A pipeline takes a U-Net with time_cond_proj_dim for guided already: it asks once, whatever its guidance_scale
-        is, and tells the network that number through these weights, which are made 0.
+        is, and tells the network that number through these weights, which are made 0. What they added for the one
+        guidance that this generator knows goes into the bias of the layer that follows.
         """
         config |= {"sample_size": side, "time_cond_proj_dim": 256}
-        state.pop("time_embedding.cond_proj.weight", None)
+        weights = state.pop("time_embedding.cond_proj.weight", None)
+        if weights is not None:
+            added = weights.double() @ guidance_embedding(self.settings.embedded_guidance, weights.shape[1]).double()
+            name, layer = "time_embedding.linear_1.bias", state["time_embedding.linear_1.weight"]
+            state[name] = (state[name].double() + layer.double() @ added).to(layer.dtype)
 
     def call(self, steps: int, size: int) -> str:
         """What a user tells a generator's pipeline for an image of ``size`` pixels."""
         return f'"a prompt", num_inference_steps={steps}'
 
 
+def guidance_embedding(scale: float, width: int) -> Tensor:
+    """What diffusers tells a U-Net of a guidance, (width,): sines, then cosines, of 1000 (scale - 1) times frequencies
+    that fall from 1 to 1e-4, and a zero where the width is odd. In float32, as there: angles are as large as 7,500."""
+    half = width // 2
+    frequencies = torch.exp(torch.arange(half) * -(torch.tensor(1e4).log() / (half - 1)))
+    angles = torch.tensor(scale - 1.0) * 1000 * frequencies
+    return torch.cat([angles.sin(), angles.cos(), angles.new_zeros(width % 2)])
+
+
 class XL(Family):
-    PIPELINES = ("StableDiffusionXLPipeline",)
+    PIPELINES = ("StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline", "StableDiffusionXLInpaintPipeline")
+    FIELDS = fields.UNET.with_values(addition_embed_type=("text_time",))
     ENCODERS = ("text_encoder", "text_encoder_2")
     TOKENIZERS = {"tokenizer": 0, "tokenizer_2": 0}
     UPCAST = True
@@ -236,11 +244,13 @@ class XL(Family):
         height, width = (self.cell * side for side in x_t.shape[-2:])
         sizes = torch.tensor([height, width, 0.0, 0.0, height, width])  # original, crop's corner, target
         added = {"text_embeds": condition["whole"], "time_ids": sizes.to(x_t.device).expand(len(x_t), -1)}
-        return network(x_t, told, condition["words"], added_cond_kwargs=added, return_dict=False)[0]
+        guidance = {"timestep_cond": self._guidance(x_t), "added_cond_kwargs": added}
+        return network(x_t, told, condition["words"], **guidance, return_dict=False)[0]
 
 
 class IF(Family):
-    PIPELINES = ("IFPipeline",)
+    PIPELINES = ("IFPipeline", "IFImg2ImgPipeline", "IFInpaintingPipeline")
+    FIELDS = fields.UNET.with_values(time_cond_proj_dim=(None,))  # its pipelines would tell it nothing
     TOKENIZERS = {"tokenizer": 77}
     LEFT_OUT = ("safety_checker", "feature_extractor", "watermarker")
     SCHEDULER = {"variance_type": "fixed_small"}  # the pipeline then drops the learned variance
@@ -276,14 +286,15 @@ class Transformer(Family):
         pass
 
     def call(self, steps: int, size: int) -> str:
-        guidance = self.settings.embedded_guidance if self.network.config.get("guidance_embeds") else 1.0
+        guidance = self.settings.embedded_guidance if self.takes_guidance else 1.0
         own = self.pipe.default_sample_size * self.cell
         sizes = "" if size == own else f", height={size}, width={size}"
         return f"{super().call(steps, size)}, guidance_scale={guidance:g}{sizes}"
 
 
 class SD3(Transformer):
-    PIPELINES = ("StableDiffusion3Pipeline",)
+    PIPELINES = ("StableDiffusion3Pipeline", "StableDiffusion3Img2ImgPipeline", "StableDiffusion3InpaintPipeline")
+    FIELDS = fields.SD3
     ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
     TOKENIZERS = {"tokenizer": 0, "tokenizer_2": 0, "tokenizer_3": 256}
     LEFT_OUT = ("feature_extractor", "image_encoder")
@@ -309,7 +320,8 @@ class Flux(Transformer):
     """Guidance-distilled: it was never trained on a null prompt, so two-pass guidance says little and it teaches
     weakly. SD3 is the better teacher of this kind."""
 
-    PIPELINES = ("FluxPipeline",)
+    PIPELINES = ("FluxPipeline", "FluxImg2ImgPipeline", "FluxInpaintPipeline")
+    FIELDS = fields.FLUX
     ENCODERS = ("text_encoder", "text_encoder_2")
     TOKENIZERS = {"tokenizer": 0, "tokenizer_2": 512}
     LEFT_OUT = ("feature_extractor", "image_encoder")
@@ -317,6 +329,10 @@ class Flux(Transformer):
     @property
     def channels(self) -> int:
         return self.network.config.in_channels // 4
+
+    @property
+    def takes_guidance(self) -> bool:
+        return bool(self.network.config.guidance_embeds)
 
     @property
     def side(self) -> int:
@@ -337,7 +353,7 @@ class Flux(Transformer):
     def answer(self, network: nn.Module, x_t: Tensor, told: Tensor, condition: dict[str, Tensor]) -> Tensor:
         size, (height, width), words = len(x_t), x_t.shape[-2:], condition["words"]
         guidance = None
-        if self.network.config.guidance_embeds:
+        if self.takes_guidance:
             guidance = torch.full((size,), self.settings.embedded_guidance, device=x_t.device)
         places = self.pipe._prepare_latent_image_ids(size, height // 2, width // 2, x_t.device, torch.float32)
         patches = network(
@@ -360,6 +376,7 @@ class Unconditional(Family):
     """Told nothing of prompts: every branch of guidance is the same answer."""
 
     PIPELINES = ("DDPMPipeline", "DDIMPipeline")
+    FIELDS = fields.PLAIN_UNET
     ENCODERS, TOKENIZERS, LEFT_OUT = (), {}, ()
 
     def embed(self, pipe: Any, prompts: list[str], device: torch.device) -> dict[str, Tensor]:

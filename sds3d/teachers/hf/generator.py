@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from sds3d.files import replacing_folder
-from sds3d.teachers.hf.families import Family, Levels
+from sds3d.teachers.hf.families import Family
+from sds3d.teachers.hf.levels import Levels
 
 if TYPE_CHECKING:
     from sds3d.teachers.hf.teacher import DiffusersTeacher

@@ -15,8 +15,10 @@ from torch import Tensor
 
 from sds3d.teachers.base import PACKAGED, HFConfig, TeacherConfig
 from sds3d.teachers.hf.families import FAMILIES, Family
+from sds3d.teachers.hf.fields import refuse_unknown_parts
 from sds3d.teachers.hf.multi_view import MultiView, is_multi_view
 from sds3d.teachers.hf.teacher import DiffusersTeacher
+from sds3d.teachers.hf.variants import files, variants_of
 from sds3d.teachers.hf.words import Words, cache_folder
 from sds3d.teachers.small import pick_dtype
 
@@ -46,12 +48,13 @@ def load(settings: TeacherConfig, device: torch.device) -> DiffusersTeacher:
     kind, wanted = kind_of(folder, settings.name), None if settings.dtype == "auto" else getattr(torch, settings.dtype)
     dtype = wanted if wanted == torch.float16 else pick_dtype(device, wanted)  # float16 is for GPUs without bfloat16
     refuse_pickles(kind, folder, settings.hf)
-    family = family_of(kind, _pipeline(kind, folder, settings.hf, dtype), settings.hf)
+    variants = variants_of(folder, parts_of(kind, folder), settings.hf)
+    family = family_of(kind, _pipeline(kind, folder, settings.hf, variants, dtype), settings.hf)
     place(family, settings.hf, device, dtype)
     mark = fingerprint(folder)
 
     def embed(prompts: list[str]) -> dict[str, Tensor]:
-        with _text_pipeline(family, folder, dtype, device) as (pipe, where):
+        with _text_pipeline(family, folder, variants, dtype, device) as (pipe, where):
             each = [family.embed(pipe, [prompt], where) for prompt in prompts]  # one by one: the same in any company
             return {name: torch.cat([one[name] for one in each]).to(dtype) for name in each[0]}
 
@@ -59,7 +62,7 @@ def load(settings: TeacherConfig, device: torch.device) -> DiffusersTeacher:
     teacher = DiffusersTeacher(
         family, Words(embed, f"{mark} {dtype}", kept, device), settings.views, dtype, settings.compile
     )
-    teacher.fingerprint, teacher.whole = mark, lambda: _whole(family, folder, dtype, device)
+    teacher.fingerprint, teacher.whole = mark, lambda: _whole(family, folder, variants, dtype, device)
     return teacher
 
 
@@ -98,13 +101,31 @@ def kind_of(folder: Path, name: str) -> type[Family]:
     """The family of the pipeline in a folder, that the user calls by this name. Raises ValueError for another."""
     found = pipeline_class(folder)
     if found not in FAMILIES:
-        raise ValueError(f"{name} is a {found}; what can teach is {', '.join(FAMILIES)}")
-    return FAMILIES[found]
+        steered = " A ControlNet, an adapter or another attention (PAG) steers a model: give the model without it."
+        raise ValueError(
+            f"{name} is a {found}; what can teach is {', '.join(FAMILIES)}."
+            f"{steered if re.search('ControlNet|Adapter|PAG|SAG|Attend', found) else ''}"
+        )
+    kind = FAMILIES[found]
+    if (folder / INDEX).is_file():
+        parts = {kind.PART, "vae", "scheduler", *kind.ENCODERS, *kind.TOKENIZERS, *kind.LEFT_OUT}
+        refuse_unknown_parts(_index(folder), parts, folder)
+    return kind
 
 
 def family_of(kind: type[Family], pipe: Any, settings: HFConfig) -> Family:
-    """A pipeline as one of its family, or as what its network turns out to be."""
-    return (MultiView if is_multi_view(pipe) else kind)(pipe, settings)
+    """A pipeline as one of its family, or as what its network turns out to be. Raises ValueError for one that would
+    have to be used in another way."""
+    family = (MultiView if is_multi_view(pipe) else kind)(pipe, settings)
+    family.check()
+    return family
+
+
+def class_for(kind: type[Family]) -> Any:
+    """The diffusers class with which a family's pipelines are read, whichever of its classes their files name."""
+    import diffusers
+
+    return getattr(diffusers, kind.PIPELINES[0])
 
 
 def pipeline_class(folder: Path) -> str:
@@ -143,7 +164,7 @@ def _line(error: BaseException) -> str:
 
 _PICKLE = (
     "a pickled .bin can run any program it carries, so it is refused: convert it, take another variant "
-    "(teacher.hf.variant), or give --allow-pickle if you trust who made it"
+    "(teacher.hf.variant), or give --allow-pickle (teacher.hf.allow_pickle=true) if you trust who made it"
 )
 
 
@@ -152,6 +173,14 @@ def refuse_pickles(kind: type[Family], folder: Path, settings: HFConfig) -> None
     for part in (folder / name for name in ("", kind.PART, "vae", *kind.ENCODERS)):
         if any(part.glob("*.bin")) and not any(part.glob("*.safetensors")) and not settings.allow_pickle:
             raise ValueError(f"{part} holds only .bin weights; {_PICKLE}")
+
+
+def parts_of(kind: type[Family], folder: Path) -> list[str]:
+    """The folders of the parts that have weights and are used; "" is the pipeline's own, where it is a lone network."""
+    if not (folder / INDEX).is_file():
+        return [""]
+    index = _index(folder)
+    return [name for name in (kind.PART, "vae", *kind.ENCODERS) if (index.get(name) or [None, None])[1]]
 
 
 def fingerprint(folder: Path) -> str:
@@ -189,7 +218,7 @@ def place(family: Family, settings: HFConfig, device: torch.device, dtype: torch
         vae.requires_grad_(False).eval().to(device, memory_format=layout)
         if family.UPCAST and not vae.config.get("force_upcast"):
             vae.to(dtype)
-        if settings.checkpointing:
+        if settings.checkpointing and type(vae).__name__ != "AutoencoderTiny":  # which then forgets to scale its input
             vae.enable_gradient_checkpointing()
         if settings.slicing:
             vae.enable_slicing()
@@ -206,25 +235,49 @@ def class_of(path: Path) -> str:
     return name if isinstance(name, str) else str(name[-1])
 
 
-def _pipeline(kind: type[Family], folder: Path, settings: HFConfig, dtype: torch.dtype) -> Any:
+def _index(folder: Path) -> dict[str, Any]:
+    """What a pipeline's model_index.json says."""
+    return json.loads((folder / INDEX).read_text(encoding="utf-8"))
+
+
+def _pipeline(
+    kind: type[Family], folder: Path, settings: HFConfig, variants: dict[str, str], dtype: torch.dtype
+) -> Any:
     """The pipeline without its text encoders."""
     import diffusers
 
-    told = {"variant": settings.variant or None, "use_safetensors": None if settings.allow_pickle else True}
     with quiet(), sound(folder):
         if not (folder / INDEX).is_file():
             return diffusers.DDPMPipeline(
-                diffusers.UNet2DModel.from_pretrained(folder, dtype=dtype, **told),
+                diffusers.UNet2DModel.from_pretrained(folder, dtype=dtype, **files(settings, variants[""])),
                 diffusers.DDPMScheduler.from_pretrained(folder),
             )
         precision: Any = {"default": dtype, "vae": torch.float32} if kind.UPCAST else dtype
-        without = spared(folder, (*kind.ENCODERS, *kind.LEFT_OUT))
-        return diffusers.DiffusionPipeline.from_pretrained(folder, dtype=precision, **told, **without)
+        parts = {name: torch.float32 if kind.UPCAST and name == "vae" else dtype for name in (kind.PART, "vae")}
+        found = spared(folder, (*kind.ENCODERS, *kind.LEFT_OUT)) | _varied(folder, settings, variants, parts)
+        return class_for(kind).from_pretrained(folder, dtype=precision, **files(settings), **found)
+
+
+def _varied(
+    folder: Path, settings: HFConfig, variants: dict[str, str], parts: dict[str, torch.dtype]
+) -> dict[str, torch.nn.Module]:
+    """Of these parts those of another variant than the plain one, in their precision. Read one by one: a pipeline told
+    of a variant fails where any part's folder holds a file without a suffix."""
+    import diffusers
+    import transformers
+
+    index, found = _index(folder), {}
+    for name, dtype in parts.items():
+        if variants.get(name):
+            library, cls = index[name]
+            kind = getattr(transformers if library == "transformers" else diffusers, cls)
+            found[name] = kind.from_pretrained(folder / name, dtype=dtype, **files(settings, variants[name]))
+    return found
 
 
 def spared(folder: Path, names: Iterable[str]) -> dict[str, Any]:
     """How a pipeline is told to do without these parts, and without those that its index says it has not."""
-    index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+    index = _index(folder)
     told: dict[str, Any] = dict.fromkeys([*names, *(name for name, what in index.items() if what == [None, None])])
     if "safety_checker" in told:  # nobody looks at what is painted here
         told["requires_safety_checker"] = False
@@ -233,26 +286,23 @@ def spared(folder: Path, names: Iterable[str]) -> dict[str, Any]:
 
 @contextmanager
 def _text_pipeline(
-    family: Family, folder: Path, dtype: torch.dtype, device: torch.device
+    family: Family, folder: Path, variants: dict[str, str], dtype: torch.dtype, device: torch.device
 ) -> Iterator[tuple[Any, torch.device]]:
     """The pipeline with its text encoders, and where these are, for as long as the block lasts.
 
     The network leaves the GPU meanwhile; encoders that do not fit beside what is there all the same run on the CPU.
     """
-    import diffusers
-
     network, home = family.network, next(family.network.parameters()).device
     there = {name: part for name, part in family.pipe.components.items() if name not in family.ENCODERS}
-    told = {"variant": family.settings.variant or None}
-    told["use_safetensors"] = None if family.settings.allow_pickle else True
     encoders: list[torch.nn.Module] = []
     try:
         network.to("cpu")
         if device.type == "cuda":
             torch.cuda.empty_cache()  # or what it leaves counts as used
         with quiet(), sound(folder):
-            without = spared(folder, family.LEFT_OUT) | there
-            pipe = diffusers.DiffusionPipeline.from_pretrained(folder, dtype=dtype, **told, **without)
+            found = _varied(folder, family.settings, variants, dict.fromkeys(family.ENCODERS, dtype))
+            parts = spared(folder, family.LEFT_OUT) | there | found
+            pipe = type(family.pipe).from_pretrained(folder, dtype=dtype, **files(family.settings), **parts)
         encoders += [part for name in family.ENCODERS if (part := getattr(pipe, name)) is not None]
         needed = sum(p.numel() * p.element_size() for encoder in encoders for p in encoder.parameters())
         fits = device.type != "cuda" or 1.2 * needed < torch.cuda.mem_get_info(device)[0]
@@ -270,14 +320,16 @@ def _text_pipeline(
 
 
 @contextmanager
-def _whole(family: Family, folder: Path, dtype: torch.dtype, device: torch.device) -> Iterator[Any]:
+def _whole(
+    family: Family, folder: Path, variants: dict[str, str], dtype: torch.dtype, device: torch.device
+) -> Iterator[Any]:
     """The pipeline with all its parts, for as long as the block lasts."""
     import diffusers
 
     if not family.ENCODERS:  # a DDIMPipeline would put a scheduler of its own in the place of any
         yield diffusers.DDPMPipeline(family.network, family.pipe.scheduler)
         return
-    with _text_pipeline(family, folder, dtype, device) as (pipe, _):
+    with _text_pipeline(family, folder, variants, dtype, device) as (pipe, _):
         yield pipe
 
 

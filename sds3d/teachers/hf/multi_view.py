@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from sds3d.cameras import Cameras
+from sds3d.teachers.hf import fields
 from sds3d.teachers.hf.families import Family
 
 NUMBERS = 16  # of a camera
@@ -28,6 +29,7 @@ class MultiView(Family):
     """See above."""
 
     PIPELINES = ()  # a StableDiffusionPipeline's files: what its U-Net says tells them apart
+    FIELDS = fields.UNET.with_values(class_embed_type=("projection",))
     together = 4
 
     def prepare(self) -> None:
@@ -47,6 +49,7 @@ class MultiView(Family):
             x_t,
             told,
             condition["words"],
+            timestep_cond=self._guidance(x_t),
             class_labels=numbers.to(x_t),
             cross_attention_kwargs={"views": views},
             return_dict=False,

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from sds3d.cameras import Cameras
 from sds3d.teachers.base import TeacherConfig
 from sds3d.teachers.hf.families import Family
-from sds3d.teachers.hf.loading import INDEX, asking_hub, family_of, kind_of, pipeline_class, place, quiet, sound, spared
+from sds3d.teachers.hf.loading import INDEX, asking_hub, class_for, family_of, kind_of, place, quiet, sound, spared
 from sds3d.teachers.hf.teacher import DiffusersTeacher
 from sds3d.teachers.hf.words import Condition
 
@@ -93,4 +93,4 @@ def _pipeline(kind: type[Family], folder: Path, dtype: torch.dtype) -> tuple[Any
         with torch.device("meta"):
             encoders.append(kind_of_encoder(config).to(dtype))
     rest = spared(folder, [name for name in classes if name not in parts])
-    return getattr(diffusers, pipeline_class(folder))(**parts, **rest), encoders, tokens
+    return class_for(kind)(**parts, **rest), encoders, tokens

@@ -71,7 +71,8 @@ class DiffusersTeacher:
         pixels = encode_pixels(images, self.image_size, self.family.channels if vae is None else 3)
         if vae is None:
             return pixels
-        latents = vae.encode(pixels.to(vae.dtype)).latent_dist.mode().to(pixels.dtype)
+        found = vae.encode(pixels.to(vae.dtype))  # a tiny autoencoder has no distribution
+        latents = (found.latents if hasattr(found, "latents") else found.latent_dist.mode()).to(pixels.dtype)
         if vae.dtype == torch.float16 and latents.requires_grad:
             _keep_gradient_near_one(pixels, latents)
         return (latents - self._shift) * self._scale

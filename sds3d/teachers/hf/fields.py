@@ -1,0 +1,151 @@
+"""The fields of a pipeline's configuration files that this adapter knows.
+
+diffusers keeps every field of a file in a part's ``config``, those that its class has never heard of, too: they change
+nothing there, and the file's author meant something by them. So each field is one of these, or is refused by name:
+
+    made    diffusers' class does everything about it by itself, and it changes nothing in how the part is called
+    values  it changes how the part must be called, and the adapter calls it rightly for these values alone
+    idle    it concerns what is not used here, such as a scheduler's own way from noise to an image: any value will do
+
+A field that is none of them is accepted where it is off (null, false or empty) or what its class takes where no file
+says anything.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Known:
+    """The fields of one kind of part; see above."""
+
+    made: frozenset[str] = frozenset()
+    values: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    idle: frozenset[str] = frozenset()
+
+    def with_values(self, **changed: tuple[Any, ...]) -> Known:
+        """The same, with other values for some fields."""
+        return Known(self.made - changed.keys(), {**self.values, **changed}, self.idle)
+
+
+_UNET = """
+    act_fn addition_embed_type_num_heads addition_time_embed_dim attention_head_dim block_out_channels
+    center_input_sample class_embeddings_concat conv_in_kernel conv_out_kernel cross_attention_dim cross_attention_norm
+    down_block_types downsample_padding dropout dual_cross_attention encoder_hid_dim flip_sin_to_cos freq_shift
+    in_channels layers_per_block mid_block_only_cross_attention mid_block_scale_factor mid_block_type norm_eps
+    norm_num_groups num_attention_heads only_cross_attention out_channels projection_class_embeddings_input_dim
+    resnet_out_scale_factor resnet_skip_time_act resnet_time_scale_shift reverse_transformer_layers_per_block
+    sample_size time_cond_proj_dim time_embedding_act_fn time_embedding_dim time_embedding_type timestep_post_act
+    transformer_layers_per_block up_block_types upcast_attention use_linear_projection
+"""
+UNET = Known(
+    made=frozenset(_UNET.split()),
+    values={
+        "addition_embed_type": (None, "text"),  # "text" is made of the words that it is told anyway
+        "attention_type": ("default",),
+        "class_embed_type": (None,),
+        "encoder_hid_dim_type": (None, "text_proj"),
+        "num_class_embeds": (None,),
+    },
+)
+_PLAIN_UNET = """
+    act_fn add_attention attention_head_dim attn_norm_num_groups block_out_channels center_input_sample down_block_types
+    downsample_padding downsample_type dropout flip_sin_to_cos freq_shift in_channels layers_per_block
+    mid_block_scale_factor mid_block_type norm_eps norm_num_groups num_train_timesteps out_channels
+    resnet_time_scale_shift sample_size time_embedding_dim time_embedding_type up_block_types upsample_type
+"""
+PLAIN_UNET = Known(frozenset(_PLAIN_UNET.split()), {"class_embed_type": (None,), "num_class_embeds": (None,)})
+_SD3 = """
+    attention_head_dim caption_projection_dim dual_attention_layers in_channels joint_attention_dim num_attention_heads
+    num_layers out_channels patch_size pooled_projection_dim pos_embed_max_size qk_norm sample_size
+"""
+SD3 = Known(frozenset(_SD3.split()))
+_FLUX = """
+    attention_head_dim axes_dims_rope in_channels joint_attention_dim num_attention_heads num_layers num_single_layers
+    out_channels pooled_projection_dim
+"""
+FLUX = Known(frozenset(_FLUX.split()), {"guidance_embeds": (True, False), "patch_size": (1,)})
+_KL = """
+    act_fn block_out_channels down_block_types force_upcast in_channels latent_channels latents_mean latents_std
+    layers_per_block mid_block_add_attention norm_num_groups out_channels sample_size scaling_factor shift_factor
+    up_block_types use_post_quant_conv use_quant_conv
+"""
+_TINY = """
+    act_fn decoder_block_out_channels encoder_block_out_channels force_upcast in_channels latent_channels
+    latent_magnitude latent_shift num_decoder_blocks num_encoder_blocks out_channels scaling_factor shift_factor
+    upsample_fn upsampling_scaling_factor
+"""
+# block_out_channels is what a tiny autoencoder's class itself adds to its configuration
+VAES = {
+    "AutoencoderKL": Known(frozenset(_KL.split())),
+    "AutoencoderTiny": Known(frozenset(_TINY.split()), idle=frozenset(["block_out_channels"])),
+}
+# of model_index.json itself: a filter of images and its watermark are left out here, whatever it says of them
+PIPELINE = Known(
+    values={"requires_aesthetics_score": (False,), "force_zeros_for_empty_prompt": (True, False)},
+    idle=frozenset(["requires_safety_checker", "add_watermarker"]),
+)
+
+
+def refuse_unknown(part: Any, what: str, known: Known) -> None:
+    """Refuse a part whose configuration says what this adapter does not know.
+
+    Args:
+        part: of a diffusers pipeline.
+        what: it is, in words.
+
+    Raises:
+        ValueError: a field that is not known, or a value of one that is; names both.
+    """
+    own = inspect.signature(type(part).__init__).parameters
+    defaults = {name: parameter.default for name, parameter in own.items()}
+    _refuse(part.config, f"{what} (a {type(part).__name__})", known, defaults)
+
+
+def refuse_unknown_parts(index: Mapping[str, Any], known_parts: set[str], folder: Path) -> None:
+    """Refuse a pipeline with a part, or a field of its own, that nobody here would use.
+
+    Args:
+        index: what its model_index.json says.
+
+    Raises:
+        ValueError: names it.
+    """
+    parts = {name: what for name, what in index.items() if isinstance(what, list) and not name.startswith("_")}
+    for name, what in parts.items():
+        if name not in known_parts and what[-1] is not None:
+            raise ValueError(
+                f"the pipeline in {folder} has a part {name} (a {what[-1]}) that a teacher would not use; give a "
+                f"pipeline without it, or set it to [null, null] in model_index.json"
+            )
+    _refuse({k: v for k, v in index.items() if k not in parts}, f"{folder / 'model_index.json'}", PIPELINE, {})
+
+
+def _refuse(config: Mapping[str, Any], what: str, known: Known, defaults: Mapping[str, Any]) -> None:
+    for name, value in config.items():
+        if name.startswith("_") or name in known.idle:
+            continue
+        if name in known.values:
+            if value not in known.values[name]:
+                accepted = ", ".join(map(repr, known.values[name]))
+                raise ValueError(f"{what} says {name}: {value!r}; a teacher can have {name}: {accepted}")
+        elif not (_off(value) or (name in defaults and (name in known.made or _same(value, defaults[name])))):
+            there = "its class does not know it" if name in known.made else "sds3d does not know what it means"
+            raise ValueError(
+                f"{what} says {name}: {value!r}, and {there}; update diffusers and sds3d, or take the line out of its "
+                "file if the model is the same without it"
+            )
+
+
+def _off(value: Any) -> bool:
+    return value is None or value is False or value in ("", [], (), {})
+
+
+def _same(value: Any, default: Any) -> bool:
+    """Whether a file says what a class takes anyway; JSON has lists where Python has tuples."""
+    return value == (list(default) if isinstance(default, tuple) and isinstance(value, list) else default)
