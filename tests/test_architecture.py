@@ -20,6 +20,7 @@ OWN_ROOMS = {"teachers.base", "teachers.drawing", "export.sheet", "export.chart"
 SCORE = {"teachers.base", "samplers", "guidance", "prompts", "noise", "times", "ramp", "cameras", "students"}
 SCORE |= {"transfer", "shares", "teachers.drawing"}
 ARROWS = {
+    "errors": set(),
     "files": set(),
     "ramp": set(),
     "transfer": set(),
@@ -40,7 +41,7 @@ ARROWS = {
     "generators": {"networks", "noise", "ramp", "shares", "students", "transfer"},
     "teachers.base": {"noise", "cameras"},
     "teachers.drawing": {"teachers.base", "samplers", "guidance", "noise", "cameras", "transfer"},
-    "teachers": SCORE - {"students"} | {"networks", "data", "files", "export.sheet", "export.chart"},
+    "teachers": SCORE - {"students"} | {"networks", "data", "errors", "files", "export.sheet", "export.chart"},
     "pairs": SCORE | {"files"},
     "critics": SCORE | {"networks"},
     "adversary": SCORE | {"networks", "critics"},
@@ -49,7 +50,7 @@ ARROWS = {
     "distill": SCORE | {"pairs", "query"},
     "runs": {"files", "ramp"},
     "train": {"distill", "critics", "pairs", "scenes", "generators", "runs", "ramp", "students", "transfer", "shares"}
-    | {"memory"},
+    | {"memory", "errors"},
     "export.sheet": {"files", "cameras"},
     "export.chart": {"files"},
     "export": {"files", "export.sheet", "export.chart", "scenes", "cameras"},
