@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +16,7 @@ from pathlib import Path
 import torch
 
 from sds3d.data.pictures import Pictures
+from sds3d.files import from_json
 from sds3d.prompts import words
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
@@ -95,8 +95,8 @@ def _rows(path: Path) -> Iterator[dict]:
         text = path.read_text(encoding="utf-8-sig")
         rows = list(csv.DictReader(io.StringIO(text, newline=""))) if path.suffix == ".csv" else None
         if rows is None:
-            rows = [json.loads(line) for line in text.splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError, csv.Error, json.JSONDecodeError) as error:
+            rows = [from_json(line) for line in text.splitlines() if line.strip()]
+    except (OSError, csv.Error, ValueError) as error:
         raise ValueError(f"cannot read {path}: {error}") from error
     if not all(isinstance(row, dict) for row in rows):
         raise ValueError(f"cannot read {path}: every line must be an object with file and caption")

@@ -94,7 +94,7 @@ def _read(path: Path, size: int) -> Tensor:
     try:
         with Image.open(path.expanduser()) as file:
             pixels = torch.from_numpy(numpy.array(file.convert("RGB"))).permute(2, 0, 1)[None] / 255
-    except (OSError, UnidentifiedImageError) as error:
+    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
         raise ValueError(f"image.start {path} is no picture that can be read: {error}") from error
     height, width = pixels.shape[-2:]
     side = min(height, width)

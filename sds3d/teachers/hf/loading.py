@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sds3d.files import from_json
 from sds3d.teachers.base import PACKAGED, HFConfig, TeacherConfig
 from sds3d.teachers.hf.families import FAMILIES, Family
 from sds3d.teachers.hf.multi_view import MultiView, is_multi_view
@@ -97,6 +97,8 @@ def asking_hub(name: str) -> Iterator[None]:
 def kind_of(folder: Path, name: str) -> type[Family]:
     """The family of the pipeline in a folder, that the user calls by this name. Raises ValueError for another."""
     found = pipeline_class(folder)
+    if not found:
+        raise ValueError(f"{folder / INDEX} is damaged, or names no class of pipeline; download it again")
     if found not in FAMILIES:
         raise ValueError(f"{name} is a {found}; what can teach is {', '.join(FAMILIES)}")
     return FAMILIES[found]
@@ -200,10 +202,12 @@ def place(family: Family, settings: HFConfig, device: torch.device, dtype: torch
 def class_of(path: Path) -> str:
     """The class that a diffusers file of settings names; "" where there is none."""
     try:
-        name = json.loads(path.read_text(encoding="utf-8")).get("_class_name", "")
-    except (OSError, json.JSONDecodeError, UnicodeDecodeError, AttributeError):
+        name = from_json(path.read_text(encoding="utf-8")).get("_class_name", "")
+    except (OSError, ValueError, AttributeError):
         return ""
-    return name if isinstance(name, str) else str(name[-1])
+    if isinstance(name, list) and name:  # of the hub's own kind: library and class
+        name = name[-1]
+    return name if isinstance(name, str) else ""
 
 
 def _pipeline(kind: type[Family], folder: Path, settings: HFConfig, dtype: torch.dtype) -> Any:
@@ -224,7 +228,7 @@ def _pipeline(kind: type[Family], folder: Path, settings: HFConfig, dtype: torch
 
 def spared(folder: Path, names: Iterable[str]) -> dict[str, Any]:
     """How a pipeline is told to do without these parts, and without those that its index says it has not."""
-    index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+    index = from_json((folder / INDEX).read_text(encoding="utf-8"))
     told: dict[str, Any] = dict.fromkeys([*names, *(name for name, what in index.items() if what == [None, None])])
     if "safety_checker" in told:  # nobody looks at what is painted here
         told["requires_safety_checker"] = False
