@@ -23,6 +23,7 @@ from sds3d.data import digits, renders
 from sds3d.data.kinds import KINDS, STACKS
 from sds3d.data.tracing import paint
 from sds3d.doctor import machine
+from sds3d.errors import Diverged
 from sds3d.files import replacing
 from sds3d.metrics import judge
 from sds3d.networks.classifier import Classifier, ToyClassifier
@@ -86,7 +87,9 @@ def spoil(x: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def write(net: nn.Module, path: Path, data: str, **header: str) -> None:
-    """Keep the weights in half precision."""
+    """Keep the weights in half precision. Raises Diverged, and keeps what was there, where one is not finite."""
+    if not all(bool(torch.isfinite(w.half()).all()) for w in net.state_dict().values()):
+        raise Diverged(f"the judge's weights are not finite; {path} stays as it was")
     header |= {"command": f"scripts/train_judge.py {data}"}
     with replacing(path) as part:
         part.write_bytes(save({k: v.half().contiguous() for k, v in net.state_dict().items()}, header))

@@ -24,7 +24,7 @@ from sds3d.export.source import Source, Tell, silent
 from sds3d.modes import require_own_process, training
 from sds3d.runs import Run
 from sds3d.scenes.student import SceneStudent
-from sds3d.students import Particles
+from sds3d.students import Particles, outsized
 
 if TYPE_CHECKING:
     import PIL.Image
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
     from sds3d.metrics.truth import Scores
 
+DOUBT_SIZE = 16  # of the views that tell whether there is an object,
+EMPTY, FULL = 1e-3, 0.95  # which then covers more of them than this, and less than that
 EVAL_SIZE = 64  # pixels a side of the views that are scored
 FORMATS = (*formats.FORMATS, ".mp4", ".png")
 
@@ -217,19 +219,37 @@ class Asset:
 
     def finish(self) -> Iterator[Path]:
         """Write preview.png, turntable.mp4 and mesh.glb into the run folder, one after the other, for each particle;
-        then index.html, the page of it all.
+        then index.html, the page of it all. Warns where training seems to have diverged, and the page says so.
 
         Raises:
             ValueError: the disk is full, or there is no surface; what came before it is there, and on the page.
         """
-        try:
-            for asset in self.particles:
-                for name in ("preview.png", "turntable.mp4", "mesh.glb"):
-                    yield asset.export(asset.file(name))
-        except ValueError as error:
-            report.write_page(self.run, f"The run ended with an error: {error}")
-            raise
-        yield report.write_page(self.run)
+        doubts = [text for asset in self.particles if (text := asset.doubt())]
+        for text in doubts:
+            warnings.warn(text, stacklevel=2)
+        with self.run.lock():
+            try:
+                for asset in self.particles:
+                    for name in ("preview.png", "turntable.mp4", "mesh.glb"):
+                        yield asset.export(asset.file(name))
+            except ValueError as error:
+                report.write_page(self.run, " ".join([*doubts, f"The run ended with an error: {error}"]))
+                raise
+            yield report.write_page(self.run, " ".join(doubts))
+
+    def doubt(self) -> str:
+        """What says that training diverged, though its figures stayed finite; "" where nothing does.
+
+        Weights that have left all bounds; a scene that fills its box, where an object leaves most of every view free;
+        and one that is nowhere.
+        """
+        cameras = orbit(8, self.config.export.elevation)
+        opacity = float(self.scene.render_view(cameras, DOUBT_SIZE).opacity.mean())
+        seen = f"covers {100 * opacity:.3g} % of its views"
+        found = outsized(self.scene)
+        if found or not EMPTY < opacity < FULL:
+            found = f"{self.path} {seen}. {found or 'Training did not find an object: lower optim.lr or method.scale'}"
+        return found
 
     def file(self, name: str) -> Path:
         """Where a file of this asset goes: particles after the first have a number, as in mesh-2.glb."""

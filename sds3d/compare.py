@@ -34,7 +34,7 @@ from sds3d.config import Config, PaintConfig, RunConfig
 from sds3d.distill import METHODS
 from sds3d.distill.core import NonFiniteGradient
 from sds3d.export import page
-from sds3d.files import replacing
+from sds3d.files import from_json, replacing
 from sds3d.painting import Painting
 from sds3d.runs import Run
 from sds3d.train import Diverged
@@ -131,7 +131,8 @@ def compare(comparison: Comparison, out: Path) -> Iterator[Entry]:
     """Run what has not been run yet, and write ``out``/results.json after every one, index.html and sheet.png at
     the end.
 
-    A second call with the same settings goes on where the first one stopped, with more prompts, methods or seeds, too.
+    A second call with the same settings goes on where the first one stopped, with more prompts, methods or seeds, too;
+    a run that was killed goes on from its checkpoint.
     A run that diverges is reported as such, and the others go on.
 
     Raises:
@@ -144,11 +145,13 @@ def compare(comparison: Comparison, out: Path) -> Iterator[Entry]:
         if key not in done:
             launch.check(comparison.config(*key, out / "runs"))
     samples = {p: teacher_samples(comparison.config(p, comparison.methods[0], 0, out)) for p in comparison.prompts}
+    killed = _killed(out, done)
     for key in wanted:
         if key not in done:
             config = comparison.config(*key, out / "runs")
             try:
-                made, figures, pictures = _carry_out(config, samples[key[0]])
+                left = next((path for path, of in killed.items() if of == config), None)
+                made, figures, pictures = _carry_out(config, samples[key[0]], left)
                 run = made.path.relative_to(out).as_posix()
                 done[key] = Entry(*key, comparison.student, run, figures, pictures)
             except (Diverged, NonFiniteGradient) as error:
@@ -167,14 +170,29 @@ def teacher_samples(config: RunConfig) -> Tensor:
     return sample(teacher, [config.prompt] * SAMPLES, seed=1, guidance=2.0, cameras=cameras).cpu()
 
 
-def _carry_out(config: RunConfig, samples: Tensor) -> tuple[Asset | Painting, dict[str, float | None], Tensor]:
-    """One run, from nothing to its figures and pictures (B, 3, H, W)."""
+def _killed(out: Path, done: Mapping[tuple, Entry]) -> dict[Path, RunConfig]:
+    """Run folders of an earlier call that did not come to its end with them, and what they are of."""
+    found, ended = {}, {entry.run for entry in done.values()}
+    for path in sorted((out / "runs").glob("[0-9]*-*/config.yaml")):
+        if path.parent.relative_to(out).as_posix() not in ended:
+            try:
+                found[path.parent] = configs.of_run(path)
+            except ValueError:  # of another version; nobody goes on with it
+                continue
+    return found
+
+
+def _carry_out(
+    config: RunConfig, samples: Tensor, left: Path | None
+) -> tuple[Asset | Painting, dict[str, float | None], Tensor]:
+    """One run, from nothing or from what a killed call left of it, to its figures and pictures (B, 3, H, W)."""
     memory.reset_peak()
-    made, steps = launch.start(config)
-    begun = time.perf_counter()
+    made, steps = launch.start(config) if left is None else launch.resume(left)
+    rows = made.run.rows()
+    begun, earlier = time.perf_counter(), rows[-1].get("seconds", 0.0) if rows else 0.0
     for _ in steps:
         pass
-    seconds = time.perf_counter() - begun
+    seconds = earlier + time.perf_counter() - begun
     figures: dict[str, float | None] = {
         "seconds": seconds,
         "asked": sum(row.get("asked", 0) for row in made.run.rows()),
@@ -305,7 +323,7 @@ def _load(comparison: Comparison, out: Path) -> dict[tuple[str, str, int], Entry
     if not path.is_file():
         return {}
     try:
-        stored = json.loads(path.read_text())
+        stored = from_json(path.read_text(encoding="utf-8"))
         rows, settings = stored["runs"], stored["settings"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is no comparison; name another folder with --out") from error

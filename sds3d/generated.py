@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -15,17 +16,18 @@ from sds3d import report
 from sds3d.config import DistillConfig, name_of, of_run
 from sds3d.draws import in_order
 from sds3d.export import sheet
-from sds3d.files import replacing
+from sds3d.files import from_json, replacing
 from sds3d.generators.one_step import Generator, GeneratorConfig, begun_at, images
 from sds3d.modes import training
 from sds3d.ramp import Ramp
 from sds3d.runs import Run
+from sds3d.students import outsized
 from sds3d.teachers import small
 from sds3d.teachers.base import DTYPES, HFConfig, TeacherConfig
 from sds3d.teachers.hf import generator as hf
 from sds3d.teachers.hf.teacher import DiffusersTeacher
 from sds3d.teachers.small import SmallTeacher
-from sds3d.typed import plain
+from sds3d.typed import build, convert, plain
 
 FILE = "generator.safetensors"
 FOLDER = "pipeline"  # in its place, where the teacher is a diffusers pipeline
@@ -79,6 +81,13 @@ class Generated:
                 self.student.means[0].module.state_dict()
                 self.rows()
             return
+        with self.run.lock():
+            yield from self._files()
+
+    def _files(self) -> Iterator[Path]:
+        """Write them."""
+        if doubt := "" if self.student.share.sharded else outsized(self.student):
+            warnings.warn(f"{self.path}: {doubt}", stacklevel=2)
         judged = self.path / "eval.json"
         stale = judged.is_file() and judged.stat().st_mtime < self.run.checkpoint.stat().st_mtime
         for old in (judged, self.path / "eval.png") if stale else ():  # they were of other weights
@@ -92,7 +101,7 @@ class Generated:
         strip = self.path / "progress" / "strip.png"
         if strip.is_file():
             yield strip
-        yield report.write_page(self.run)
+        yield report.write_page(self.run, doubt)
 
     def save(self) -> Path:
         """Write the first running mean as what `load_generator` reads."""
@@ -183,10 +192,12 @@ class LoadedGenerator:
 
     def __init__(self, teacher: SmallTeacher | DiffusersTeacher, told: Mapping[str, Any]):
         self._teacher = teacher
-        config = json.loads(told["generator"])
-        self._config = GeneratorConfig(**{**config, "half_lives": tuple(config["half_lives"])})
-        self.prompts = tuple(json.loads(told["prompts"]))
-        self.times, self._size = _times(teacher, self._config, told.get("times"))
+        try:
+            self._config = build(GeneratorConfig, from_json(told["generator"]), "generator")
+            self.prompts = convert(tuple[str, ...], from_json(told["prompts"]), "prompts")
+            self.times, self._size = _times(teacher, self._config, told.get("times"))
+        except (ValueError, TypeError, AttributeError) as error:
+            raise ValueError(f"the generator's header is damaged ({error}); train it again") from error
         self.told = {key: told[key] for key in ("teacher", "method", "steps", "generator")}
 
     @property
@@ -317,8 +328,13 @@ def load_generator(path: str | Path, device: str = "auto", dtype: str = "auto") 
         raise ValueError(f"{path} holds no {FILE}; {_how_to_get_one(Path(path).expanduser())}")
     if file.is_dir():
         told = hf.read(file)
-        settings = TeacherConfig(str(file), "words", dtype, hf=HFConfig(**told["hf"]))
-        pipeline = loading.load(settings, make.pick_device(device))
+        # a stranger's card neither names where to write nor lets pickles run
+        settings = {key: value for key, value in told["hf"].items() if key not in ("cache", "allow_pickle")}
+        try:
+            found = build(HFConfig, settings, "hf")
+        except ValueError as error:
+            raise ValueError(f"{file / hf.CARD} is damaged ({error}); train the generator again") from error
+        pipeline = loading.load(TeacherConfig(str(file), "words", dtype, hf=found), make.pick_device(device))
         pipeline.words.sided = False
         return LoadedGenerator(pipeline, told)
     if dtype == "float16":

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
+import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 
@@ -15,6 +18,9 @@ from sds3d import make, savings
 from sds3d.asset import Asset
 from sds3d.config import Config, DistillConfig, PaintConfig, RunConfig
 from sds3d.critics import Learnt
+from sds3d.distill.core import NonFiniteGradient
+from sds3d.errors import Diverged
+from sds3d.files import is_own
 from sds3d.generated import Generated
 from sds3d.modes import training
 from sds3d.painting import Painting
@@ -47,7 +53,8 @@ def start(config: RunConfig) -> tuple[Asset | Painting | Generated, Iterator[Ste
     run = Run.create(config.out, parts.title, configs.to_yaml(config)) if parts.share.index == 0 else None
     made = parts.made(run)
     try:
-        return made, parts.steps(made)
+        steps = parts.steps(made)
+        return made, steps if run is None else _held(steps, run, run.lock(), fresh=True)
     except ValueError:
         if run is not None:
             run.discard()
@@ -58,27 +65,91 @@ def start(config: RunConfig) -> tuple[Asset | Painting | Generated, Iterator[Ste
 def resume(
     path: str | Path, layer: Mapping[str, Any] | None = None
 ) -> tuple[Asset | Painting | Generated, Iterator[Step]]:
-    """A run, and the loop from its checkpoint on. One that was made on a GPU goes on without, with a warning, where
-    there is none; its config.yaml keeps what it says.
+    """A run, and the loop from its checkpoint on; from the beginning, where it ended before it had one.
+
+    One that was made on a GPU goes on without, with a warning, where there is none; its config.yaml keeps what it says.
+
+    The run is this process's until the loop ends. Outside the run nothing is written that its config.yaml, which may be
+    a stranger's, alone names.
 
     Args:
         path: the run folder.
         layer: what may change: steps, device, backend, fsdp, log, export.
 
     Raises:
-        ValueError: no such run, a damaged checkpoint, more steps done than asked for ...
+        ValueError: no such run, another process works on it, a damaged checkpoint, more steps done than asked for ...
     """
     run = Run.open(path)
     config = configs.changed(configs.of_run(run.config), layer or {})
     here = make.usable_here(config, layer or {})
-    for _ in prepare(here):
-        pass
-    parts = _Parts(here, share_of(here))
-    made = parts.made(run)
-    steps = parts.steps(made, resume=True)
-    if layer and parts.share.index == 0:
-        run.write_text(run.config, configs.to_yaml(config))
+    share = share_of(here)
+    with ExitStack() as stack:
+        held = stack.enter_context(run.lock()) if share.index == 0 else None
+        if held is not None:
+            run.sweep()
+        used = _own_cache(here)
+        for _ in prepare(used, run.path.parent):
+            pass
+        parts = _Parts(used, share)
+        made = parts.made(run)
+        begun = _is_begun(run, config)
+        if not begun:
+            parts.begin_from_source()
+        steps = parts.steps(made, resume=begun)
+        if held is not None:
+            if not begun:
+                run.rewind(0)
+            if layer:
+                run.write_text(run.config, configs.to_yaml(config))
+            steps = _held(steps, run, held)
+        stack.pop_all()
     return made, steps
+
+
+def _is_begun(run: Run, config: RunConfig) -> bool:
+    """Whether a run has a checkpoint to go on from. Raises ValueError where one was written, and is gone."""
+    rows = run.rows()
+    if not run.checkpoint.is_file() and rows and rows[-1]["step"] >= config.log.save_every:
+        raise ValueError(
+            f"{run.path} has done {rows[-1]['step']} steps, and its checkpoint.safetensors is gone: put it back, or "
+            f"start again with --config {run.config}"
+        )
+    return run.checkpoint.is_file()
+
+
+def _own_cache(config: RunConfig) -> RunConfig:
+    """The config with the usual cache of prompts, where it names another one that is none: a stranger's config.yaml
+    must not have files written into any folder."""
+    if not config.teacher.hf.cache:
+        return config
+    cache = Path(config.teacher.hf.cache).expanduser()
+    if cache.is_dir() and all(re.fullmatch(r"[0-9a-f]{40}\.safetensors", name) for name in os.listdir(cache)):
+        return config
+    warnings.warn(f"teacher.hf.cache is {cache}, which is no cache of prompts; using the usual one", stacklevel=3)
+    return replace(config, teacher=replace(config.teacher, hf=replace(config.teacher.hf, cache="")))
+
+
+def _held(steps: Iterator[Step], run: Run, held: TextIO, fresh: bool = False) -> Iterator[Step]:
+    """The steps, while the run's lock is held. Where they end with an error, it says what is saved; a new run that
+    ended in its first step leaves no folder."""
+    try:
+        yield from steps
+    except (ArithmeticError, RuntimeError, ValueError, OSError, LookupError, TypeError, AttributeError) as error:
+        left = _left(run)
+        if fresh and not (run.rows() or run.checkpoint.is_file()):
+            run.discard()
+        if isinstance(error, Diverged | NonFiniteGradient):
+            raise Diverged(f"{error}. {left}") from error
+        raise
+    finally:
+        held.close()
+
+
+def _left(run: Run) -> str:
+    """What a run that diverged has left."""
+    if not run.checkpoint.is_file():
+        return "Nothing was saved yet: begin again"
+    return f"{run.checkpoint} is from before, and good: look at it with sds3d view {run.path}, and begin a new run"
 
 
 class _Parts:
@@ -206,16 +277,25 @@ def share_of(config: RunConfig) -> Share:
     return share
 
 
-def prepare(config: RunConfig) -> Iterator[int]:
+def prepare(config: RunConfig, home: Path | None = None) -> Iterator[int]:
     """Make what a run needs before it begins: the pairs of a regression. Yields how many are there.
 
+    Args:
+        home: the only folder in which they are made, beside one that holds such pairs already; None for any.
+
     Raises:
-        ValueError: see `sds3d.pairs.make`.
+        ValueError: see `sds3d.pairs.make`; or they would be made elsewhere.
     """
     if isinstance(config, DistillConfig) and "pairs" in config.method.NEEDS:
         share = share_of(config)
         if share.index == 0:
-            yield from make.make_pairs(config, make.teacher(config))
+            teacher = make.teacher(config)
+            folder = make.pairs_folder(config, teacher)
+            if home is not None and not (is_own(folder, home) or (folder / "pairs.json").is_file()):
+                raise ValueError(
+                    f"the run's pairs are gone from {folder}, and resume makes new ones in {home} only: bring them back"
+                )
+            yield from make.make_pairs(config, teacher)
         share.wait()
 
 

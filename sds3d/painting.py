@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from sds3d.config import PaintConfig
 from sds3d.export import sheet
 from sds3d.runs import Run, save_png
 from sds3d.scenes.image import ImageStudent
+from sds3d.students import outsized
 
 COLUMNS = 8  # of image.png
 
@@ -53,12 +55,15 @@ class Painting:
         Raises:
             ValueError: the disk is full.
         """
-        images, folder = self.images.cpu(), self.path / "images"
-        yield sheet.contact_sheet(list(images.split(COLUMNS)), self.path / "image.png")
-        for i, image in enumerate(images, start=1):
-            save_png(folder / f"{i}.png", image)
-        yield folder
-        strip = self.path / "progress" / "strip.png"
-        if strip.is_file():
-            yield strip
-        yield report.write_page(self.run)
+        if doubt := outsized(self.student):
+            warnings.warn(f"{self.path}: {doubt}", stacklevel=2)
+        with self.run.lock():
+            images, folder = self.images.cpu(), self.run.folder("images")
+            yield sheet.contact_sheet(list(images.split(COLUMNS)), self.path / "image.png")
+            for i, image in enumerate(images, start=1):
+                save_png(folder / f"{i}.png", image)
+            yield folder
+            strip = self.path / "progress" / "strip.png"
+            if strip.is_file():
+                yield strip
+            yield report.write_page(self.run, doubt)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from sds3d.draws import in_order
-from sds3d.files import replacing
+from sds3d.files import digest, form, from_json, replacing
 from sds3d.samplers import Sampler
 from sds3d.teachers.base import Teacher
 from sds3d.teachers.drawing import drawn
@@ -120,7 +120,7 @@ def _claimed(folder: Path) -> dict:
     """What the folder's pairs are. Raises ValueError where nobody can say."""
     path = folder / "pairs.json"
     try:
-        there = json.loads(path.read_text(encoding="utf-8"))
+        there = from_json(path.read_text(encoding="utf-8"))
         if not isinstance(there, dict):
             raise ValueError("no object")
     except (OSError, ValueError) as error:
@@ -148,8 +148,23 @@ def _make_part(
     told, sampler = [prompts[i] for i in chosen.tolist()], Sampler(config.sampler, config.steps)
     rows, *made = zip(*drawn(teacher, told, SEED, sampler, guidance, first=part * PART, device=device))
     noise, x = (in_order(sum(rows, []), pieces).cpu().float().contiguous() for pieces in made)
+    row = {"noise": noise, "x": x, "prompt": chosen}
     with replacing(path) as file:
-        file.write_bytes(save({"noise": noise, "x": x, "prompt": chosen}))
+        file.write_bytes(save(row, {"digest": digest(row, form(row))}))
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    """A part. Raises ValueError where it is damaged; parts of before there were digests have none."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            row, header = {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is damaged; remove it, and it is made again") from error
+    if header.get("digest") not in (None, digest(row, form(row))):
+        raise ValueError(f"{path} is damaged: its content is not what was written; remove it, and it is made again")
+    return row
 
 
 def load(folder: Path, config: PairsConfig, device: torch.device | str = "cpu") -> Pairs:
@@ -158,19 +173,11 @@ def load(folder: Path, config: PairsConfig, device: torch.device | str = "cpu") 
     Raises:
         ValueError: there are fewer, or a file is damaged.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     parts = [_part(folder, number) for number in range(-(-config.count // PART))]
     there = sum(path.is_file() for path in parts)
     if there < len(parts):
         raise ValueError(f"{folder} holds {there * PART} pairs and {config.count} are wanted; make them first")
-    rows = []
-    for path in parts:
-        try:
-            rows.append(load_file(path))
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path} is damaged; remove it, and it is made again") from error
+    rows = [_read(path) for path in parts]
     noise, x, which = (torch.cat([row[key] for row in rows])[: config.count] for key in ("noise", "x", "prompt"))
     prompts = _claimed(folder)["prompts"]
     return Pairs(noise.to(device), x.to(device), [prompts[i] for i in which.tolist()])

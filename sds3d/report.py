@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-import json
+import math
 import re
 import textwrap
 import time
@@ -14,7 +14,8 @@ from typing import Any
 from sds3d import config as configs
 from sds3d.config import Config, DistillConfig, RunConfig
 from sds3d.export import gallery, run_page
-from sds3d.runs import Run
+from sds3d.files import from_json
+from sds3d.runs import Run, open_picture
 
 PAGE = "index.html"
 KNOWN = {  # how figures are named on pages; others keep their own names
@@ -43,6 +44,8 @@ INTERNAL = {
 }  # of mesh.json: how the surface was found, and how it stands in the file
 SAID_ABOVE = {"prompt", "method", "teacher", "seed", "particle"}  # of mesh.json: what the page says elsewhere
 
+DAMAGE = (OSError, ValueError, ArithmeticError, LookupError, TypeError, AttributeError, RuntimeError)  # of one run's
+# files, which never ends the page of the others
 THUMBNAIL = 192  # pixels a side
 COLUMNS = {  # the figures of a gallery: of the run, of eval.json, of mesh.json
     "step": gallery.Column("steps"),
@@ -70,16 +73,16 @@ def write_page(run: Run, note: str = "") -> Path:
     """
     config = configs.of_run(run.config)
     rows = figures(run)
-    tables = {"Mesh": mesh_facts(run.path / "mesh.json"), "Scores": facts(run.path / "eval.json")}
+    tables = {"Mesh": mesh_facts(run), "Scores": facts(run, "eval.json")}
     page = run_page.RunPage(
         title=config.prompt or run.path.name,
         line=f"{summary(config, rows)}; {date(run)}",
         note=note,
-        models=_numbered(run.path, "mesh", ".glb"),
-        films=_numbered(run.path, "turntable", ".mp4"),
+        models=_numbered(run, "mesh", ".glb"),
+        films=_numbered(run, "turntable", ".mp4"),
         film_size=config.export.size if isinstance(config, Config) else 0,
-        pictures=_pictures(run.path, config),
-        growth={int(path.stem): path for path in run.spread(8)} if run.pictures() else {},
+        pictures=_pictures(run, config),
+        growth={int(path.stem): path for path in run.spread(8)},
         tables=tables,
         rows=rows,
         config=run.config.read_text(encoding="utf-8"),
@@ -117,7 +120,7 @@ def _entry(run: Run, folder: Path) -> gallery.Entry:
     try:
         rows = figures(run)
         config = configs.of_run(Run.open(run.path).config)
-    except (OSError, ValueError) as error:
+    except DAMAGE as error:
         status = f"broken: {textwrap.shorten(str(error), 200)}"
     else:
         title = config.prompt or run.path.name
@@ -127,35 +130,38 @@ def _entry(run: Run, folder: Path) -> gallery.Entry:
         if found.get("step", 0) < config.steps:
             status = f"unfinished: {found.get('step', 0)} of {config.steps} steps"
     for name, prefix in (("eval.json", ""), ("mesh.json", "mesh ")):
-        for key, value in flat(_json(run.path / name)).items():
+        for key, value in flat(_json(run, name)).items():
             column = prefix + key.rpartition(" ")[2]
-            if column in COLUMNS and isinstance(value, int | float):
+            if column in COLUMNS and _is_number(value):
                 found.setdefault(column, value)
     return gallery.Entry(title, link, place, words, found, _thumbnail(run), status)
 
 
 def _thumbnail(run: Run) -> bytes | None:
     """The first view of the preview, or of the newest progress picture, small; None where no picture can be read."""
-    from PIL import Image
-
-    for path in [run.path / "preview.png", *reversed(run.pictures())]:
+    for path in filter(None, [run.own("preview.png"), *reversed(run.pictures())]):
         try:
-            with Image.open(path) as picture:
-                side = min(picture.size)
-                small = picture.convert("RGB").crop((0, 0, side, side)).resize((THUMBNAIL, THUMBNAIL))
-        except OSError:
+            picture = open_picture(path)
+        except ValueError:
             continue
-        data = io.BytesIO()
+        side = min(picture.size)
+        small, data = picture.crop((0, 0, side, side)).resize((THUMBNAIL, THUMBNAIL)), io.BytesIO()
         small.save(data, "webp", quality=80)
         return data.getvalue()
     return None
 
 
 def figures(run: Run) -> list[dict[str, float]]:
-    """The rows of metrics.jsonl that have a step; only their numbers."""
-    rows = [row for row in run.rows() if isinstance(row, dict)]
-    numbers = [{k: v for k, v in row.items() if isinstance(v, int | float)} for row in rows]
-    return [row for row in numbers if "step" in row]
+    """The rows of metrics.jsonl; only their numbers."""
+    return [{k: v for k, v in row.items() if _is_number(v)} for row in run.rows()]
+
+
+def _is_number(value: Any) -> bool:
+    """Whether it can be shown as a figure."""
+    try:
+        return isinstance(value, int | float) and math.isfinite(value)
+    except OverflowError:  # a whole number of hundreds of digits
+        return False
 
 
 def kind_of(config: RunConfig) -> str:
@@ -184,14 +190,14 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
-def facts(path: Path) -> dict[str, str]:
+def facts(run: Run, name: str) -> dict[str, str]:
     """Named figures of a JSON file as text, inner ones as "outer inner"; lists are left out."""
-    return {KNOWN.get(name, name.replace("_", " ")): _shown(value) for name, value in flat(_json(path)).items()}
+    return {KNOWN.get(key, key.replace("_", " ")): _shown(value) for key, value in flat(_json(run, name)).items()}
 
 
-def mesh_facts(path: Path) -> dict[str, str]:
+def mesh_facts(run: Run) -> dict[str, str]:
     """What mesh.json tells, each thing once: what a check found of a file only where it differs from the mesh."""
-    values, found = flat(_json(path)), {}
+    values, found = flat(_json(run, "mesh.json")), {}
     for key, value in values.items():
         place, _, figure = key.rpartition(" ")
         if (place == "mesh" or place.startswith("files ")) and figure in INTERNAL or key in SAID_ABOVE:
@@ -205,10 +211,11 @@ def mesh_facts(path: Path) -> dict[str, str]:
     return found
 
 
-def _json(path: Path) -> Any:
-    """What a JSON file holds; nothing if it is not there or not to be read."""
+def _json(run: Run, name: str) -> Any:
+    """What a JSON file of a run holds; nothing if it is not there or not to be read."""
+    path = run.own(name)
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return {} if path is None else from_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
 
@@ -230,23 +237,23 @@ def _shown(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _numbered(folder: Path, stem: str, suffix: str) -> list[Path]:
+def _numbered(run: Run, stem: str, suffix: str) -> list[Path]:
     """mesh.glb, mesh-2.glb, mesh-3.glb: the same file of every particle."""
-    found = {1: folder / f"{stem}{suffix}"}
-    for path in folder.glob(f"{stem}-*{suffix}"):
+    found = {1: f"{stem}{suffix}"}
+    for path in run.path.glob(f"{stem}-*{suffix}"):
         if number := re.fullmatch(rf"{stem}-(\d+)", path.stem):
-            found[int(number[1])] = path
-    return [path for _, path in sorted(found.items()) if path.is_file()]
+            found[int(number[1])] = path.name
+    return [path for _, name in sorted(found.items()) if (path := run.own(name)) is not None]
 
 
-def _pictures(folder: Path, config: RunConfig) -> dict[str, Path]:
+def _pictures(run: Run, config: RunConfig) -> dict[str, Path]:
     """Large pictures by caption, those that are there."""
     shown = {"Images": "image.png"}
     if isinstance(config, Config):
         shown = {"The true shape and ours": "eval.png"}
     if isinstance(config, DistillConfig):
         shown = {"What it paints": "grid.png", "Beside real images and its teacher": "eval.png"}
-    return {caption: folder / name for caption, name in shown.items() if (folder / name).is_file()}
+    return {caption: path for caption, name in shown.items() if (path := run.own(name)) is not None}
 
 
 def _commands(folder: Path, config: RunConfig) -> list[str]:

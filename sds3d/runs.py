@@ -12,7 +12,11 @@ A run folder holds::
       pytorch_lora_weights.safetensors      where a diffusers teacher had a LoRA critic: that, as diffusers loads it
 
 Every file is written beside its place and renamed into it, so that a reader, a crash or a full disk never
-meets half a file.
+meets half a file. A checkpoint has a digest of its tensors and of its header, which is compared on loading. A process
+that writes steps holds the lock of .lock; others are refused.
+
+A run folder may come from somebody else. Nothing is written, deleted or shown through a link that leads out of it, and
+a file of it that is damaged is skipped or refused by name.
 """
 
 from __future__ import annotations
@@ -21,16 +25,29 @@ import json
 import random
 import re
 import shutil
+import struct
 import time
+import warnings
+import zlib
 from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
 
 import torch
 from torch import Tensor
 
+from sds3d import files
 from sds3d.files import replacing, unwritable
 
+if TYPE_CHECKING:
+    import PIL.Image
+
 CHECKPOINT_FORMAT = 1
-_HEADER = "sds3d"  # the key of the JSON skeleton in the safetensors header
+_HEADER, _DIGEST = "sds3d", "digest"  # keys of the safetensors header: the JSON skeleton, and a digest of it all
+MOST_PIXELS = 100_000_000  # of a picture; those of a run have far fewer
+STEMS = (  # of the files in a run folder, as a regular expression: what may be removed as a dead process's leftover
+    r"(?:checkpoint|config|metrics|index|mesh|turntable|preview|image|grid|strip|eval|README|generator|pipeline|check|"
+    r"pytorch_lora_weights|\d+)(?:-\d+)?(?:-texture)?"
+)
 
 
 def slug(prompt: str) -> str:
@@ -100,6 +117,8 @@ class Run:
             raise ValueError(f"there is no run folder {path}{_neighbours(path)}")
         if not (path / "config.yaml").is_file():
             raise ValueError(f"{path} is not a run folder (it has no config.yaml){_neighbours(path / 'x')}")
+        if not files.is_own(path / "config.yaml", path):
+            raise ValueError(f"{path / 'config.yaml'} is a link out of the run: put a file in its place")
         return cls(path)
 
     def write_text(self, path: Path, text: str) -> None:
@@ -117,12 +136,16 @@ class Run:
 
         tensors: dict[str, Tensor] = {}
         skeleton = _flatten({"format": CHECKPOINT_FORMAT, "state": state}, "", tensors)
-        data = save(tensors or {"empty": torch.zeros(1)}, metadata={_HEADER: json.dumps(skeleton)})
+        tensors, text = tensors or {"empty": torch.zeros(1)}, json.dumps(skeleton)
+        mark = files.digest(tensors, text + files.form(tensors))
+        data = save(tensors, metadata={_HEADER: text, _DIGEST: mark})
         with replacing(self.checkpoint) as part:
             part.write_bytes(data)
 
     def load_checkpoint(self) -> dict:
         """The state that :meth:`save_checkpoint` was given; tensors on the CPU.
+
+        A checkpoint of before there were digests has none, and is taken as it is.
 
         Raises:
             ValueError: the checkpoint is missing, damaged or of another format.
@@ -130,15 +153,23 @@ class Run:
         from safetensors import SafetensorError, safe_open
 
         if not self.checkpoint.is_file():
-            raise ValueError(f"{self.path} has no checkpoint.safetensors yet; start again with sds3d generate")
+            raise ValueError(f"{self.path} has no checkpoint.safetensors yet; let it go on: sds3d resume {self.path}")
         damaged = f"{self.checkpoint} is damaged or is no checkpoint of sds3d"
+        advice = f"put a sound copy of it there, or start again with --config {self.config}"
         try:
             with safe_open(self.checkpoint, "pt") as file:
-                skeleton = json.loads((file.metadata() or {})[_HEADER])
+                header = file.metadata() or {}
                 tensors = {key: file.get_tensor(key) for key in file.keys()}
-            state = _unflatten(skeleton, tensors)
-        except (SafetensorError, OSError, KeyError, json.JSONDecodeError) as error:
-            raise ValueError(f"{damaged} ({type(error).__name__}); start again with sds3d generate") from error
+            text = header.pop(_HEADER)
+            mark = header.pop(_DIGEST, None)
+            if header or mark not in (None, files.digest(tensors, text + files.form(tensors))):
+                raise ValueError("its content is not what was written")
+            state = _unflatten(files.from_json(text), tensors)
+            if not isinstance(state, dict):
+                raise ValueError("its header holds no state")
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+            reason = str(error) if type(error) is ValueError else type(error).__name__
+            raise ValueError(f"{damaged} ({reason}): {advice}") from error
         if state.get("format") != CHECKPOINT_FORMAT:
             raise ValueError(
                 f"{self.checkpoint} has format {state.get('format')}, this version reads {CHECKPOINT_FORMAT}:"
@@ -150,8 +181,38 @@ class Run:
         """Remove the folder: of a run that could not begin."""
         shutil.rmtree(self.path, ignore_errors=True)
 
+    def lock(self) -> TextIO:
+        """Keep other processes from writing steps here until what this returns is closed, or this process ends.
+
+        Raises:
+            ValueError: another process holds the lock.
+        """
+        return files.lock(self.path / ".lock", f"{self.path} is in use: wait until that is done, or stop it")
+
+    def sweep(self) -> None:
+        """Remove temporary files that processes which are dead now left here. Raises ValueError."""
+        try:
+            for folder in (self.path, *(self.folder(name) for name in ("progress", "images"))):
+                files.sweep(folder, STEMS)
+        except OSError as error:
+            raise ValueError(unwritable(self.path, error)) from error
+
+    def folder(self, name: str) -> Path:
+        """A folder in this one. Raises ValueError where it leads out of the run: its files would be another's."""
+        folder = self.path / name
+        if not files.is_own(folder, self.path):
+            raise ValueError(f"{folder} is a link out of the run, where nothing is written or deleted: remove the link")
+        return folder
+
+    def own(self, name: str) -> Path | None:
+        """A file of this run by name; None where there is none, or where it is a link that leads out of the run."""
+        path = self.path / name
+        return path if path.is_file() and files.is_own(path, self.path) else None
+
     def append(self, row: dict) -> None:
         """Add a row to metrics.jsonl. Raises ValueError when the disk says no."""
+        if self.metrics.is_symlink():
+            raise ValueError(f"{self.metrics} is a link, through which nothing is written: remove it")
         try:
             with self.metrics.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
@@ -159,43 +220,55 @@ class Run:
             raise ValueError(unwritable(self.metrics, error)) from error
 
     def rows(self) -> list[dict]:
-        """The rows of metrics.jsonl; a last line that was cut short is left out."""
-        if not self.metrics.is_file():
+        """The rows of metrics.jsonl that have a step; what is damaged is left out."""
+        if self.own(self.metrics.name) is None:
             return []
         rows = []
-        for line in self.metrics.read_text(encoding="utf-8").splitlines():
+        for line in self.metrics.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:
-                break
+                row = files.from_json(line)
+            except ValueError:
+                continue
+            if isinstance(row, dict) and type(row.get("step")) is int:
+                rows.append(row)
         return rows
 
     def rewind(self, step: int) -> None:
-        """Forget rows and pictures after ``step``: a resumed run writes them again."""
-        kept = [row for row in self.rows() if row.get("step", 0) <= step]
+        """Forget rows and pictures after ``step``: a resumed run writes them again.
+
+        Raises:
+            ValueError: the disk says no, or progress is a link that leads out of the run.
+        """
+        self.folder("progress")
+        kept = [row for row in self.rows() if row["step"] <= step]
         self.write_text(self.metrics, "".join(json.dumps(row) + "\n" for row in kept))
         for path in self.pictures():
             if int(path.stem) > step:
                 path.unlink()
 
     def pictures(self) -> list[Path]:
-        """The progress pictures, oldest first."""
-        return sorted((self.path / "progress").glob("[0-9]*.png"))
+        """The progress pictures, oldest first; none where progress is a link that leads out of the run."""
+        found = [path for path in (self.path / "progress").glob("*.png") if re.fullmatch(r"\d{5,}", path.stem)]
+        return sorted((p for p in found if p.is_file() and files.is_own(p, self.path)), key=lambda p: int(p.stem))
 
     def save_picture(self, step: int, views: Tensor) -> None:
         """Write progress/<step>.png from views (B, 3, H, W) in [0, 1], side by side, and renew strip.png."""
-        folder = self.path / "progress"
+        folder = self.folder("progress")
         row = torch.cat(list(views.detach().cpu()), dim=-1)  # (3, H, B * W)
         save_png(folder / f"{step:05d}.png", row)
         save_png(folder / "strip.png", torch.cat([_load_png(p) for p in self.spread(8)], dim=-2))
 
     def spread(self, most: int) -> list[Path]:
-        """At most ``most`` pictures spread over the run, the newest among them, all of the newest's size."""
-        paths = self.pictures()
+        """At most ``most`` pictures spread over the run, the newest among them, all of the newest's size.
+
+        Those that cannot be read are left out, with a warning that names them.
+        """
+        paths, newest = self.pictures(), None
+        while paths and (newest := _size(paths[-1])) is None:
+            paths.pop()
         if len(paths) > most:
             paths = [paths[round(i * (len(paths) - 1) / (most - 1))] for i in range(most)]
-        size = _load_png(paths[-1]).shape
-        return [p for p in paths if _load_png(p).shape == size]
+        return [path for path in paths if _size(path) == newest]
 
 
 def save_png(path: Path, image: Tensor) -> None:
@@ -207,13 +280,36 @@ def save_png(path: Path, image: Tensor) -> None:
         Image.fromarray(array).save(part)
 
 
-def _load_png(path: Path) -> Tensor:
-    """(3, H, W) in [0, 1]."""
-    import numpy
+def open_picture(path: Path) -> PIL.Image.Image:
+    """A picture of a run, whole, as RGB. Raises ValueError where it is none, is damaged or has too many pixels."""
     from PIL import Image
 
-    with Image.open(path) as image:
-        return torch.from_numpy(numpy.array(image.convert("RGB"))).permute(2, 0, 1) / 255
+    damage = (OSError, SyntaxError, ValueError, LookupError, TypeError, ArithmeticError, MemoryError)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(path) as file:
+                if file.width * file.height > MOST_PIXELS:
+                    raise ValueError(f"it has {file.width} x {file.height} pixels")
+                return file.convert("RGB")
+    except (*damage, EOFError, struct.error, zlib.error, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path} cannot be read ({type(error).__name__}: {error})") from error
+
+
+def _load_png(path: Path) -> Tensor:
+    """(3, H, W) in [0, 1]. Raises ValueError."""
+    import numpy
+
+    return torch.from_numpy(numpy.array(open_picture(path))).permute(2, 0, 1) / 255
+
+
+def _size(path: Path) -> tuple[int, int] | None:
+    """Pixels of a picture; None, with a warning that names it, where it cannot be read."""
+    try:
+        return open_picture(path).size
+    except ValueError as error:
+        warnings.warn(f"left out: {error}", stacklevel=3)
+        return None
 
 
 def _neighbours(path: Path) -> str:

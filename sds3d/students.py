@@ -13,6 +13,8 @@ from torch.nn import Parameter
 from sds3d.cameras import Cameras
 from sds3d.shares import Share
 
+OUTSIZED = 100.0  # root mean square of a parameter; in runs that succeed it is about 1
+
 
 @dataclass
 class Draw:
@@ -108,3 +110,19 @@ class Particles:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for student, own in zip(self.students, state["particles"], strict=True):
             student.load_state_dict(own)
+
+
+def outsized(student: Student) -> str:
+    """A sentence where parameters have left all bounds, as they do at far too large a learning rate; "" elsewhere.
+
+    A loss can stay finite there: a scene's density saturates, and its gradient is small.
+    """
+    for name, parameters in student.param_groups().items():
+        for parameter in parameters:
+            size = float(parameter.detach().float().square().mean().sqrt())
+            if size > OUTSIZED:
+                return (
+                    f"the parameters of {name} have grown to {size:.3g}: optim.lr.{name} is far too large, and what "
+                    "was made is noise; begin again with a lower one"
+                )
+    return ""

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from sds3d import memory
+from sds3d.errors import Diverged
 from sds3d.modes import stepwise_training, training
 from sds3d.ramp import Ramp
 from sds3d.runs import Run
@@ -46,10 +47,6 @@ class Critic(Protocol):
     def state_dict(self) -> dict[str, Any]: ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
-
-
-class Diverged(RuntimeError):
-    """A loss or a gradient is not finite. The last checkpoint is from before."""
 
 
 @dataclass(frozen=True)
@@ -201,7 +198,11 @@ class _State:
         return row if used is None else {**row, "memory": round(used, 1)}
 
     def save(self, run: Run | None) -> None:
-        """Write it. A process that has no run gives its part of what is sharded."""
+        """Write it. A process that has no run gives its part of what is sharded.
+
+        Raises:
+            Diverged: a weight is not finite; the checkpoint of before stays.
+        """
         if run is None and not self.share.sharded:
             return
         state = {
@@ -213,6 +214,7 @@ class _State:
             "critic": None if self.critic is None else self.critic.state_dict(),
         }
         if run is not None:
+            _require_sound(state, self.done)
             run.save_checkpoint(state)
 
 
@@ -326,10 +328,18 @@ def _fit(critic: Critic, student: Student, step: int, generator: torch.Generator
 
 
 def _require_finite(figures: Figures, value: Tensor, what: str, step: int) -> None:
-    error = Diverged(
-        f"{what} is not finite at step {step}; the last checkpoint is good: lower optim.lr or the method's scale"
-    )
+    error = Diverged(f"{what} is not finite at step {step}: lower optim.lr or the method's scale")
     figures.require(torch.isfinite(value).all(), error)
+
+
+def _require_sound(state: Mapping[str, Any], done: int) -> None:
+    """Raises Diverged where a weight of the student or of the critic is not finite: a last step can be too large for
+    its number, though loss and gradient were finite."""
+    critic = (state["critic"] or {}).get("network", {})
+    for who, weights in (("student", state["student"]), ("critic", critic)):
+        for name, value in weights.items():
+            if torch.is_tensor(value) and value.is_floating_point() and not bool(torch.isfinite(value).all()):
+                raise Diverged(f"{name} of the {who} is not finite after step {done}: lower optim.lr or critic.lr")
 
 
 def _lay_out(optimiser: torch.optim.Optimizer) -> None:

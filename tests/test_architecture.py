@@ -20,6 +20,7 @@ OWN_ROOMS = {"teachers.base", "teachers.drawing", "export.sheet", "export.chart"
 SCORE = {"teachers.base", "samplers", "guidance", "prompts", "noise", "times", "ramp", "cameras", "students"}
 SCORE |= {"transfer", "shares", "teachers.drawing", "draws"}
 ARROWS = {
+    "errors": set(),
     "files": set(),
     "picture": set(),
     "ramp": set(),
@@ -44,7 +45,7 @@ ARROWS = {
     "generators": {"networks", "draws", "noise", "ramp", "shares", "students", "transfer"},
     "teachers.base": {"noise", "cameras"},
     "teachers.drawing": {"teachers.base", "draws", "samplers", "guidance", "noise", "cameras", "transfer"},
-    "teachers": SCORE - {"students"} | {"networks", "data", "files", "export.sheet", "export.chart", "modes"},
+    "teachers": SCORE - {"students"} | {"networks", "data", "errors", "files", "export.sheet", "export.chart", "modes"},
     "pairs": SCORE | {"files"},
     "critics": SCORE | {"networks"},
     "adversary": SCORE | {"networks", "critics"},
@@ -53,7 +54,7 @@ ARROWS = {
     "distill": SCORE | {"pairs", "query"},
     "runs": {"files", "ramp"},
     "train": {"distill", "critics", "pairs", "scenes", "generators", "runs", "ramp", "students", "transfer", "shares"}
-    | {"memory", "modes"},
+    | {"memory", "modes", "errors"},
     "export.sheet": {"files", "cameras"},
     "export.chart": {"files"},
     "export": {"files", "export.sheet", "export.chart", "scenes", "cameras"},

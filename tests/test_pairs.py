@@ -2,6 +2,7 @@
 
 import errno
 import json
+import random
 from copy import copy
 from dataclasses import replace
 from pathlib import Path
@@ -163,6 +164,26 @@ def test_a_damaged_part_is_named_and_made_again(teacher, tmp_path):
         pairs.load(tmp_path, CONFIG)  # and does not take the third part for the second
     make(teacher, tmp_path)
     assert part.read_bytes() == whole
+
+
+def test_every_bit_of_a_part_counts_and_older_parts_load(teacher, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    make(teacher, tmp_path)
+    part, good, draws = tmp_path / "00001.safetensors", pairs.load(tmp_path, CONFIG), random.Random(0)
+    whole = part.read_bytes()
+    for _ in range(200):
+        place = draws.randrange(len(whole))
+        part.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << draws.randrange(8)]) + whole[place + 1 :])
+        try:
+            found = pairs.load(tmp_path, CONFIG)
+        except ValueError as error:
+            assert "00001.safetensors is damaged" in str(error) and "remove it, and it is made again" in str(error)
+            continue
+        assert torch.equal(found.x, good.x) and found.prompts == good.prompts  # of the digest's own name
+    save_file(load_file(part.with_name("00000.safetensors")), part.with_name("00000.safetensors"))  # without a digest
+    part.write_bytes(whole)
+    assert torch.equal(pairs.load(tmp_path, CONFIG).x, good.x)
 
 
 def test_too_few_pairs_are_refused(teacher, tmp_path):

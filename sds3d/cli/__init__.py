@@ -86,7 +86,12 @@ app.add_typer(teacher.app, name="teacher")
 def main(arguments: list[str] | None = None) -> NoReturn:
     """The entry point of ``sds3d``. Ends the process with its exit code."""
     try:
+        for text in sys.argv[1:] if arguments is None else arguments:
+            text.encode()
         app(args=arguments)
+    except (UnicodeEncodeError, UnicodeDecodeError) as error:
+        part = error.object[max(error.start - 40, 0) : error.end + 40]
+        _complain(ValueError(f"{part!r} is not UTF-8: rename the file, or write the text anew as UTF-8"), 2)
     except ValueError as error:
         _complain(error, 2)
     except (ArithmeticError, RuntimeError) as error:

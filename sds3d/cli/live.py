@@ -20,7 +20,13 @@ if TYPE_CHECKING:
     from sds3d.live.watch import Watch
 
 Port = Annotated[int | None, Option(help="of the page; the first free one from 8080 on by default")]
-Host = Annotated[str, Option(help="address the page is served on; others than this machine's own let others in")]
+Host = Annotated[
+    str,
+    Option(
+        help="address the page is served on; others than this machine's own let others in, who must name it in the "
+        "browser by number, by this machine's name, or as it is given here"
+    ),
+]
 
 
 @contextmanager

@@ -134,6 +134,7 @@ def train_teacher(
     """
     from sds3d import make
     from sds3d.config import parse_overrides
+    from sds3d.files import require_folder
     from sds3d.progress import Clock
     from sds3d.teachers import fit, sources
     from sds3d.typed import build, merge, plain
@@ -150,6 +151,7 @@ def train_teacher(
         print(*(f"skipped: {line}" for line in skipped), f"{len(skipped)} skipped", sep="\n", file=sys.stderr)
     clock, row = Clock(), None
     rows = fit.train(out, settings, source, resume, make.pick_device(device))
+    require_folder(out)  # before the work
     with interruption() as stopped:
         _prepare(source.prepare(out, settings.images, settings.seed), quiet, stopped)
         for row in rows:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import posixpath
 import unicodedata
 from collections.abc import Iterator
@@ -21,6 +20,7 @@ import torch
 
 from sds3d import picture
 from sds3d.data.pictures import Pictures
+from sds3d.files import from_json
 from sds3d.prompts import words
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
@@ -126,8 +126,8 @@ def _rows(path: Path) -> Iterator[dict]:
         text = path.read_text(encoding="utf-8-sig")
         rows = None if path.suffix.lower() == ".jsonl" else _rows_of_csv(path, text)
         if rows is None:
-            rows = [json.loads(line) for line in text.splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            rows = [from_json(line) for line in text.splitlines() if line.strip()]
+    except (OSError, ValueError) as error:
         raise ValueError(f"cannot read {path}: {error}") from error
     if not all(isinstance(row, dict) for row in rows):
         raise ValueError(f"cannot read {path}: every line must be an object with file and caption")

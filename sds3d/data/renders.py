@@ -102,7 +102,8 @@ def build(folder: Path, count: int, seed: int = 0, workers: int = 2) -> Iterator
         return
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        stamp.unlink(missing_ok=True)
+        for old in (stamp, folder / "layers.npy"):  # which may be a link: what it leads to is not written over
+            old.unlink(missing_ok=True)
         layers = np.lib.format.open_memmap(folder / "layers.npy", "w+", np.uint8, (count, 6, 64, 64))
         with (folder / "layers.npy").open("r+b") as file:  # a memory map of a sparse file dies where the disk is full
             os.posix_fallocate(file.fileno(), 0, layers.offset + layers.nbytes)
@@ -116,7 +117,8 @@ def build(folder: Path, count: int, seed: int = 0, workers: int = 2) -> Iterator
             layers[start:stop], rows[start:stop] = a[: stop - start], b[: stop - start]
             yield stop
     layers.flush()
-    np.save(folder / "rows.npy", rows)
+    with replacing(folder / "rows.npy") as part:
+        np.save(part, rows)
     with replacing(stamp) as part:
         part.write_text(about)
 

@@ -124,8 +124,8 @@ class NonFiniteGradient(ArithmeticError):
     def __init__(self, method: str, step: int, t: float, cause: str):
         self.method, self.step, self.t = method, step, t
         super().__init__(
-            f"{method}: non-finite gradient at step {step}, t = {t:.4g}: {cause}. "
-            "Resume from the last checkpoint with a smaller learning rate or guidance scale."
+            f"{method}: non-finite gradient at step {step}, t = {t:.4g}: {cause}: "
+            "lower the learning rate or the guidance scale"
         )
 
 

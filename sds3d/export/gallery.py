@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import html
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -117,7 +118,7 @@ def _row(entry: Entry, words: Sequence[str], columns: Mapping[str, Column]) -> s
         picture = f'<img alt="{html.escape(entry.title)}" loading="lazy" src="data:image/webp;base64,{data}">'
     name = html.escape(entry.title)
     if entry.link:
-        link = html.escape(quote(entry.link))
+        link = html.escape(quote(os.fsencode(entry.link)))
         name, picture = f'<a href="{link}">{name}</a>', f'<a href="{link}" tabindex="-1">{picture}</a>'
     name += f'<span class="folder">{html.escape(entry.folder)}</span>'
     if entry.status:

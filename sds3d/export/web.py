@@ -75,5 +75,6 @@ def write(path: Path, title: str, body: str, style: str, script: str = "") -> Pa
         f"<script>{script}</script>\n</body>\n</html>\n"
     )
     with replacing(path, (".html",)) as part:
-        part.write_text(text, encoding="utf-8", newline="")  # as it is: the hash is of these bytes
+        # as it is: the hash is of these bytes. A file's name need not be UTF-8: then it is shown with its codes
+        part.write_text(text, encoding="utf-8", errors="backslashreplace", newline="")
     return path

@@ -7,11 +7,13 @@ that calls `attend`: the one that trains.
 
 from __future__ import annotations
 
+import asyncio
 import html
 import io
-import json
+import ipaddress
 import math
 import queue
+import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
@@ -24,6 +26,7 @@ import torch
 
 from sds3d.cameras import Cameras, Poses
 from sds3d.export.sheet import to_bytes
+from sds3d.files import from_json
 from sds3d.live.address import Address
 from sds3d.live.eyes import Eyes
 
@@ -35,6 +38,8 @@ if TYPE_CHECKING:
 BRAND = (38, 103, 148)
 PROBLEMS = (ValueError, ArithmeticError, RuntimeError, OSError, LookupError, TypeError, AttributeError, ImportError)
 FRONT = (35.0, 15.0, 3.0, 40.0)  # where everybody begins: azimuth, elevation, distance, fov, as in cameras.py
+MESSAGES, BURST = 100, 100  # from all viewers, a second and at once; a browser sends 60 a second while one drags
+LARGEST = 1 << 20  # bytes of a message; a prompt is the longest
 RADIUS = 0.95  # of the ball that a mesh is scaled to fit into, scene units
 
 
@@ -138,7 +143,7 @@ class Stage:
         try:
             data = path.read_bytes()
             low, high = bounds(data)
-        except (OSError, ValueError, KeyError, IndexError) as error:
+        except (OSError, ValueError) as error:
             raise ValueError(f"cannot show {path}: {error}; was it moved or edited?") from error
         scale = RADIUS / max(float(np.linalg.norm(high - low)) / 2, 1e-6)
         self._mesh = self._server.scene.add_glb("/mesh", data, scale=scale, position=-scale * (low + high) / 2)
@@ -169,30 +174,77 @@ class Stage:
 
 @contextmanager
 def own_pages_only(address: Address) -> Iterator[None]:
-    """A server that viser starts inside refuses pages of other sites: a browser would let them drive it.
+    """A server that viser starts inside refuses pages of other sites, which a browser would let drive it, and takes no
+    more than MESSAGES a second from all viewers together, so that nobody who floods it slows a training.
 
-    A page's origin must be the host it asks for, and that must be this machine where nobody else is served: a foreign
-    name may have been made to lead here.
+    A page's origin must be the host it asks for, and that must be this machine: see `is_here`.
     """
     import websockets.asyncio.server as sockets
 
-    serve, here = sockets.serve, {"127.0.0.1", "localhost", "::1", address.host}
+    serve, pace = sockets.serve, Pace(MESSAGES, BURST)
+
+    class Paced(sockets.ServerConnection):
+        """A connection whose messages wait for their turn; who sends more is not listened to, which TCP tells him."""
+
+        async def recv(self, *given: Any, **named: Any) -> Any:
+            message = await super().recv(*given, **named)
+            await pace.turn()
+            return message
 
     def strict(*given: Any, process_request: Callable[..., Any], **named: Any) -> Any:
         def check(connection: Any, request: Any) -> Any:
             host, origin = request.headers.get("Host", ""), request.headers.get("Origin")
-            known = bool(address.warning) or urlsplit(f"//{host}").hostname in here
-            if not known or origin not in (None, f"http://{host}", f"https://{host}"):
+            if not is_here(host, address) or origin not in (None, f"http://{host}", f"https://{host}"):
                 return connection.respond(403, "this page belongs to another site\n")
             return process_request(connection, request)
 
-        return serve(*given, process_request=check, **named)
+        return serve(*given, process_request=check, create_connection=Paced, **(named | {"max_size": LARGEST}))
 
     sockets.serve = strict
     try:
         yield
     finally:
         sockets.serve = serve
+
+
+def is_here(host: str, address: Address) -> bool:
+    """Whether a Host header names this machine: localhost, a number, what --host says, and, where others are let in,
+    this machine's own names. Any other name may have been made to lead here by the site that it belongs to.
+
+    Where nobody else is let in, of numbers only this machine's own.
+    """
+    name = ""
+    try:
+        name = urlsplit(f"//{host}").hostname or ""
+        if name in ("localhost", address.host.lower()):
+            return True
+        number = ipaddress.ip_address(name)
+    except ValueError:  # a name, or nothing that a browser sends
+        own = socket.gethostname().lower()
+        return bool(address.warning) and name in (own, f"{own.partition('.')[0]}.local", socket.getfqdn().lower())
+    return bool(address.warning) or number.is_loopback
+
+
+class Pace:
+    """Turns: at most ``rate`` a second, ``burst`` of them at once after a rest; who waits longest is next."""
+
+    def __init__(self, rate: float, burst: int, clock: Callable[[], float] = time.monotonic):
+        self._rate, self._burst, self._clock = rate, burst, clock
+        self._left, self._seen, self._queue = float(burst), clock(), asyncio.Lock()
+
+    async def turn(self) -> None:
+        """Wait for one."""
+        async with self._queue:
+            while (wait := self._missing()) > 0:
+                await asyncio.sleep(wait)
+            self._left -= 1
+
+    def _missing(self) -> float:
+        """Seconds until there is one."""
+        now = self._clock()
+        self._left = min(self._burst, self._left + (now - self._seen) * self._rate)
+        self._seen = now
+        return max(0.0, 1 - self._left) / self._rate
 
 
 def pose_of(camera: CameraHandle) -> Poses:
@@ -207,12 +259,17 @@ def pose_of(camera: CameraHandle) -> Poses:
 
 def bounds(glb: bytes) -> tuple[np.ndarray, np.ndarray]:
     """The lowest and highest corner (3,) of a GLB's vertices, from its header (glTF 2.0, 5.1.6: accessors of positions
-    have them). Raises ValueError, KeyError or IndexError for anything else."""
+    have them). Raises ValueError for anything else."""
     if glb[:4] != b"glTF":
         raise ValueError("it is no GLB")
-    tree = json.loads(glb[20 : 20 + int.from_bytes(glb[12:16], "little")])
-    parts = [part["attributes"]["POSITION"] for mesh in tree["meshes"] for part in mesh["primitives"]]
-    boxes = np.array([[tree["accessors"][i][key] for key in ("min", "max")] for i in parts], dtype=float)  # (P, 2, 3)
+    tree = from_json(glb[20 : 20 + int.from_bytes(glb[12:16], "little")])
+    try:
+        parts = [part["attributes"]["POSITION"] for mesh in tree["meshes"] for part in mesh["primitives"]]
+        boxes = np.array([[tree["accessors"][i][key] for key in ("min", "max")] for i in parts], dtype=float)
+    except (LookupError, TypeError, ValueError) as error:
+        raise ValueError(f"its header says not where its vertices are ({type(error).__name__})") from error
+    if boxes.ndim != 3 or boxes.shape[1:] != (2, 3) or not np.isfinite(boxes).all():
+        raise ValueError("its header says not where its vertices are")
     return boxes[:, 0].min(0), boxes[:, 1].max(0)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import html
 import io
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from sds3d.live.hints import TITLE, Hints, without_commands
 from sds3d.live.jobs import Job, Queue
 from sds3d.live.stage import PROBLEMS, text
 from sds3d.live.watch import Watch
-from sds3d.runs import Run
+from sds3d.runs import Run, open_picture
 from sds3d.teachers.base import PACKAGED
 
 if TYPE_CHECKING:
@@ -138,7 +139,8 @@ class Studio:
         for run in earlier(out)[-MOST:]:
             try:
                 newest = Finished.of(run)
-            except ValueError:  # of another version, or edited: sds3d view says what is wrong
+            except PROBLEMS as error:  # of another version, edited, or damaged
+                print(f"left out: {run}: {error}", file=sys.stderr)
                 continue
             self._put_on_shelf(newest)
         if newest is not None:
@@ -263,12 +265,13 @@ class Studio:
 
 def earlier(out: Path) -> list[Path]:
     """Run folders with a mesh, oldest first."""
-    return sorted(path.parent for path in out.glob("[0-9]*-*/mesh.glb") if (path.parent / "config.yaml").is_file())
+    runs = sorted(path.parent for path in out.glob("[0-9]*-*/mesh.glb") if (path.parent / "config.yaml").is_file())
+    return [run for run in runs if Run(run).own("mesh.glb") is not None]
 
 
 def card(asset: Finished) -> str:
     """Thumbnail, prompt and settings as HTML, everything from the user escaped."""
-    picture = thumbnail(asset.mesh.parent / "preview.png")
+    picture = thumbnail(Run(asset.mesh.parent).own("preview.png"))
     image = f'<img alt="" src="{picture}" style="width:5em;height:5em;border-radius:.4em;flex:none">' if picture else ""
     words = f'<div style="font-weight:600">{html.escape(asset.prompt)}</div>'
     words += f'<div style="opacity:.65;font-size:.85em">{html.escape(asset.told)}</div>'
@@ -276,15 +279,14 @@ def card(asset: Finished) -> str:
     return f'<div style="{style}">{image}<div>{words}</div></div>'
 
 
-def thumbnail(preview: Path) -> str:
+def thumbnail(preview: Path | None) -> str:
     """The front view of a preview, which is a row of square views, as a data URL; "" where there is none."""
-    from PIL import Image
-
     try:
-        with Image.open(preview) as row:
-            front = row.convert("RGB").crop((0, 0, min(row.size), min(row.size)))
-    except OSError:
+        row = None if preview is None else open_picture(preview)
+    except ValueError:
+        row = None
+    if row is None:
         return ""
-    data = io.BytesIO()
+    front, data = row.crop((0, 0, min(row.size), min(row.size))), io.BytesIO()
     front.resize((128, 128)).save(data, "png")
     return f"data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}"

@@ -101,8 +101,8 @@ class Watch:
         """Show a run that is not training: its meshes, if it has some, else its scene."""
         self.asset = asset
         self._describe()
-        meshes = (one.file("mesh.glb") for one in asset.particles)
-        self.finish([path for path in meshes if path.is_file()], None)
+        meshes = (asset.run.own(one.file("mesh.glb").name) for one in asset.particles)
+        self.finish([path for path in meshes if path is not None], None)
 
     def reveal(self) -> None:
         """Show the scene or the mesh that is chosen, unless the canvas is held."""

@@ -5,6 +5,7 @@ What it sees is a `Source`: the toybox, scikit-learn's digits, or a user's own f
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import pickle
@@ -21,7 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sds3d import cameras as cam
-from sds3d.files import replacing
+from sds3d.errors import Diverged
+from sds3d.files import from_json, lock, replacing, require_folder, sweep
 from sds3d.modes import stepwise_training
 from sds3d.networks.ema import EMA
 from sds3d.networks.muon import Muon
@@ -174,11 +176,13 @@ class Fit:
             yield
 
     def advance(self, batch: Batch) -> float:
-        """One optimiser step; returns the loss."""
+        """One optimiser step; returns the loss. Raises Diverged before it, where loss or gradient is not finite."""
         loss = self.loss(batch)
         self.nets.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.nets.parameters(), 1.0)
+        norm = torch.nn.utils.clip_grad_norm_(self.nets.parameters(), 1.0)
+        if not bool(torch.isfinite(loss.detach() + norm)):
+            raise Diverged(f"the teacher's loss or its gradient is not finite at step {self.step}: lower lr")
         for optimiser in self.optimisers:
             for group in optimiser.param_groups:
                 group["lr"] = self.config.rate(self.step)
@@ -189,7 +193,15 @@ class Fit:
         return self.losses[-1]
 
     def save(self, out: Path) -> None:
-        """Checkpoint, fp16 weights and loss log, each replaced atomically."""
+        """Checkpoint, fp16 weights and loss log, each replaced atomically.
+
+        Raises:
+            Diverged: a weight is not finite; what was saved before stays.
+            ValueError: the disk says no.
+        """
+        for name, weight in (*self.nets.state_dict().items(), *self.ema.module.state_dict().items()):
+            if weight.is_floating_point() and not bool(torch.isfinite(weight).all()):
+                raise Diverged(f"the teacher's {name} is not finite after step {self.step}: lower lr")
         state = {
             "nets": self.nets.state_dict(),
             "ema": self.ema.module.state_dict(),
@@ -198,8 +210,10 @@ class Fit:
             "losses": torch.tensor(self.losses),
             "source": self._source(),
         }
+        data = io.BytesIO()  # torch's own writer says "unexpected pos" where a disk is full
+        torch.save(state, data)
         with replacing(out / "state.pt") as part:
-            torch.save(state, part)
+            part.write_bytes(data.getbuffer())
         nets = self.ema.module
         small.save(out / small.FILE, nets["unet"], nets["text"], self.source.vocabulary, self.source.prompts)
         with replacing(out / "fit.json") as part:
@@ -268,9 +282,23 @@ def train(
 
     Raises:
         ValueError: if ``out`` already holds a training and ``resume`` is not asked for, or the other way round; if the
-            training there is damaged, finished or of other data; if a batch is larger than the data; if the disk says
-            no.
+            training there is damaged, finished or of other data; if a batch is larger than the data; if another process
+            trains there; if the disk says no, which is tried at once.
+        Diverged: a loss, a gradient or a weight is not finite. What was saved last is good, and is not replaced.
     """
+    require_folder(out)
+    with lock(out / ".lock", f"{out} is in use: wait until that training is done, or stop it"):
+        sweep(out, r"state|teacher|fit|loss|grid-\d+")
+        try:
+            yield from _train(out, config, source, resume, device)
+        except Diverged as error:
+            saved = (out / "state.pt").exists()
+            left = f"{out / 'state.pt'} is from before, and good" if saved else "Nothing was saved yet"
+            raise Diverged(f"{error}. {left}") from error
+
+
+def _train(out: Path, config: FitConfig, source: Source, resume: bool, device: torch.device | str) -> Iterator[FitStep]:
+    """See `train`."""
     if (out / "state.pt").exists() != resume:
         raise ValueError(
             f"{out} has no training to resume: leave --resume out" if resume else f"{out} holds a training: --resume it"
@@ -305,7 +333,7 @@ def settings_of(out: Path) -> dict[str, Any]:
         ValueError: there is none.
     """
     try:
-        values = json.loads((out / "fit.json").read_text())
+        values = from_json((out / "fit.json").read_text(encoding="utf-8"))
         return {field.name: values.get(field.name, field.default) for field in fields(FitConfig)}
     except (OSError, ValueError, AttributeError) as error:
         raise ValueError(f"{out} has no training to resume (no fit.json): leave --resume out") from error

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from sds3d.cameras import Cameras
-from sds3d.files import replacing
+from sds3d.files import digest, form, from_json, replacing
 from sds3d.networks.text import PROMPT_WORDS, TextEncoder
 from sds3d.networks.unet import UNet, UNetConfig
 from sds3d.noise import Prediction, Schedule
@@ -218,9 +218,16 @@ def save(
     tensors |= {f"text.{k}": v for k, v in text.state_dict().items()}
     header = {"vocabulary": json.dumps(vocabulary), "unet": json.dumps(asdict(unet.config))}
     header |= {"prompts": json.dumps(prompts), **told}
-    data = to_bytes({k: v.half().contiguous() for k, v in tensors.items()}, header)
+    tensors = {k: v.detach().half().cpu().contiguous() for k, v in tensors.items()}
+    header["digest"] = digest(tensors, _text(tensors, header))
+    data = to_bytes(tensors, header)
     with replacing(path, (".safetensors",)) as part:
         part.write_bytes(data)
+
+
+def _text(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> str:
+    """What a digest covers beside the numbers: the header without the digest, types and shapes."""
+    return json.dumps({k: v for k, v in sorted(header.items()) if k != "digest"}) + form(tensors)
 
 
 def _fingerprint(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> str:
@@ -259,17 +266,23 @@ def load(
     try:
         with safe_open(path, "pt") as file:
             header = file.metadata() or {}
-            vocabulary = tuple(json.loads(header["vocabulary"]))  # before the tensors, which may be gigabytes
-            tensors = {k: file.get_tensor(k).float() for k in file.keys()}
-        config = {k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(header["unet"]).items()}
+            vocabulary = tuple(from_json(header["vocabulary"]))  # before the tensors, which may be gigabytes
+            tensors = {k: file.get_tensor(k) for k in file.keys()}
+        if "digest" in header and header["digest"] != digest(tensors, _text(tensors, header)):
+            raise ValueError("its content is not what was written")
+        tensors = {k: v.float() for k, v in tensors.items()}
+        config = {k: tuple(v) if isinstance(v, list) else v for k, v in from_json(header["unet"]).items()}
+        prompts = from_json(header.get("prompts", "[]"))
+        if not (isinstance(prompts, list) and all(isinstance(prompt, str) for prompt in (*prompts, *vocabulary))):
+            raise ValueError("its header lists no words")
         unet, text = UNet(UNetConfig(**config)), TextEncoder(vocabulary, width=config["text"])
         for name, module in (("unet.", unet), ("text.", text)):
             module.load_state_dict({k.removeprefix(name): v for k, v in tensors.items() if k.startswith(name)})
-    except (SafetensorError, KeyError, TypeError, RuntimeError, json.JSONDecodeError) as error:
+    except (SafetensorError, OSError, LookupError, TypeError, AttributeError, RuntimeError, ValueError) as error:
         raise ValueError(f"{path} is damaged or no teacher of this project ({error}); restore or retrain it") from error
     for module in (unet, text):
         module.requires_grad_(False).eval().to(device, memory_format=torch.channels_last)
     teacher = SmallTeacher(unet, text, vocabulary, views, pick_dtype(device, dtype), compiled)
     teacher.fingerprint, teacher.told = _fingerprint(tensors, header), header
-    teacher.prompts = tuple(json.loads(header.get("prompts", "[]")))
+    teacher.prompts = tuple(prompts)
     return teacher

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from sds3d.files import replacing_folder
+from sds3d.files import from_json, replacing_folder
 from sds3d.teachers.hf.families import Family
 from sds3d.teachers.hf.levels import Levels
 
@@ -76,11 +76,20 @@ def times_of(levels: Levels, numbers: Tensor) -> Tensor:
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """What CARD says in a generator's pipeline. Raises ValueError where it is damaged."""
+    """What CARD says in a generator's pipeline. Raises ValueError where it is damaged: something is missing, or is not
+    of the kind that `save` writes."""
     try:
-        return json.loads((folder / CARD).read_text(encoding="utf-8"))
+        card = from_json((folder / CARD).read_text(encoding="utf-8"))
+        if not isinstance(card, dict):
+            raise ValueError("it is no object")
+        for key in ("generator", "teacher", "method", "steps", "prompts", "call"):
+            if not isinstance(card.get(key), str):
+                raise ValueError(f"{key} is {card.get(key)!r}, and should be text")
+        if not isinstance(card.get("hf"), dict):
+            raise ValueError(f"hf is {card.get('hf')!r}, and should be settings")
     except (OSError, ValueError) as error:
         raise ValueError(f"{folder / CARD} is damaged ({error}); train the generator again") from error
+    return card
 
 
 def _as_float32(config_file: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sds3d.files import from_json
 from sds3d.teachers.base import PACKAGED, HFConfig, TeacherConfig
 from sds3d.teachers.hf.families import FAMILIES, Family
 from sds3d.teachers.hf.fields import refuse_unknown_parts
@@ -100,6 +100,8 @@ def asking_hub(name: str) -> Iterator[None]:
 def kind_of(folder: Path, name: str) -> type[Family]:
     """The family of the pipeline in a folder, that the user calls by this name. Raises ValueError for another."""
     found = pipeline_class(folder)
+    if not found:
+        raise ValueError(f"{folder / INDEX} is damaged, or names no class of pipeline; download it again")
     if found not in FAMILIES:
         steered = " A ControlNet, an adapter or another attention (PAG) steers a model: give the model without it."
         raise ValueError(
@@ -229,15 +231,17 @@ def place(family: Family, settings: HFConfig, device: torch.device, dtype: torch
 def class_of(path: Path) -> str:
     """The class that a diffusers file of settings names; "" where there is none."""
     try:
-        name = json.loads(path.read_text(encoding="utf-8")).get("_class_name", "")
-    except (OSError, json.JSONDecodeError, UnicodeDecodeError, AttributeError):
+        name = from_json(path.read_text(encoding="utf-8")).get("_class_name", "")
+    except (OSError, ValueError, AttributeError):
         return ""
-    return name if isinstance(name, str) else str(name[-1])
+    if isinstance(name, list) and name:  # of the hub's own kind: library and class
+        name = name[-1]
+    return name if isinstance(name, str) else ""
 
 
 def _index(folder: Path) -> dict[str, Any]:
     """What a pipeline's model_index.json says."""
-    return json.loads((folder / INDEX).read_text(encoding="utf-8"))
+    return from_json((folder / INDEX).read_text(encoding="utf-8"))
 
 
 def _pipeline(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sds3d.cameras import Cameras
-from sds3d.files import replacing
+from sds3d.files import digest, replacing
 from sds3d.prompts import VIEW_WORDS, named_view, view_blend
 from sds3d.transfer import onto
 
@@ -132,14 +132,6 @@ def _blend(views: list[Tensor], shares: Tensor) -> Tensor:
     return (torch.stack(views).float() * weights).sum(0).to(views[0].dtype)
 
 
-def _digest(one: Condition) -> str:
-    """Of the numbers themselves, which safetensors does not check."""
-    mark = hashlib.sha256()
-    for name in sorted(one):
-        mark.update(name.encode() + one[name].contiguous().view(torch.uint8).numpy().tobytes())
-    return mark.hexdigest()
-
-
 def _read(path: Path) -> Condition | None:
     """A kept embedding; None where there is none, with a warning where it is damaged."""
     from safetensors import SafetensorError, safe_open
@@ -153,7 +145,7 @@ def _read(path: Path) -> Condition | None:
         one, told, reason = {}, {}, str(error)
     else:
         reason = "its numbers have changed"
-    if told.get("digest") == _digest(one):
+    if told.get("digest") == digest(one):
         return one
     warnings.warn(f"the kept embedding {path} is damaged ({reason}); embedding the prompt again", stacklevel=2)
     return None
@@ -163,7 +155,7 @@ def _write(path: Path, one: Condition, prompt: str) -> None:
     """Keep an embedding for the next run; a disk that says no is only a warning."""
     from safetensors.torch import save
 
-    data = save(one, {"prompt": prompt, "digest": _digest(one)})
+    data = save(one, {"prompt": prompt, "digest": digest(one)})
     try:
         with replacing(path) as part:
             part.write_bytes(data)
