@@ -18,27 +18,28 @@ TESTS = sorted((ROOT / "tests").glob("*.py"))
 # its files may import.
 OWN_ROOMS = {"teachers.base", "teachers.drawing", "export.sheet", "export.chart"}
 SCORE = {"teachers.base", "samplers", "guidance", "prompts", "noise", "times", "ramp", "cameras", "students"}
-SCORE |= {"transfer", "shares", "teachers.drawing"}
+SCORE |= {"transfer", "shares", "teachers.drawing", "ranges"}
 ARROWS = {
     "files": set(),
-    "ramp": set(),
+    "ranges": set(),
+    "ramp": {"ranges"},
     "transfer": set(),
     "shares": set(),
     "memory": set(),
-    "cameras": {"transfer"},
-    "typed": {"ramp"},
+    "cameras": {"transfer", "ranges"},
+    "typed": {"ramp", "ranges"},
     "noise": set(),
-    "times": {"noise", "ramp"},
-    "guidance": set(),
+    "times": {"noise", "ramp", "ranges"},
+    "guidance": {"ranges"},
     "prompts": {"cameras"},
     "samplers": {"noise", "transfer"},
     "students": {"cameras", "shares"},
     "networks": {"cameras", "prompts"},
     "ops": set(),
     "data": {"cameras", "files", "prompts"},
-    "scenes": {"ops", "cameras", "prompts", "ramp", "students", "transfer"},
-    "generators": {"networks", "noise", "ramp", "shares", "students", "transfer"},
-    "teachers.base": {"noise", "cameras"},
+    "scenes": {"ops", "cameras", "prompts", "ramp", "ranges", "students", "transfer"},
+    "generators": {"networks", "noise", "ramp", "ranges", "shares", "students", "transfer"},
+    "teachers.base": {"noise", "cameras", "ranges"},
     "teachers.drawing": {"teachers.base", "samplers", "guidance", "noise", "cameras", "transfer"},
     "teachers": SCORE - {"students"} | {"networks", "data", "files", "export.sheet", "export.chart"},
     "pairs": SCORE | {"files"},
@@ -49,7 +50,7 @@ ARROWS = {
     "distill": SCORE | {"pairs", "query"},
     "runs": {"files", "ramp"},
     "train": {"distill", "critics", "pairs", "scenes", "generators", "runs", "ramp", "students", "transfer", "shares"}
-    | {"memory"},
+    | {"memory", "ranges"},
     "export.sheet": {"files", "cameras"},
     "export.chart": {"files"},
     "export": {"files", "export.sheet", "export.chart", "scenes", "cameras"},
