@@ -128,6 +128,21 @@ def _convert_plain(kind: type, value: Any, key: str) -> Any:
     return value
 
 
+def require_maps(cls: type, values: Mapping[str, Any], path: str = "") -> None:
+    """Refuse another value where a dataclass or a dict has its place. Raises ValueError that names the key."""
+    hints = _hints(cls)
+    for name, value in values.items():
+        kind = hints.get(name)
+        is_class = dataclasses.is_dataclass(kind) and kind is not Ramp
+        if not (is_class or typing.get_origin(kind) is dict):
+            continue
+        key = f"{path}.{name}" if path else name
+        if not isinstance(value, Mapping):
+            convert(kind, value, key)
+        elif is_class:
+            require_maps(kind, value, key)
+
+
 def check(config: Any, path: str = "") -> None:
     """Refuse numbers outside their ranges in a dataclass of dataclasses. Raises ValueError that names the key."""
     hints = _hints(type(config))

@@ -21,6 +21,7 @@ SCORE = {"teachers.base", "samplers", "guidance", "prompts", "noise", "times", "
 SCORE |= {"transfer", "shares", "teachers.drawing", "ranges"}
 ARROWS = {
     "files": set(),
+    "plain_yaml": set(),
     "ranges": set(),
     "ramp": {"ranges"},
     "transfer": set(),
@@ -65,7 +66,7 @@ BLIND_TO_DATA += ("adversary", "perceptual")
 
 LIGHT = {"torch", "numpy", "sds3d"} | set(sys.stdlib_module_names)
 HOMES = {  # package -> the only files that may import it
-    "omegaconf": {"config.py"},
+    "yaml": {"plain_yaml.py"},
     "diffusers": {"teachers/hf/generator.py", "teachers/hf/loading.py", "teachers/hf/sketch.py"},
     "transformers": {"teachers/hf/loading.py", "teachers/hf/sketch.py"},
     "huggingface_hub": {"teachers/hf/loading.py", "teachers/hf/sketch.py"},
