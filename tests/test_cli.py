@@ -121,6 +121,17 @@ def test_dry_run_prints_the_settings_and_makes_nothing(call, in_folder):
     assert call("generate", "a blue ball", "--config", "again.yaml", "--dry-run")[1] == out
 
 
+@pytest.mark.parametrize("command", ["generate", "paint"])
+@pytest.mark.parametrize("negative", ["[deformed], a ball", "ball #1 ${steps}: no"])
+def test_a_negative_prompt_is_a_flag_and_a_setting_and_taken_as_written(call, in_folder, command, negative):
+    import yaml
+
+    for given in (("--negative", negative), (f"negative={negative}",)):
+        code, out, err = call(command, "a ball", *given, "--dry-run")
+        assert code == 0, err
+        assert yaml.safe_load(out)["negative"].replace("\\${", "${") == negative
+
+
 MISTAKES = {
     "an empty prompt": (("generate", " "), "the prompt is empty"),
     "a word it does not know": (("generate", "a unicorn"), "nearest: ball"),
@@ -379,7 +390,7 @@ def test_paint_and_resume_leave_images_and_a_strip(call, in_folder):
     ("arguments", "said"),
     [
         (("paint", "a ball", "--method", "nfds"), "did you mean nfsd"),
-        (("paint", "a ball", "--method", "nfsd", "negative=''"), "NFSD needs a negative prompt"),
+        (("paint", "a ball", "--method", "nfsd", "negative="), "NFSD needs a negative prompt"),
         (("paint", "a ball", "--method", "dds"), "DDS needs a source"),
         (("paint", "a ball", "--method", "sds", "method.skale=3"), "did you mean method.scale"),
         (("paint", "a ball", "-n", "0"), "image.count is 0"),
@@ -398,13 +409,14 @@ def test_mistakes_about_methods_leave_nothing_behind(call, in_folder, arguments,
     assert not list(in_folder.iterdir())
 
 
-def test_compare_writes_a_page(call, in_folder, monkeypatch):
+def test_compare_writes_a_page(call, in_folder, monkeypatch, ball_teacher):
     monkeypatch.setattr(
         "sds3d.teachers.drawing.sample", lambda teacher, prompts, **rest: torch.ones((len(prompts), 3, 8, 8))
     )
-    quick = ("steps=3", "image.size=8", "image.count=2", "-o", "c", "--seeds", "0,1")
+    quick = ("steps=3", "image.size=8", "image.count=2", "-o", "c", "--seeds", "0,1", "--negative", "ball: [flat]")
     code, out, err = call("compare", "a ball", "a red ball", "--methods", "sds,csd", *quick)
     assert code == 0 and out.split() == ["c/index.html", "c/sheet.png", "c/results.json"], err
     assert "run 8/8" in err and err.count("csd") == 4
+    assert sum("ball: [flat]" in prompts for prompts in ball_teacher.asked) == 12  # in each step of sds
     code, out, err = call("compare", "a ball", "a red ball", "--methods", "sds,csd", *quick, "--json")
     assert code == 0 and err == "" and set(json.loads(out)["mean"]) == {"sds", "csd"}

@@ -127,6 +127,43 @@ def test_a_written_config_reads_back_as_itself(tmp_path, prompt):
     assert load(None, file=file) == config
 
 
+TEXTS = [
+    "[deformed], blurry",
+    "blurry #1 ugly",
+    "style: ugly",
+    "no",
+    "null",
+    "0x10",
+    "1:30",
+    "{a: b}",
+    "a=b",
+    "'quoted'",
+    " two  spaces ",
+    "",
+    "${steps} and ${oc.env:HOME}",
+    "\\${steps}",
+    "\\\\${steps}\\",
+]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_a_setting_that_is_text_is_taken_as_it_is_written(tmp_path, text):
+    """And is written so that it reads back as itself."""
+    names = ("negative", "source.prompt", "source.run", "out", "teacher.hf.variant", "prompt")
+    config = load(None, parse_overrides(f"{name}={text or (name == 'prompt') * 'x'}" for name in names))
+    assert (config.negative, config.source.prompt, config.source.run, config.out) == (text,) * 4
+    assert (config.teacher.hf.variant, config.prompt) == (text, text or "x")
+    (tmp_path / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+    assert load(None, file=tmp_path / "config.yaml") == config
+    painted = load("a ball", parse_overrides([f"image.start={text}"]), kind=configs.PaintConfig)
+    assert painted.image.start == text
+
+
+def test_the_settings_that_are_text_are_those_of_every_kind_of_run():
+    assert {"prompt", "image.start", "generator.prompts", "pairs.folder", "real", "backend"} <= configs.text_keys()
+    assert not {"method", "steps", "teacher", "critic.targets", "optim.lr"} & configs.text_keys()
+
+
 MISTAKES = {
     "render.resolutoin=3": "unknown key 'render.resolutoin'; did you mean render.resolution",
     "resolution=3": "unknown key 'resolution'; did you mean occupancy.resolution or render.resolution",

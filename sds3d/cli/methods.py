@@ -56,6 +56,7 @@ class CompareOptions:
     methods: Annotated[str, Option(help="names with commas between; sds3d methods lists them")] = "sds,nfsd,csd,vsd"
     seeds: Annotated[str, Option(help="a run for each, with commas between")] = "0"
     student: Annotated[str, Option(help="image (pixels) or scene")] = "image"
+    negative: Annotated[str | None, Option(help="what not to make, as in 'blurry, ugly'")] = None
     held_out: Annotated[bool, Option("--held-out", help="the toybox's 12 held-out prompts, too")] = False
     out: Annotated[Path, Option("--out", "-o", help="folder; a second call goes on there")] = Path("outputs/compare")
     quiet: Quiet = False
@@ -91,6 +92,7 @@ def compare(
 
     texts = prompts or []
     named = [text for text in texts if "=" not in text]
+    given = [] if options.negative is None else [f"negative={options.negative}"]
     if options.held_out:
         from sds3d.data.toybox import HELD_OUT_PROMPTS
 
@@ -103,7 +105,7 @@ def compare(
             for part in options.seeds.split(",")
         ),
         options.student,
-        configs.parse_overrides([text for text in texts if "=" in text]),
+        configs.parse_overrides([*given, *(text for text in texts if "=" in text)]),
     )
     clock, begun, entries = Clock(), time.perf_counter(), []
     total = len(comparison.prompts) * len(comparison.methods) * len(comparison.seeds)

@@ -43,6 +43,7 @@ class RunOptions:
     """The flags of every command that begins a run, each short for a key."""
 
     method: Annotated[str | None, Option(help="how to distil; sds3d methods lists them")] = None
+    negative: Annotated[str | None, Option(help="what not to make, as in 'blurry, ugly'")] = None
     seed: Annotated[int | None, Option(help="of every random draw")] = None
     teacher: Annotated[str | None, Option(help=TEACHERS)] = None
     allow_pickle: Annotated[
@@ -68,7 +69,11 @@ class RunOptions:
     def layer(self) -> dict[str, Any]:
         """The settings given by flags."""
         given = {"method": self.method, "seed": self.seed, "teacher.name": self.teacher, "out": self.out}
-        given |= {"device": self.device, "teacher.hf.allow_pickle": self.allow_pickle or None}
+        given |= {
+            "negative": self.negative,
+            "device": self.device,
+            "teacher.hf.allow_pickle": self.allow_pickle or None,
+        }
         return {key: value for key, value in (given | self.own()).items() if value is not None}
 
 
