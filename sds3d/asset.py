@@ -23,6 +23,7 @@ from sds3d.export.source import Source, Tell, silent
 from sds3d.runs import Run
 from sds3d.scenes.student import SceneStudent
 from sds3d.students import Particles
+from sds3d.typed import check
 
 if TYPE_CHECKING:
     import PIL.Image
@@ -127,6 +128,7 @@ class Asset:
             ValueError: a setting is out of its range.
         """
         config, settings = self.config, dataclasses.replace(self.config.export, **changed)
+        check(settings, "export")
         lit = config.render.shading == "albedo"  # then the scene's colours hold what light the teacher painted
         card = {
             "prompt": config.prompt,

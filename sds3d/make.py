@@ -42,10 +42,13 @@ def pick_device(wanted: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(wanted)
+        if device.type not in ("cpu", "cuda"):  # torch has more, such as meta, on which nothing is computed
+            raise RuntimeError
         torch.zeros(1, device=device)
         if device.type == "cuda" and device.index is not None:
             torch.cuda.set_device(device)  # kernels and events go to the current one
     except (RuntimeError, AssertionError, NotImplementedError) as error:
+        wanted = wanted if len(wanted) < 60 else f"{wanted[:50]} ..."
         if wanted.startswith("cuda"):
             raise ValueError(
                 f"device {wanted!r} is not usable here: torch {torch.__version__} sees no such GPU; leave device "

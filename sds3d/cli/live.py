@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from sds3d.live.stage import Stage
     from sds3d.live.watch import Watch
 
-Port = Annotated[int | None, Option(help="of the page; the first free one from 8080 on by default")]
+Port = Annotated[int | None, Option(min=0, max=65535, help="of the page; the first free one from 8080 on by default")]
 Host = Annotated[str, Option(help="address the page is served on; others than this machine's own let others in")]
 
 
@@ -29,6 +29,8 @@ def staging(host: str, port: int | None, title: str) -> Iterator[Stage]:
     from sds3d.live.address import Address
     from sds3d.live.stage import Stage
 
+    if not host.strip():  # would be every address there is
+        raise ValueError(f"--host is {host!r}; give an address of this machine, or leave it out for {HERE}")
     stage = Stage(Address.find(host, port), title)
     try:
         if stage.address.warning:
@@ -115,7 +117,12 @@ def studio(
     from sds3d.files import require_folder
     from sds3d.live.studio import Studio
 
-    layer = configs.parse_overrides(overrides or []) | ({"out": out} if out else {})
+    layer = configs.parse_overrides(overrides or [])
+    if "prompt" in layer:
+        raise ValueError("prompt= has no part in the studio, whose page takes the prompts: leave it out")
+    if out is not None:
+        configs.refuse_twice({"out": out}, layer)
+        layer |= {"out": out}
     base = configs.load("a red mug", layer, kind=configs.Config)  # before there is a page: the settings may be wrong
     require_folder(Path(base.out).expanduser())
     with staging(host, port, "sds3d studio") as stage:

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 from typer import Argument, Option
 
-from sds3d.cli.shared import Json, Overrides, Quiet, RunOptions, begin, dump, print_result
+from sds3d.cli.shared import Json, Overrides, Quiet, RunOptions, begin, dump, print_result, user_path
 from sds3d.options import spread
 
 
@@ -58,7 +58,9 @@ class CompareOptions:
     student: Annotated[str, Option(help="image (pixels) or scene")] = "image"
     negative: Annotated[str | None, Option(help="what not to make, as in 'blurry, ugly'")] = None
     held_out: Annotated[bool, Option("--held-out", help="the toybox's 12 held-out prompts, too")] = False
-    out: Annotated[Path, Option("--out", "-o", help="folder; a second call goes on there")] = Path("outputs/compare")
+    out: Annotated[Path, Option("--out", "-o", help="folder; a second call goes on there", parser=user_path)] = Path(
+        "outputs/compare"
+    )
     quiet: Quiet = False
     json: Json = False
 
