@@ -337,7 +337,9 @@ def changed(config: RunConfig, layer: Mapping[str, Any]) -> Any:
     for key in layer:
         if key not in free and not _leaves({key: layer[key]}) <= {*SPARING, PICKLE}:
             raise ValueError(f"{shown(key)[1:-1]} cannot change on resume, only {', '.join(free)}; start a new run")
-    steps = convert(int, layer.get("steps", config.steps), "steps")
+    values = {f.name: plain(getattr(config, f.name)) for f in dataclasses.fields(config) if f.name in layer}
+    fresh = build(type(config), {"prompt": config.prompt, **merge(values, layer)})
+    steps = fresh.steps if "steps" in layer else config.steps
     if isinstance(config, DistillConfig) and steps > config.steps:
         ends = [name for name, ramp in config.optim.lr.items() if ramp(config.steps) == 0]
         if ends:
@@ -345,6 +347,4 @@ def changed(config: RunConfig, layer: Mapping[str, Any]) -> Any:
                 f"the learning rate of {ends[0]} is 0 from step {config.steps} on, so more steps would teach nothing; "
                 f"start a new run with steps={steps}"
             )
-    values = {f.name: plain(getattr(config, f.name)) for f in dataclasses.fields(config) if f.name in layer}
-    fresh = build(type(config), {"prompt": config.prompt, **merge(values, layer)})
     return dataclasses.replace(config, **{key: getattr(fresh, key) for key in layer})

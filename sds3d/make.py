@@ -93,13 +93,7 @@ def teacher(config: RunConfig) -> Teacher:
     if said and isinstance(config, Config):
         raise ValueError(f"the prompt says {said[0]!r}, but a scene is seen from all sides; leave it out")
     found = load_teacher(config.teacher, config.device)
-    known = getattr(found, "vocabulary", None)
-    blind = found.views == "words" and known is not None and not {"front", "back", "view"} <= set(known)
-    if isinstance(config, Config) and blind:
-        raise ValueError(
-            f"the teacher {config.teacher.name} knows neither cameras nor view words, which a scene needs; it can "
-            "paint (sds3d paint) and teach a generator (sds3d distill)"
-        )
+    require_views(config, found)
     require_ring(config, found)
     if isinstance(config, DistillConfig):
         if getattr(found, "together", 1) > 1:
@@ -123,6 +117,17 @@ def teacher(config: RunConfig) -> Teacher:
             except ValueError as error:
                 raise ValueError(f"{name}{error}") from error
     return found
+
+
+def require_views(config: RunConfig, teacher: Teacher) -> None:
+    """Raises ValueError where a teacher cannot know from where a scene is seen."""
+    known = getattr(teacher, "vocabulary", None)
+    blind = teacher.views == "words" and known is not None and not {"front", "back", "view"} <= set(known)
+    if isinstance(config, Config) and blind:
+        raise ValueError(
+            f"the teacher {config.teacher.name} knows neither cameras nor view words, which a scene needs; it can "
+            "paint (sds3d paint) and teach a generator (sds3d distill)"
+        )
 
 
 def require_ring(config: RunConfig, teacher: Teacher) -> None:

@@ -23,14 +23,19 @@ Port = Annotated[int | None, Option(min=0, max=65535, help="of the page; the fir
 Host = Annotated[str, Option(help="address the page is served on; others than this machine's own let others in")]
 
 
+def require_host(host: str) -> None:
+    """Refuse no address, which would be every address there is. Raises ValueError."""
+    if not host.strip():
+        raise ValueError(f"--host is {host!r}; give an address of this machine, or leave it out for {HERE}")
+
+
 @contextmanager
 def staging(host: str, port: int | None, title: str) -> Iterator[Stage]:
     """A page, served while the block lasts; says where it is. Raises ValueError where it cannot be served."""
     from sds3d.live.address import Address
     from sds3d.live.stage import Stage
 
-    if not host.strip():  # would be every address there is
-        raise ValueError(f"--host is {host!r}; give an address of this machine, or leave it out for {HERE}")
+    require_host(host)
     stage = Stage(Address.find(host, port), title)
     try:
         if stage.address.warning:
@@ -117,6 +122,7 @@ def studio(
     from sds3d.files import require_folder
     from sds3d.live.studio import Studio
 
+    require_host(host)
     layer = configs.parse_overrides(overrides or [])
     if "prompt" in layer:
         raise ValueError("prompt= has no part in the studio, whose page takes the prompts: leave it out")

@@ -69,7 +69,7 @@ def render(
     from sds3d.export import layers, video
 
     groups, formats = [_parts(names) for names in what or ["rgb"]], _parts(format)
-    for name, given in (("format", formats), ("what", [",".join(names) for names in groups])):
+    for name, given in (("format", formats), ("what", [",".join(n) for n in groups]), *(("what", n) for n in groups)):
         twice = [one for one in given if given.count(one) > 1]
         if twice:  # both would be one file
             raise ValueError(f"{name} has {twice[0]} twice; give it once")
