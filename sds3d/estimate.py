@@ -136,7 +136,10 @@ def estimate(config: Config, where: Place) -> Estimate:
         painter = _with(teacher, attention_slicing=False, offload=False, cache="")
         bare = _with(teacher, checkpointing=True, slicing=False, tiling=False, offload=False, cache="")
     judge, views = _judge(bare, dtype), config.render.views
-    make.require_views(config, judge.teacher)
+    try:
+        make.require_views(config, judge.teacher)
+    except ValueError as error:
+        raise ValueError(f"the memory that is estimated is a scene's, and {error}") from error
     make.require_ring(config, judge.teacher)
     resolution = config.render.resolution_at(math.inf)  # the largest, usually
     kept, backward, forward = _encoding(painter, dtype, views, resolution)
