@@ -48,7 +48,7 @@ COMMANDS = {
     "the digits in another size": (("teacher", "train", "digits", "size=32"), "the pictures of digits are 8"),
     "other data": (("teacher", "train", "digits", "data=toybox"), "data is what comes first"),
     "no host": (("studio", "--host", ""), "--host is ''"),
-    "a port": (("studio", "--port", "99999"), "'--port'"),
+    "a port": (("studio", "--port", "99999"), "--port is 99999"),
     "a device on which nothing is computed": ((*DRY, "device=meta"), "device 'meta' is not usable here"),
     "an unknown option": (("generate", "a ball", "--sed", "3"), "--sed"),
     "a seed that is none": (("generate", "a ball", "--seed", "x"), "--seed"),

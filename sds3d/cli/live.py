@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from sds3d.live.stage import Stage
     from sds3d.live.watch import Watch
 
-Port = Annotated[int | None, Option(min=0, max=65535, help="of the page; the first free one from 8080 on by default")]
+Port = Annotated[int | None, Option(help="of the page; the first free one from 8080 on by default")]
 Host = Annotated[str, Option(help="address the page is served on; others than this machine's own let others in")]
 
 
