@@ -23,8 +23,10 @@ Port = Annotated[int | None, Option(help="of the page; the first free one from 8
 Host = Annotated[str, Option(help="address the page is served on; others than this machine's own let others in")]
 
 
-def require_host(host: str) -> None:
-    """Refuse no address, which would be every address there is. Raises ValueError."""
+def require_place(host: str, port: int | None) -> None:
+    """Refuse no address, which would be every address there is, and ports that are none. Raises ValueError."""
+    if port is not None and not 0 <= port <= 65535:
+        raise ValueError(f"--port is {port}; give a number from 1 to 65535, or leave it out")
     if not host.strip():
         raise ValueError(f"--host is {host!r}; give an address of this machine, or leave it out for {HERE}")
 
@@ -35,7 +37,7 @@ def staging(host: str, port: int | None, title: str) -> Iterator[Stage]:
     from sds3d.live.address import Address
     from sds3d.live.stage import Stage
 
-    require_host(host)
+    require_place(host, port)
     stage = Stage(Address.find(host, port), title)
     try:
         if stage.address.warning:
@@ -122,7 +124,7 @@ def studio(
     from sds3d.files import require_folder
     from sds3d.live.studio import Studio
 
-    require_host(host)
+    require_place(host, port)
     layer = configs.parse_overrides(overrides or [])
     if "prompt" in layer:
         raise ValueError("prompt= has no part in the studio, whose page takes the prompts: leave it out")
