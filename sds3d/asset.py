@@ -25,6 +25,7 @@ from sds3d.modes import require_own_process, training
 from sds3d.runs import Run
 from sds3d.scenes.student import SceneStudent
 from sds3d.students import Particles, outsized
+from sds3d.typed import check
 
 if TYPE_CHECKING:
     import PIL.Image
@@ -137,6 +138,7 @@ class Asset:
         """
         require_own_process()
         config, settings = self.config, dataclasses.replace(self.config.export, **changed)
+        check(settings, "export")
         lit = config.render.shading == "albedo"  # then the scene's colours hold what light the teacher painted
         card = {
             "prompt": config.prompt,

@@ -18,10 +18,12 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
+from sds3d.ranges import Within
 from sds3d.transfer import onto
 
 
@@ -145,11 +147,11 @@ class CameraRanges:
             so many or a multiple. 1: each stands by itself.
     """
 
-    azimuth: tuple[float, float] = (0.0, 360.0)
-    elevation: tuple[float, float] = (-20.0, 60.0)
-    distance: tuple[float, float] = (2.8, 3.2)
-    fov: tuple[float, float] = (38.0, 42.0)
-    ring: int = 1
+    azimuth: Annotated[tuple[float, float], Within(-360, 720)] = (0.0, 360.0)
+    elevation: Annotated[tuple[float, float], Within(-90, 90)] = (-20.0, 60.0)
+    distance: Annotated[tuple[float, float], Within(1.8, 100)] = (2.8, 3.2)
+    fov: Annotated[tuple[float, float], Within(1, 170)] = (38.0, 42.0)
+    ring: Annotated[int, Within(1, 64)] = 1
 
     def __post_init__(self):
         if not 1 <= self.ring <= 64:

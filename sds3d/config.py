@@ -3,7 +3,8 @@
 Layers, each over the one before: the defaults of the dataclasses, the method's recipe (``configs/<method>.yaml``; for
 a diffusers pipeline as the teacher ``scene.yaml`` and ``<method>.yaml`` of ``configs/pipelines``), a user's file,
 keyword arguments or flags, ``key=value``. ``${steps}`` and ``${part:0.75}`` (that part of the steps, rounded) may stand
-in any value, so that a recipe's ramps follow the number of steps.
+for any number, so that a recipe's ramps follow the number of steps. There are no other references, and none in text: a
+file may come from a stranger.
 """
 
 from __future__ import annotations
@@ -11,17 +12,24 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
+import sys
 import typing
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from sds3d import plain_yaml
 from sds3d.distill import METHODS
 from sds3d.distill.core import Method
+from sds3d.ranges import shown
 from sds3d.settings import Config, DistillConfig, PaintConfig, RunConfig
 from sds3d.teachers.base import PACKAGED
 from sds3d.teachers.hf import loading
-from sds3d.typed import build, convert, keys, merge, nearest, plain
+from sds3d.typed import build, convert, keys, merge, nearest, plain, require_maps
+
+PICKLE = "teacher.hf.allow_pickle"  # which no file may set: a pickle can run any program
+PATHS = ("teacher.name", "source.run", "image.start", "generator.prompts", "pairs.folder", "real")  # found again ...
+PLACES = ("out", "teacher.hf.cache")  # ... and those that are made where a run is made
 
 
 def load(
@@ -34,43 +42,43 @@ def load(
 
     Args:
         prompt: what to make; None takes it from the layers (a run's config.yaml has one).
-        layers: nested or dotted keys, later ones win.
+        layers: nested or dotted keys, later ones win; mappings, or OmegaConf's configs.
         file: a YAML file under the layers, over the recipe; or the name of one of those for single models: if, sd3.
         kind: which; None takes a PaintConfig where there are settings of an image, a DistillConfig where there are
             some of a generator, else a Config.
 
     Raises:
-        ValueError: unknown keys, wrong types, values nobody can use, a file that is missing or is no YAML.
+        ValueError: unknown keys, wrong types, values nobody can use, a file that is missing or is no YAML, or that lets
+            pickles be read.
     """
     given = _of_file(Path(file), kind) if file is not None else {}
-    for layer in map(_nested, [given, *layers]):
+    if _at(given, PICKLE):
+        raise ValueError(f"{file} sets {PICKLE}, and a pickle can run any program; take the line out, {_FLAG}")
+    return _loaded(prompt, [given, *layers], kind)
+
+
+def _loaded(prompt: str | None, layers: list[Mapping[str, Any]], kind: type[RunConfig] | None) -> Any:
+    """A config from layers."""
+    given: dict[str, Any] = {}
+    for layer in map(_nested, map(_opened, layers)):
         given = (
             merge(given, layer) if _same_method(given, layer) else {**merge(given, layer), "method": layer["method"]}
         )
     if prompt is not None:
-        given["prompt"] = literal(prompt)
+        given["prompt"] = prompt
     kind = kind or (PaintConfig if "image" in given else DistillConfig if "generator" in given else Config)
     if kind is DistillConfig:
         given.setdefault("prompt", "")
     if "prompt" not in given:
         raise ValueError('there is no prompt; say what to make, as in: sds3d generate "a red mug"')
-    real = Path(str(given.get("real") or "")).expanduser()
-    if real != Path() and real.is_dir():  # so that resume works from any folder
-        given["real"] = str(real.resolve())
+    require_maps(kind, given)
     if given.get("method") is None:  # null is the default
         given.pop("method", None)
-    for section, key in (
-        ("teacher", "name"),
-        ("source", "run"),
-        ("image", "start"),
-        ("generator", "prompts"),
-        ("pairs", "folder"),
-    ):
-        given |= _from_anywhere(given, section, key)
+    given = _from_anywhere(given)
     method = given.get("method") or {}
-    name = method.get("name", default_method(kind)) if isinstance(method, Mapping) else str(method)
-    if name not in METHODS:
-        raise ValueError(f"method is {name!r}; {nearest(str(name), METHODS)} (there is {', '.join(METHODS)})")
+    name = method.get("name", default_method(kind)) if isinstance(method, Mapping) else method
+    if not isinstance(name, str) or name not in METHODS:
+        raise ValueError(f"method is {shown(name)}; {nearest(str(name), METHODS)} (there is {', '.join(METHODS)})")
     defaults = plain(kind("a red mug"))  # whole, so that a recipe that sets optim.lr.grid keeps optim.lr.mlp
     del defaults["prompt"], defaults["method"]
     defaults["time"]["steps"] = "${steps}"
@@ -88,12 +96,32 @@ def default_method(kind: type[RunConfig]) -> str:
     return "diffinstruct" if kind is DistillConfig else "sds"
 
 
-def _from_anywhere(given: Mapping[str, Any], section: str, key: str) -> dict[str, Any]:
-    """The section, whose path is made absolute where it leads somewhere, so that resume works from any folder."""
-    values = given.get(section)
-    path = Path(str(values.get(key) or "")).expanduser() if isinstance(values, Mapping) else Path()
-    as_it_is = path == Path() or str(path) in PACKAGED or not path.exists()
-    return {} if as_it_is else {section: {**values, key: str(path.resolve())}}
+def _from_anywhere(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Make paths absolute where they lead somewhere, so that resume works from any folder. Raises ValueError for a text
+    that can be no path."""
+    for key in (*PATHS, *PLACES):
+        value = _at(given, key)
+        text = "" if value is None else str(value)
+        try:
+            path = Path(text).expanduser()
+            found = path != Path() and text not in PACKAGED and path.exists() and key in PATHS
+            absolute = str(path.resolve()) if found else ""
+        except RuntimeError as error:
+            raise ValueError(f"{key} is {shown(text)}; there is no such user here, give a path") from error
+        except (OSError, ValueError) as error:
+            what = getattr(error, "strerror", None) or error
+            raise ValueError(f"{key} is {shown(text)}, which is no path here: {what}") from error
+        if absolute and (key != "real" or path.is_dir()):
+            given = merge(given, _nested({key: absolute}))
+    return dict(given)
+
+
+def _at(values: Mapping[str, Any], key: str) -> Any:
+    """What stands at a dotted key; None where nothing does."""
+    node: Any = values
+    for name in key.split("."):
+        node = node.get(name) if isinstance(node, Mapping) else None
+    return node
 
 
 def _typed(values: dict[str, Any], name: str, kind: type[RunConfig]) -> RunConfig:
@@ -107,26 +135,27 @@ def _typed(values: dict[str, Any], name: str, kind: type[RunConfig]) -> RunConfi
 def parse_overrides(texts: Iterable[str]) -> dict[str, Any]:
     """``key=value`` texts as a nested mapping. Raises ValueError.
 
-    The value of a setting whose type is text (``text_keys``) is taken as it is written. Other values are read as YAML.
+    The value of a setting whose type is text (`text_keys`) is taken as it is written. Other values are read as YAML.
     """
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
-
     layer: dict[str, Any] = {}
     for text in texts:
         key, equals, value = text.partition("=")
         if not equals or not key.strip() or key != key.strip():
-            raise ValueError(f"{text!r} is no key=value; write settings as steps=800, and the prompt in quotes")
+            raise ValueError(f"{shown(text)} is no key=value; write settings as steps=800, and the prompt in quotes")
         if key in text_keys():
-            layer = merge(layer, _nested({key: literal(value)}))
+            layer = merge(layer, _nested({key: value}))
             continue
         try:
-            node = OmegaConf.to_container(OmegaConf.from_dotlist([text]))
-        except (OmegaConfBaseException, YAMLError, ValueError, TypeError) as error:
-            raise ValueError(f"cannot read {text!r}; give key=value with a value in YAML") from error
-        layer = merge(layer, _nested(node))
+            node = plain_yaml.read(value)
+        except ValueError as error:
+            raise ValueError(f"cannot read {shown(text)}; give key=value with a value in YAML ({error})") from error
+        layer = merge(layer, _nested({key: node}))
+    if _at(layer, PICKLE) is not None:
+        raise ValueError(f"{PICKLE} is no setting to write down; {_FLAG}")
     return layer
+
+
+_FLAG = "give --allow-pickle, a flag of generate, paint, distill, compare and resume"
 
 
 @functools.cache
@@ -145,15 +174,14 @@ def text_keys() -> frozenset[str]:
     return frozenset(of(Config) | of(PaintConfig) | of(DistillConfig))
 
 
-def literal(value: Any) -> Any:
-    """A plain value for a layer, a tree or a text, in which no ``${...}`` is a reference."""
-    if isinstance(value, Mapping):
-        return {key: literal(part) for key, part in value.items()}
-    if isinstance(value, list):
-        return [literal(part) for part in value]
-    if isinstance(value, str):  # backslashes before the brace would escape one another
-        return re.sub(r"(\\*)\$\{", r"\1\1\\${", value)
-    return value
+def refuse_twice(flags: Mapping[str, Any], overrides: Mapping[str, Any]) -> None:
+    """Refuse a setting that a flag and a ``key=value`` give differently. Raises ValueError."""
+    flags = _nested(flags)
+    for key in sorted(_leaves(flags) & _leaves(overrides)):
+        first, second = _at(flags, key), _at(overrides, key)
+        if first != second:
+            key = "method" if key == "method.name" else key
+            raise ValueError(f"{key} is given twice, as {shown(first)} and as {key}={shown(second)}; give one of them")
 
 
 def recipe(name: str, kind: type[RunConfig] = Config, pipeline: bool = False) -> dict[str, Any]:
@@ -194,37 +222,31 @@ def _of_file(file: Path, kind: type[RunConfig] | None) -> dict[str, Any]:
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """A YAML mapping, references unresolved. Raises ValueError where it is missing or is none."""
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
-
-    try:
-        node = OmegaConf.load(path)
-    except OSError as error:
-        raise ValueError(f"cannot read {path}: {error.strerror or error}; give a YAML file with settings") from error
-    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
-    values = OmegaConf.to_container(node)
+    values = plain_yaml.read_file(path)
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds no settings; give lines such as steps: 800")
     return {str(k): v for k, v in values.items()}
 
 
 def of_run(path: Path) -> Any:
-    """What a run was made with, from its config.yaml. Raises ValueError that names the file."""
+    """What a run was made with, from its config.yaml. Raises ValueError that names the file.
+
+    Pickles are not allowed, whatever it says: who resumes the run says so again.
+    """
     try:
-        return load(None, file=path)
+        values = _nested(read_yaml(path))
+        if _at(values, PICKLE) is not None:
+            values = merge(values, _nested({PICKLE: False}))
+        return _loaded(None, [values], None)
     except ValueError as error:
         raise ValueError(f"{path} cannot be used; edited, or of another version of sds3d? {error}") from error
 
 
 def to_yaml(config: RunConfig) -> str:
     """The config, complete, as YAML; ``load(None, file=...)`` gives the same config again."""
-    from omegaconf import OmegaConf
-
     values = plain(config)
     values["method"] = {"name": name_of(config.method), **values["method"]}
-    return OmegaConf.to_yaml(OmegaConf.create(literal(values)))
+    return plain_yaml.write(values)
 
 
 def name_of(method: Method) -> str:
@@ -232,27 +254,38 @@ def name_of(method: Method) -> str:
     return next(name for name, kind in METHODS.items() if type(method) is kind)
 
 
-def _resolved(values: dict[str, Any]) -> dict[str, Any]:
-    """Replace ``${...}``."""
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
+_REFERENCE = re.compile(r"\$\{ *(?:steps|part: *(0|1|0?\.[0-9]{1,20}|[01]\.[0-9]{1,20})) *\}")
 
+
+def _resolved(values: dict[str, Any]) -> dict[str, Any]:
+    """Replace ``${steps}`` and ``${part:0.75}`` where they stand for numbers."""
     steps = convert(int, values["steps"], "steps")
     if steps < 1:
-        raise ValueError(f"steps is {steps}; give 1 or more")
-
-    def part(share: Any) -> int:
-        return round(float(share) * steps)
-
-    OmegaConf.register_resolver("part", part, replace=True)
+        raise ValueError(f"steps is {shown(steps)}; give 1 or more")
     stages = values.get("render", {}).get("resolution")
-    try:
-        found = OmegaConf.to_container(OmegaConf.create(values), resolve=True)
-        if isinstance(stages, list) and "${" in str(stages):  # parts of few steps fall on one: the last of them counts
-            found["render"]["resolution"] = [list(stage) for stage in dict(found["render"]["resolution"]).items()]
-        return found
-    except (OmegaConfBaseException, ValueError, TypeError) as error:
-        raise ValueError(f"cannot resolve the settings: {str(error).splitlines()[0]}") from error
+    found = _with_numbers(values, steps)
+    if isinstance(stages, list) and "${" in str(stages):  # parts of few steps fall on one: the last of them counts
+        pairs = [stage for stage in found["render"]["resolution"] if isinstance(stage, list) and len(stage) == 2]
+        if len(pairs) == len(stages) and all(isinstance(since, int) for since, _ in pairs):
+            found["render"]["resolution"] = [list(stage) for stage in dict(pairs).items()]
+    return found
+
+
+def _with_numbers(value: Any, steps: int, key: str = "") -> Any:
+    """A tree in which references are numbers. Text may say ``${...}``, and means it."""
+    if isinstance(value, Mapping):
+        return {name: _with_numbers(v, steps, f"{key}.{name}" if key else name) for name, v in value.items()}
+    if isinstance(value, list):
+        return [_with_numbers(v, steps, key) for v in value]
+    if not isinstance(value, str) or "${" not in value or key in text_keys():
+        return value
+    match = _REFERENCE.fullmatch(value)
+    if match is None or (match[1] and float(match[1]) > 1):
+        raise ValueError(
+            f"cannot resolve the settings: {key} is {shown(value)}; give a value, ${{steps}}, or ${{part:0.75}} for a "
+            "part of the steps from 0 to 1"
+        )
+    return round(float(match[1]) * steps) if match[1] else steps
 
 
 def _same_method(below: Mapping[str, Any], above: Mapping[str, Any]) -> bool:
@@ -262,10 +295,21 @@ def _same_method(below: Mapping[str, Any], above: Mapping[str, Any]) -> bool:
     return names[1] is None or names[0] in (None, names[1])
 
 
+def _opened(layer: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A layer as it is; a program's own OmegaConf config as plain values, its references resolved."""
+    if "omegaconf" not in sys.modules:  # then it cannot be one
+        return layer
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_container(layer, resolve=True) if OmegaConf.is_config(layer) else layer
+
+
 def _nested(layer: Mapping[str, Any]) -> dict[str, Any]:
     """Dotted keys opened, dataclasses and ramps as plain values, a method's name as its settings."""
     out: dict[str, Any] = {}
     for key, value in layer.items():
+        if str(key).count(".") > 8:
+            raise ValueError(f"unknown key {shown(key)}; no key has so many parts")
         node = _nested(value) if isinstance(value, Mapping) else plain(value)
         if key == "method" and isinstance(value, str):
             node = {"name": value}
@@ -301,9 +345,11 @@ def changed(config: RunConfig, layer: Mapping[str, Any]) -> Any:
     free = [f.name for f in dataclasses.fields(config) if f.name in mutable]
     layer = _nested(layer)
     for key in layer:
-        if key not in free and not _leaves({key: layer[key]}) <= SPARING:
-            raise ValueError(f"{key} cannot change on resume, only {', '.join(free)}; start a new run")
-    steps = layer.get("steps", config.steps)
+        if key not in free and not _leaves({key: layer[key]}) <= {*SPARING, PICKLE}:
+            raise ValueError(f"{shown(key)[1:-1]} cannot change on resume, only {', '.join(free)}; start a new run")
+    values = {f.name: plain(getattr(config, f.name)) for f in dataclasses.fields(config) if f.name in layer}
+    fresh = build(type(config), {"prompt": config.prompt, **merge(values, layer)})
+    steps = fresh.steps if "steps" in layer else config.steps
     if isinstance(config, DistillConfig) and steps > config.steps:
         ends = [name for name, ramp in config.optim.lr.items() if ramp(config.steps) == 0]
         if ends:
@@ -311,6 +357,4 @@ def changed(config: RunConfig, layer: Mapping[str, Any]) -> Any:
                 f"the learning rate of {ends[0]} is 0 from step {config.steps} on, so more steps would teach nothing; "
                 f"start a new run with steps={steps}"
             )
-    values = {f.name: plain(getattr(config, f.name)) for f in dataclasses.fields(config) if f.name in layer}
-    fresh = build(type(config), {"prompt": config.prompt, **merge(values, layer)})
     return dataclasses.replace(config, **{key: getattr(fresh, key) for key in layer})

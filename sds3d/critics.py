@@ -12,7 +12,7 @@ import copy
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,7 @@ from sds3d.networks.lora import LoRA
 from sds3d.networks.unet import CAMERA_FEATURES, camera_features
 from sds3d.noise import Prediction, noised, target
 from sds3d.prompts import with_view
+from sds3d.ranges import Within
 from sds3d.shares import Share
 from sds3d.students import Draw
 from sds3d.teachers.base import Teacher
@@ -108,12 +109,12 @@ class CriticConfig:
     """
 
     kind: Literal["lora", "copy"] = "lora"
-    steps: int = 1
-    lr: float = 1e-4
-    rank: int = 8
-    camera_drop: float = 0.1
-    betas: tuple[float, float] = (0.9, 0.99)
-    weight_decay: float = 0.0
+    steps: Annotated[int, Within(1, 1000)] = 1
+    lr: Annotated[float, Within(0, 1, above=True)] = 1e-4
+    rank: Annotated[int, Within(1, 512)] = 8
+    camera_drop: Annotated[float, Within(0, 1)] = 0.1
+    betas: Annotated[tuple[float, float], Within(0, 1)] = (0.9, 0.99)
+    weight_decay: Annotated[float, Within(0, 1)] = 0.0
     targets: tuple[str, ...] = ()
     dtype: Literal["float32", "bfloat16"] = "float32"
     checkpointing: bool = False

@@ -24,7 +24,7 @@ PACKAGES = (
     "numpy",
     "numba",
     "safetensors",
-    "omegaconf",
+    "pyyaml",
     "scipy",
     "pillow",
     "matplotlib",

@@ -136,6 +136,10 @@ def estimate(config: Config, where: Place) -> Estimate:
         painter = _with(teacher, attention_slicing=False, offload=False, cache="")
         bare = _with(teacher, checkpointing=True, slicing=False, tiling=False, offload=False, cache="")
     judge, views = _judge(bare, dtype), config.render.views
+    try:
+        make.require_views(config, judge.teacher)
+    except ValueError as error:
+        raise ValueError(f"the memory that is estimated is a scene's, and {error}") from error
     make.require_ring(config, judge.teacher)
     resolution = config.render.resolution_at(math.inf)  # the largest, usually
     kept, backward, forward = _encoding(painter, dtype, views, resolution)
@@ -268,7 +272,9 @@ def _noisy(judge: Judge, images: int) -> tuple:
     """What a teacher is asked about so many images: x_t, t, prompts, cameras."""
     cameras = Config(PROMPT).camera.sample(images, torch.Generator().manual_seed(0))
     told = cameras if judge.teacher.views == "camera" else None
-    return torch.zeros(images, *judge.teacher.shape), torch.full((images,), 0.5), [PROMPT] * images, told
+    known = getattr(judge.teacher, "vocabulary", None)
+    prompt = PROMPT if known is None or set(PROMPT.split()) <= set(known) else min(known)
+    return torch.zeros(images, *judge.teacher.shape), torch.full((images,), 0.5), [prompt] * images, told
 
 
 class _Silent:

@@ -12,9 +12,12 @@ eps at one (x_t, t), so they may be fed x0, v, flow or score instead, and then r
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor
+
+from sds3d.ranges import Within
 
 RESCALED = ("x0", "output")
 
@@ -34,8 +37,8 @@ class Guidance:
         ValueError: out of range.
     """
 
-    perp_neg: float = 0.0
-    rescale: float = 0.0
+    perp_neg: Annotated[float, Within(0, 1000)] = 0.0
+    rescale: Annotated[float, Within(0, 1)] = 0.0
     rescale_on: str = "x0"
 
     def __post_init__(self):

@@ -44,10 +44,13 @@ def pick_device(wanted: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(wanted)
+        if device.type not in ("cpu", "cuda"):  # torch has more, such as meta, on which nothing is computed
+            raise RuntimeError
         torch.zeros(1, device=device)
         if device.type == "cuda" and device.index is not None:
             torch.cuda.set_device(device)  # kernels and events go to the current one
     except (RuntimeError, AssertionError, NotImplementedError) as error:
+        wanted = wanted if len(wanted) < 60 else f"{wanted[:50]} ..."
         if wanted.startswith("cuda"):
             raise ValueError(
                 f"device {wanted!r} is not usable here: torch {torch.__version__} sees no such GPU; give "
@@ -126,13 +129,7 @@ def teacher(config: RunConfig) -> Teacher:
     if isinstance(config, Config):
         _refuse_view(config)
     found = load_teacher(config.teacher, config.device)
-    known = getattr(found, "vocabulary", None)
-    blind = found.views == "words" and known is not None and not {"front", "back", "view"} <= set(known)
-    if isinstance(config, Config) and blind:
-        raise ValueError(
-            f"the teacher {config.teacher.name} knows neither cameras nor view words, which a scene needs; it can "
-            "paint (sds3d paint) and teach a generator (sds3d distill)"
-        )
+    require_views(config, found)
     require_ring(config, found)
     if isinstance(config, DistillConfig):
         if getattr(found, "together", 1) > 1:
@@ -171,6 +168,17 @@ def _refuse_view(config: Config) -> None:
             f"the prompt has the words {said[0]!r}, taken as part of the object; if they mean where it is seen from, "
             "leave them out: a scene is seen from all sides",
             stacklevel=3,
+        )
+
+
+def require_views(config: RunConfig, teacher: Teacher) -> None:
+    """Raises ValueError where a teacher cannot know from where a scene is seen."""
+    known = getattr(teacher, "vocabulary", None)
+    blind = teacher.views == "words" and known is not None and not {"front", "back", "view"} <= set(known)
+    if isinstance(config, Config) and blind:
+        raise ValueError(
+            f"the teacher {config.teacher.name} knows neither cameras nor view words, which a scene needs; it can "
+            "paint (sds3d paint) and teach a generator (sds3d distill)"
         )
 
 

@@ -11,12 +11,14 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
 from sds3d.draws import in_order
 from sds3d.files import digest, form, from_json, replacing
+from sds3d.ranges import Within
 from sds3d.samplers import Sampler
 from sds3d.teachers.base import Teacher
 from sds3d.teachers.drawing import drawn
@@ -40,10 +42,10 @@ class PairsConfig:
         ValueError: too few, or a sampler that adds noise.
     """
 
-    count: int = 10_000
-    batch: int = 128
+    count: Annotated[int, Within(1, 10_000_000)] = 10_000
+    batch: Annotated[int, Within(1, 65_536)] = 128
     sampler: str = "heun"
-    steps: int = 18
+    steps: Annotated[int, Within(1, 1000)] = 18
     folder: str = ""
 
     def __post_init__(self):

@@ -6,6 +6,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from sds3d.ranges import shown
+
 
 @dataclass(frozen=True)
 class Ramp:
@@ -49,16 +51,11 @@ class Ramp:
         """
         if isinstance(value, Ramp):
             return value
-        try:
-            if isinstance(value, bool):
-                raise TypeError
-            if isinstance(value, str | bytes):
-                return cls.constant(float(value))
-            parts = [float(v) for v in value] if isinstance(value, Sequence) else [float(value)]
-        except (TypeError, ValueError):
-            parts = []
+        items = list(value) if isinstance(value, Sequence) and not isinstance(value, str | bytes) else [value]
+        numbers = [v for v in items if isinstance(v, int | float) and not isinstance(v, bool) and abs(v) < 1e300]
+        parts = [float(v) for v in numbers] if len(numbers) == len(items) else []
         if len(parts) == 1:
             return cls.constant(parts[0])
         if len(parts) == 4:
             return cls(*parts)
-        raise ValueError(f"give a number, or a ramp [start step, value, value, end step]; got {value!r}")
+        raise ValueError(f"give a number, or a ramp [start step, value, value, end step]; got {shown(value)}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 from sds3d import ops
 from sds3d.cameras import CameraRanges
@@ -18,6 +18,7 @@ from sds3d.guidance import Guidance
 from sds3d.pairs import PairsConfig
 from sds3d.perceptual import DISTANCES
 from sds3d.ramp import Ramp
+from sds3d.ranges import STEPS, Within, shown
 from sds3d.scenes.field import FieldConfig
 from sds3d.scenes.image import ImageConfig
 from sds3d.scenes.occupancy import OccupancyConfig
@@ -26,7 +27,7 @@ from sds3d.scenes.student import RenderConfig
 from sds3d.teachers.base import TeacherConfig
 from sds3d.times import TimeDraw
 from sds3d.train import OptimConfig, Plan
-from sds3d.typed import nearest
+from sds3d.typed import check, nearest
 
 
 @dataclass(frozen=True)
@@ -37,8 +38,8 @@ class LogConfig:
         picture_every: steps between progress pictures, 0 for none.
     """
 
-    save_every: int = 100
-    picture_every: int = 50
+    save_every: Annotated[int, Within(1, STEPS)] = 100
+    picture_every: Annotated[int, Within(0, STEPS)] = 50
 
 
 @dataclass(frozen=True)
@@ -56,17 +57,17 @@ class ExportConfig:
         frames, size, elevation: of the turntable; pixels, degrees. ``size`` is the preview's, too.
     """
 
-    mesh_resolution: int = 96
-    threshold: float | None = None
-    keep: float = 0.05
-    fill: float = 0.05
-    smooth: int = 3
-    faces: int = 50_000
+    mesh_resolution: Annotated[int, Within(8, 512)] = 96
+    threshold: Annotated[float, Within(0, 1e6, above=True)] | None = None
+    keep: Annotated[float, Within(0, 1)] = 0.05
+    fill: Annotated[float, Within(0, 0.5)] = 0.05
+    smooth: Annotated[int, Within(0, 100)] = 3
+    faces: Annotated[int, Within(100, 10_000_000)] = 50_000
     colours: str = "texture"
-    texture: int = 1024
-    frames: int = 48
-    size: int = 128
-    elevation: float = 15.0
+    texture: Annotated[int, Within(64, 4096)] = 1024
+    frames: Annotated[int, Within(2, 10_000)] = 48
+    size: Annotated[int, Within(16, 2048)] = 128
+    elevation: Annotated[float, Within(-90, 90)] = 15.0
 
     def __post_init__(self):
         if not 8 <= self.mesh_resolution <= 512:
@@ -133,8 +134,8 @@ class RunConfig:
 
     prompt: str
     negative: str = ""
-    seed: int = 0
-    steps: int = 400
+    seed: Annotated[int, Within(0, 2**62 - 1)] = 0
+    steps: Annotated[int, Within(1, STEPS)] = 400
     device: str = "auto"
     deterministic: bool = False
     out: str = "outputs"
@@ -154,8 +155,9 @@ class RunConfig:
         if not self.prompt.strip() and not isinstance(self, DistillConfig):
             raise ValueError('the prompt is empty; say what to make, as in: sds3d generate "a red mug"')
         if not 0 <= self.seed < 2**62:
-            raise ValueError(f"seed is {self.seed}; give 0 or more")
+            raise ValueError(f"seed is {shown(self.seed)}; give 0 or more, below 2^62")
         self.plan()
+        check(self)
 
     def plan(self) -> Plan:
         """What the loop is told."""
@@ -200,7 +202,7 @@ class Config(RunConfig):
 class PaintConfig(RunConfig):
     """Everything that makes images without a scene."""
 
-    steps: int = 200
+    steps: Annotated[int, Within(1, STEPS)] = 200
     optim: OptimConfig = dataclasses.field(
         default_factory=lambda: OptimConfig({"pixels": Ramp(100, 0.05, 0.005, 200)}, eps=1e-8)
     )
@@ -229,7 +231,7 @@ class DistillConfig(RunConfig):
     """
 
     prompt: str = ""
-    steps: int = 1000
+    steps: Annotated[int, Within(1, STEPS)] = 1000
     teacher: TeacherConfig = TeacherConfig("digits", views="words")
     method: Any = DiffInstruct()
     time: TimeDraw = dataclasses.field(default_factory=lambda: TimeDraw(Ramp.constant(0.02), Ramp.constant(0.98)))

@@ -13,12 +13,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
 from sds3d.noise import Schedule
 from sds3d.ramp import Ramp
+from sds3d.ranges import STEPS, Within
 
 KINDS = ("uniform", "lognormal", "dreamtime")
 UNITS = ("t", "ratio")
@@ -43,15 +45,15 @@ class TimeDraw:
             not above 0.
     """
 
-    t_min: Ramp
-    t_max: Ramp
+    t_min: Annotated[Ramp, Within(0, 1e4)]
+    t_max: Annotated[Ramp, Within(0, 1e4)]
     unit: str = "t"
     kind: str = "uniform"
-    mean: float = -1.2
-    std: float = 1.2
-    centre: float = 0.5
-    width: float = 0.125
-    steps: int = 400
+    mean: Annotated[float, Within(-20, 20)] = -1.2
+    std: Annotated[float, Within(0, 20, above=True)] = 1.2
+    centre: Annotated[float, Within(-10, 10)] = 0.5
+    width: Annotated[float, Within(1e-3, 10)] = 0.125
+    steps: Annotated[int, Within(1, STEPS)] = 400
 
     def __post_init__(self):
         for name, value, known in (("kind", self.kind, KINDS), ("unit", self.unit, UNITS)):

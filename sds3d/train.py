@@ -12,7 +12,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from sds3d import memory
 from sds3d.errors import Diverged
 from sds3d.modes import stepwise_training, training
 from sds3d.ramp import Ramp
+from sds3d.ranges import Within
 from sds3d.runs import Run
 from sds3d.shares import Share
 from sds3d.students import Draw, Student
@@ -59,16 +60,16 @@ class OptimConfig:
         betas, eps: Adam's. The hash table wants a tiny eps: most of its gradients are tiny.
     """
 
-    lr: dict[str, Ramp] = field(
+    lr: dict[str, Annotated[Ramp, Within(0, 1000)]] = field(
         default_factory=lambda: {
             "grid": Ramp.constant(1e-2),
             "mlp": Ramp.constant(1e-3),
             "background": Ramp.constant(1e-3),
         }
     )
-    clip: dict[str, float] = field(default_factory=dict)
-    betas: tuple[float, float] = (0.9, 0.99)
-    eps: float = 1e-15
+    clip: dict[str, Annotated[float, Within(0, 1e9, above=True)]] = field(default_factory=dict)
+    betas: Annotated[tuple[float, float], Within(0, 1)] = (0.9, 0.99)
+    eps: Annotated[float, Within(0, 1, above=True)] = 1e-15
 
     def __post_init__(self):
         for name, ramp in self.lr.items():

@@ -1,21 +1,26 @@
 """Plain values (what YAML holds) <-> typed dataclasses, with checks that name the key and the nearest known one.
 
 A field may be a bool, int, float, str, Ramp, another dataclass, a tuple or dict of those, or one of them or None.
-A Ramp is written as a number or as [start step, value, value, end step].
+A Ramp is written as a number or as [start step, value, value, end step]. A number has its range beside it, as in
+``Annotated[int, Within(1, 8)]``; `build` and `check` refuse what is outside.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Iterable, Mapping
-from typing import Any, TypeVar
+from functools import cache
+from typing import Annotated, Any, TypeVar
 
 from sds3d.ramp import Ramp
+from sds3d.ranges import STEPS, Within, shown
 
 T = TypeVar("T")
+_STEPS = Within(0, STEPS)
 _PLAIN = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 
 
@@ -32,13 +37,13 @@ def build(cls: type[T], values: Mapping[str, Any], path: str = "", known: Iterab
         ValueError: an unknown key, a value of the wrong type, or one the dataclass itself refuses.
     """
     known = tuple(keys(cls, path) if known is None else known)
-    hints = typing.get_type_hints(cls)
+    hints = _hints(cls)
     fields = {f.name for f in dataclasses.fields(cls) if f.init}
     arguments = {}
     for name, value in values.items():
         key = f"{path}.{name}" if path else str(name)
         if name not in fields:
-            raise ValueError(f"unknown key {key!r}; {nearest(key, known)}")
+            raise ValueError(f"unknown key {shown(key)}; {nearest(key, known)}")
         arguments[name] = convert(hints[name], value, key, known)
     return cls(**arguments)
 
@@ -46,11 +51,15 @@ def build(cls: type[T], values: Mapping[str, Any], path: str = "", known: Iterab
 def convert(kind: Any, value: Any, key: str, known: tuple[str, ...] = ()) -> Any:
     """``value`` as the type ``kind``. Raises ValueError that names ``key``."""
     origin, parts = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Annotated:
+        converted = convert(parts[0], value, key, known)
+        _check(kind, converted, key)
+        return converted
     if origin in (typing.Union, types.UnionType):
         return _convert_union(parts, value, key, known)
     if origin is typing.Literal:
         if value not in parts:
-            raise ValueError(f"{key} is {value!r}; {nearest(str(value), [str(p) for p in parts])}")
+            raise ValueError(f"{key} is {shown(value)}; {nearest(str(value), [str(p) for p in parts])}")
         return value
     if kind is Ramp:
         try:
@@ -61,11 +70,12 @@ def convert(kind: Any, value: Any, key: str, known: tuple[str, ...] = ()) -> Any
         if isinstance(value, kind):
             return value
         if not isinstance(value, Mapping):
-            raise ValueError(f"{key} is {value!r}; give its parts, as in {key}.{dataclasses.fields(kind)[0].name}=...")
+            first = dataclasses.fields(kind)[0].name
+            raise ValueError(f"{key} is {shown(value)}; give its parts, as in {key}.{first}=...")
         return build(kind, value, key, known)
     if origin is dict:
         if not isinstance(value, Mapping):
-            raise ValueError(f"{key} is {value!r}; give its parts, as in {key}.NAME=...")
+            raise ValueError(f"{key} is {shown(value)}; give its parts, as in {key}.NAME=...")
         return {str(k): convert(parts[1], v, f"{key}.{k}", known) for k, v in value.items() if v is not None}
     if origin is tuple:
         return _convert_tuple(parts, value, key, known)
@@ -94,25 +104,85 @@ def _convert_union(parts: tuple, value: Any, key: str, known: tuple[str, ...]) -
 
 def _convert_tuple(parts: tuple, value: Any, key: str, known: tuple[str, ...]) -> tuple:
     if isinstance(value, str) or not hasattr(value, "__iter__"):
-        raise ValueError(f"{key} is {value!r}; give a list, as in {key}=[1,2]")
+        raise ValueError(f"{key} is {shown(value)}; give a list, as in {key}=[1,2]")
     items = list(value)
     kinds = [parts[0]] * len(items) if parts[-1] is Ellipsis else list(parts)
     if len(items) != len(kinds):
-        raise ValueError(f"{key} is {items!r}; give {len(kinds)} values")
+        raise ValueError(f"{key} is {shown(items)}; give {len(kinds)} values")
     return tuple(convert(k, v, f"{key}[{i}]", known) for i, (k, v) in enumerate(zip(kinds, items, strict=True)))
 
 
 def _convert_plain(kind: type, value: Any, key: str) -> Any:
     assert kind in _PLAIN, f"{key} has type {kind}, which a config cannot hold"
-    if kind is str and isinstance(value, int | float) and not isinstance(value, bool):
-        return str(value)  # YAML reads the prompt "3" as a number
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if kind is int and isinstance(value, float) and value.is_integer():
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if kind is str and number and isinstance(value, int):
+        return str(value)  # YAML reads the prompt 3 as a number
+    if kind is float and number:
+        return float(value) if isinstance(value, float) or abs(value) < 10**300 else math.copysign(math.inf, value)
+    if kind is int and number and isinstance(value, float) and value.is_integer():
         return int(value)
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        raise ValueError(f"{key} is {value!r}; give {_PLAIN[kind]}")
+        raise ValueError(f"{key} is {shown(value)}; give {_PLAIN[kind]}")
+    if kind is str and any(c == "\0" or 0xD800 <= ord(c) < 0xE000 for c in value):  # which no file can hold
+        raise ValueError(f"{key} is {shown(value)}; give text without characters that are no characters")
     return value
+
+
+def require_maps(cls: type, values: Mapping[str, Any], path: str = "") -> None:
+    """Refuse another value where a dataclass or a dict has its place. Raises ValueError that names the key."""
+    hints = _hints(cls)
+    for name, value in values.items():
+        kind = hints.get(name)
+        is_class = dataclasses.is_dataclass(kind) and kind is not Ramp
+        if not (is_class or typing.get_origin(kind) is dict):
+            continue
+        key = f"{path}.{name}" if path else name
+        if not isinstance(value, Mapping):
+            convert(kind, value, key)
+        elif is_class:
+            require_maps(kind, value, key)
+
+
+def check(config: Any, path: str = "") -> None:
+    """Refuse numbers outside their ranges in a dataclass of dataclasses. Raises ValueError that names the key."""
+    hints = _hints(type(config))
+    for f in dataclasses.fields(config):
+        key, value = f"{path}.{f.name}" if path else f.name, getattr(config, f.name)
+        if dataclasses.is_dataclass(value) and not isinstance(value, Ramp):
+            check(value, key)
+        else:
+            _check(hints[f.name], value, key)
+
+
+def _check(kind: Any, value: Any, key: str) -> None:
+    """Refuse numbers outside the ranges that a type's annotations say."""
+    parts = typing.get_args(kind)
+    if isinstance(value, Mapping):
+        for name, one in value.items():
+            _check(parts[1], one, f"{key}.{name}")
+        return
+    marks = [mark for part in (kind, *parts) if typing.get_origin(part) is Annotated for mark in part.__metadata__]
+    for within in (mark for mark in marks if isinstance(mark, Within)):
+        numbers = value if isinstance(value, tuple) else (value,)
+        for number in numbers:
+            _require(number, within, key)
+
+
+def _require(value: Any, within: Within, key: str) -> None:
+    """Refuse one number, or a ramp whose values or steps are out of range."""
+    if isinstance(value, Ramp):
+        for number in (value.v0, value.v1):
+            _require(number, within, key)
+        for step in (value.start, value.end):
+            _require(step, _STEPS, f"a step of {key}")
+    elif isinstance(value, int | float) and value not in within:
+        raise ValueError(f"{key} is {shown(value)}; give {within}")
+
+
+@cache
+def _hints(cls: type) -> dict[str, Any]:
+    """A dataclass's types, ranges included."""
+    return typing.get_type_hints(cls, include_extras=True)
 
 
 def plain(value: Any) -> Any:

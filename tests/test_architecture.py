@@ -18,32 +18,34 @@ TESTS = sorted((ROOT / "tests").glob("*.py"))
 # its files may import.
 OWN_ROOMS = {"teachers.base", "teachers.drawing", "export.sheet", "export.chart"}
 SCORE = {"teachers.base", "samplers", "guidance", "prompts", "noise", "times", "ramp", "cameras", "students"}
-SCORE |= {"transfer", "shares", "teachers.drawing", "draws"}
+SCORE |= {"transfer", "shares", "teachers.drawing", "draws", "ranges"}
 ARROWS = {
     "errors": set(),
     "files": set(),
     "picture": set(),
-    "ramp": set(),
+    "plain_yaml": set(),
+    "ranges": set(),
+    "ramp": {"ranges"},
     "transfer": set(),
     "draws": {"prompts", "transfer"},
     "shares": set(),
     "memory": set(),
     "threads": set(),
     "modes": set(),
-    "cameras": {"transfer"},
-    "typed": {"ramp"},
+    "cameras": {"transfer", "ranges"},
+    "typed": {"ramp", "ranges"},
     "noise": set(),
-    "times": {"noise", "ramp"},
-    "guidance": set(),
+    "times": {"noise", "ramp", "ranges"},
+    "guidance": {"ranges"},
     "prompts": {"cameras"},
     "samplers": {"noise", "transfer"},
     "students": {"cameras", "shares"},
     "networks": {"cameras", "prompts"},
     "ops": set(),
     "data": {"cameras", "files", "picture", "prompts"},
-    "scenes": {"ops", "cameras", "picture", "prompts", "ramp", "students", "transfer"},
-    "generators": {"networks", "draws", "noise", "ramp", "shares", "students", "transfer"},
-    "teachers.base": {"noise", "cameras"},
+    "scenes": {"ops", "cameras", "picture", "prompts", "ramp", "ranges", "students", "transfer"},
+    "generators": {"networks", "draws", "noise", "ramp", "ranges", "shares", "students", "transfer"},
+    "teachers.base": {"noise", "cameras", "ranges"},
     "teachers.drawing": {"teachers.base", "draws", "samplers", "guidance", "noise", "cameras", "transfer"},
     "teachers": SCORE - {"students"} | {"networks", "data", "errors", "files", "export.sheet", "export.chart", "modes"},
     "pairs": SCORE | {"files"},
@@ -54,7 +56,7 @@ ARROWS = {
     "distill": SCORE | {"pairs", "query"},
     "runs": {"files", "ramp"},
     "train": {"distill", "critics", "pairs", "scenes", "generators", "runs", "ramp", "students", "transfer", "shares"}
-    | {"memory", "modes", "errors"},
+    | {"memory", "modes", "errors", "ranges"},
     "export.sheet": {"files", "cameras"},
     "export.chart": {"files"},
     "export": {"files", "export.sheet", "export.chart", "scenes", "cameras"},
@@ -69,7 +71,7 @@ BLIND_TO_DATA += ("adversary", "perceptual")
 
 LIGHT = {"torch", "numpy", "sds3d"} | set(sys.stdlib_module_names)
 HOMES = {  # package -> the only files that may import it
-    "omegaconf": {"config.py"},
+    "yaml": {"plain_yaml.py"},
     "diffusers": {"teachers/hf/generator.py", "teachers/hf/loading.py", "teachers/hf/sketch.py"},
     "transformers": {"teachers/hf/loading.py", "teachers/hf/sketch.py"},
     "huggingface_hub": {"teachers/hf/loading.py", "teachers/hf/sketch.py"},

@@ -1,9 +1,10 @@
 """Settings: layers, types, recipes, and what is said to a typing error."""
 
 import math
-from dataclasses import dataclass, fields, is_dataclass
+import re
+from dataclasses import dataclass, fields, is_dataclass, replace
 from dataclasses import field as dataclass_field
-from typing import Literal
+from typing import ClassVar, Literal, get_origin, get_type_hints
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from sds3d.distill import METHODS
 from sds3d.noise import WEIGHTS
 from sds3d.prompts import COLOURS
 from sds3d.ramp import Ramp
+from sds3d.teachers.fit import FitConfig
 from sds3d.typed import build, keys, merge, nearest, plain
 
 
@@ -176,14 +178,14 @@ MISTAKES = {
     "steps=0": "steps is 0; give 1 or more",
     "steps=null": "steps is None; give a whole number",
     "uncond_camera=1": "uncond_camera is 1; give true or false",
-    "seed=-1": "seed is -1; give 0 or more",
+    "seed=-1": "seed is -1; give 0 to",
     "render.resolution=0": "render.resolution is 0; give a number from 4",
     "render.resolution=[[0,64],[0,128]]": "with growing steps from 0 on",
     "render.resolution=[[5,64]]": "with growing steps from 0 on",
     "render.resolution=[]": "with growing steps from 0 on",
     "render.resolution=[[0,64],[9,2000]]": "render.resolution is 2000; give a number from 4",
     "render.resolution=big": "render.resolution is 'big'; give a whole number",
-    "render.views=-2": "render.views is -2; give a number from 1",
+    "render.views=-2": "render.views is -2; give 1 to 256",
     "export.mesh_resolution=100000": "export.mesh_resolution is 100000; give 8 to 512",
     "export.size=33": "export.size is 33; give an even number",
     "export.frames=1": "export.frames is 1; give 2",
@@ -407,3 +409,91 @@ def test_mistakes_about_methods_are_answered_before_anything_runs(overrides, sai
 
     with pytest.raises(ValueError, match=said):
         launch.check(load("a red mug", overrides))
+
+
+KINDS = (Config, configs.PaintConfig, configs.DistillConfig)
+
+
+def numbers_of(cls, path=""):
+    """(dotted key, its type without range, its ranges) of every setting of a dataclass that holds numbers."""
+    for name, kind in get_type_hints(cls, include_extras=True).items():
+        key = f"{path}.{name}" if path else name
+        if is_dataclass(kind):
+            yield from numbers_of(kind, key)
+        elif get_origin(kind) is not ClassVar and {"int", "float", "Ramp"} & set(re.findall(r"\w+", str(kind))):
+            yield key, str(kind)
+
+
+NUMBERS = sorted(
+    {(kind, key, hint, "") for kind in KINDS for key, hint in numbers_of(kind)}
+    | {(configs.DistillConfig if {"pairs", "real"} & set(method.NEEDS) else Config, key, hint, name)
+       for name, method in METHODS.items() for key, hint in numbers_of(method, "method")}
+    | {(FitConfig, key, hint, "") for key, hint in numbers_of(FitConfig)},
+    key=str,
+)  # fmt: skip
+
+
+def made_with(kind, key, value, method):
+    """A config, or a method's settings, with one value that is not the default."""
+    cls, path = (METHODS[method], "method") if method else (kind, "")
+    node = value
+    for name in reversed(key.removeprefix("method.").split(".") if key else []):
+        node = {name: node}
+    defaults = plain(cls("a ball") if cls in KINDS else cls())
+    defaults.pop("method", None)
+    return build(cls, merge(defaults, node or {}), path)
+
+
+def test_there_are_numbers_to_refuse():
+    assert len(NUMBERS) > 150 and ("seed" in {key for _, key, _, _ in NUMBERS})
+
+
+@pytest.mark.parametrize(("kind", "key", "hint", "method"), NUMBERS, ids=lambda value: getattr(value, "__name__", None))
+def test_every_number_has_a_range_that_holds_its_default(kind, key, hint, method):
+    """And refuses by name what means nothing: nan, endless, 1e30, and, where its type is whole, 10^30."""
+    assert "Within" in hint or key == "render.resolution", f"{key} has no range: {hint}"
+    named = "dict" in hint
+    pair = "tuple" in hint and key != "render.resolution"
+    for bad in (math.nan, math.inf, -math.inf, 1e30, -1e30, 10**30, -(10**30)):
+        for value in [[bad, bad], [bad]] if pair else [{"grid": bad}] if named else [bad]:
+            with pytest.raises(ValueError, match=re.escape(key)) as caught:
+                made_with(kind, key, value, method)
+            assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
+    made_with(kind, "", None, method)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("time.mean", math.nan), ("critic.weight_decay", -math.inf), ("optim.eps", math.inf), ("steps", 10**30),
+     ("field.blob_strength", 1e308), ("regularise.lambda_sparsity", -1.0), ("field.hidden", 10**9)],
+)  # fmt: skip
+def test_a_config_that_python_makes_is_held_to_the_same_ranges(key, value):
+    section, _, name = key.rpartition(".")
+    config = Config("a ball")
+    with pytest.raises(ValueError, match=re.escape(key)):
+        if section:
+            value = Ramp.constant(value) if "lambda" in name else value
+            replace(config, **{section: replace(getattr(config, section), **{name: value})})
+        else:
+            replace(config, **{name: value})
+
+
+@pytest.mark.parametrize(
+    ("texts", "said"),
+    [
+        (["field.levels=64", "field.log2_table=24", "field.finest=65536"], "the hash grid of field would hold"),
+        (["render.views=256", "render.resolution=1024"], "render.views=256 of 1024 pixels"),
+        (["render.resolution=[[0,64],[100000000000,128]]"], "stage from step 100000000000"),
+    ],
+)
+def test_sizes_that_are_each_in_range_are_refused_where_they_multiply(texts, said):
+    with pytest.raises(ValueError, match=said):
+        load("a ball", parse_overrides(texts))
+
+
+def test_a_programs_omegaconf_config_is_a_layer():
+    from omegaconf import OmegaConf
+
+    layer = OmegaConf.create({"steps": 100, "optim": {"lr": {"grid": [0, 0.01, 0.001, "${steps}"]}}})
+    config = load("a red mug", layer)
+    assert (config.steps, config.optim.lr["grid"].end) == (100, 100)

@@ -597,3 +597,29 @@ def test_a_place_that_cannot_be_written_any_more_is_told_once(studio, in_folder)
     studio.serve(made)
     assert made.stage.gui.html().count("cannot write outputs") == 1
     assert "nothing yet" in made.stage.gui.html() and made.queue.jobs()[0].state == "failed"
+
+
+@pytest.mark.parametrize("value", [1e20, -1.0, 0.5, float("nan"), float("inf"), 1e300])
+def test_a_seed_that_is_none_fails_its_prompt_only(studio, value):
+    made = studio.make()
+    seed = made.stage.gui.named("seed")
+    assert isinstance(seed.value, float)  # a whole number beyond 64 bits ends every page
+    kept, seed.value = seed.value, value
+    send(made, "a red ball")
+    made._attend()
+    assert made.queue.jobs()[0].state == "failed" and "seed is" in made.queue.jobs()[0].message
+    seed.value = kept
+    send(made, "a red ball")
+    made._attend()
+    assert made.queue.jobs()[-1].state == "waiting" and made.queue.jobs()[-1].settings["seed"] == 0
+
+
+def test_a_full_queue_takes_no_more_and_says_so(studio):
+    from sds3d.live.studio import WAITING
+
+    made = studio.make()
+    for _ in range(WAITING + 270):
+        send(made, "a red ball")
+    assert len(made.queue.jobs()) == WAITING
+    assert f"the queue takes {WAITING} prompts" in made.stage.gui.html()
+    assert made.stage.gui.named("prompt").value == "a red ball"  # what was typed stays

@@ -7,7 +7,9 @@ by Ctrl-C.
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, NoReturn
@@ -16,7 +18,7 @@ import typer
 from typer import Option
 
 from sds3d.cli import generators, live, methods, pictures, scenes, teacher
-from sds3d.cli.shared import Json, Overrides, dump
+from sds3d.cli.shared import Json, Overrides, dump, finite, user_path
 from sds3d.options import spread
 
 app = typer.Typer(
@@ -37,8 +39,12 @@ class DoctorOptions:
     teacher: Annotated[str | None, Option(help="say how much memory a run with it takes: see sds3d generate")] = None
     method: Annotated[str | None, Option(help="of that run; sds3d methods lists them")] = None
     device: Annotated[str | None, Option(help="auto, cpu or cuda")] = None
-    config: Annotated[Path | None, Option(help="a YAML file of settings, such as another run's config.yaml")] = None
-    memory: Annotated[float | None, Option(help="GB of a GPU that is not here, as 12")] = None
+    config: Annotated[
+        Path | None, Option(help="a YAML file of settings, such as another run's config.yaml", parser=user_path)
+    ] = None
+    memory: Annotated[
+        float | None, Option(min=0.001, max=1e6, callback=finite, help="GB of a GPU that is not here, as 12")
+    ] = None
     json: Json = False
 
 
@@ -66,7 +72,10 @@ def doctor(overrides: Overrides = None, options: DoctorOptions = DoctorOptions()
         report = doctors.examine()
         print(dump(report) if options.json else doctors.to_text(report))
         return
-    told = configs.load("a red mug", layer, configs.parse_overrides(overrides or []), file=options.config, kind=Config)
+    more = configs.parse_overrides(overrides or [])
+    configs.refuse_twice(layer, more)
+    prompt = None if "prompt" in more else "a red mug"
+    told = configs.load(prompt, layer, more, file=options.config, kind=Config)
     report = doctors.examine_memory(told, estimate.place(told.device, options.memory))
     print(dump(report) if options.json else doctors.memory_text(report))
     if not report["fits"]:
@@ -83,33 +92,63 @@ app.command(name="eval")(scenes.evaluate)
 app.add_typer(teacher.app, name="teacher")
 
 
+_UsageError = typer.BadParameter.__bases__[0]  # of the click that this typer carries
+
+
 def main(arguments: list[str] | None = None) -> NoReturn:
     """The entry point of ``sds3d``. Ends the process with its exit code."""
+    texts = sys.argv[1:] if arguments is None else arguments
     try:
-        for text in sys.argv[1:] if arguments is None else arguments:
-            text.encode()
-        app(args=arguments)
+        with warnings.catch_warnings():
+            warnings.showwarning = _warn
+            for text in texts:
+                text.encode()
+            command = typer.main.get_command(app)
+            with command.make_context("sds3d", list(texts)) as context:
+                command.invoke(context)
+    except typer.Exit as end:
+        sys.exit(end.exit_code)
+    except _UsageError as error:
+        if not texts or type(error).__name__ == "NoArgsIsHelpError":
+            error.show()
+            sys.exit(2)
+        where = error.ctx.command_path if error.ctx else "sds3d"
+        _complain(ValueError(f"{error.format_message()} See: {where} --help"), 2)
     except (UnicodeEncodeError, UnicodeDecodeError) as error:
         part = error.object[max(error.start - 40, 0) : error.end + 40]
         _complain(ValueError(f"{part!r} is not UTF-8: rename the file, or write the text anew as UTF-8"), 2)
     except ValueError as error:
         _complain(error, 2)
+    except BrokenPipeError:  # who reads the results has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as error:
+        _complain(error, 2, f"{error.strerror}: {error.filename!r}" if error.filename else str(error))
     except (ArithmeticError, RuntimeError) as error:
         from sds3d.distill.core import NonFiniteGradient
         from sds3d.train import Diverged
 
-        if not isinstance(error, Diverged | NonFiniteGradient):
+        if "DefaultCPUAllocator" not in str(error) and not isinstance(error, Diverged | NonFiniteGradient):
             raise
         _complain(error, 1)
     except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the end takes a moment, and is not to be disturbed
         print("stopped", file=sys.stderr)
         sys.exit(130)
     sys.exit(0)
 
 
-def _complain(error: Exception, code: int) -> NoReturn:
+def _warn(message: Warning | str, *_: object) -> None:
+    """A warning as one sentence on stderr; --quiet and --json leave it out."""
+    print(f"warning: {' '.join(str(message).split())}", file=sys.stderr)
+
+
+def _complain(error: Exception, code: int, text: str | None = None) -> NoReturn:
     """One line on stderr; the whole story where SDS3D_TRACEBACK is set."""
     if os.environ.get("SDS3D_TRACEBACK"):
         raise error
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    line = " ".join((text or str(error)).split())
+    if len(line) > 1000:
+        line = f"{line[:700]} ... {line[-250:]}"
+    print(f"error: {line}", file=sys.stderr)
     sys.exit(code)

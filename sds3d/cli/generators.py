@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 from typer import Argument, Option
 
-from sds3d.cli.shared import DType, Json, Overrides, Quiet, RunOptions, begin, print_result
+from sds3d.cli.shared import DType, Json, Overrides, Quiet, RunOptions, begin, print_result, user_path
 from sds3d.options import spread
 
 
@@ -63,17 +63,21 @@ class SampleOptions:
     """The flags of sample."""
 
     number: Annotated[int, Option("-n", "--number", min=1, max=4096, help="how many images of each prompt")] = 8
-    steps: Annotated[int | None, Option(help="of the generator: its first ones, or all it was trained for")] = None
-    seed: Annotated[int, Option(help="of the noise")] = 0
+    steps: Annotated[
+        int | None, Option(min=1, max=8, help="of the generator: its first ones, or all it was trained for")
+    ] = None
+    seed: Annotated[int, Option(min=0, max=2**62 - 1, help="of the noise")] = 0
     dtype: DType = "auto"
-    out: Annotated[Path, Option("--out", "-o", help="a .png or .jpg")] = Path("grid.png")
+    out: Annotated[Path, Option("--out", "-o", help="a .png or .jpg", parser=user_path)] = Path("grid.png")
     quiet: Quiet = False
     json: Json = False
 
 
 @spread
 def sample(
-    generator: Annotated[Path, Argument(metavar="RUN", help="a run folder of distill, or what is saved in it")],
+    generator: Annotated[
+        Path, Argument(metavar="RUN", help="a run folder of distill, or what is saved in it", parser=user_path)
+    ],
     prompts: Annotated[list[str] | None, Argument(metavar="[PROMPT]...", help="what to draw; a few by default")] = None,
     options: SampleOptions = SampleOptions(),
 ) -> None:

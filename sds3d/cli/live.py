@@ -29,12 +29,21 @@ Host = Annotated[
 ]
 
 
+def require_place(host: str, port: int | None) -> None:
+    """Refuse no address, which would be every address there is, and ports that are none. Raises ValueError."""
+    if port is not None and not 0 <= port <= 65535:
+        raise ValueError(f"--port is {port}; give a number from 1 to 65535, or leave it out")
+    if not host.strip():
+        raise ValueError(f"--host is {host!r}; give an address of this machine, or leave it out for {HERE}")
+
+
 @contextmanager
 def staging(host: str, port: int | None, title: str) -> Iterator[Stage]:
     """A page, served while the block lasts; says where it is. Raises ValueError where it cannot be served."""
     from sds3d.live.address import Address
     from sds3d.live.stage import Stage
 
+    require_place(host, port)
     stage = Stage(Address.find(host, port), title)
     try:
         if stage.address.warning:
@@ -121,7 +130,13 @@ def studio(
     from sds3d.files import require_folder
     from sds3d.live.studio import Studio
 
-    layer = configs.parse_overrides(overrides or []) | ({"out": out} if out else {})
+    require_place(host, port)
+    layer = configs.parse_overrides(overrides or [])
+    if "prompt" in layer:
+        raise ValueError("prompt= has no part in the studio, whose page takes the prompts: leave it out")
+    if out is not None:
+        configs.refuse_twice({"out": out}, layer)
+        layer |= {"out": out}
     base = configs.load("a red mug", layer, kind=configs.Config)  # before there is a page: the settings may be wrong
     require_folder(Path(base.out).expanduser())
     with staging(host, port, "sds3d studio") as stage:

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 from typer import Argument, Option
 
-from sds3d.cli.shared import AllowPickle, Json, Overrides, Quiet, RunOptions, begin, dump, print_result
+from sds3d.cli.shared import AllowPickle, Json, Overrides, Quiet, RunOptions, begin, dump, print_result, user_path
 from sds3d.options import spread
 
 
@@ -59,7 +59,9 @@ class CompareOptions:
     negative: Annotated[str | None, Option(help="what not to make, as in 'blurry, ugly'")] = None
     allow_pickle: AllowPickle = False
     held_out: Annotated[bool, Option("--held-out", help="the toybox's 12 held-out prompts, too")] = False
-    out: Annotated[Path, Option("--out", "-o", help="folder; a second call goes on there")] = Path("outputs/compare")
+    out: Annotated[Path, Option("--out", "-o", help="folder; a second call goes on there", parser=user_path)] = Path(
+        "outputs/compare"
+    )
     quiet: Quiet = False
     json: Json = False
 
@@ -91,7 +93,7 @@ def compare(
     from sds3d.progress import Clock
     from sds3d.typed import convert
 
-    texts = (prompts or []) + ["teacher.hf.allow_pickle=true"] * options.allow_pickle
+    texts = prompts or []
     named = [text for text in texts if "=" not in text]
     given = [] if options.negative is None else [f"negative={options.negative}"]
     if options.held_out:
@@ -106,7 +108,8 @@ def compare(
             for part in options.seeds.split(",")
         ),
         options.student,
-        configs.parse_overrides([*given, *(text for text in texts if "=" in text)]),
+        configs.parse_overrides([*given, *(text for text in texts if "=" in text)])
+        | ({configs.PICKLE: True} if options.allow_pickle else {}),
     )
     clock, begun, entries = Clock(), time.perf_counter(), []
     total = len(comparison.prompts) * len(comparison.methods) * len(comparison.seeds)

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 
 from typer import Argument, Option
 
-from sds3d.cli.shared import Json, Quiet, RunFolder, print_result
+from sds3d.cli.shared import Json, Quiet, RunFolder, finite, print_result, user_path
 from sds3d.options import spread
+from sds3d.ranges import shown
 
 if TYPE_CHECKING:
     from sds3d.asset import Asset
@@ -24,9 +25,9 @@ class ViewOptions:
     """How a scene is looked at."""
 
     size: Annotated[int, Option(min=16, max=4096, help="pixels a side of each view")] = 256
-    frames: Annotated[int | None, Option(max=10_000, help="views in the whole turn; 96, on a sheet 8")] = None
-    elevation: Annotated[float, Option(min=-90, max=90, help="degrees above the horizon")] = 15.0
-    fps: Annotated[int, Option(help="frames a second")] = 24
+    frames: Annotated[int | None, Option(min=1, max=10_000, help="views in the whole turn; 96, on a sheet 8")] = None
+    elevation: Annotated[float, Option(min=-90, max=90, callback=finite, help="degrees above the horizon")] = 15.0
+    fps: Annotated[int, Option(min=1, max=240, help="frames a second")] = 24
 
     def count(self, suffix: str) -> int:
         """Views in the whole turn."""
@@ -41,7 +42,9 @@ def render(
         Option("--what", "-w", help="rgb, opacity, depth or normals; with commas: side by side; rgb if not given"),
     ] = None,
     format: Annotated[str, Option("--format", "-f", help="mp4, gif, webp (one turn), png (a contact sheet)")] = "mp4",
-    out: Annotated[Path | None, Option("--out", "-o", help="folder to write to; the run's own by default")] = None,
+    out: Annotated[
+        Path | None, Option("--out", "-o", help="folder to write to; the run's own by default", parser=user_path)
+    ] = None,
     quiet: Quiet = False,
     json: Json = False,
     options: ViewOptions = ViewOptions(),
@@ -66,11 +69,15 @@ def render(
     from sds3d.export import layers, video
 
     groups, formats = [_parts(names) for names in what or ["rgb"]], _parts(format)
+    for name, given in (("format", formats), ("what", [",".join(n) for n in groups]), *(("what", n) for n in groups)):
+        twice = [one for one in given if given.count(one) > 1]
+        if twice:  # both would be one file
+            raise ValueError(f"{name} has {twice[0]} twice; give it once")
     for names in groups:
         layers.check(names)
     for suffix in formats or [""]:
         if suffix not in FORMATS:
-            raise ValueError(f"format is {suffix!r}; give one or more of {', '.join(FORMATS)}")
+            raise ValueError(f"format is {shown(suffix)}; give one or more of {', '.join(FORMATS)}")
         if suffix != SHEET:
             video.check(f"x.{suffix}", options.size, options.count(suffix), options.fps)
         elif options.count(suffix) < 1:
@@ -88,9 +95,9 @@ def render(
 
 
 def gallery(
-    folder: Annotated[Path, Argument(metavar="[FOLDER]", help="a folder of runs; those below it count, too")] = Path(
-        "outputs"
-    ),
+    folder: Annotated[
+        Path, Argument(metavar="[FOLDER]", help="a folder of runs; those below it count, too", parser=user_path)
+    ] = Path("outputs"),
     json: Json = False,
 ) -> None:
     """One page over many runs, FOLDER/index.html: thumbnails and figures, sorted by the heading that is pressed.

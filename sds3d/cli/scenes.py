@@ -13,6 +13,7 @@ from typer import Argument, Option
 
 from sds3d.cli.live import LiveOptions
 from sds3d.cli.shared import (
+    AllowPickle,
     Json,
     Overrides,
     Quiet,
@@ -23,8 +24,10 @@ from sds3d.cli.shared import (
     dump,
     make_display,
     print_result,
+    user_path,
 )
 from sds3d.options import spread
+from sds3d.ranges import shown
 
 if TYPE_CHECKING:
     from sds3d.live.watch import Watch
@@ -73,13 +76,20 @@ def generate(
     begin(prompt, overrides, options, Config)
 
 
+@dataclass(frozen=True)
+class ResumeOptions(LiveOptions):
+    """The flags of resume."""
+
+    allow_pickle: AllowPickle = False
+    quiet: Quiet = False
+    json: Json = False
+
+
 @spread
 def resume(
     run: RunFolder,
     overrides: Overrides = None,
-    quiet: Quiet = False,
-    json: Json = False,
-    options: LiveOptions = LiveOptions(),
+    options: ResumeOptions = ResumeOptions(),
 ) -> None:
     """Go on with a run where it stopped, and finish it.
 
@@ -97,8 +107,9 @@ def resume(
     from sds3d import launch, shares
     from sds3d.asset import Asset
 
-    begun = time.perf_counter()
-    made, steps = launch.resume(run, configs.parse_overrides(overrides or []))
+    begun, quiet, json = time.perf_counter(), options.quiet, options.json
+    layer = configs.parse_overrides(overrides or []) | ({configs.PICKLE: True} if options.allow_pickle else {})
+    made, steps = launch.resume(run, layer)
     if options.live and not isinstance(made, Asset):
         raise ValueError(f"--live shows scenes, and {run} is none; leave it out")
     display = make_display(quiet or shares.join().index > 0, json)
@@ -108,7 +119,8 @@ def resume(
 
 @dataclass(frozen=True)
 class MeshOptions:
-    """The flags of export that say how a mesh is made, each short for a key of ``export``; and how it stands."""
+    """The flags of export that say how a mesh is made, each short for a key of ``export``, whose range it has; and how
+    it stands."""
 
     resolution: Annotated[int | None, Option(help="voxels along each side of the box")] = None
     level: Annotated[float | None, Option(help="density at the surface; chosen by silhouettes by default")] = None
@@ -142,7 +154,9 @@ class MeshOptions:
 def export(
     run: RunFolder,
     format: Annotated[str, Option("--format", "-f", help="glb, obj, ply, stl (mesh), mp4 (turntable), png")] = "glb",
-    out: Annotated[Path | None, Option("--out", "-o", help="folder to write to; the run's own by default")] = None,
+    out: Annotated[
+        Path | None, Option("--out", "-o", help="folder to write to; the run's own by default", parser=user_path)
+    ] = None,
     quiet: Quiet = False,
     json: Json = False,
     options: MeshOptions = MeshOptions(),
@@ -170,7 +184,9 @@ def export(
     wanted = [part.strip().lower().lstrip(".") for part in format.split(",") if part.strip()]
     for suffix in wanted or [""]:
         if f".{suffix}" not in FORMATS:
-            raise ValueError(f"format is {suffix!r}; give one or more of {', '.join(f[1:] for f in FORMATS)}")
+            raise ValueError(f"format is {shown(suffix)}; give one or more of {', '.join(f[1:] for f in FORMATS)}")
+        if wanted.count(suffix) > 1:
+            raise ValueError(f"format has {suffix} twice; give it once")
     options.check([suffix for suffix in wanted if suffix not in names])
     asset, files, reports, lines = Asset.open(run), [], {}, []
     require_folder(out or asset.path)  # before the work
@@ -193,9 +209,9 @@ def export(
 
 
 def evaluate(
-    runs: Annotated[list[Path], Argument(metavar="RUN...", help="one run folder or more")],
-    number: Annotated[int, Option("-n", "--number", help="images a seed, of a generator")] = 5000,
-    seeds: Annotated[int, Option(min=1, help="how often to measure a generator")] = 3,
+    runs: Annotated[list[Path], Argument(metavar="RUN...", help="one run folder or more", parser=user_path)],
+    number: Annotated[int, Option("-n", "--number", min=2, max=1_000_000, help="images a seed, of a generator")] = 5000,
+    seeds: Annotated[int, Option(min=1, max=1000, help="how often to measure a generator")] = 3,
     fid: Annotated[bool, Option("--fid", help="FID of a generator, too (pip install sds3d\\[fid])")] = False,
     dtype: Annotated[
         str | None, Option(help="what a generator and its teacher compute in; the run's by default")

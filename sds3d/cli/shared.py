@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -14,6 +16,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer import Argument, Option
+
+from sds3d.ranges import shown
 
 if TYPE_CHECKING:
     from sds3d.asset import Asset
@@ -27,9 +31,40 @@ if TYPE_CHECKING:
 Overrides = Annotated[
     list[str] | None, Argument(metavar="[KEY=VALUE]...", help="settings, as in steps=800 render.resolution=64")
 ]
-RunFolder = Annotated[Path, Argument(metavar="RUN", help="a run folder, as in outputs/00001-a-red-mug")]
-Quiet = Annotated[bool, Option("--quiet", "-q", help="no progress; print the results only")]
-Json = Annotated[bool, Option("--json", help="no progress; print one JSON object")]
+
+
+def user_path(text: str | Path) -> Path:
+    """A path as it was typed, with ~ opened. Raises BadParameter where it can be none."""
+    try:
+        path = Path(text).expanduser()
+        path.exists()
+    except RuntimeError as error:
+        raise typer.BadParameter(f"{shown(str(text))} names a user who is not here; give a path") from error
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise typer.BadParameter(f"{shown(str(text))} is no path here: {reason}") from error
+    return path
+
+
+def finite(value: float | None) -> float | None:
+    """A number from a flag. Raises BadParameter for nan, which lies in no range and outside none."""
+    if value is not None and not math.isfinite(value):
+        raise typer.BadParameter(f"{value} is no number to work with")
+    return value
+
+
+def _hushed(value: bool) -> bool:
+    """Leave warnings out, for the one command that runs, where --quiet or --json is given."""
+    if value:
+        warnings.simplefilter("ignore")
+    return value
+
+
+RunFolder = Annotated[
+    Path, Argument(metavar="RUN", help="a run folder, as in outputs/00001-a-red-mug", parser=user_path)
+]
+Quiet = Annotated[bool, Option("--quiet", "-q", callback=_hushed, help="no progress; print the results only")]
+Json = Annotated[bool, Option("--json", callback=_hushed, help="no progress; print one JSON object")]
 
 TEACHERS = (
     "a packaged teacher (small or toybox, digits), a file of weights, a training's folder, or a diffusers pipeline "
@@ -54,7 +89,10 @@ class RunOptions:
     device: Annotated[str | None, Option(help="auto, cpu or cuda")] = None
     out: Annotated[str | None, Option("--out", "-o", help="folder for run folders")] = None
     config: Annotated[
-        Path | None, Option(help="a YAML file of settings, as another run's config.yaml; or a model's recipe: if, sd3")
+        Path | None,
+        Option(
+            help="a YAML file of settings, as another run's config.yaml; or a model's recipe: if, sd3", parser=user_path
+        ),
     ] = None
     dry_run: Annotated[bool, Option("--dry-run", help="print the settings and stop")] = False
     quiet: Quiet = False
@@ -86,7 +124,8 @@ def begin(prompt: str | None, overrides: list[str] | None, options: RunOptions, 
 
     begun = time.perf_counter()
     quiet = options.quiet or shares.join().index > 0  # of several processes one speaks
-    layers = configs.literal(options.layer()), configs.parse_overrides(overrides or [])
+    layers = options.layer(), configs.parse_overrides(overrides or [])
+    configs.refuse_twice({**layers[0], **({} if prompt is None else {"prompt": prompt})}, layers[1])
     config = configs.load(prompt, *layers, file=options.config, kind=kind)
     if options.dry_run:
         launch.check(config)

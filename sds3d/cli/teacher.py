@@ -6,16 +6,17 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer import Argument, Option
 
-from sds3d.cli.shared import AllowPickle, DType, Overrides, Quiet, Teacher, interruption
+from sds3d.cli.shared import AllowPickle, DType, Overrides, Quiet, Teacher, finite, interruption, user_path
 from sds3d.options import spread
 
 if TYPE_CHECKING:
     from sds3d.teachers.base import TeacherConfig
+    from sds3d.teachers.fit import FitConfig
 
 app = typer.Typer(no_args_is_help=True, help="Look at, check or train the teacher (the 2D diffusion model).")
 
@@ -25,12 +26,14 @@ class SampleOptions:
     """The flags of sample."""
 
     number: Annotated[int, Option("-n", "--number", min=1, max=256, help="how many images")] = 8
-    out: Annotated[Path, Option("--out", "-o", help="a .png or .jpg")] = Path("grid.png")
+    out: Annotated[Path, Option("--out", "-o", help="a .png or .jpg", parser=user_path)] = Path("grid.png")
     orbit: Annotated[bool, Option("--orbit", help="give the exact cameras of one turn around the object")] = False
-    seed: Annotated[int, Option(help="of the noise")] = 0
-    guidance: Annotated[float, Option(help="scale s of eps_uncond + s (eps_cond - eps_uncond)")] = 2.0
+    seed: Annotated[int, Option(min=0, max=2**62 - 1, help="of the noise")] = 0
+    guidance: Annotated[
+        float, Option(min=-1e4, max=1e4, callback=finite, help="scale s of eps_uncond + s (eps_cond - eps_uncond)")
+    ] = 2.0
     sampler: Annotated[str, Option(help="ddim, ddpm, heun (two evaluations a step) or dpm++")] = "ddim"
-    steps: Annotated[int, Option(min=1, help="of the sampler")] = 30
+    steps: Annotated[int, Option(min=1, max=10_000, help="of the sampler")] = 30
     teacher: Teacher = "small"
     dtype: DType = "auto"
     allow_pickle: AllowPickle = False
@@ -110,7 +113,8 @@ def train_teacher(
     data: Annotated[str, Argument(metavar="DATA", help="toybox, digits, or a folder of images with captions")],
     overrides: Overrides = None,
     out: Annotated[
-        Path | None, Option("--out", "-o", help="checkpoints, weights, sample grids and the loss go there")
+        Path | None,
+        Option("--out", "-o", help="checkpoints, weights, sample grids and the loss go there", parser=user_path),
     ] = None,
     resume: Annotated[bool, Option("--resume", help="go on with the training in that folder")] = False,
     device: Annotated[str, Option(help="auto, cpu or cuda")] = "auto",
@@ -137,21 +141,17 @@ def train_teacher(
     from sds3d.files import require_folder
     from sds3d.progress import Clock
     from sds3d.teachers import fit, sources
-    from sds3d.typed import build, merge, plain
 
-    place = Path(data).expanduser().resolve()
+    place = user_path(data).resolve()
     out = out or Path("outputs") / f"{place.name}-teacher"
     data = data if data in ("toybox", "digits") else str(place)  # the same folder however it is named, from anywhere
-    base = fit.settings_of(out) if resume else {**plain(fit.FitConfig.usual(data)), "data": data}
-    settings = build(fit.FitConfig, merge(base, parse_overrides(overrides or [])))
-    if resume and settings.data != data:
-        raise ValueError(f"{out} was trained on {settings.data}, not on {data}; name that, or another --out")
+    settings = _settings(data, out, resume, parse_overrides(overrides or []))
     source, skipped = sources.of(settings.data, settings.size)
     if skipped:
         print(*(f"skipped: {line}" for line in skipped), f"{len(skipped)} skipped", sep="\n", file=sys.stderr)
+    require_folder(out)  # before the work
     clock, row = Clock(), None
     rows = fit.train(out, settings, source, resume, make.pick_device(device))
-    require_folder(out)  # before the work
     with interruption() as stopped:
         _prepare(source.prepare(out, settings.images, settings.seed), quiet, stopped)
         for row in rows:
@@ -165,6 +165,23 @@ def train_teacher(
         print(f"stopped after step {row.step} of {row.total}; go on with --resume", file=sys.stderr)
         raise typer.Exit(130)
     print(out / "teacher.safetensors")
+
+
+def _settings(data: str, out: Path, resume: bool, layer: dict[str, Any]) -> FitConfig:
+    """How to train. Raises ValueError for what has no part in it."""
+    from sds3d.teachers.fit import FitConfig, settings_of
+    from sds3d.typed import build, merge, plain
+
+    if "data" in layer:
+        raise ValueError(f"data is what comes first, {data}: name other data there, and leave data= out")
+    base = settings_of(out) if resume else {**plain(FitConfig.usual(data)), "data": data}
+    settings = build(FitConfig, merge(base, layer))
+    own = FitConfig.usual(data).size
+    if data in ("toybox", "digits") and settings.size != own:
+        raise ValueError(f"size is {settings.size}, and the pictures of {data} are {own} pixels a side; leave it out")
+    if resume and settings.data != data:
+        raise ValueError(f"{out} was trained on {settings.data}, not on {data}; name that, or another --out")
+    return settings
 
 
 def _prepare(ready: Iterator[int], quiet: bool, stopped: list[int]) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 from torch import Tensor
 
 from sds3d.distill.core import Method, Query, require_scale, scale_of
 from sds3d.ramp import Ramp
+from sds3d.ranges import SCALES, STEPS, Within
 
 
 @dataclass(frozen=True)
@@ -24,9 +25,9 @@ class Bridge(Method):
 
     NEEDS: ClassVar[tuple[str, ...]] = ("negative",)
 
-    scale: Ramp | float = 5.0  # guidance s of the first stage
-    second: int = 200  # the step at which the second stage begins
-    strength: float = 1.0  # factor of the second stage
+    scale: Annotated[Ramp | float, SCALES] = 5.0  # guidance s of the first stage
+    second: Annotated[int, Within(0, STEPS)] = 200  # the step at which the second stage begins
+    strength: Annotated[float, Within(0, 1e4)] = 1.0  # factor of the second stage
 
     def __post_init__(self):
         require_scale(self, "scale", "strength", "second")

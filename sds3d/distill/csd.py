@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 from torch import Tensor
 
 from sds3d.distill.core import Method, Query, require_scale, scale_of
 from sds3d.ramp import Ramp
+from sds3d.ranges import Within
 
 
 @dataclass(frozen=True)
@@ -20,7 +22,7 @@ class CSD(Method):
         ValueError: a share below 0.
     """
 
-    negative_share: Ramp | float = 0.0  # the paper anneals it; only with a negative prompt
+    negative_share: Annotated[Ramp | float, Within(0, 1000)] = 0.0  # the paper anneals it; only with a negative prompt
 
     def __post_init__(self):
         require_scale(self, "negative_share")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 from torch import Tensor
 
 from sds3d.distill.core import Method, Query, require_scale, scale_of
 from sds3d.noise import noised
 from sds3d.ramp import Ramp
+from sds3d.ranges import SCALES
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class DDS(Method):
     WEIGHT: ClassVar[str] = "uniform"
     NEEDS: ClassVar[tuple[str, ...]] = ("source",)
 
-    scale: Ramp | float = 7.5  # guidance s
+    scale: Annotated[Ramp | float, SCALES] = 7.5  # guidance s
 
     def __post_init__(self):
         require_scale(self, "scale")

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 from sds3d.distill.core import ScoreDifference
 from sds3d.ramp import Ramp
+from sds3d.ranges import SCALES
 
 
 @dataclass(frozen=True)
@@ -21,4 +22,4 @@ class DiffInstruct(ScoreDifference):
 
     WEIGHT: ClassVar[str] = "x0"
 
-    scale: Ramp | float = 1.0  # guidance s, of the teacher alone
+    scale: Annotated[Ramp | float, SCALES] = 1.0  # guidance s, of the teacher alone

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 from torch import Tensor
 
 from sds3d.distill.core import Query, ScoreDifference, image_normaliser, scale_of
 from sds3d.ramp import Ramp
+from sds3d.ranges import SCALES, Within
 
 
 @dataclass(frozen=True)
@@ -25,9 +26,9 @@ class DMD(ScoreDifference):
     WEIGHT: ClassVar[str] = "x0"
     NEEDS: ClassVar[tuple[str, ...]] = ("critic", "pairs")
 
-    scale: Ramp | float = 1.0  # guidance s, of the teacher alone
-    floor: float = 1e-2  # least mean |x - x0_s|: at little noise it goes to 0
-    regression: float = 0.25  # weight of the regression on pairs
+    scale: Annotated[Ramp | float, SCALES] = 1.0  # guidance s, of the teacher alone
+    floor: Annotated[float, Within(0, 1e3, above=True)] = 1e-2  # least mean |x - x0_s|: at little noise it goes to 0
+    regression: Annotated[float, Within(0, 1e6)] = 0.25  # weight of the regression on pairs
 
     def __post_init__(self):
         super().__post_init__()

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 from torch import Tensor
 
 from sds3d.distill.core import Query, ScoreDifference, image_normaliser, scale_of
 from sds3d.ramp import Ramp
+from sds3d.ranges import SCALES, Within
 
 
 @dataclass(frozen=True)
@@ -25,10 +26,10 @@ class DMD2(ScoreDifference):
     WEIGHT: ClassVar[str] = "x0"
     NEEDS: ClassVar[tuple[str, ...]] = ("critic", "real")
 
-    scale: Ramp | float = 1.0  # guidance s, of the teacher alone
-    floor: float = 1e-2  # least mean |x - x0_s|
-    adversarial: float = 3e-3  # weight of the discriminator's verdict in the generator's loss
-    discriminator: float = 1e-2  # weight of the discriminator's own loss in the critic's
+    scale: Annotated[Ramp | float, SCALES] = 1.0  # guidance s, of the teacher alone
+    floor: Annotated[float, Within(0, 1e3, above=True)] = 1e-2  # least mean |x - x0_s|
+    adversarial: Annotated[float, Within(0, 1e6)] = 3e-3  # weight of its verdict in the generator's loss
+    discriminator: Annotated[float, Within(0, 1e6)] = 1e-2  # weight of the discriminator's own loss in the critic's
 
     def __post_init__(self):
         super().__post_init__()

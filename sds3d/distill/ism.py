@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 from torch import Tensor
 
@@ -11,6 +11,7 @@ from sds3d.distill.core import Method, Query, require_scale, scale_of
 from sds3d.noise import noised
 from sds3d.query import T_CLEAN
 from sds3d.ramp import Ramp
+from sds3d.ranges import SCALES, Within
 
 
 @dataclass(frozen=True)
@@ -26,9 +27,9 @@ class ISM(Method):
 
     WEIGHT: ClassVar[str] = "x0"
 
-    scale: Ramp | float = 7.5  # guidance s
-    gap: float = 0.05  # t - s
-    steps: int = 5  # of the inversion from the image to s
+    scale: Annotated[Ramp | float, SCALES] = 7.5  # guidance s
+    gap: Annotated[float, Within(0, 1, above=True)] = 0.05  # t - s
+    steps: Annotated[int, Within(1, 1000)] = 5  # of the inversion from the image to s
 
     def __post_init__(self):
         require_scale(self, "scale")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor
 
 from sds3d.distill.core import Method, Query, require_scale, scale_of
 from sds3d.ramp import Ramp
+from sds3d.ranges import SCALES, Within
 
 
 @dataclass(frozen=True)
@@ -26,8 +27,9 @@ class NFSD(Method):
 
     NEEDS: ClassVar[tuple[str, ...]] = ("negative",)
 
-    scale: Ramp | float = 7.5  # guidance s
-    switch: float = 0.572  # sigma/alpha below which nothing is subtracted (Stable Diffusion's index 200 of 1,000)
+    scale: Annotated[Ramp | float, SCALES] = 7.5  # guidance s
+    # sigma/alpha below which nothing is subtracted (Stable Diffusion's index 200 of 1,000)
+    switch: Annotated[float, Within(0, 1e4)] = 0.572
 
     def __post_init__(self):
         require_scale(self, "scale", "switch")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 from torch import Tensor
 
 from sds3d.distill.core import Method, Query, require_scale, scale_of
 from sds3d.ramp import Ramp
+from sds3d.ranges import SCALES, Within
 
 
 @dataclass(frozen=True)
@@ -24,10 +25,10 @@ class SDI(Method):
 
     WEIGHT: ClassVar[str] = "x0"
 
-    scale: Ramp | float = 7.5  # guidance s of the judgement
-    inversion_scale: float = -7.5  # guidance s of the inversion
-    steps: int = 10  # of the inversion
-    eta: float = 0.3  # share of fresh noise in it
+    scale: Annotated[Ramp | float, SCALES] = 7.5  # guidance s of the judgement
+    inversion_scale: Annotated[float, SCALES] = -7.5  # guidance s of the inversion
+    steps: Annotated[int, Within(1, 1000)] = 10  # of the inversion
+    eta: Annotated[float, Within(0, 1)] = 0.3  # share of fresh noise in it
 
     def __post_init__(self):
         require_scale(self, "scale")

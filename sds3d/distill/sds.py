@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 from torch import Tensor
 
 from sds3d.distill.core import Method, Query, require_scale, scale_of
 from sds3d.ramp import Ramp
+from sds3d.ranges import SCALES
 
 
 @dataclass(frozen=True)
@@ -20,7 +22,8 @@ class SDS(Method):
         ValueError: a scale below 0.
     """
 
-    scale: Ramp | float = 5.0  # guidance s, may change with the step; DreamFusion used 100 with its own teacher
+    # guidance s, may change with the step; DreamFusion used 100 with its own teacher
+    scale: Annotated[Ramp | float, SCALES] = 5.0
 
     def __post_init__(self):
         require_scale(self, "scale")

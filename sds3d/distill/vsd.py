@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 from sds3d.distill.core import ScoreDifference
 from sds3d.ramp import Ramp
+from sds3d.ranges import SCALES, Within
 
 
 @dataclass(frozen=True)
@@ -18,8 +20,8 @@ class VSD(ScoreDifference):
         ValueError: a scale below 0, or a number of particles outside 1 to 64.
     """
 
-    scale: Ramp | float = 7.5  # guidance s, of the teacher alone
-    particles: int = 1  # students that share the critic; one of them draws in each step
+    scale: Annotated[Ramp | float, SCALES] = 7.5  # guidance s, of the teacher alone
+    particles: Annotated[int, Within(1, 64)] = 1  # students that share the critic; one of them draws in each step
 
     def __post_init__(self):
         super().__post_init__()

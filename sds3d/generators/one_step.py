@@ -15,7 +15,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from torch.nn import Parameter
 from sds3d.draws import ImageNoise, in_order, piece_size, pieces
 from sds3d.networks.ema import EMA
 from sds3d.noise import Prediction, Schedule, noised
+from sds3d.ranges import Within
 from sds3d.shares import Share
 from sds3d.students import Draw
 from sds3d.transfer import onto
@@ -48,10 +49,10 @@ class GeneratorConfig:
         ValueError: a number that makes no sense.
     """
 
-    sigma_init: float = 0
-    steps: int = 1
-    batch: int = 128
-    half_lives: tuple[int, ...] = (20_000, 5_000)
+    sigma_init: Annotated[float, Within(0.1, 1000, also=0)] = 0
+    steps: Annotated[int, Within(1, 8)] = 1
+    batch: Annotated[int, Within(1, 65_536)] = 128
+    half_lives: tuple[Annotated[int, Within(1, 10**12)], ...] = (20_000, 5_000)
     prompts: str = ""
 
     def __post_init__(self):

@@ -22,12 +22,14 @@ from sds3d.live.hints import TITLE, Hints, without_commands
 from sds3d.live.jobs import Job, Queue
 from sds3d.live.stage import PROBLEMS, text
 from sds3d.live.watch import Watch
+from sds3d.ranges import STEPS
 from sds3d.runs import Run, open_picture
 from sds3d.teachers.base import PACKAGED
 
 if TYPE_CHECKING:
     from sds3d.live.stage import Stage
 
+WAITING = 30  # prompts in the queue, at most: each is looked over, and shown, again and again
 MOST = 30  # earlier runs of the folder that are listed
 NOT_FOR_SCENES = {"source", "pairs", "real"}  # what methods need that edit, or that train generators
 
@@ -103,8 +105,9 @@ class Studio:
             examples = gui.add_html("")
             method = gui.add_dropdown("method", able, initial_value=configs.name_of(base.method))
             teacher = gui.add_dropdown("teacher", teachers, initial_value=base.teacher.name)
-            steps = gui.add_number("steps", base.steps, min=1, step=1)
-            seed = gui.add_number("seed", base.seed, min=0, step=1)
+            # Floats: a page may send any number, and viser cannot pass a whole one beyond 64 bits on to other pages.
+            steps = gui.add_number("steps", float(base.steps), min=1, max=STEPS, step=1)
+            seed = gui.add_number("seed", float(base.seed), min=0, max=2**53, step=1)
             send = gui.add_button("Make it", icon="sparkles")
         with gui.add_folder(TITLE, expand_by_default=False) as folder:
             words = gui.add_html("")
@@ -126,7 +129,11 @@ class Studio:
             if not wanted:
                 return
             settings = {"method": method.value, "teacher.name": teacher.value}
-            settings |= {"steps": int(steps.value), "seed": int(seed.value)}
+            settings |= {"steps": whole(steps.value), "seed": whole(seed.value)}
+            if len(self.queue.jobs()) >= WAITING:
+                examples.content = text(f"the queue takes {WAITING} prompts: wait, or remove one of them")
+                examples.visible = True
+                return
             self.queue.add(wanted, settings)
             self._prompt.value = ""
             self.stage.eyes.moved.set()
@@ -261,6 +268,11 @@ class Studio:
     def _return(self) -> None:
         self.watch.held = self._back.visible = False
         self.watch.reveal()
+
+
+def whole(number: float) -> int | float:
+    """A page's number as a whole one where it is one; what else it may be, the config refuses by name."""
+    return int(number) if abs(number) < 2**62 and number == int(number) else number
 
 
 def earlier(out: Path) -> list[Path]:

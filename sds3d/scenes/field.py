@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
@@ -26,10 +27,12 @@ from torch.autograd.function import once_differentiable
 
 from sds3d.ops import Backend, GridSpec
 from sds3d.ramp import Ramp
+from sds3d.ranges import Within
 from sds3d.transfer import onto
 
 # Corners of a tetrahedron: sum_i k_i k_i^T = 4 I, so sum_i k_i f(x + h k_i) = 4 h grad f + O(h^3 for odd terms).
 _TETRAHEDRON = ((1.0, -1.0, -1.0), (-1.0, -1.0, 1.0), (-1.0, 1.0, -1.0), (1.0, 1.0, 1.0))
+LARGEST = 2**28  # numbers in a hash grid: 1 GiB, and three times that with gradients and moments
 
 
 @dataclass(frozen=True)
@@ -45,16 +48,16 @@ class FieldConfig:
         blob_radius: scene units, where the blob's pre-activation crosses 0 (density 0.69).
     """
 
-    levels: int = 12
-    features: int = 2
-    log2_table: int = 15
-    base: int = 16
-    finest: int = 128
-    open_levels: Ramp | None = None
-    hidden: int = 32
-    density_gain: float = 10.0
-    blob_strength: float = 10.0
-    blob_radius: float = 0.5
+    levels: Annotated[int, Within(1, 64)] = 12
+    features: Annotated[int, Within(1, 64)] = 2
+    log2_table: Annotated[int, Within(3, 24)] = 15
+    base: Annotated[int, Within(1, 4096)] = 16
+    finest: Annotated[int, Within(1, 65_536)] = 128
+    open_levels: Annotated[Ramp, Within(0, 64)] | None = None
+    hidden: Annotated[int, Within(1, 4096)] = 32
+    density_gain: Annotated[float, Within(0, 1e6, above=True)] = 10.0
+    blob_strength: Annotated[float, Within(-1e4, 1e4)] = 10.0
+    blob_radius: Annotated[float, Within(1e-3, 1e3)] = 0.5
 
     def __post_init__(self):
         if self.hidden < 1:
@@ -65,6 +68,12 @@ class FieldConfig:
             raise ValueError(f"field.density_gain is {self.density_gain}; give a factor above 0 (10)")
         if not 0 < self.blob_radius < math.inf:
             raise ValueError(f"field.blob_radius is {self.blob_radius}; give a radius above 0, in scene units (0.5)")
+        numbers = self.grid().entries * self.features
+        if numbers > LARGEST:
+            raise ValueError(
+                f"the hash grid of field would hold {numbers:.2g} numbers, at most {LARGEST:.2g} are taken; lower "
+                "field.levels, field.features or field.log2_table"
+            )
 
     def grid(self) -> GridSpec:
         return GridSpec(self.levels, self.features, self.log2_table, self.base, self.finest)

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
 from sds3d import picture
+from sds3d.ranges import Within
 from sds3d.students import Draw
+
+PIXELS = 2**26  # of all images, at most: 256 of 512 a side
 
 
 @dataclass(frozen=True)
@@ -26,10 +30,10 @@ class ImageConfig:
         ValueError: a number that makes no sense.
     """
 
-    count: int = 4
-    size: int = 64
+    count: Annotated[int, Within(1, 256)] = 4
+    size: Annotated[int, Within(4, 1024)] = 64
     start: str = ""
-    noise: float = 0.1
+    noise: Annotated[float, Within(0, 1)] = 0.1
 
     def __post_init__(self):
         if not 1 <= self.count <= 256:
@@ -38,6 +42,10 @@ class ImageConfig:
             raise ValueError(f"image.size is {self.size}; give 4 to 1024 pixels a side")
         if not 0 <= self.noise <= 1:
             raise ValueError(f"image.noise is {self.noise}; give 0 to 1")
+        if self.count * self.size**2 > PIXELS:
+            raise ValueError(
+                f"image.count={self.count} of {self.size} pixels a side are too many; lower image.count or image.size"
+            )
 
 
 class ImageStudent(nn.Module):

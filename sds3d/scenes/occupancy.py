@@ -15,11 +15,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sds3d.ranges import STEPS, Within
 from sds3d.scenes.field import Field
 from sds3d.transfer import onto
 
@@ -36,12 +38,12 @@ class OccupancyConfig:
         rim: share of the grown cells that one training render visits, at random; above 0, to 1.
     """
 
-    resolution: int = 32
-    every: int = 8
-    decay: float = 0.6
-    opacity: float = 0.03
-    grow: int = 1
-    rim: float = 0.25
+    resolution: Annotated[int, Within(4, 256)] = 32
+    every: Annotated[int, Within(1, STEPS)] = 8
+    decay: Annotated[float, Within(0, 1)] = 0.6
+    opacity: Annotated[float, Within(0, 1, above=True)] = 0.03
+    grow: Annotated[int, Within(0, 8)] = 1
+    rim: Annotated[float, Within(0, 1, above=True)] = 0.25
 
     def __post_init__(self):
         if not 4 <= self.resolution <= 256:

@@ -14,11 +14,13 @@ a sum over its pixels (METHODS section 2), so a lambda of 64 * 64 weighs one ray
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
 from sds3d.ramp import Ramp
+from sds3d.ranges import Within
 from sds3d.scenes.field import Field
 from sds3d.scenes.render import Trace
 from sds3d.transfer import onto
@@ -31,12 +33,12 @@ _NEIGHBOURS = 2048  # points at which total variation is measured
 class RegulariserConfig:
     """Weight of each regulariser, by step. One that weighs 0 is not computed."""
 
-    lambda_sparsity: Ramp = field(default_factory=lambda: Ramp.constant(20.0))
-    lambda_opacity_entropy: Ramp = field(default_factory=lambda: Ramp(0, 0.0, 40.0, 300))
-    lambda_orientation: Ramp = _OFF
-    lambda_total_variation: Ramp = _OFF
-    lambda_distortion: Ramp = _OFF
-    lambda_margin: Ramp = field(default_factory=lambda: Ramp.constant(100.0))
+    lambda_sparsity: Annotated[Ramp, Within(0, 1e9)] = field(default_factory=lambda: Ramp.constant(20.0))
+    lambda_opacity_entropy: Annotated[Ramp, Within(0, 1e9)] = field(default_factory=lambda: Ramp(0, 0.0, 40.0, 300))
+    lambda_orientation: Annotated[Ramp, Within(0, 1e9)] = _OFF
+    lambda_total_variation: Annotated[Ramp, Within(0, 1e9)] = _OFF
+    lambda_distortion: Annotated[Ramp, Within(0, 1e9)] = _OFF
+    lambda_margin: Annotated[Ramp, Within(0, 1e9)] = field(default_factory=lambda: Ramp.constant(100.0))
 
     def ramps(self) -> dict[str, Ramp]:
         """Weights by name, without "lambda_": what the loop multiplies by."""

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from dataclasses import field as default
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,7 @@ from torch.nn import Parameter
 from sds3d.cameras import CameraRanges, Cameras, Poses
 from sds3d.ops import Backend, choose
 from sds3d.prompts import COLOURS
+from sds3d.ranges import STEPS, Within, shown
 from sds3d.scenes.field import Field, FieldConfig, LearnedBackground
 from sds3d.scenes.occupancy import Occupancy, OccupancyConfig
 from sds3d.scenes.regularisers import RegulariserConfig, measure
@@ -28,6 +30,8 @@ from sds3d.students import Draw
 from sds3d.transfer import onto
 
 BACKGROUNDS = {"white": (1.0, 1.0, 1.0), "grey": COLOURS["grey"], "black": COLOURS["black"]}
+
+PIXELS = 2**26  # of a step's images, at most: 256 of 512 a side
 
 Prompts = Callable[[Cameras, str], list[str]]  # cameras (B), the background's name -> B prompts
 
@@ -54,17 +58,17 @@ class RenderConfig:
             it render each chunk twice.
     """
 
-    views: int = 4
+    views: Annotated[int, Within(1, 256)] = 4
     resolution: int | tuple[tuple[int, int], ...] = 64
-    samples: int = 32
-    fine_samples: int = 96
+    samples: Annotated[int, Within(8, 1024)] = 32
+    fine_samples: Annotated[int, Within(8, 1024)] = 96
     background: str = "white"
-    other_share: float = 0.5
+    other_share: Annotated[float, Within(0, 1)] = 0.5
     shading: str = "albedo"
-    shading_start: int = 100
-    ambient: float = 0.3
-    dark: float = 1e-3
-    chunk: int = 0
+    shading_start: Annotated[int, Within(0, STEPS)] = 100
+    ambient: Annotated[float, Within(0, 1)] = 0.3
+    dark: Annotated[float, Within(0, 1, above=True)] = 1e-3
+    chunk: Annotated[int, Within(0, 2**30)] = 0
 
     def __post_init__(self):
         for name, low, high in (
@@ -97,12 +101,20 @@ class RenderConfig:
         steps = [step for step, _ in stages]
         if steps[:1] != [0] or steps != sorted({*steps}):
             raise ValueError(
-                f"render.resolution is {self.resolution}; give pixels, or [step, pixels] with growing steps from 0 on, "
-                "as [[0,64],[2000,256],[5000,512]]"
+                f"render.resolution is {shown(self.resolution)}; give pixels, or [step, pixels] with growing steps "
+                "from 0 on, as [[0,64],[2000,256],[5000,512]]"
             )
         for _, pixels in stages:
             if not 4 <= pixels <= 1024:
-                raise ValueError(f"render.resolution is {pixels}; give a number from 4 to 1024")
+                raise ValueError(f"render.resolution is {shown(pixels)}; give a number from 4 to 1024")
+        most = max(pixels for _, pixels in stages)
+        if steps[-1] > STEPS:
+            raise ValueError(f"render.resolution has a stage from step {shown(steps[-1])}; give steps up to {STEPS}")
+        if self.views * most**2 > PIXELS:
+            raise ValueError(
+                f"render.views={self.views} of {most} pixels a side are {self.views * most**2:.2g} pixels a step; at "
+                f"most {PIXELS:.2g} are taken: lower render.views or render.resolution"
+            )
 
 
 @dataclass(frozen=True)

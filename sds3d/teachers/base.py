@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Annotated, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sds3d.cameras import Cameras
 from sds3d.noise import Prediction, Schedule
+from sds3d.ranges import Within
 
 PACKAGED = ("small", "toybox", "digits")  # "toybox" is another name of "small"
 VIEWS = ("camera", "words")  # how a teacher may be told where an image is seen from
@@ -41,8 +42,8 @@ class HFConfig:
 
     variant: str = ""
     allow_pickle: bool = False
-    size: int = 0
-    embedded_guidance: float = 1.0
+    size: Annotated[int, Within(8, 4096, also=0)] = 0
+    embedded_guidance: Annotated[float, Within(0, 1000)] = 1.0
     cache: str = ""
     checkpointing: bool = True
     slicing: bool = False

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +30,7 @@ from sds3d.networks.muon import Muon
 from sds3d.networks.text import TextEncoder
 from sds3d.networks.unet import UNet
 from sds3d.noise import noised, target
+from sds3d.ranges import STEPS, Within
 from sds3d.teachers import small
 from sds3d.teachers.drawing import sample
 from sds3d.teachers.sources import Batch, Source
@@ -58,17 +59,17 @@ class FitConfig:
     """
 
     data: str = "toybox"
-    size: int = 64
-    steps: int = 16_000
-    batch: int = 32
-    coarse: int = 12_000
-    part: float = 3.0
-    lr: float = 1e-3
-    decay: float = 0.25
-    images: int = 16_800
-    ema: float = 0.998
-    seed: int = 0
-    save_every: int = 500
+    size: Annotated[int, Within(8, 64)] = 64
+    steps: Annotated[int, Within(1, STEPS)] = 16_000
+    batch: Annotated[int, Within(1, 65_536)] = 32
+    coarse: Annotated[int, Within(0, STEPS)] = 12_000
+    part: Annotated[float, Within(0, 1e6)] = 3.0
+    lr: Annotated[float, Within(1e-9, 1)] = 1e-3
+    decay: Annotated[float, Within(1e-3, 1)] = 0.25
+    images: Annotated[int, Within(1, 10_000_000)] = 16_800
+    ema: Annotated[float, Within(0, 1)] = 0.998
+    seed: Annotated[int, Within(0, 2**62 - 1)] = 0
+    save_every: Annotated[int, Within(1, STEPS)] = 500
 
     def __post_init__(self):
         for name, low, high in (
