@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
 from dataclasses import dataclass
 
 import pytest
@@ -437,6 +438,15 @@ def test_what_a_method_needs_is_asked_for_before_anything_runs(name):
 def test_settings_out_of_range_are_refused(name, bad):
     with pytest.raises(ValueError, match="at least|eta|gap|above 0"):
         METHODS[name](**bad)
+
+
+def test_a_negative_prompt_that_changes_nothing_is_said():
+    with pytest.warns(UserWarning, match="the negative prompt changes nothing: give method.negative_share"):
+        objective(SCHEDULES["cosine"], "csd", negative="ugly")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        objective(SCHEDULES["cosine"], "csd", {"negative_share": [0, 0, 0.5, 10]}, negative="ugly")
+        objective(SCHEDULES["cosine"], "csd")
 
 
 def test_method_files_are_short_and_say_their_paper():

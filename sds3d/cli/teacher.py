@@ -126,7 +126,7 @@ def train_teacher(
     with the columns file and caption, or captions.jsonl (or metadata.csv or .jsonl with file_name and text). They are
     shrunk to size=32 or 64 pixels; clear parts become white. The words of the captions are the words it will know,
     letters and digits of any script. It saves now and then, with a sample grid, and on Ctrl-C. What it makes is a
-    teacher like any other: --teacher FOLDER. OMP_WAIT_POLICY=active makes an idle CPU up to twice as fast.
+    teacher like any other: --teacher FOLDER.
 
     [bold]Examples[/bold]
 
@@ -134,7 +134,7 @@ def train_teacher(
 
       sds3d teacher train digits -o outputs/digits      [dim]# 20 minutes on a core[/dim]
 
-      OMP_WAIT_POLICY=active sds3d teacher train toybox -o outputs/toybox      [dim]# hours; renders 413 MB first[/dim]
+      sds3d teacher train toybox -o outputs/toybox      [dim]# hours; renders 413 MB first[/dim]
     """
     from sds3d import make
     from sds3d.config import parse_overrides

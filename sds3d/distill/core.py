@@ -12,6 +12,7 @@ so the gradient on x is g / B, and the loss's value means nothing. The teacher i
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -50,6 +51,10 @@ class Method:
     def normaliser(self, q: Query) -> Tensor | float:
         """N, a number or (B,)."""
         return 1.0
+
+    def unused_negative(self) -> str:
+        """Why a negative prompt changes nothing with these settings, and what to do; "" where it does."""
+        return ""
 
 
 class ScoreDifference(Method):
@@ -179,6 +184,9 @@ class ScoreObjective:
         for need in self.method.NEEDS:
             if not has.get(need, True):
                 raise ValueError(f"{self.name} needs {how[need]}")
+        unused = self.method.unused_negative() if self.negative else ""
+        if unused:
+            warnings.warn(f"the negative prompt changes nothing: {unused}", stacklevel=2)
 
     @property
     def name(self) -> str:

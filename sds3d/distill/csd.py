@@ -27,6 +27,10 @@ class CSD(Method):
     def __post_init__(self):
         require_scale(self, "negative_share")
 
+    def unused_negative(self) -> str:
+        ramp = Ramp.parse(self.negative_share)
+        return "" if ramp.v0 or ramp.v1 else "give method.negative_share, as in 0.5, or leave the prompt out"
+
     def __call__(self, q: Query) -> Tensor:  # (B, C, H, W), eps units
         share = scale_of(self.negative_share, q.step)
         if share == 0:

@@ -166,7 +166,8 @@ def _line(error: BaseException) -> str:
 
 _PICKLE = (
     "a pickled .bin can run any program it carries, so it is refused: convert it, take another variant "
-    "(teacher.hf.variant), or give --allow-pickle (teacher.hf.allow_pickle=true) if you trust who made it"
+    "(teacher.hf.variant), or give --allow-pickle if you trust who made it, on resume again (in Python: "
+    "teacher.hf.allow_pickle, an argument)"
 )
 
 
