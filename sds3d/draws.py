@@ -29,7 +29,7 @@ BITS = (1 << 32) - 1  # what torch's CPU generator takes of a seed
 
 def image_seed(seed: int, index: int) -> int:
     """The seed of image ``index``, at least 0, of ``seed``: that itself for image 0, else 32 bits that no other index
-    below 2^32 - 1 has. These are MurmurHash3's finalizer, a bijection, of a line through (seed, index)."""
+    from 1 to 2^32 - 1 has. These are MurmurHash3's finalizer, a bijection, of a line through (seed, index)."""
     if index == 0:
         return seed
     mixed = (seed * 0x9E3779B1 + index * 0x632BE5AB) & BITS

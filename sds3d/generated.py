@@ -20,6 +20,7 @@ from sds3d.files import from_json, replacing
 from sds3d.generators.one_step import Generator, GeneratorConfig, begun_at, images
 from sds3d.modes import training
 from sds3d.ramp import Ramp
+from sds3d.ranges import shown
 from sds3d.runs import Run
 from sds3d.students import outsized
 from sds3d.teachers import small
@@ -269,9 +270,11 @@ def _times(teacher: SmallTeacher | DiffusersTeacher, config: GeneratorConfig, sa
         return hf.times(teacher.family, teacher.levels, teacher.family.pipe.scheduler, config.steps), 1.0
     if said is None:
         return begun_at(teacher, config)
-    found = torch.tensor(json.loads(said), dtype=torch.float64)
-    if found.shape != (config.steps,) or not bool((found.diff() < 0).all()):
-        raise ValueError(f"the generator's times are {said}, not {config.steps} falling numbers; train it again")
+    most = float(teacher.levels.count) if isinstance(teacher, DiffusersTeacher) else 1.0
+    found = torch.tensor(convert(tuple[float, ...], from_json(said), "times"), dtype=torch.float64)
+    falls = bool((found.diff() < 0).all()) and bool(((found > 0) & (found <= most)).all())
+    if len(found) != config.steps or not falls:
+        raise ValueError(f"times is {shown(said)}, not {config.steps} falling numbers above 0, up to {most:g}")
     if isinstance(teacher, DiffusersTeacher):
         return hf.times_of(teacher.levels, found), 1.0
     return found, float(teacher.schedule.alpha_sigma(found[:1])[1])

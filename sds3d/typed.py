@@ -21,6 +21,7 @@ from sds3d.ranges import STEPS, Within, shown
 
 T = TypeVar("T")
 _STEPS = Within(0, STEPS)
+LONGEST = 10_000  # characters of a text
 _PLAIN = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 
 
@@ -118,13 +119,17 @@ def _convert_plain(kind: type, value: Any, key: str) -> Any:
     if kind is str and number and isinstance(value, int):
         return str(value)  # YAML reads the prompt 3 as a number
     if kind is float and number:
-        return float(value) if isinstance(value, float) or abs(value) < 10**300 else math.copysign(math.inf, value)
+        if isinstance(value, int) and abs(value) >= 10**300:
+            return math.inf if value > 0 else -math.inf
+        return float(value)
     if kind is int and number and isinstance(value, float) and value.is_integer():
         return int(value)
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         raise ValueError(f"{key} is {shown(value)}; give {_PLAIN[kind]}")
     if kind is str and any(c == "\0" or 0xD800 <= ord(c) < 0xE000 for c in value):  # which no file can hold
         raise ValueError(f"{key} is {shown(value)}; give text without characters that are no characters")
+    if kind is str and len(value) > LONGEST:
+        raise ValueError(f"{key} has {len(value)} characters; give {LONGEST} at most")
     return value
 
 

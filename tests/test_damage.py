@@ -8,6 +8,7 @@ import resource
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from PIL import Image
 from sds3d import config as configs
 from sds3d import report
 from sds3d.files import DEEPEST, from_json
+from sds3d.generators.one_step import GeneratorConfig
 from sds3d.live import stage as stages
 from sds3d.live.address import Address
 from sds3d.live.studio import Finished, card, earlier
@@ -274,6 +276,25 @@ def test_a_damaged_generator_card_is_a_sentence(call_packaged, in_folder, card):
     (in_folder / "g" / "pipeline" / hf.CARD).write_text(card)
     code, _, err = call_packaged("sample", "g")
     assert code == 2 and "generator.json is damaged" in err, err
+
+
+@pytest.mark.parametrize(
+    "times", [DEEP, "3", "{}", "[1e999]", "[NaN]", "[7.0]", "[0.0]", "[0.5, 0.4]", "[" + "1" * 400 + "]", '["a"]']
+)
+def test_a_generator_whose_times_are_none_is_a_sentence(call_packaged, in_folder, times):
+    teacher, kind = small.load(small.packaged("digits")), GeneratorConfig()
+    header = {"generator": json.dumps(asdict(kind)), "teacher": "digits", "method": "m", "steps": "1", "times": times}
+    file = in_folder / "generator.safetensors"
+    small.save(file, teacher.network, teacher.text, teacher.vocabulary, teacher.prompts, header)
+    code, _, err = call_packaged("sample", str(file), "a handwritten seven", "-n", "1")
+    assert code == 2 and "the generator's header is damaged" in err and len(err.splitlines()) == 1, err
+
+
+def test_a_deep_header_of_weights_is_a_sentence(call_packaged, in_folder):
+    header = (DEEP * 2).encode()
+    (in_folder / "deep.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    code, _, err = call_packaged("generate", "a red mug", "--teacher", "deep.safetensors", "--dry-run")
+    assert code == 2 and "deep.safetensors is damaged" in err and len(err.splitlines()) == 1, err
 
 
 @pytest.mark.parametrize("index", ["", "[1]", "3", DEEP, "{}", '{"_class_name": []}', '{"_class_name": {"a": 1}}'])

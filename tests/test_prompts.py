@@ -1,5 +1,7 @@
 """View words against a table of cameras."""
 
+import time
+
 import pytest
 import torch
 
@@ -157,3 +159,10 @@ def test_what_looks_like_a_weight(prompt, piece, recwarn):
 )
 def test_a_view_is_named_at_the_end_of_a_part_or_before_of(prompt, view):
     assert named_view(prompt) == view
+
+
+@pytest.mark.parametrize("character", ["a", "(", "[", "((", "+", "(a:", "a-", "-"])
+def test_a_long_text_takes_no_longer_than_its_length(character):
+    begun = time.process_time()
+    weighted(character * 100_000)
+    assert time.process_time() - begun < 10  # it took minutes, in proportion to the square

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import struct
 from collections.abc import Callable
 from pathlib import Path
+
+from sds3d.files import from_json
 
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 ORIGINAL = "model.diffusion_model."  # how the first programs for Stable Diffusion name the network
@@ -40,7 +41,7 @@ def _names(path: Path) -> list[str]:
     try:
         with path.open("rb") as file:
             (size,) = struct.unpack("<Q", file.read(8))
-            return list(json.loads(file.read(size))) if size <= LARGEST else []
+            return list(from_json(file.read(size).decode())) if size <= LARGEST else []
     except (OSError, struct.error, ValueError, TypeError):
         return []
 
