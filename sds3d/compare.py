@@ -94,8 +94,8 @@ class Comparison:
             if len(set(values)) < len(values):
                 raise ValueError(f"{name} has one twice: {', '.join(map(str, values))}")
         for key in {"prompt", "method", "seed", "out"} & set(self.layer):
-            named = isinstance(self.layer[key], Mapping) and "name" not in self.layer[key]
-            if not named:  # method.scale= is a setting of all its runs
+            method = self.layer[key] if key == "method" else None
+            if not isinstance(method, Mapping) or "name" in method:  # method.scale= is a setting of all its runs
                 raise ValueError(f"{key}= has no part in a comparison: give prompts, --methods, --seeds and --out")
         if self.student not in KINDS:
             raise ValueError(f"student is {self.student!r}; give {' or '.join(KINDS)}")

@@ -75,7 +75,7 @@ def _loaded(prompt: str | None, layers: list[Mapping[str, Any]], kind: type[RunC
     if given.get("method") is None:  # null is the default
         given.pop("method", None)
     given = _from_anywhere(given)
-    method = given.get("method") or {}
+    method = given.get("method", {})
     name = method.get("name", default_method(kind)) if isinstance(method, Mapping) else method
     if not isinstance(name, str) or name not in METHODS:
         raise ValueError(f"method is {shown(name)}; {nearest(str(name), METHODS)} (there is {', '.join(METHODS)})")
@@ -242,11 +242,16 @@ def of_run(path: Path) -> Any:
         raise ValueError(f"{path} cannot be used; edited, or of another version of sds3d? {error}") from error
 
 
-def to_yaml(config: RunConfig) -> str:
-    """The config, complete, as YAML; ``load(None, file=...)`` gives the same config again."""
+def to_plain(config: RunConfig) -> dict[str, Any]:
+    """The config, complete, as plain values."""
     values = plain(config)
     values["method"] = {"name": name_of(config.method), **values["method"]}
-    return plain_yaml.write(values)
+    return values
+
+
+def to_yaml(config: RunConfig) -> str:
+    """The config, complete, as YAML; ``load(None, file=...)`` gives the same config again."""
+    return plain_yaml.write(to_plain(config))
 
 
 def name_of(method: Method) -> str:
@@ -345,7 +350,8 @@ def changed(config: RunConfig, layer: Mapping[str, Any]) -> Any:
     free = [f.name for f in dataclasses.fields(config) if f.name in mutable]
     layer = _nested(layer)
     for key in layer:
-        if key not in free and not _leaves({key: layer[key]}) <= {*SPARING, PICKLE}:
+        leaves = _leaves({key: layer[key]})
+        if key not in free and not (leaves and leaves <= {*SPARING, PICKLE}):
             raise ValueError(f"{shown(key)[1:-1]} cannot change on resume, only {', '.join(free)}; start a new run")
     values = {f.name: plain(getattr(config, f.name)) for f in dataclasses.fields(config) if f.name in layer}
     fresh = build(type(config), {"prompt": config.prompt, **merge(values, layer)})

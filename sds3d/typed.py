@@ -162,7 +162,7 @@ def check(config: Any, path: str = "") -> None:
 def _check(kind: Any, value: Any, key: str) -> None:
     """Refuse numbers outside the ranges that a type's annotations say."""
     parts = typing.get_args(kind)
-    if isinstance(value, Mapping):
+    if isinstance(value, Mapping) and typing.get_origin(kind) is dict:
         for name, one in value.items():
             _check(parts[1], one, f"{key}.{name}")
         return

@@ -35,7 +35,7 @@ def test_generate_leaves_everything_in_the_run_folder(call, tiny, in_folder):
     assert out.split() == [
         f"outputs/{run.name}/{f}" for f in ("preview.png", "turntable.mp4", "mesh.glb", "index.html")
     ]
-    kept = "checkpoint.safetensors config.yaml metrics.jsonl progress"
+    kept = ".lock checkpoint.safetensors config.yaml metrics.jsonl progress"
     made = "index.html mesh.glb mesh.json preview.png turntable.mp4"
     assert sorted(p.name for p in run.iterdir()) == sorted(f"{kept} {made}".split())
     assert sorted(p.name for p in (run / "progress").iterdir()) == ["00003.png", "00006.png", "strip.png"]
@@ -318,7 +318,7 @@ def test_export_says_how_a_mesh_stands(call, made, in_folder):
         ("-f", "stl,glb", "--height", "80"): "height is 80, in mm for stl and in metres for the others",
         ("-f", "glb", "--up", "z"): "a GLB has y up by its standard",
         ("-f", "stl", "--up", "x"): "up is 'x'; give y or z",
-        ("-f", "ply", "--height", "-1"): "height is -1.0; give a number above 0",
+        ("-f", "ply", "--height", "-1"): "height is -1.0; give 0.001 to 1000000",
     }.items():
         code, out, err = call("export", made, *given, "-o", "nowhere")
         assert code == 2 and out == "" and said in err and not (in_folder / "nowhere").exists(), err

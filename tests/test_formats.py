@@ -188,7 +188,8 @@ def test_files_stand_as_programs_expect_them(exporter, tmp_path, suffix, up, hei
     ("given", "said"),
     [
         ({"up": "x"}, "up is 'x'; give y or z"),
-        ({"height": 0.0}, "height is 0.0; give a number above 0, in mm for STL"),
+        ({"height": 0.0}, "height is 0.0; give 0.001 to 1000000, in mm for STL"),
+        ({"height": 1e300}, "height is 1e\\+300; give 0.001"),
         ({"height": float("nan")}, "height is nan"),
         ({"height": float("inf")}, "height is inf"),
     ],

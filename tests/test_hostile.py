@@ -1,5 +1,6 @@
 """Command lines and config files as the unlucky and the hostile write them: one line, and exit code 2."""
 
+import json
 import os
 import re
 import signal
@@ -26,6 +27,13 @@ COMMANDS = {
     "a number in the place of learning rates": ((*DRY, "optim.lr=3"), "optim.lr is 3; give its parts"),
     "a list as the method's name": ((*DRY, "method={name: [sds]}"), "method is ['sds']"),
     "a number as the method": ((*DRY, "method=3"), "method is 3"),
+    **{f"{value} as the method": ((*DRY, f"method={value}"), "method is ") for value in ("false", "0", "0.0", "[]")},
+    "no place": (("gallery", ""), "it is empty; give a path"),
+    "no folder of data": (("export", "x", "-o", ""), "it is empty; give a path"),
+    "no data": (("teacher", "train", ""), "it is empty; give a path"),
+    "a mesh's flag for a film": (("export", "x", "-f", "png", "--height", "3"), "--height is about a mesh"),
+    "a compared prompt's part": (("compare", "a ball", "--methods", "sds", "prompt.x=1"), "prompt= has no part"),
+    "a compared seed's part": (("compare", "a ball", "--methods", "sds", "seed={a: 1}"), "seed= has no part"),
     "deep nesting": ((*DRY, f"steps={'[' * 3000}"), "more than 32 lists and maps"),
     "many parts": ((*DRY, f"{'a.' * 3000}b=1"), "no key has so many parts"),
     "an absurd size": ((*DRY, "field.hidden=1e30"), "field.hidden is a number of 31 digits; give 1 to 4096"),
@@ -178,6 +186,19 @@ def test_a_prompt_means_what_it_says(tmp_path, call, text):
     longer = configs.changed(config, {"steps": 900})
     (tmp_path / "config.yaml").write_text(to_yaml(longer))
     assert of_run(tmp_path / "config.yaml").prompt == text
+
+
+def test_nothing_but_what_may_change_changes_on_resume():
+    config = load("a ball")
+    for layer in ({"method": {}}, {"teacher": {}}, {"render": {}}, {"seed": 3}):
+        with pytest.raises(ValueError, match="cannot change on resume"):
+            configs.changed(config, layer)
+
+
+def test_settings_as_json_are_one_object(call):
+    code, out, _ = call(*DRY, "--json", "steps=30")
+    values = json.loads(out)
+    assert code == 0 and values["steps"] == 30 and values["method"]["name"] == "sds"
 
 
 def test_a_strangers_config_reads_nothing_of_this_machine(tmp_path):

@@ -144,10 +144,14 @@ class MeshOptions:
                 f"height is {self.height:g}, in mm for stl and in metres for the others; write stl in a call of its own"
             )
 
+    def flags(self) -> dict[str, Any]:
+        """Those that were given."""
+        return {name: value for name, value in vars(self).items() if value is not None}
+
     def changed(self) -> dict[str, Any]:
         """The keys that were given."""
         names = {"resolution": "mesh_resolution", "level": "threshold"}
-        return {names.get(k, k): v for k, v in vars(self).items() if v is not None}
+        return {names.get(name, name): value for name, value in self.flags().items()}
 
 
 @spread
@@ -187,7 +191,10 @@ def export(
             raise ValueError(f"format is {shown(suffix)}; give one or more of {', '.join(f[1:] for f in FORMATS)}")
         if wanted.count(suffix) > 1:
             raise ValueError(f"format has {suffix} twice; give it once")
-    options.check([suffix for suffix in wanted if suffix not in names])
+    meshes = [suffix for suffix in wanted if suffix not in names]
+    options.check(meshes)
+    if options.changed() and not meshes:
+        raise ValueError(f"--{next(iter(options.flags()))} is about a mesh, and {format} holds none; leave it out")
     asset, files, reports, lines = Asset.open(run), [], {}, []
     require_folder(out or asset.path)  # before the work
     with progress.parts(quiet or json) as tell:

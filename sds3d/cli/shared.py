@@ -35,6 +35,8 @@ Overrides = Annotated[
 
 def user_path(text: str | Path) -> Path:
     """A path as it was typed, with ~ opened. Raises BadParameter where it can be none."""
+    if not str(text):
+        raise typer.BadParameter("it is empty; give a path, such as . for the folder you are in")
     try:
         path = Path(text).expanduser()
         path.exists()
@@ -129,7 +131,7 @@ def begin(prompt: str | None, overrides: list[str] | None, options: RunOptions, 
     config = configs.load(prompt, *layers, file=options.config, kind=kind)
     if options.dry_run:
         launch.check(config)
-        print(configs.to_yaml(config), end="")
+        print(dump(configs.to_plain(config)) if options.json else configs.to_yaml(config).rstrip("\n"))
         return
     for count in launch.prepare(config):
         if not (quiet or options.json):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -39,7 +38,7 @@ class Stand:
         height: of the asset, in units.
 
     Raises:
-        ValueError: another axis, or a height that is no number above 0.
+        ValueError: another axis, or a height below 0.001 or above a million.
     """
 
     up: str
@@ -49,8 +48,8 @@ class Stand:
     def __post_init__(self):
         if self.up not in ("y", "z"):
             raise ValueError(f"up is {self.up!r}; give y or z")
-        if not (self.height > 0 and math.isfinite(self.height)):
-            raise ValueError(f"height is {self.height}; give a number above 0, in mm for STL and in metres otherwise")
+        if not 1e-3 <= self.height <= 1e6:  # single precision holds no more in a file
+            raise ValueError(f"height is {self.height}; give 0.001 to 1000000, in mm for STL and in metres otherwise")
 
 
 STANDS = {  # glTF's axes are part of its standard; a slicer takes an STL's numbers for mm, and lays z upwards

@@ -12,8 +12,8 @@ Between the surfaces A (ours) and B (true), with points P on A and Q on B, even 
 
 where d is the distance to the surface itself, not to points on it: the floor, of a surface against itself, is
 below 1e-5, and F-score 1; of meshes of thin slivers, such as a cone of 2,000 sides, it is 1e-3 (``distances_to``).
-(Until November 2026 d was the distance to the nearest of the other's 10,000 points, which had a floor: 0.012 for a cube of
-side 1.2 against itself, and about as much too large for close surfaces.)
+(Until November 2026 d was the distance to the nearest of the other's 10,000 points, which had a floor: 0.012 for a
+cube of side 1.2 against itself, and about as much too large for close surfaces.)
 """
 
 from __future__ import annotations
