@@ -68,8 +68,10 @@ def drawn(
     first: int = 0,
     device: torch.device | str = "cpu",
 ) -> Iterator[tuple[list[int], Tensor, Tensor]]:
-    """Which of the prompts (P of them), their noise and x, (P, C, h, w) each, a piece at a time, of images ``first``,
-    ``first`` + 1, ... of a seed, one a prompt; see `sds3d.draws`.
+    """Which of the prompts (P of them), and the noise and x of a whole piece, (P or more, C, h, w) each, of which P
+    count; a piece at a time, of images ``first``, ``first`` + 1, ... of a seed, one a prompt; see `sds3d.draws`.
+
+    Decode a whole piece before you cut it: a network that decodes depends on the batch, too.
 
     Args:
         cameras: as many as prompts, or None.
@@ -87,7 +89,7 @@ def drawn(
         fresh = ImageNoise(seed, [first + row for row in rows], teacher.shape, device)
         noise, seen = fresh(), cameras[torch.tensor(rows)] if cameras is not None else None
         x = draw(teacher, noise, [prompts[row] for row in rows], sampler, guidance, seen, fresh)
-        yield rows[:count], noise[:count], x[:count]
+        yield rows[:count], noise, x
 
 
 def sample(
@@ -109,7 +111,9 @@ def sample(
         sampler: one of `samplers.SAMPLERS`.
         device: where the teacher is; None asks it.
     """
+    if not prompts:
+        return torch.zeros(0, 3, teacher.image_size, teacher.image_size)
     where = torch.device(device if device is not None else getattr(teacher, "device", "cpu"))
     made = drawn(teacher, prompts, seed, Sampler(sampler, steps), guidance, cameras, device=where)
-    rows, images = zip(*((rows, teacher.decode(x)) for rows, _, x in made))
+    rows, images = zip(*((rows, teacher.decode(x)[: len(rows)]) for rows, _, x in made))
     return in_order(sum(rows, []), images)
