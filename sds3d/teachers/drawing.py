@@ -11,6 +11,7 @@ from sds3d import cameras as cam
 from sds3d.cameras import Cameras
 from sds3d.draws import ImageNoise, in_order, piece_size, pieces
 from sds3d.guidance import cfg
+from sds3d.modes import require_own_process
 from sds3d.noise import Prediction
 from sds3d.samplers import Fresh, Sampler
 from sds3d.teachers.base import Teacher
@@ -68,8 +69,8 @@ def drawn(
     first: int = 0,
     device: torch.device | str = "cpu",
 ) -> Iterator[tuple[list[int], Tensor, Tensor]]:
-    """Which of the prompts (P of them), and the noise and x of a whole piece, (P or more, C, h, w) each, of which P
-    count; a piece at a time, of images ``first``, ``first`` + 1, ... of a seed, one a prompt; see `sds3d.draws`.
+    """A piece at a time: which of the prompts (P of them), noise and x (P or more, C, h, w) whose first P are theirs;
+    of images ``first``, ``first`` + 1, ... of a seed, one a prompt; see `sds3d.draws`.
 
     Decode a whole piece before you cut it: a network that decodes depends on the batch, too.
 
@@ -78,8 +79,10 @@ def drawn(
         device: where the teacher is.
 
     Raises:
-        ValueError: cameras for a teacher that judges several views of a scene at once, and they are no whole sets.
+        ValueError: cameras for a teacher that judges several views of a scene at once, and they are no whole sets; or
+            see `sds3d.modes.require_own_process`.
     """
+    require_own_process()
     device, views = torch.device(device), getattr(teacher, "together", 1) if cameras is not None else 1
     if len(prompts) % views:
         raise ValueError(f"this teacher sees {views} views of a scene at once and got {len(prompts)}; give a multiple")
