@@ -55,8 +55,8 @@ class Adversary(Learnt):
         return [*super().parts(), self.head]
 
     def verdict(self, x: Tensor, prompts: list[str], generator: torch.Generator) -> Tensor:
-        """How real clean x (B, C, h, w) look once noised to a t drawn from [0, 1], (B,); differentiable in x."""
-        t = onto(self.share.rand((len(x),), generator), x.device).to(x.dtype)
+        """How real clean x (B, C, h, w) look once noised to any t that the network knows, (B,); differentiable in x."""
+        t = onto(self.share.rand((len(x),), generator), x.device).to(x.dtype) * self.teacher.schedule.t_noisiest
         noise = onto(self.share.randn(x.shape, generator, x.dtype), x.device)
         x_t = noised(x, noise, *self.teacher.schedule.alpha_sigma(t))
         return self.head(self.teacher.features(self.network, x_t, t, prompts)[-1])

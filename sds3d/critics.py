@@ -227,11 +227,12 @@ class Learnt:
     def loss(self, draw: Draw, x: Tensor, generator: torch.Generator) -> Tensor:
         """The denoising loss on x (B, C, h, w), ().
 
-        t is uniform in [0, 1], one an image or set of views; a share of the cameras is dropped.
+        t is uniform from 0 to the schedule's noisiest, one an image or set of views; a share of the cameras is dropped.
         """
         t, dropped = onto(self.share.rand((len(x), 2), generator), x.device).to(x.dtype).unbind(1)
         seen = draw.cameras is not None and self.teacher.views == "camera"
         together = getattr(self.teacher, "together", 1) if seen else 1
+        t = t * self.teacher.schedule.t_noisiest  # beyond is a level that its network does not know
         t = t[::together].repeat_interleave(together)  # one for the views that are judged in one
         noise = onto(self.share.randn(x.shape, generator, x.dtype), x.device)
         alpha, sigma = self.teacher.schedule.alpha_sigma(t)

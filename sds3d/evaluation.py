@@ -1,16 +1,20 @@
 """How well a generator, or a teacher with a sampler, draws digits or toys: against real ones that neither ever saw.
 
-Every figure is measured with several seeds, and reported as their mean and spread (standard deviation). FD-feat is the
-Frechet distance between the features of a classifier of real images (it is no FID: other features); KID-feat is the
-unbiased kernel distance of the same features, for few images; precision and recall are of them, too; a copy is an image
-nearer to a training image, in pixels, than 99 of 100 held-out ones are (of digits only: the toybox never shows an image
-twice).
+Every figure is measured with several seeds, and reported as their mean and spread (standard deviation over the seeds,
+against the same real images: it says nothing of how those were chosen). FD-feat is the Frechet distance between the
+features of a classifier of real images (it is no FID: other features); KID-feat is the unbiased kernel distance of the
+same features, as it is and not times 1,000; precision and recall are of them, too; a copy is an image nearer to a
+training image, in pixels, than 99 of 100 held-out ones are (of digits only: the toybox never shows an image twice).
+
+Fewer images than are held out have no FD-feat, FID, precision and recall, which depend on how many there are. KID-feat
+does not, but of few images it is uncertain, and may be below 0.
 """
 
 from __future__ import annotations
 
 import json
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -37,6 +41,7 @@ from sds3d.teachers.drawing import sample
 from sds3d.typed import plain
 
 FIGURES = ("fd_feat", "kid_feat", "class_accuracy", "precision", "recall", "copy_rate", "samples_per_second")
+FEWEST = 600  # renders of toys that a generator of toys is compared with, about as many as there are digits
 BEST = ("heun", 18)  # the packaged teachers' best sampler and its steps
 Draw = Callable[[list[str], int], Tensor]  # prompts, seed -> images (B, 3, H, W) in [0, 1]
 
@@ -63,7 +68,7 @@ class Real(Protocol):
     """Real images, and what they say of drawn ones.
 
     Attributes:
-        held_out: (N, 3, H, W) in [0, 1]; at least as many images can be compared with them.
+        held_out: (N, 3, H, W) in [0, 1].
         prompts: what they show.
     """
 
@@ -102,17 +107,11 @@ class Digits:
         return torch.arange(number) % 10
 
     def figures(self, images: Tensor, wanted: Tensor) -> dict[str, float]:
-        """What images (B, 3, 8, 8) of the digits (B,) are worth: FIGURES without the speed. B at least the held-out."""
-        drawn, count = self.judge.features(images).cpu(), len(self.real)
-        alike = torch.randperm(len(drawn), generator=torch.Generator().manual_seed(0))[:count]
-        precision, recall = features.precision_recall(drawn[alike], self.real)
+        """What images (B, 3, 8, 8) of the digits (B,) are worth: FIGURES without the speed; see ``_distances``."""
         flat = [x.mean(1).flatten(1) for x in (images.cpu(), self.train, self.held_out)]
         return {
-            "fd_feat": features.frechet(drawn, self.real),
-            "kid_feat": features.kernel_distance(drawn, self.real),
+            **_distances(self.judge.features(images).cpu(), self.real),
             "class_accuracy": float((self.judge.classify(images).cpu() == wanted).double().mean()),
-            "precision": precision,
-            "recall": recall,
             "copy_rate": features.copy_rate(*flat),
         }
 
@@ -167,22 +166,27 @@ class Toys:
         return torch.tensor(rows)[torch.arange(number) % len(rows)]
 
     def figures(self, images: Tensor, wanted: Tensor) -> dict[str, float]:
-        """What images (B, 3, 64, 64) are worth: FIGURES without speed and copies. B at least the renders' number."""
+        """What images (B, 3, 64, 64) are worth: FIGURES without speed and copies; see ``_distances``."""
         drawn, said = self.judge.features(images).cpu(), self.judge.classify(images).cpu()
-        alike = torch.randperm(len(drawn), generator=torch.Generator().manual_seed(0))[: self.number]
-        precision, recall = features.precision_recall(drawn[alike], self.real)
         right = ((said == wanted) | (wanted < 0)).all(1)
         return {
-            "fd_feat": features.frechet(drawn, self.real),
-            "kid_feat": features.kernel_distance(drawn, self.real),
+            **_distances(drawn, self.real),
             "class_accuracy": float(right.double().mean()),
-            "precision": precision,
-            "recall": recall,
         }
 
     def floor(self) -> dict[str, float]:
         """Figures of other true renders."""
         return self.figures(self.renders(1), self.wanted(self.number))
+
+
+def _distances(drawn: Tensor, real: Tensor) -> dict[str, float]:
+    """How far features (B, D) are from real ones (N, D); of B below N the kernel distance alone."""
+    kernel = {"kid_feat": features.kernel_distance(drawn, real)}
+    if len(drawn) < len(real):
+        return kernel
+    alike = torch.randperm(len(drawn), generator=torch.Generator().manual_seed(0))[: len(real)]
+    precision, recall = features.precision_recall(drawn[alike], real)
+    return {"fd_feat": features.frechet(drawn, real), **kernel, "precision": precision, "recall": recall}
 
 
 def real_for(prompts: Sequence[str], number: int, size: int | None = None) -> Real:
@@ -194,7 +198,7 @@ def real_for(prompts: Sequence[str], number: int, size: int | None = None) -> Re
     found: Digits | Toys = Digits()
     try:
         if not set(found.prompts) <= set(prompts):
-            found = Toys(prompts, min(number, 2000))
+            found = Toys(prompts, min(max(number, FEWEST), 2000))
         if size not in (None, found.judge.size):
             raise ValueError(f"its images are of {size} pixels a side, and the judge looks at {found.judge.size}")
     except ValueError as error:
@@ -208,12 +212,19 @@ def measure(
     """Figures of what ``draw`` draws, a row for each seed as it is done; "fid" among them where ``inception`` is given.
 
     Raises:
-        ValueError: too few images to compare with the real ones.
+        ValueError: one image, which has no distance; or ``inception`` and fewer images than are held out.
     """
     real = real or Digits()
     least = len(real.held_out)
+    if number < 2:
+        raise ValueError(f"{number} images are too few; give at least 2, and {least} for FD-feat")
+    if number < least and inception is not None:
+        raise ValueError(f"{number} images are too few for FID; give at least {least}, as many as are held out")
     if number < least:
-        raise ValueError(f"{number} images are too few; give at least {least}, as many as are held out")
+        warnings.warn(
+            f"{number} images are too few for FD-feat, precision and recall, which are left out: give at least {least}",
+            stacklevel=2,
+        )
     prompts, wanted = [real.prompts[i % len(real.prompts)] for i in range(number)], real.wanted(number)
     for seed in range(seeds):
         begun = time.perf_counter()
@@ -252,7 +263,7 @@ class Report:
     """What was measured of a generator.
 
     Args:
-        figures: FIGURES and "fd_ratio", the generator's FD-feat over its teacher's.
+        figures: FIGURES and "fd_ratio", the generator's FD-feat over its teacher's, as far as there are enough images.
         rows: the same and the teacher's, by who drew.
         files: what was written.
     """
@@ -302,7 +313,8 @@ def judge_generator(
             rows.append(row)
         found[who] = rows
     for ours, theirs in zip(found["generator"], found["teacher"]):
-        ours["fd_ratio"], theirs["fd_ratio"] = ours["fd_feat"] / theirs["fd_feat"], 1.0
+        if "fd_feat" in ours:
+            ours["fd_ratio"], theirs["fd_ratio"] = ours["fd_feat"] / theirs["fd_feat"], 1.0
     rows = {who: summary(values) for who, values in found.items()}
     report = {**plain(rows["generator"]), "teacher": plain(rows["teacher"]), "images": number, "seeds": seeds}
     command = f"sds3d eval {path} -n {number} --seeds {seeds}" + " --fid" * fid

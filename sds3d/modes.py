@@ -13,18 +13,23 @@ import torch
 
 T = TypeVar("T")
 P = ParamSpec("P")
-_computing: list[int] = []  # the process that computed first
+_computing: list[int] = []  # the process that loaded or computed first
 
 
 def require_own_process() -> None:
     """Raises ValueError in a process forked from one that has computed: the threads of its kernels are not there, and
-    the first that waits for them waits for ever, or is ended by OpenMP."""
+    the first that waits for them waits for ever, or is ended by OpenMP.
+
+    Whatever computes calls it first, and so does whatever loads a network or a scene: to fill and convert large weights
+    torch starts the same threads.
+    """
     if not _computing:
         _computing.append(os.getpid())
     elif _computing[0] != os.getpid():
         raise ValueError(
-            "this process was forked from one in which sds3d had computed, and the threads of its kernels do not "
-            'survive that: start processes with multiprocessing.get_context("spawn"), or use sds3d in the child only'
+            "this process was forked from one in which sds3d had loaded or computed something, and the threads that "
+            'work for it do not survive that: start processes with multiprocessing.get_context("spawn"), or use sds3d '
+            "in the child only"
         )
 
 

@@ -149,6 +149,7 @@ def _make_part(
     chosen = torch.randint(len(prompts), (PART,), generator=torch.Generator().manual_seed(part))
     told, sampler = [prompts[i] for i in chosen.tolist()], Sampler(config.sampler, config.steps)
     rows, *made = zip(*drawn(teacher, told, SEED, sampler, guidance, first=part * PART, device=device))
+    made = ([piece[: len(found)] for found, piece in zip(rows, pieces)] for pieces in made)
     noise, x = (in_order(sum(rows, []), pieces).cpu().float().contiguous() for pieces in made)
     row = {"noise": noise, "x": x, "prompt": chosen}
     with replacing(path) as file:

@@ -11,6 +11,7 @@ from sds3d.critics import CriticConfig, Learnt
 from sds3d.distill.adversarial import Adversarial
 from sds3d.networks.text import TextEncoder
 from sds3d.networks.unet import UNet, UNetConfig
+from sds3d.noise import Schedule
 from sds3d.students import Draw
 from sds3d.teachers.small import SmallTeacher
 
@@ -48,6 +49,25 @@ def drawn(count: int, generator: torch.Generator) -> Draw:
 
 def adversary(teacher, weight=1.0, seed=0, **settings) -> Adversary:
     return Adversary(teacher, CriticConfig("copy", **settings), seeded(seed), real, weight)
+
+
+def times_of_loss(teacher: SmallTeacher, schedule: Schedule) -> torch.Tensor:
+    """Every t at which the network is asked in one loss: of real images, of drawn ones, and of the denoising."""
+    other, found = copy.copy(teacher), []
+    other.schedule = schedule
+    for name in ("answer", "features"):
+        ask = getattr(teacher, name)
+        setattr(other, name, lambda net, x_t, t, *rest, ask=ask: found.append(t) or ask(net, x_t, t, *rest))
+    draw = drawn(200, seeded(1))
+    adversary(other).loss(draw, draw.x(teacher.encode), seeded(2))
+    return torch.stack(found)
+
+
+def test_no_level_is_asked_beyond_those_that_the_network_knows(teacher):
+    table = Schedule.table(torch.tensor([0.9, 0.6, 0.3, 0.1]))
+    found = times_of_loss(teacher, table)
+    assert found.shape == (3, 200) and 0.7 < float(found.max()) <= table.t_noisiest == 0.75
+    assert torch.equal(found, times_of_loss(teacher, Schedule.cosine()) * 0.75)  # all of [0, 1] where that is known
 
 
 # the objective

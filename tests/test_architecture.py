@@ -46,7 +46,7 @@ ARROWS = {
     "scenes": {"ops", "cameras", "picture", "prompts", "ramp", "ranges", "students", "transfer"},
     "generators": {"networks", "draws", "noise", "ramp", "ranges", "shares", "students", "transfer"},
     "teachers.base": {"noise", "cameras", "ranges"},
-    "teachers.drawing": {"teachers.base", "draws", "samplers", "guidance", "noise", "cameras", "transfer"},
+    "teachers.drawing": {"teachers.base", "draws", "samplers", "guidance", "noise", "cameras", "transfer", "modes"},
     "teachers": SCORE - {"students"} | {"networks", "data", "errors", "files", "export.sheet", "export.chart", "modes"},
     "pairs": SCORE | {"files"},
     "critics": SCORE | {"networks"},

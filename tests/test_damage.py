@@ -265,6 +265,38 @@ def test_every_bit_of_a_teachers_weights_counts(tmp_path):
     assert "digest" not in small.load().told  # the packaged ones are from before, and load
 
 
+def test_every_page_of_a_teachers_state_counts(tmp_path):
+    """As of a run's checkpoint; torch.load reads what a disk made of it, and says nothing."""
+    config = fit.FitConfig(**DIGITS, steps=4, save_every=1)
+    steps = fit.train(tmp_path, config, sources.of("digits", 8)[0])
+    next(steps)
+    steps.close()
+    file, draws = tmp_path / "state.pt", random.Random(0)
+    whole, made = file.read_bytes(), fit.Fit(config, sources.of("digits", 8)[0])
+    good = torch.load(file, weights_only=True)
+    numbers = good["nets"]["unet.first.weight"].numpy().tobytes()
+    pages = [whole.index(numbers) + 64, *(draws.randrange(len(whole) // 4096) * 4096 for _ in range(20))]
+    places = [(page, bytes(len(whole[page : page + 512]))) for page in pages]
+    bits = (pages[0], *draws.sample(range(len(whole)), 20))
+    places += [(at, bytes([whole[at] ^ 1 << draws.randrange(8)])) for at in bits]
+    refused = 0
+    for at, bad in places:
+        file.write_bytes(whole[:at] + bad + whole[at + len(bad) :])
+        try:
+            made.load(tmp_path)
+        except ValueError as error:
+            refused += 1
+            assert "state.pt is damaged or of another version (" in str(error) and "start a new folder" in str(error)
+            continue
+        same = torch.load(file, weights_only=True)  # such as a date in the archive
+        assert set(same) == set(good) and all(same["nets"][k].equal(v) for k, v in good["nets"].items())
+    assert refused > len(places) / 2
+    del good["digest"]
+    torch.save(good, file)  # as before there were digests
+    made.load(tmp_path)
+    assert made.step == 1
+
+
 CARD = {"generator": "{}", "teacher": "t", "method": "m", "steps": "1", "prompts": "[]", "call": "", "hf": {}}
 
 

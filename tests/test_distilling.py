@@ -263,8 +263,25 @@ def test_judging_writes_figures_with_their_spread(in_folder, monkeypatch):
     assert stored["fd_ratio"]["mean"] > 2  # four steps teach nothing
     assert stored["teacher"]["class_accuracy"]["mean"] > 0.98
     assert "fd ratio" in (made.path / "README.md").read_text() and (made.path / "eval.png").is_file()
-    with pytest.raises(ValueError, match="500 images are too few; give at least 596"):
-        evaluation.judge_generator(made.path, 500, 1)
+    with pytest.warns(UserWarning, match="100 images are too few for FD-feat, .* left out: give at least 596"):
+        few = evaluation.judge_generator(made.path, 100, 2)
+    assert set(few.figures) == {"kid_feat", "class_accuracy", "copy_rate", "samples_per_second"}
+    stored = json.loads((made.path / "eval.json").read_text())
+    assert stored["images"] == 100 and stored["kid_feat"]["mean"] == few.figures["kid_feat"].mean
+    with pytest.raises(ValueError, match="1 images are too few; give at least 2, and 596 for FD-feat"):
+        evaluation.judge_generator(made.path, 1, 1)
+
+
+def test_the_kernel_distance_of_few_real_digits_is_zero_on_average():
+    """So few images do for it. Of 20 held-out digits and the other 576, drawn anew each time."""
+    real, mark, found = evaluation.Digits().real, torch.Generator().manual_seed(0), []
+    for _ in range(200):
+        order = torch.randperm(len(real), generator=mark)
+        row = evaluation._distances(real[order[:20]], real[order[20:]])
+        assert set(row) == {"kid_feat"}
+        found.append(row["kid_feat"])
+    found = torch.tensor(found)
+    assert abs(float(found.mean())) < 4 * float(found.std()) / 200**0.5 and float(found.min()) < 0
 
 
 def test_real_digits_are_their_own_floor():

@@ -120,6 +120,39 @@ def test_after_a_fork_it_says_what_to_do(before, wanted):
     assert ('get_context("spawn")' in done.stdout) == (before == "used")
 
 
+TEACHER_FORK = """
+import os, signal, sys, torch, sds3d
+from sds3d.teachers import small
+from sds3d.teachers.drawing import sample
+torch.set_num_threads(2)  # one has no others to wait for
+def load():
+    return small.load(small.packaged("digits"), dtype=torch.float32)
+if sys.argv[1] == "sampled":  # by a teacher that no file was read for
+    from sds3d.teachers.mixture import Mixture, MixtureTeacher
+    sample(MixtureTeacher(Mixture(torch.ones(1), torch.zeros(1, 3, 8, 8), 0.1), pixels=True), [""], 0, 1.0, None, 1)
+teacher = load() if sys.argv[1] == "loaded" else None
+child = os.fork()
+if child == 0:
+    signal.alarm(30)
+    try:
+        sample(teacher or load(), ["zero"], steps=1)
+        os._exit(0)
+    except ValueError as error:
+        print(error, flush=True)
+        os._exit(3)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+@pytest.mark.parametrize(("before", "wanted"), [("sampled", "3"), ("loaded", "3"), ("imported", "0")])
+def test_a_teacher_says_what_to_do_after_a_fork(before, wanted):
+    """Loading alone starts torch's threads, too. A child that is not refused waits for them, and dies by its alarm."""
+    done = subprocess.run([sys.executable, "-c", TEACHER_FORK, before], capture_output=True, text=True, timeout=120)
+    assert done.stdout.splitlines()[-1] == wanted, done.stdout + done.stderr
+    assert ("loaded or computed something" in done.stdout) == (wanted == "3")
+
+
 # where nothing of the user's can be written
 
 READ_ONLY = """

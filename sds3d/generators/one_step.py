@@ -216,6 +216,8 @@ class Generator:
 
     def images(self, prompts: Sequence[str], seed: int) -> Tensor:
         """Images (B, 3, H, W) in [0, 1] of a seed by the first running mean's weights."""
+        if not prompts:
+            return torch.zeros(0, 3, self.teacher.image_size, self.teacher.image_size)
         made = images(self.teacher, self.means[0].module, self.times, prompts, seed, self.size)
         rows, found = zip(*made)
         return in_order(sum(rows, []), found)

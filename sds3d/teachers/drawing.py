@@ -11,6 +11,7 @@ from sds3d import cameras as cam
 from sds3d.cameras import Cameras
 from sds3d.draws import ImageNoise, in_order, piece_size, pieces
 from sds3d.guidance import cfg
+from sds3d.modes import require_own_process
 from sds3d.noise import Prediction
 from sds3d.samplers import Fresh, Sampler
 from sds3d.teachers.base import Teacher
@@ -68,16 +69,20 @@ def drawn(
     first: int = 0,
     device: torch.device | str = "cpu",
 ) -> Iterator[tuple[list[int], Tensor, Tensor]]:
-    """Which of the prompts (P of them), their noise and x, (P, C, h, w) each, a piece at a time, of images ``first``,
-    ``first`` + 1, ... of a seed, one a prompt; see `sds3d.draws`.
+    """A piece at a time: which of the prompts (P of them), noise and x (P or more, C, h, w) whose first P are theirs;
+    of images ``first``, ``first`` + 1, ... of a seed, one a prompt; see `sds3d.draws`.
+
+    Decode a whole piece before you cut it: a network that decodes depends on the batch, too.
 
     Args:
         cameras: as many as prompts, or None.
         device: where the teacher is.
 
     Raises:
-        ValueError: cameras for a teacher that judges several views of a scene at once, and they are no whole sets.
+        ValueError: cameras for a teacher that judges several views of a scene at once, and they are no whole sets; or
+            see `sds3d.modes.require_own_process`.
     """
+    require_own_process()
     device, views = torch.device(device), getattr(teacher, "together", 1) if cameras is not None else 1
     if len(prompts) % views:
         raise ValueError(f"this teacher sees {views} views of a scene at once and got {len(prompts)}; give a multiple")
@@ -87,7 +92,7 @@ def drawn(
         fresh = ImageNoise(seed, [first + row for row in rows], teacher.shape, device)
         noise, seen = fresh(), cameras[torch.tensor(rows)] if cameras is not None else None
         x = draw(teacher, noise, [prompts[row] for row in rows], sampler, guidance, seen, fresh)
-        yield rows[:count], noise[:count], x[:count]
+        yield rows[:count], noise, x
 
 
 def sample(
@@ -109,7 +114,9 @@ def sample(
         sampler: one of `samplers.SAMPLERS`.
         device: where the teacher is; None asks it.
     """
+    if not prompts:
+        return torch.zeros(0, 3, teacher.image_size, teacher.image_size)
     where = torch.device(device if device is not None else getattr(teacher, "device", "cpu"))
     made = drawn(teacher, prompts, seed, Sampler(sampler, steps), guidance, cameras, device=where)
-    rows, images = zip(*((rows, teacher.decode(x)) for rows, _, x in made))
+    rows, images = zip(*((rows, teacher.decode(x)[: len(rows)]) for rows, _, x in made))
     return in_order(sum(rows, []), images)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from sds3d import cameras as cam
 from sds3d.errors import Diverged
-from sds3d.files import from_json, lock, replacing, require_folder, sweep
+from sds3d.files import digest, form, from_json, lock, replacing, require_folder, sweep
 from sds3d.modes import stepwise_training
 from sds3d.networks.ema import EMA
 from sds3d.networks.muon import Muon
@@ -211,6 +211,7 @@ class Fit:
             "losses": torch.tensor(self.losses),
             "source": self._source(),
         }
+        state["digest"] = digest(*_parts(state))
         data = io.BytesIO()  # torch's own writer says "unexpected pos" where a disk is full
         torch.save(state, data)
         with replacing(out / "state.pt") as part:
@@ -228,11 +229,15 @@ class Fit:
         """Take up the state that `save` left in ``out``.
 
         Raises:
-            ValueError: it is damaged, of another version or of other data, or has done all its steps.
+            ValueError: it is damaged, of another version or of other data, or has done all its steps. A state of before
+                there were digests has none, and is taken as it is.
         """
         path = out / "state.pt"
         with _undamaged(path):
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            state = torch.load(path, map_location="cpu", weights_only=True)  # which checks no number
+            mark = state.pop("digest", None)
+            if mark not in (None, digest(*_parts(state))):
+                raise ValueError("its content is not what was written")
             trained, given = state.get("source", self._source()), self._source()  # older states do not say
         if trained != given:
             new, gone = (sorted(set(a[1]) - set(b[1])) for a, b in ((given, trained), (trained, given)))
@@ -251,6 +256,24 @@ class Fit:
         self.step = len(self.losses)
         if self.step >= self.config.steps:
             raise ValueError(f"{out} has done {self.step} of {self.config.steps} steps; give more, as in steps=20000")
+
+
+def _parts(state: Any) -> tuple[dict[str, Tensor], str]:
+    """A state's tensors by where they are, on the CPU, and a text of all else in it, of types and of shapes."""
+    tensors: dict[str, Tensor] = {}
+
+    def told(value: Any, place: str) -> Any:
+        if isinstance(value, Tensor):
+            tensors[place] = value.detach().cpu()
+            return "tensor"
+        if isinstance(value, dict):
+            return [(key, told(one, f"{place}/{key}")) for key, one in value.items()]
+        if isinstance(value, list | tuple):
+            return [told(one, f"{place}/{i}") for i, one in enumerate(value)]
+        return value
+
+    text = repr(told(state, ""))
+    return tensors, text + form(tensors)
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from sds3d.cameras import Cameras
 from sds3d.files import digest, form, from_json, replacing
+from sds3d.modes import require_own_process
 from sds3d.networks.text import PROMPT_WORDS, TextEncoder
 from sds3d.networks.unet import UNet, UNetConfig
 from sds3d.noise import Prediction, Schedule
@@ -253,10 +254,12 @@ def load(
         compiled: see ``SmallTeacher``.
 
     Raises:
-        ValueError: if the file is missing, damaged or of another kind, or views is unknown.
+        ValueError: if the file is missing, damaged or of another kind, or views is unknown; or see
+            `sds3d.modes.require_own_process`.
     """
     from safetensors import SafetensorError, safe_open
 
+    require_own_process()
     path, device = Path(path or packaged("small")), torch.device(device)
     if not path.is_file():
         raise ValueError(f"no teacher weights at {path}; give a .safetensors file that `sds3d teacher train` wrote")

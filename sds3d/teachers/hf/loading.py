@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sds3d.files import from_json
+from sds3d.modes import require_own_process
 from sds3d.teachers.base import PACKAGED, HFConfig, TeacherConfig
 from sds3d.teachers.hf.families import FAMILIES, Family
 from sds3d.teachers.hf.fields import refuse_unknown_parts
@@ -42,8 +43,9 @@ def load(settings: TeacherConfig, device: torch.device) -> DiffusersTeacher:
 
     Raises:
         ValueError: the hub cannot be reached or says no, the pipeline is of no family we know, its weights are pickles
-            or damaged, or an option is not for it.
+            or damaged, or an option is not for it; or see `sds3d.modes.require_own_process`.
     """
+    require_own_process()
     folder = find(settings.name, settings.hf)
     kind, wanted = kind_of(folder, settings.name), None if settings.dtype == "auto" else getattr(torch, settings.dtype)
     dtype = wanted if wanted == torch.float16 else pick_dtype(device, wanted)  # float16 is for GPUs without bfloat16
