@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 import socket
+import stat
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
@@ -30,6 +31,7 @@ except ImportError:  # not on Windows, where nobody is kept out
     fcntl = None
 
 DEEPEST = 100  # levels of a JSON file; what goes over its values calls itself, a thousand times at most
+LARGEST = 2**28  # bytes of a text that a user names: some million captions or prompts
 
 
 @contextmanager
@@ -169,6 +171,31 @@ def lock(path: Path, busy: str) -> TextIO:
 def is_own(path: Path, folder: Path) -> bool:
     """Whether ``path`` is inside ``folder`` wherever links on the way to it lead."""
     return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
+
+
+def read_text(path: Path, largest: int = LARGEST) -> str:
+    """The text of a regular file of at most ``largest`` bytes, in UTF-8.
+
+    Raises:
+        ValueError: there is no such file; it is a pipe, a device or a folder; it is larger, or not in UTF-8.
+    """
+
+    def at_once(name: str, flags: int) -> int:
+        return os.open(name, flags | getattr(os, "O_NONBLOCK", 0))  # else a pipe is opened when somebody writes to it
+
+    try:
+        with open(path, "rb", opener=at_once) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):  # which may never end
+                raise ValueError(f"cannot read {path}: it is no regular file")
+            data = file.read(largest + 1)
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror or error}") from error
+    if len(data) > largest:
+        raise ValueError(f"cannot read {path}: it is larger than {largest:,} bytes")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"cannot read {path}: it is not UTF-8: save it as UTF-8") from error
 
 
 def from_json(text: str | bytes) -> Any:
