@@ -145,8 +145,10 @@ def lock(path: Path, busy: str) -> TextIO:
         busy: what to say where another process holds it.
 
     Raises:
-        ValueError: another process holds it, or the file cannot be written.
+        ValueError: another process holds it, it is no file of this folder, or it cannot be written.
     """
+    if os.path.lexists(path) and not stat.S_ISREG(path.lstat().st_mode):
+        raise ValueError(f"{path} is no lock file but a link, a folder, a pipe or a device: remove it")
     try:
         handle = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
     except OSError as error:
