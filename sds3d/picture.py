@@ -26,7 +26,7 @@ def read(path: Path, size: int) -> Tensor:
     from PIL import Image, ImageOps, UnidentifiedImageError
 
     if not path.is_file():
-        raise ValueError("there is no such file")
+        raise ValueError("it is no regular file" if path.exists() else "there is no such file")
     broken = (OSError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError, struct.error, EOFError)
     try:
         with Image.open(path) as file:
