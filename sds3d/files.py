@@ -175,6 +175,21 @@ def is_own(path: Path, folder: Path) -> bool:
     return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
 
 
+def user_path(text: str | Path) -> Path:
+    """A path as a user wrote it, with ~ opened. Raises ValueError where it can be none."""
+    try:
+        if "\0" in str(text):
+            raise ValueError("it has a NUL character")
+        path = Path(text).expanduser()
+        path.exists()  # which raises where no file can have the name
+    except RuntimeError as error:
+        raise ValueError(f"{str(text)!r:.80} names a user who is not here; give a path") from error
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"{str(text)!r:.80} is no path here: {reason}") from error
+    return path
+
+
 def read_text(path: Path, largest: int = LARGEST) -> str:
     """The text of a regular file of at most ``largest`` bytes, in UTF-8.
 

@@ -22,7 +22,7 @@ import torch
 
 from sds3d import picture
 from sds3d.data.pictures import Pictures
-from sds3d.files import from_json, read_text
+from sds3d.files import from_json, read_text, user_path
 from sds3d.prompts import words
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
@@ -53,7 +53,7 @@ def read(folder: str | Path, size: int, longest: int) -> Folder:
     Raises:
         ValueError: there is no such folder, no image in it, a table that cannot be read, or no image with a caption.
     """
-    folder = Path(folder).expanduser()
+    folder = user_path(folder)
     if not folder.is_dir():
         raise ValueError(f"there is no folder {folder}; give one of images with captions")
     files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGES and not path.is_dir())
@@ -115,7 +115,7 @@ def _of_row(row: dict) -> tuple[str, list[str]]:
 
 def _named(below: Path, file: str, folder: Path) -> str:
     """A file that a table in ``below`` names, from the folder; a Windows path is one where no file has that name."""
-    if not os.path.isfile(folder / below / file):  # which takes a text that can be no path for one where nothing is
+    if not os.path.isfile(folder / below / file):  # which is False where the text can be no path
         file = file.replace("\\", "/")
     return unicodedata.normalize("NFC", posixpath.normpath(posixpath.join(below.as_posix(), file)))
 
@@ -172,7 +172,7 @@ def _rows_of_csv(path: Path, text: io.StringIO) -> Iterator[tuple[str, dict, str
 
 
 def _beside(path: Path) -> list[str]:
-    """The captions in the .txt beside an image, one a line. Raises ValueError where there is none, or it cannot be read."""
+    """The captions in the .txt beside an image, one a line. Raises ValueError where none can be read."""
     text = path.with_suffix(".txt")
     lines = read_text(text).splitlines() if text.exists() else []
     found = [line.strip() for line in lines if words(line)]
