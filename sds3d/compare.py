@@ -34,7 +34,7 @@ from sds3d.config import Config, PaintConfig, RunConfig
 from sds3d.distill import METHODS
 from sds3d.distill.core import NonFiniteGradient
 from sds3d.export import page
-from sds3d.files import from_json, replacing
+from sds3d.files import from_json, read_text, replacing
 from sds3d.painting import Painting
 from sds3d.runs import Run
 from sds3d.train import Diverged
@@ -327,7 +327,7 @@ def _load(comparison: Comparison, out: Path) -> dict[tuple[str, str, int], Entry
     if not path.is_file():
         return {}
     try:
-        stored = from_json(path.read_text(encoding="utf-8"))
+        stored = from_json(read_text(path))
         rows, settings = stored["runs"], stored["settings"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is no comparison; name another folder with --out") from error

@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 import socket
+import stat
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
@@ -30,6 +31,7 @@ except ImportError:  # not on Windows, where nobody is kept out
     fcntl = None
 
 DEEPEST = 100  # levels of a JSON file; what goes over its values calls itself, a thousand times at most
+LARGEST = 2**28  # bytes of a text that a user names: some million captions or prompts
 
 
 @contextmanager
@@ -143,8 +145,10 @@ def lock(path: Path, busy: str) -> TextIO:
         busy: what to say where another process holds it.
 
     Raises:
-        ValueError: another process holds it, or the file cannot be written.
+        ValueError: another process holds it, it is no file of this folder, or it cannot be written.
     """
+    if os.path.lexists(path) and not stat.S_ISREG(path.lstat().st_mode):
+        raise ValueError(f"{path} is no lock file but a link, a folder, a pipe or a device: remove it")
     try:
         handle = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
     except OSError as error:
@@ -169,6 +173,46 @@ def lock(path: Path, busy: str) -> TextIO:
 def is_own(path: Path, folder: Path) -> bool:
     """Whether ``path`` is inside ``folder`` wherever links on the way to it lead."""
     return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
+
+
+def user_path(text: str | Path) -> Path:
+    """A path as a user wrote it, with ~ opened. Raises ValueError where it can be none."""
+    try:
+        if "\0" in str(text):
+            raise ValueError("it has a NUL character")
+        path = Path(text).expanduser()
+        path.exists()  # which raises where no file can have the name
+    except RuntimeError as error:
+        raise ValueError(f"{str(text)!r:.80} names a user who is not here; give a path") from error
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"{str(text)!r:.80} is no path here: {reason}") from error
+    return path
+
+
+def read_text(path: Path, largest: int = LARGEST) -> str:
+    """The text of a regular file of at most ``largest`` bytes, in UTF-8.
+
+    Raises:
+        ValueError: there is no such file; it is a pipe, a device or a folder; it is larger, or not in UTF-8.
+    """
+
+    def at_once(name: str, flags: int) -> int:
+        return os.open(name, flags | getattr(os, "O_NONBLOCK", 0))  # else a pipe is opened when somebody writes to it
+
+    try:
+        with open(path, "rb", opener=at_once) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):  # which may never end
+                raise ValueError(f"cannot read {path}: it is no regular file")
+            data = file.read(largest + 1)
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror or error}") from error
+    if len(data) > largest:
+        raise ValueError(f"cannot read {path}: it is larger than {largest:,} bytes")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"cannot read {path}: it is not UTF-8: save it as UTF-8") from error
 
 
 def from_json(text: str | bytes) -> Any:

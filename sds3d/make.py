@@ -23,6 +23,7 @@ from sds3d.distill.adversarial import Adversarial
 from sds3d.distill.bridge import Bridge
 from sds3d.distill.core import ScoreObjective, scale_of
 from sds3d.distill.regression import Regression
+from sds3d.files import read_text, user_path
 from sds3d.generators.one_step import Generator, paint
 from sds3d.prompts import COLOURS, VIEW_WORDS, named_background, named_view, words
 from sds3d.runs import slug
@@ -255,13 +256,11 @@ def prompts(config: DistillConfig, teacher: Teacher) -> list[str]:
                 "--prompts FILE (generator.prompts=FILE), with a prompt a line, or --prompt"
             )
         return list(sources.Toybox().prompts if toys else teacher.prompts)
-    path = Path(config.generator.prompts).expanduser()
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(
-            f"cannot read generator.prompts {path}: {error}; give a text file, one prompt a line"
-        ) from error
+        text = read_text(user_path(config.generator.prompts))
+    except ValueError as error:
+        raise ValueError(f"generator.prompts: {error}; give a text file, one prompt a line") from error
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
     for line in lines:
         teacher.check(line)
     return lines

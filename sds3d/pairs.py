@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from sds3d.draws import in_order
-from sds3d.files import digest, form, from_json, replacing
+from sds3d.files import digest, form, from_json, read_text, replacing
 from sds3d.ranges import Within
 from sds3d.samplers import Sampler
 from sds3d.teachers.base import Teacher
@@ -122,7 +122,7 @@ def _claimed(folder: Path) -> dict:
     """What the folder's pairs are. Raises ValueError where nobody can say."""
     path = folder / "pairs.json"
     try:
-        there = from_json(path.read_text(encoding="utf-8"))
+        there = from_json(read_text(path))
         if not isinstance(there, dict):
             raise ValueError("no object")
     except (OSError, ValueError) as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,8 +26,8 @@ def read(path: Path, size: int) -> Tensor:
     import numpy
     from PIL import Image, ImageOps, UnidentifiedImageError
 
-    if not path.is_file():
-        raise ValueError("there is no such file")
+    if not os.path.isfile(path):  # which is False where the name can be no file's
+        raise ValueError("it is no regular file" if os.path.exists(path) else "there is no such file")
     broken = (OSError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError, struct.error, EOFError)
     try:
         with Image.open(path) as file:

@@ -7,10 +7,11 @@ A file may come from a stranger. So there are no tags (they choose Python types)
 
 from __future__ import annotations
 
-import stat
 from functools import cache
 from pathlib import Path
 from typing import Any
+
+from sds3d import files
 
 LARGEST = 2**20  # bytes of a file; a config has two thousand
 DEPTH = 32  # of lists and maps in one another
@@ -31,18 +32,11 @@ def read(text: str) -> Any:
 def read_file(path: Path) -> Any:
     """What a YAML file says. Raises ValueError that names the file."""
     try:
-        if path.exists() and not stat.S_ISREG(path.stat().st_mode):  # a pipe may never end, and opening it, too
-            raise ValueError(f"cannot read {path}: it is no regular file; give a YAML file with settings")
-        with path.open("rb") as file:
-            data = file.read(LARGEST + 1)
-    except OSError as error:
-        raise ValueError(f"cannot read {path}: {error.strerror or error}; give a YAML file with settings") from error
-    if len(data) > LARGEST:
-        raise ValueError(f"{path} is larger than {LARGEST} bytes; give a YAML file with settings")
+        text = files.read_text(path, LARGEST)
+    except ValueError as error:
+        raise ValueError(f"{error}; give a YAML file with settings") from error
     try:
-        return read(data.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no YAML: it is not UTF-8 text") from error
+        return read(text)
     except ValueError as error:
         raise ValueError(f"{path} is no YAML: {error}") from error
 

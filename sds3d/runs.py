@@ -75,7 +75,7 @@ class Run:
         Raises:
             ValueError: the folder cannot be made or written. Nothing is left behind.
         """
-        out = Path(out).expanduser()
+        out = files.user_path(out)
         try:
             out.mkdir(parents=True, exist_ok=True)
             path = cls._claim(out, slug(prompt))
@@ -112,7 +112,7 @@ class Run:
         Raises:
             ValueError: there is no such folder, or it holds no run.
         """
-        path = Path(path).expanduser()
+        path = files.user_path(path)
         if not path.is_dir():
             raise ValueError(f"there is no run folder {path}{_neighbours(path)}")
         if not (path / "config.yaml").is_file():

@@ -23,7 +23,7 @@ ARROWS = {
     "errors": set(),
     "files": set(),
     "picture": set(),
-    "plain_yaml": set(),
+    "plain_yaml": {"files"},
     "ranges": set(),
     "ramp": {"ranges"},
     "transfer": set(),

@@ -345,7 +345,7 @@ def test_a_picture_with_too_many_pixels_and_deep_captions_are_sentences(call_pac
     Image.new("RGB", (40, 40)).save(in_folder / "data" / "a.png")
     (in_folder / "data" / "captions.jsonl").write_text(DEEP)
     code, _, err = call_packaged("teacher", "train", "data", "-o", "t", "size=32")
-    assert code == 2 and "captions.jsonl: it is nested too deeply" in err, err
+    assert code == 2 and "captions.jsonl, line 1: it is nested too deeply" in err, err
 
 
 # Live

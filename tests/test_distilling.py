@@ -237,7 +237,7 @@ def test_prompts_come_from_the_teacher_a_file_or_the_user(in_folder, teacher):
     file.write_text("a thre\n")
     with pytest.raises(ValueError, match="does not know 'thre'.*three"):
         prompts(**{"generator.prompts": str(file)})
-    with pytest.raises(ValueError, match="cannot read generator.prompts"):
+    with pytest.raises(ValueError, match="generator.prompts: cannot read .*nowhere.txt: No such file"):
         prompts(**{"generator.prompts": "nowhere.txt"})
 
 

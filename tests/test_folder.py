@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 
 import numpy
 import pytest
@@ -64,7 +65,7 @@ def test_a_table_names_files_and_captions(tmp_path, kind):
     found = read(tmp_path)
     assert found.pictures.captions == [("a wall", "one more"), ('say "two", or\nmore',)]
     assert found.skipped == [
-        f"captions.{kind}, row 5: it needs file and caption",
+        f"captions.{kind}, {'row 5' if kind == 'csv' else 'line 9'}: it needs file and caption",
         "c.png: no caption",
         "gone.png: captioned and not there",
     ]
@@ -113,10 +114,51 @@ def test_rows_that_cannot_be_used_say_why(tmp_path):
     *others, last = found.skipped
     assert others == [
         "captions.csv, row 1: more values than the header has names; put a caption with commas in quotes",
-        "captions.jsonl, row 2: it needs file and caption",
-        "captions.jsonl, row 3: it needs file and caption",
+        "captions.jsonl, line 2: it needs file and caption",
+        "captions.jsonl, line 3: it needs file and caption",
     ]
     assert last.startswith("metadata.csv: cannot read") and "its header is 'id,label'" in last
+
+
+@pytest.mark.parametrize("name", ["captions.jsonl", "metadata.jsonl"])
+def test_a_bad_line_of_a_table_costs_no_other(tmp_path, name):
+    picture(tmp_path / "a.png")
+    good = json.dumps({"file": "a.png", "caption": "a\u2028wall"}, ensure_ascii=False)
+    far = json.dumps({"file": "x" * 5000, "caption": "nowhere"})
+    lines = [good, "[1]", "", '"text"', '{"file": ', "[" * 200 + "]" * 200, "[" * 10**5, good, far]
+    (tmp_path / name).write_text("\r\n".join(lines), encoding="utf-8", newline="")
+    found = read(tmp_path)
+    assert found.pictures.captions == [("a\u2028wall", "a\u2028wall")]
+    assert found.skipped == [
+        f"{name}, line 2: it must be an object with file and caption",
+        f"{name}, line 4: it must be an object with file and caption",
+        f"{name}, line 5: it is no JSON (Expecting value, column 10)",
+        f"{name}, line 6: it is nested too deeply",
+        f"{name}, line 7: it is nested too deeply",
+        f"{'x' * 5000}: captioned and not there",
+    ]
+
+
+def test_what_is_no_regular_file_is_listed(tmp_path):
+    whole = picture(tmp_path / "whole.png", caption="a wall")
+    for name in ("pipe.png", "told.txt", "metadata.csv"):
+        os.mkfifo(tmp_path / name)
+    (tmp_path / "gone.png").symlink_to("nowhere")
+    whole.with_name("told.png").write_bytes(whole.read_bytes())
+    for name in ("pipe", "gone"):
+        (tmp_path / name).with_suffix(".txt").write_text("a wall")
+    (tmp_path / "folder.png").mkdir()
+    found = read(tmp_path)
+    assert found.pictures.captions == [("a wall",)]
+    assert found.skipped == [
+        f"metadata.csv: cannot read {tmp_path / 'metadata.csv'}: it is no regular file",
+        "gone.png: there is no such file",
+        "pipe.png: it is no regular file",
+        f"told.png: cannot read {tmp_path / 'told.txt'}: it is no regular file",
+    ]
+    os.mkfifo(tmp_path / "captions.jsonl")
+    with pytest.raises(ValueError, match="cannot read .*captions.jsonl: it is no regular file"):
+        read(tmp_path)
 
 
 def test_what_cannot_be_used_is_listed_with_its_reason(tmp_path):
@@ -134,7 +176,7 @@ def test_what_cannot_be_used_is_listed_with_its_reason(tmp_path):
         "bare.png: no caption",
         "cut.png: it cannot be read (OSError)",
         "empty.png: it cannot be read (UnidentifiedImageError)",
-        "latin.png: latin.txt cannot be read (UnicodeDecodeError)",
+        f"latin.png: cannot read {tmp_path / 'latin.txt'}: it is not UTF-8: save it as UTF-8",
         "long.png: a caption of 19 words, at most 18 are read",
         "mixed.png: a caption of 40 words, at most 18 are read",
         "points.png: no caption",
@@ -198,14 +240,28 @@ def test_the_middle_square_is_taken(tmp_path, shape):
         ({"a.txt": b"a wall", "notes.md": b""}, "holds no image"),
         ({"a.png": b"junk", "a.txt": b"a wall"}, r"none of the 1 images .* \(a.png: it cannot be read"),
         ({"a.png": b"", "b.png": b""}, r"none of the 2 images .* \(a.png: no caption; b.png: no caption\); put a .txt"),
-        ({"a.png": b"", "captions.csv": b"\xff\xfe"}, "cannot read .*captions.csv"),
-        ({"a.png": b"", "captions.csv": b"id,label\n1,2"}, "its header is 'id,label'; give it the columns file "),
+        (
+            {"a.png": b"", "captions.csv": "für".encode("latin-1")},
+            "^cannot read [^:]*captions.csv: it is not UTF-8: save it as UTF-8$",
+        ),
+        ({"a.png": b"", "captions.csv": "file,caption".encode("utf-16")}, "captions.csv: it is not UTF-8: save it as"),
+        (
+            {"a.png": b"", "captions.csv": b"id,label\n1,2"},
+            "^cannot read [^:]*: its header is 'id,label'; give it the columns file ",
+        ),
         (
             {"a.png": b"", "captions.csv": b'file,caption\na.png,"' + b"a" * 131_073 + b'"\n'},
-            "near line 1 it .* a field of more than 131,072 characters; is a quote never closed",
+            r"^cannot read [^:]*: the row that begins on line 2 is broken \(field larger than field limit \(131072",
         ),
-        ({"a.png": b"", "captions.jsonl": b'{"file": '}, "cannot read .*captions.jsonl"),
-        ({"a.png": b"", "captions.jsonl": b"[1, 2]"}, "every line must be an object with file and caption"),
+        (
+            {"a.png": b"", "captions.csv": b'file,caption\na.png,mug\n\na.png,"a mug\nb.png,a ball\n'},
+            r"^cannot read [^:]*: the row that begins on line 4 is broken .*; is a quote never closed",
+        ),
+        (
+            {"a.png": b"", "captions.jsonl": b'{"file": '},
+            r"\(captions.jsonl, line 1: it is no JSON \(Expecting value, ",
+        ),
+        ({"a.png": b"", "captions.jsonl": b"[1, 2]"}, "line 1: it must be an object with file and caption"),
     ],
 )
 def test_a_folder_nobody_can_learn_from_is_refused(tmp_path, files, words):

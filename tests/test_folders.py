@@ -210,6 +210,17 @@ def test_two_resumes_at_once_give_one_run(made, tmp_path):
     assert codes == [0, 2] and any("is in use" in error for error in errors), errors
 
 
+@pytest.mark.parametrize("make", ["mkfifo", "mkdir", "symlink"])
+def test_what_is_no_lock_file_is_named_and_left(call, made, make):
+    lock = Path(made) / ".lock"
+    lock.unlink()
+    getattr(os, make)(*(["elsewhere"] if make == "symlink" else []), lock)
+    code, out, err = call("resume", made, "steps=9")
+    assert (code, out) == (2, "") and err.count("\n") == 1, err
+    assert f"{lock} is no lock file but a link, a folder, a pipe or a device: remove it" in err
+    assert os.path.lexists(lock) and not Path("elsewhere").exists() and not (Path(made) / "elsewhere").exists()
+
+
 def test_where_there_are_no_locks_a_warning_says_so(tmp_path, monkeypatch):
     run = Run.create(tmp_path, "ball", "")
     monkeypatch.setattr(files, "fcntl", None)

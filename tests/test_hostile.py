@@ -1,5 +1,6 @@
 """Command lines and config files as the unlucky and the hostile write them: one line, and exit code 2."""
 
+import dataclasses
 import json
 import os
 import re
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from sds3d import config as configs
-from sds3d import plain_yaml
+from sds3d import files, make, picture, plain_yaml
 from sds3d.cli import main
 from sds3d.config import load, of_run, parse_overrides, to_yaml
 
@@ -172,6 +173,45 @@ def test_a_pipe_and_a_device_are_no_configs(call, in_folder):
     for path in ("pipe", "/dev/zero", "/dev/null"):
         code, _, err = call(*DRY, "--config", path)
         assert code == 2 and "no regular file" in err and err.count("\n") == 1
+
+
+def test_prompts_are_read_from_a_file_that_ends(call_packaged, in_folder):
+    os.mkfifo(in_folder / "pipe")
+    (in_folder / "latin").write_bytes(b"drei f\xfcnfen\n")
+    said = dict.fromkeys(("pipe", "/dev/zero", "/dev/null"), "it is no regular file")
+    for path, reason in (said | {".": "Is a directory", "latin": "it is not UTF-8: save it as UTF-8"}).items():
+        code, out, err = call_packaged("distill", "--teacher", "digits", "--prompts", path, "--dry-run")
+        assert (code, out) == (2, "") and err.startswith("error: generator.prompts: cannot read "), err
+        assert f": {reason}; give a text file, one prompt a line" in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("~nouser/x", "'~nouser/x' names a user who is not here; give a path"),
+        (LONG, "xx is no path here: File name too long"),
+        ("a\0b", r"'a.x00b' is no path here: it has a NUL character"),
+    ],
+)
+def test_a_path_that_can_be_none_is_a_value_error_in_python_too(text, said):
+    from sds3d.config import DistillConfig
+    from sds3d.data import folder
+
+    config = load(None, {"teacher.name": "digits"}, kind=DistillConfig)
+    config = dataclasses.replace(config, generator=dataclasses.replace(config.generator, prompts=text))
+    for read in (lambda: make.prompts(config, None), lambda: folder.read(text, 8, 9)):
+        with pytest.raises(ValueError, match=said) as caught:
+            read()
+        assert len(str(caught.value)) < 300
+    with pytest.raises(ValueError, match="there is no such file"):
+        picture.read(Path(text), 8)
+
+
+def test_a_text_of_at_most_so_many_bytes_is_read(tmp_path):
+    (tmp_path / "a").write_bytes(b"\xef\xbb\xbfa\r\nb")
+    assert files.read_text(tmp_path / "a", 7) == "a\r\nb"
+    with pytest.raises(ValueError, match="cannot read .*a: it is larger than 6 bytes"):
+        files.read_text(tmp_path / "a", 6)
 
 
 @pytest.mark.parametrize("text", ["a ball ${oc.env:HOME}", "a ball \\${oc.env:HOME}", "${steps} ball", "ball ${x",

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import csv
 import io
+import json
+import os
 import posixpath
 import unicodedata
 from collections.abc import Iterator
@@ -20,7 +22,7 @@ import torch
 
 from sds3d import picture
 from sds3d.data.pictures import Pictures
-from sds3d.files import from_json
+from sds3d.files import from_json, read_text, user_path
 from sds3d.prompts import words
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
@@ -35,7 +37,7 @@ class Folder:
 
     Args:
         pictures: the images that can be used.
-        skipped: a line for each image and each caption that cannot, and why.
+        skipped: a line for each image, each caption and each row of a table that cannot, and why.
     """
 
     pictures: Pictures
@@ -51,10 +53,10 @@ def read(folder: str | Path, size: int, longest: int) -> Folder:
     Raises:
         ValueError: there is no such folder, no image in it, a table that cannot be read, or no image with a caption.
     """
-    folder = Path(folder).expanduser()
+    folder = user_path(folder)
     if not folder.is_dir():
         raise ValueError(f"there is no folder {folder}; give one of images with captions")
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGES and path.is_file())
+    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGES and not path.is_dir())
     if not files:
         raise ValueError(f"{folder} holds no image ({', '.join(IMAGES)}); give a folder of images with captions")
     said, skipped = _table(folder)
@@ -83,7 +85,7 @@ def _table(folder: Path) -> tuple[dict[str, list[str]], list[str]]:
     """Captions by file, which is named from the folder, from all tables in it, and the rows that cannot be used."""
     said: dict[str, list[str]] = {}
     skipped: list[str] = []
-    for path in sorted(path for path in folder.rglob("*") if path.name.lower() in TABLES and path.is_file()):
+    for path in sorted(path for path in folder.rglob("*") if path.name.lower() in TABLES and not path.is_dir()):
         place = path.relative_to(folder)
         try:
             rows = list(_rows(path))
@@ -92,14 +94,12 @@ def _table(folder: Path) -> tuple[dict[str, list[str]], list[str]]:
                 raise
             skipped.append(f"{place.as_posix()}: {error}")  # which may be about something else
             continue
-        for number, row in enumerate(rows, start=1):
+        for where, row, fault in rows:
             file, texts = _of_row(row)
-            if file and texts and None not in row:
+            if file and texts and not fault:
                 said.setdefault(_named(place.parent, file, folder), []).extend(texts)
             else:
-                reason = "more values than the header has names; put a caption with commas in quotes"
-                reason = reason if None in row else "it needs file and caption"
-                skipped.append(f"{place.as_posix()}, row {number}: {reason}")
+                skipped.append(f"{place.as_posix()}, {where}: {fault or 'it needs file and caption'}")
     return said, skipped
 
 
@@ -115,52 +115,66 @@ def _of_row(row: dict) -> tuple[str, list[str]]:
 
 def _named(below: Path, file: str, folder: Path) -> str:
     """A file that a table in ``below`` names, from the folder; a Windows path is one where no file has that name."""
-    if not (folder / below / file).is_file():
+    if not os.path.isfile(folder / below / file):  # which is False where the text can be no path
         file = file.replace("\\", "/")
     return unicodedata.normalize("NFC", posixpath.normpath(posixpath.join(below.as_posix(), file)))
 
 
-def _rows(path: Path) -> Iterator[dict]:
-    """The rows of a table. Raises ValueError where it cannot be read."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-        rows = None if path.suffix.lower() == ".jsonl" else _rows_of_csv(path, text)
-        if rows is None:
-            rows = [from_json(line) for line in text.splitlines() if line.strip()]
-    except (OSError, ValueError) as error:
-        raise ValueError(f"cannot read {path}: {error}") from error
-    if not all(isinstance(row, dict) for row in rows):
-        raise ValueError(f"cannot read {path}: every line must be an object with file and caption")
-    yield from rows
+def _rows(path: Path) -> Iterator[tuple[str, dict, str]]:
+    """Where each row of a table is, what it says, and what is wrong with it, if anything. Raises ValueError where the
+    table cannot be read."""
+    text = io.StringIO(read_text(path), newline=None)
+    if path.suffix.lower() != ".jsonl":
+        yield from _rows_of_csv(path, text)
+        return
+    for number, line in enumerate(text, start=1):
+        if line.strip():
+            try:
+                yield f"line {number}", _row_of_json(line), ""
+            except ValueError as error:
+                yield f"line {number}", {}, str(error)
 
 
-def _rows_of_csv(path: Path, text: str) -> list[dict]:
-    """The rows of comma-separated values. Raises ValueError where there are none, or the header names no file."""
-    table = csv.DictReader(io.StringIO(text, newline=""))
+def _row_of_json(line: str) -> dict:
+    """The object in a line. Raises ValueError where there is none."""
     try:
-        rows = list(table)
+        row = from_json(line.rstrip("\n"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"it is no JSON ({error.msg}, column {error.colno})") from error
+    if not isinstance(row, dict):
+        raise ValueError("it must be an object with file and caption")
+    return row
+
+
+def _rows_of_csv(path: Path, text: io.StringIO) -> Iterator[tuple[str, dict, str]]:
+    """The rows of comma-separated values. Raises ValueError where one is broken, or the header names no file."""
+    table = csv.reader(text, strict=True)  # else a quote that is never closed swallows what follows
+    rows, begun = [], 1
+    try:
+        for row in table:
+            rows += [row] if row else []  # a blank line is none
+            begun = table.line_num + 1
     except csv.Error as error:
-        longest = f"{csv.field_size_limit():,}"
         raise ValueError(
-            f"cannot read {path}: near line {table.line_num} it is no comma-separated table, or has a field of more "
-            f"than {longest} characters; is a quote never closed?"
+            f"cannot read {path}: the row that begins on line {begun} is broken ({error}); is a quote never closed? "
+            'Write "" for a quote in a caption in quotes'
         ) from error
-    header = [str(name).strip().lower() for name in table.fieldnames or ()]
-    if rows and not (set(header) & set(FILES) and set(header) & set(CAPTIONS)):
+    header = rows[0] if rows else []
+    known = {name.strip().lower() for name in header}
+    if len(rows) > 1 and not (known & set(FILES) and known & set(CAPTIONS)):
         raise ValueError(
-            f"cannot read {path}: its header is {','.join(table.fieldnames or ())!r}; give it the columns file (or "
-            "file_name) and caption (or text), with a comma between"
+            f"cannot read {path}: its header is {','.join(header)!r}; give it the columns file (or file_name) and "
+            "caption (or text), with a comma between"
         )
-    return rows
+    for number, row in enumerate(rows[1:], start=1):
+        fault = "more values than the header has names; put a caption with commas in quotes"
+        yield f"row {number}", dict(zip(header, row)), fault if len(row) > len(header) else ""
 
 
 def _beside(path: Path) -> list[str]:
-    """The captions in the .txt beside an image, one a line. Raises ValueError where there is none."""
+    """The captions in the .txt beside an image, one a line. Raises ValueError where none can be read."""
     text = path.with_suffix(".txt")
-    try:
-        lines = text.read_text(encoding="utf-8-sig").splitlines() if text.is_file() else []
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{text.name} cannot be read ({type(error).__name__})") from error
+    lines = read_text(text).splitlines() if text.exists() else []
     found = [line.strip() for line in lines if words(line)]
     if not found:
         raise ValueError("no caption")

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from sds3d import cameras as cam
 from sds3d.errors import Diverged
-from sds3d.files import digest, form, from_json, lock, replacing, require_folder, sweep
+from sds3d.files import digest, form, from_json, lock, read_text, replacing, require_folder, sweep
 from sds3d.modes import stepwise_training
 from sds3d.networks.ema import EMA
 from sds3d.networks.muon import Muon
@@ -357,7 +357,7 @@ def settings_of(out: Path) -> dict[str, Any]:
         ValueError: there is none.
     """
     try:
-        values = from_json((out / "fit.json").read_text(encoding="utf-8"))
+        values = from_json(read_text(out / "fit.json"))
         return {field.name: values.get(field.name, field.default) for field in fields(FitConfig)}
     except (OSError, ValueError, AttributeError) as error:
         raise ValueError(f"{out} has no training to resume (no fit.json): leave --resume out") from error

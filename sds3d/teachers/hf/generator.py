@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from sds3d.files import from_json, replacing_folder
+from sds3d.files import from_json, read_text, replacing_folder
 from sds3d.teachers.hf.families import Family
 from sds3d.teachers.hf.levels import Levels
 
@@ -79,7 +79,7 @@ def read(folder: Path) -> dict[str, Any]:
     """What CARD says in a generator's pipeline. Raises ValueError where it is damaged: something is missing, or is not
     of the kind that `save` writes."""
     try:
-        card = from_json((folder / CARD).read_text(encoding="utf-8"))
+        card = from_json(read_text(folder / CARD))
         if not isinstance(card, dict):
             raise ValueError("it is no object")
         for key in ("generator", "teacher", "method", "steps", "prompts", "call"):

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sds3d.files import from_json
+from sds3d.files import from_json, read_text
 from sds3d.modes import require_own_process
 from sds3d.teachers.base import PACKAGED, HFConfig, TeacherConfig
 from sds3d.teachers.hf.families import FAMILIES, Family
@@ -234,7 +234,7 @@ def place(family: Family, settings: HFConfig, device: torch.device, dtype: torch
 def class_of(path: Path) -> str:
     """The class that a diffusers file of settings names; "" where there is none."""
     try:
-        name = from_json(path.read_text(encoding="utf-8")).get("_class_name", "")
+        name = from_json(read_text(path)).get("_class_name", "")
     except (OSError, ValueError, AttributeError):
         return ""
     if isinstance(name, list) and name:  # of the hub's own kind: library and class
@@ -244,7 +244,7 @@ def class_of(path: Path) -> str:
 
 def _index(folder: Path) -> dict[str, Any]:
     """What a pipeline's model_index.json says."""
-    return from_json((folder / INDEX).read_text(encoding="utf-8"))
+    return from_json(read_text(folder / INDEX))
 
 
 def _pipeline(
