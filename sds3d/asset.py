@@ -21,6 +21,7 @@ from sds3d.export import formats, sheet, video
 from sds3d.export.model import stand
 from sds3d.export.pipeline import Export
 from sds3d.export.source import Source, Tell, silent
+from sds3d.files import user_path
 from sds3d.modes import require_own_process, training
 from sds3d.runs import Run
 from sds3d.scenes.student import SceneStudent
@@ -185,7 +186,7 @@ class Asset:
         Raises:
             ValueError: another suffix, axis or height than can be, an empty scene, or a place that cannot be written.
         """
-        path, settings = Path(path).expanduser(), self.config.export
+        path, settings = user_path(path), self.config.export
         suffix = path.suffix.lower()
         if suffix not in FORMATS:
             raise ValueError(f"cannot export {path.name!r}: the name must end in {', '.join(FORMATS)}")

@@ -304,7 +304,7 @@ def test_a_folder_becomes_a_teacher_that_draws(call, walls, in_folder):
     ]
     made = in_folder / "outputs" / "walls-teacher"
     assert sorted(p.name for p in made.iterdir()) == sorted(
-        "fit.json grid-000004.png loss.png state.pt teacher.safetensors".split()
+        ".lock fit.json grid-000004.png loss.png state.pt teacher.safetensors".split()
     )
     teacher = make.load_teacher(TeacherConfig(str(made)))
     assert teacher.vocabulary == ("a", "blue", "green", "red", "wall")

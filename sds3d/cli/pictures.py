@@ -80,8 +80,6 @@ def render(
             raise ValueError(f"format is {shown(suffix)}; give one or more of {', '.join(FORMATS)}")
         if suffix != SHEET:
             video.check(f"x.{suffix}", options.size, options.count(suffix), options.fps)
-        elif options.count(suffix) < 1:
-            raise ValueError(f"frames is {options.frames}; give 1 or more")
     asset, files = Asset.open(run), []
     for one in asset.particles:
         for names in groups:

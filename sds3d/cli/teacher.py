@@ -138,7 +138,6 @@ def train_teacher(
     """
     from sds3d import make
     from sds3d.config import parse_overrides
-    from sds3d.files import require_folder
     from sds3d.progress import Clock
     from sds3d.teachers import fit, sources
 
@@ -149,7 +148,7 @@ def train_teacher(
     source, skipped = sources.of(settings.data, settings.size)
     if skipped:
         print(*(f"skipped: {line}" for line in skipped), f"{len(skipped)} skipped", sep="\n", file=sys.stderr)
-    require_folder(out)  # before the work
+    fit.require(out, settings, source)  # before the work
     clock, row = Clock(), None
     rows = fit.train(out, settings, source, resume, make.pick_device(device))
     with interruption() as stopped:

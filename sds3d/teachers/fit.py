@@ -310,7 +310,7 @@ def train(
             trains there; if the disk says no, which is tried at once.
         Diverged: a loss, a gradient or a weight is not finite. What was saved last is good, and is not replaced.
     """
-    require_folder(out)
+    require(out, config, source)
     with lock(out / ".lock", f"{out} is in use: wait until that training is done, or stop it"):
         sweep(out, r"state|teacher|fit|loss|grid-\d+")
         try:
@@ -321,15 +321,22 @@ def train(
             raise Diverged(f"{error}. {left}") from error
 
 
+def require(out: Path, config: FitConfig, source: Source) -> None:
+    """Raises ValueError where a training cannot begin: a batch is larger than the data, or the disk says no."""
+    there = source.size(config.images)
+    if config.batch > there:
+        raise ValueError(f"batch is {config.batch} and there are {there} images; give batch={there} or more images")
+    require_folder(out)
+
+
 def _train(out: Path, config: FitConfig, source: Source, resume: bool, device: torch.device | str) -> Iterator[FitStep]:
     """See `train`."""
     if (out / "state.pt").exists() != resume:
         raise ValueError(
             f"{out} has no training to resume: leave --resume out" if resume else f"{out} holds a training: --resume it"
         )
-    *_, ready = source.prepare(out, config.images, config.seed)
-    if config.batch > ready:
-        raise ValueError(f"batch is {config.batch} and there are {ready} images; give batch={ready} or more images")
+    for _ in source.prepare(out, config.images, config.seed):
+        pass
     fit = Fit(config, source, device)
     if resume:
         fit.load(out)

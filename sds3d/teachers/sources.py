@@ -74,6 +74,10 @@ class Source(Protocol):
     network: UNetConfig
     prompts: tuple[str, ...]
 
+    def size(self, count: int) -> int:
+        """How many images there are, or will be where ``count`` are made."""
+        ...
+
     def prepare(self, out: Path, count: int, seed: int) -> Iterator[int]:
         """Make what is needed first, in the training's folder; yields how many images are ready."""
         ...
@@ -95,6 +99,9 @@ class Toybox:
         drawn = (draw(names[i % len(names)], "").text for i in range(12 * len(names)))
         return tuple(dict.fromkeys((*GRID_PROMPTS, *drawn)))
 
+    def size(self, count: int) -> int:
+        return count
+
     def prepare(self, out: Path, count: int, seed: int) -> Iterator[int]:
         return renders.build(out / "renders", count, seed)
 
@@ -114,6 +121,9 @@ class Captioned:
         sizes = NETWORKS[pictures.size]
         self.network = replace(sizes, size=pictures.size, channels=pictures.channels, cameras=False)
         self.prompts = tuple(dict.fromkeys(texts[0] for texts in pictures.captions))
+
+    def size(self, count: int) -> int:
+        return len(self.pictures)
 
     def prepare(self, out: Path, count: int, seed: int) -> Iterator[int]:
         yield len(self.pictures)
