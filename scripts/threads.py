@@ -82,13 +82,13 @@ def in_process(work: str, precision: str, threads: int, policy: str, seconds: fl
     return float(done.stdout.split()[-1])
 
 
-def table(work: list[str], seconds: float) -> list[dict[str, object]]:
+def table(work: list[str], precisions: list[str], seconds: float) -> list[dict[str, object]]:
     """A row for every combination, with the default's first of each kind of work."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     rows: list[dict[str, object]] = []
     for kind in work:
         found: list[dict[str, object]] = []
-        for precision, threads, policy in itertools.product(("auto", *PRECISIONS), sorted({cores, 1}), POLICIES):
+        for precision, threads, policy in itertools.product(("auto", *precisions), sorted({cores, 1}), POLICIES):
             if precision == "auto" and (threads, policy) != (cores, "default"):
                 continue
             row = {"work": kind, "precision": precision, "threads": threads, "policy": policy}
@@ -103,6 +103,7 @@ def table(work: list[str], seconds: float) -> list[dict[str, object]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", default=",".join(WORK), help="kinds of work, with commas between")
+    parser.add_argument("--precisions", default=",".join(PRECISIONS), help="with commas between")
     parser.add_argument("--seconds", type=float, default=5, help="how long each combination is measured")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--one", nargs=3, metavar=("WORK", "PRECISION", "THREADS"), help="one combination, here")
@@ -111,7 +112,7 @@ def main() -> None:
         work, precision, threads = options.one
         print(measure(work, precision, int(threads), options.seconds))
         return
-    rows = table(options.work.split(","), options.seconds)
+    rows = table(options.work.split(","), options.precisions.split(","), options.seconds)
     from sds3d.doctor import machine  # after the measurements: this imports torch
 
     import torch  # isort: skip
