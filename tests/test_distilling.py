@@ -155,7 +155,7 @@ def test_fewer_steps_are_the_first_of_its_times(in_folder):
     told = {key: value for key, value in generator._teacher.told.items() if key != "times"}
     assert generated.LoadedGenerator(teacher, told).times.tolist() == generator.times.tolist()  # of an older file
     for bad in ("[0.5]", "[0.1, 0.2, 0.3, 0.4]"):
-        with pytest.raises(ValueError, match="not 4 falling numbers; train it again"):
+        with pytest.raises(ValueError, match="not 4 falling numbers above 0, up to 1.; train it again"):
             generated.LoadedGenerator(teacher, {**told, "times": bad})
 
 

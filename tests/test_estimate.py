@@ -282,7 +282,7 @@ def test_doctor_without_network_says_how_to_use_a_folder(call, monkeypatch, tmp_
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        (["--memory", "-1"], "give the GPU's size"),
+        (["--memory", "-1"], "Invalid value for '--memory'"),
         (["--method", "vsd", "teacher.hf.offload=true"], "offload"),
         (["--method", "dmd"], "sds3d distill"),
     ],
