@@ -117,8 +117,8 @@ def lean(images):
         pytest.param(
             "words",
             marks=pytest.mark.xfail(
-                reason="told in words, the packaged teacher shows little of the handle: lean -0.26, 1.94 (step 25,400)",
-                strict=True,
+                reason="told in words, the packaged teacher shows the handle in some samples only: of four it is chance",
+                strict=False,
                 raises=AssertionError,
             ),
         ),

@@ -81,12 +81,16 @@ class LiveOptions:
     port: Port = None
     host: Host = HERE
 
+    def require(self) -> None:
+        """Raises ValueError where a place is given for a page that is not wanted."""
+        if not self.live and (self.port is not None or self.host != HERE):
+            raise ValueError("--port and --host are where --live serves its page; add --live")
+
     def page(self, silent: bool) -> AbstractContextManager[Watch | None]:
         """The page, where one is wanted; it outlives the run unless that is silent. Raises ValueError."""
         if self.live:
             return watching(self.host, self.port, stay=not silent)
-        if self.port is not None or self.host != HERE:
-            raise ValueError("--port and --host are where --live serves its page; add --live")
+        self.require()
         return nullcontext()
 
 

@@ -105,13 +105,14 @@ def resume(
     """
     from sds3d import config as configs
     from sds3d import launch, shares
-    from sds3d.asset import Asset
+    from sds3d.runs import Run
 
     begun, quiet, json = time.perf_counter(), options.quiet, options.json
     layer = configs.parse_overrides(overrides or []) | ({configs.PICKLE: True} if options.allow_pickle else {})
-    made, steps = launch.resume(run, layer)
-    if options.live and not isinstance(made, Asset):
+    options.require()
+    if options.live and not isinstance(configs.of_run(Run.open(run).config), configs.Config):
         raise ValueError(f"--live shows scenes, and {run} is none; leave it out")
+    made, steps = launch.resume(run, layer)
     display = make_display(quiet or shares.join().index > 0, json)
     with options.page(silent=quiet or json) as watch:
         carry_out(made, steps, begun, display, json, watch)
