@@ -136,7 +136,7 @@ MUTANTS = (  # file under sds3d/, what stands there, what is put there
     ("guidance.py", "share * wanted / has", "share * has / wanted"),
     ("prompts.py", '"front view": away / 180', '"front view": 1 - away / 180'),
     ("query.py", "self.guidance.perp_neg * each, scale", "self.guidance.perp_neg * each[[1, 0, 2]], scale"),
-    ("query.py", "rescaled(getattr(guided, kind), getattr(cond, kind), self.guidance.rescale)", "getattr(guided, kind)"),
+    ("query.py", "rescaled(getattr(guided, kind), getattr(cond, kind), self.guidance.rescale)", "guided.x0"),
     ("critics.py", "teacher.network.eval()", "teacher.network"),
     ("critics.py", "target(answer.kind, x, noise", "target(answer.kind, noise, x"),
 )

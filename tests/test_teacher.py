@@ -117,7 +117,7 @@ def lean(images):
         pytest.param(
             "words",
             marks=pytest.mark.xfail(
-                reason="told in words, the packaged teacher shows the handle in some samples only: of four it is chance",
+                reason="told in words, the packaged teacher shows the handle in some samples only: in four, by chance",
                 strict=False,
                 raises=AssertionError,
             ),
