@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import struct
+import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,11 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from PIL import Image as Images
+
+DAMAGE = (  # what Pillow's readers end with on files that are no pictures; DecompressionBombError is an Exception alone
+    *(OSError, SyntaxError, ValueError, LookupError, TypeError, ArithmeticError, MemoryError, EOFError),
+    *(struct.error, zlib.error),
+)
 
 
 def read(path: Path, size: int) -> Tensor:
@@ -24,17 +30,17 @@ def read(path: Path, size: int) -> Tensor:
         ValueError: it is no picture, or is damaged, too large, or of numbers that have no known white.
     """
     import numpy
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    from PIL import Image, ImageOps
 
     if not os.path.isfile(path):  # which is False where the name can be no file's
         raise ValueError("it is no regular file" if os.path.exists(path) else "there is no such file")
-    broken = (OSError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError, struct.error, EOFError)
     try:
         with Image.open(path) as file:
-            whole = _eight_bits(ImageOps.exif_transpose(file))
-            square = ImageOps.fit(whole.convert("RGBA"), (size, size), Image.Resampling.LANCZOS)
-    except broken as error:
+            whole = ImageOps.exif_transpose(file)
+            whole.load()
+    except (*DAMAGE, Image.DecompressionBombError) as error:
         raise ValueError(f"it cannot be read ({type(error).__name__})") from error
+    square = ImageOps.fit(_eight_bits(whole).convert("RGBA"), (size, size), Image.Resampling.LANCZOS)
     shown = Image.alpha_composite(Image.new("RGBA", square.size, "white"), square).convert("RGB")
     return torch.from_numpy(numpy.array(shown)).permute(2, 0, 1).contiguous()
 

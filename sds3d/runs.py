@@ -25,10 +25,8 @@ import json
 import random
 import re
 import shutil
-import struct
 import time
 import warnings
-import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
@@ -37,6 +35,7 @@ from torch import Tensor
 
 from sds3d import files
 from sds3d.files import replacing, unwritable
+from sds3d.picture import DAMAGE
 
 if TYPE_CHECKING:
     import PIL.Image
@@ -284,7 +283,6 @@ def open_picture(path: Path) -> PIL.Image.Image:
     """A picture of a run, whole, as RGB. Raises ValueError where it is none, is damaged or has too many pixels."""
     from PIL import Image
 
-    damage = (OSError, SyntaxError, ValueError, LookupError, TypeError, ArithmeticError, MemoryError)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
@@ -292,7 +290,7 @@ def open_picture(path: Path) -> PIL.Image.Image:
                 if file.width * file.height > MOST_PIXELS:
                     raise ValueError(f"it has {file.width} x {file.height} pixels")
                 return file.convert("RGB")
-    except (*damage, EOFError, struct.error, zlib.error, Image.DecompressionBombError) as error:
+    except (*DAMAGE, Image.DecompressionBombError) as error:
         raise ValueError(f"{path} cannot be read ({type(error).__name__}: {error})") from error
 
 

@@ -54,7 +54,7 @@ ARROWS = {
     "perceptual": SCORE | {"critics"},
     "query": SCORE,
     "distill": SCORE | {"pairs", "query"},
-    "runs": {"files", "ramp"},
+    "runs": {"files", "picture", "ramp"},
     "train": {"distill", "critics", "pairs", "scenes", "generators", "runs", "ramp", "students", "transfer", "shares"}
     | {"memory", "modes", "errors", "ranges"},
     "export.sheet": {"files", "cameras"},

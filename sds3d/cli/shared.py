@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer import Argument, Option
 
-from sds3d.ranges import shown
+from sds3d import files
 
 if TYPE_CHECKING:
     from sds3d.asset import Asset
@@ -38,14 +38,9 @@ def user_path(text: str | Path) -> Path:
     if not str(text):
         raise typer.BadParameter("it is empty; give a path, such as . for the folder you are in")
     try:
-        path = Path(text).expanduser()
-        path.exists()
-    except RuntimeError as error:
-        raise typer.BadParameter(f"{shown(str(text))} names a user who is not here; give a path") from error
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise typer.BadParameter(f"{shown(str(text))} is no path here: {reason}") from error
-    return path
+        return files.user_path(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
 
 
 def finite(value: float | None) -> float | None:
