@@ -45,9 +45,7 @@ def pick_device(wanted: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(wanted)
-        if device.type not in ("cpu", "cuda"):  # torch has more, such as meta, on which nothing is computed
-            raise RuntimeError
-        torch.zeros(1, device=device)
+        torch.zeros(1, device=device).item()  # which meta, where nothing is computed, cannot give
         if device.type == "cuda" and device.index is not None:
             torch.cuda.set_device(device)  # kernels and events go to the current one
     except (RuntimeError, AssertionError, NotImplementedError) as error:
