@@ -123,7 +123,7 @@ class CriticConfig:
         if not 1 <= self.steps <= 1000:
             raise ValueError(f"critic.steps is {self.steps}; give 1 to 1000 fits a step")
         if not 0 < self.lr < 1:
-            raise ValueError(f"critic.lr is {self.lr}; give a learning rate above 0 (1e-4)")
+            raise ValueError(f"critic.lr is {self.lr}; give a learning rate above 0 and below 1 (1e-4)")
         if not 1 <= self.rank <= 512:
             raise ValueError(f"critic.rank is {self.rank}; give 1 to 512 (8)")
         if not 0 <= self.camera_drop <= 1:

@@ -8,7 +8,6 @@ after the power failed. What came from elsewhere (a run folder that somebody sen
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
 import re
@@ -17,13 +16,13 @@ import socket
 import stat
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    pass
 
 try:
     import fcntl
@@ -233,23 +232,6 @@ def from_json(text: str | bytes) -> Any:
         if depth > DEEPEST:
             raise ValueError("it is nested too deeply")
     return value
-
-
-def digest(tensors: Mapping[str, Tensor], text: str = "") -> str:
-    """SHA-256 of named tensors and a text: of the numbers themselves, which safetensors does not check."""
-    import torch
-
-    mark = hashlib.sha256()
-    for name in sorted(tensors):
-        mark.update(name.encode())
-        mark.update(tensors[name].contiguous().reshape(-1).view(torch.uint8).numpy())
-    mark.update(text.encode())
-    return mark.hexdigest()
-
-
-def form(tensors: Mapping[str, Tensor]) -> str:
-    """Types and shapes of named tensors, for a digest that covers a file's header, too."""
-    return repr([(name, str(tensors[name].dtype), tuple(tensors[name].shape)) for name in sorted(tensors)])
 
 
 def require_folder(path: Path) -> None:

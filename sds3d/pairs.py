@@ -16,8 +16,9 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
+from sds3d import tensor_files
 from sds3d.draws import in_order
-from sds3d.files import digest, form, from_json, read_text, replacing
+from sds3d.files import from_json, read_text, replacing
 from sds3d.ranges import Within
 from sds3d.samplers import Sampler
 from sds3d.teachers.base import Teacher
@@ -144,8 +145,6 @@ def _make_part(
     device: torch.device,
 ) -> None:
     """The PART pairs of a part."""
-    from safetensors.torch import save
-
     chosen = torch.randint(len(prompts), (PART,), generator=torch.Generator().manual_seed(part))
     told, sampler = [prompts[i] for i in chosen.tolist()], Sampler(config.sampler, config.steps)
     rows, *made = zip(*drawn(teacher, told, SEED, sampler, guidance, first=part * PART, device=device))
@@ -153,21 +152,7 @@ def _make_part(
     noise, x = (in_order(sum(rows, []), pieces).cpu().float().contiguous() for pieces in made)
     row = {"noise": noise, "x": x, "prompt": chosen}
     with replacing(path) as file:
-        file.write_bytes(save(row, {"digest": digest(row, form(row))}))
-
-
-def _read(path: Path) -> dict[str, Tensor]:
-    """A part. Raises ValueError where it is damaged; parts of before there were digests have none."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, "pt") as file:
-            row, header = {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is damaged; remove it, and it is made again") from error
-    if header.get("digest") not in (None, digest(row, form(row))):
-        raise ValueError(f"{path} is damaged: its content is not what was written; remove it, and it is made again")
-    return row
+        file.write_bytes(tensor_files.to_bytes(row))
 
 
 def load(folder: Path, config: PairsConfig, device: torch.device | str = "cpu") -> Pairs:
@@ -180,7 +165,12 @@ def load(folder: Path, config: PairsConfig, device: torch.device | str = "cpu") 
     there = sum(path.is_file() for path in parts)
     if there < len(parts):
         raise ValueError(f"{folder} holds {there * PART} pairs and {config.count} are wanted; make them first")
-    rows = [_read(path) for path in parts]
+    rows = []
+    for path in parts:
+        try:
+            rows.append(tensor_files.read(path)[0])
+        except ValueError as error:
+            raise ValueError(f"{path} is damaged; remove it, and it is made again ({error})") from error
     noise, x, which = (torch.cat([row[key] for row in rows])[: config.count] for key in ("noise", "x", "prompt"))
     prompts = _claimed(folder)["prompts"]
     return Pairs(noise.to(device), x.to(device), [prompts[i] for i in which.tolist()])

@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, TextIO
 import torch
 from torch import Tensor
 
-from sds3d import files
+from sds3d import files, tensor_files
 from sds3d.files import replacing, unwritable
 from sds3d.picture import DAMAGE
 
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     import PIL.Image
 
 CHECKPOINT_FORMAT = 1
-_HEADER, _DIGEST = "sds3d", "digest"  # keys of the safetensors header: the JSON skeleton, and a digest of it all
+_HEADER = "sds3d"  # the key of the JSON skeleton in the safetensors header
 MOST_PIXELS = 100_000_000  # of a picture; those of a run have far fewer
 STEMS = (  # of the files in a run folder, as a regular expression: what may be removed as a dead process's leftover
     r"(?:checkpoint|config|metrics|index|mesh|turntable|preview|image|grid|strip|eval|README|generator|pipeline|check|"
@@ -131,13 +131,9 @@ class Run:
         Raises:
             ValueError: the disk is full or not writable; the checkpoint that was there stays.
         """
-        from safetensors.torch import save
-
         tensors: dict[str, Tensor] = {}
-        skeleton = _flatten({"format": CHECKPOINT_FORMAT, "state": state}, "", tensors)
-        tensors, text = tensors or {"empty": torch.zeros(1)}, json.dumps(skeleton)
-        mark = files.digest(tensors, text + files.form(tensors))
-        data = save(tensors, metadata={_HEADER: text, _DIGEST: mark})
+        skeleton = tensor_files.flatten({"format": CHECKPOINT_FORMAT, "state": state}, tensors)
+        data = tensor_files.to_bytes(tensors or {"empty": torch.zeros(1)}, {_HEADER: json.dumps(skeleton)})
         with replacing(self.checkpoint) as part:
             part.write_bytes(data)
 
@@ -149,24 +145,19 @@ class Run:
         Raises:
             ValueError: the checkpoint is missing, damaged or of another format.
         """
-        from safetensors import SafetensorError, safe_open
-
         if not self.checkpoint.is_file():
             raise ValueError(f"{self.path} has no checkpoint.safetensors yet; let it go on: sds3d resume {self.path}")
         damaged = f"{self.checkpoint} is damaged or is no checkpoint of sds3d"
         advice = f"put a sound copy of it there, or start again with --config {self.config}"
         try:
-            with safe_open(self.checkpoint, "pt") as file:
-                header = file.metadata() or {}
-                tensors = {key: file.get_tensor(key) for key in file.keys()}
+            tensors, header = tensor_files.read(self.checkpoint)
             text = header.pop(_HEADER)
-            mark = header.pop(_DIGEST, None)
-            if header or mark not in (None, files.digest(tensors, text + files.form(tensors))):
-                raise ValueError("its content is not what was written")
-            state = _unflatten(files.from_json(text), tensors)
+            if header:
+                raise ValueError("its header holds more than was written")
+            state = tensor_files.unflatten(files.from_json(text), tensors)
             if not isinstance(state, dict):
                 raise ValueError("its header holds no state")
-        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             reason = str(error) if type(error) is ValueError else type(error).__name__
             raise ValueError(f"{damaged} ({reason}): {advice}") from error
         if state.get("format") != CHECKPOINT_FORMAT:
@@ -315,33 +306,3 @@ def _neighbours(path: Path) -> str:
     parent = path.parent
     found = sorted(p.name for p in parent.glob("[0-9]*-*") if (p / "config.yaml").is_file()) if parent.is_dir() else []
     return f"; runs in {parent}: {', '.join(found[-5:])}" if found else ""
-
-
-def _flatten(value: object, path: str, tensors: dict[str, Tensor]) -> object:
-    """JSON for ``value``; tensors go to ``tensors`` under their path. Keys that are no text keep their type."""
-    if isinstance(value, Tensor):
-        key = path.strip("/")
-        tensors[key] = value.detach().cpu().contiguous().clone()  # a clone: safetensors refuses shared memory
-        return {"$tensor": key}
-    if isinstance(value, dict):
-        items = [[k, _flatten(v, f"{path}/{k}", tensors)] for k, v in value.items()]
-        return dict(items) if all(isinstance(k, str) for k in value) else {"$items": items}
-    if isinstance(value, list | tuple):
-        parts = [_flatten(v, f"{path}/{i}", tensors) for i, v in enumerate(value)]
-        return parts if isinstance(value, list) else {"$tuple": parts}
-    assert value is None or isinstance(value, str | int | float | bool), (path, type(value))
-    return value
-
-
-def _unflatten(value: object, tensors: dict[str, Tensor]) -> object:
-    if isinstance(value, list):
-        return [_unflatten(v, tensors) for v in value]
-    if not isinstance(value, dict):
-        return value
-    if "$tensor" in value:
-        return tensors[value["$tensor"]]
-    if "$tuple" in value:
-        return tuple(_unflatten(v, tensors) for v in value["$tuple"])
-    if "$items" in value:
-        return {k: _unflatten(v, tensors) for k, v in value["$items"]}
-    return {k: _unflatten(v, tensors) for k, v in value.items()}

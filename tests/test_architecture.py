@@ -18,10 +18,11 @@ TESTS = sorted((ROOT / "tests").glob("*.py"))
 # its files may import.
 OWN_ROOMS = {"teachers.base", "teachers.drawing", "export.sheet", "export.chart"}
 SCORE = {"teachers.base", "samplers", "guidance", "prompts", "noise", "times", "ramp", "cameras", "students"}
-SCORE |= {"transfer", "shares", "teachers.drawing", "draws", "ranges"}
+SCORE |= {"transfer", "shares", "tensor_files", "teachers.drawing", "draws", "ranges"}
 ARROWS = {
     "errors": set(),
     "files": set(),
+    "tensor_files": set(),
     "picture": set(),
     "plain_yaml": {"files"},
     "ranges": set(),
@@ -54,7 +55,7 @@ ARROWS = {
     "perceptual": SCORE | {"critics"},
     "query": SCORE,
     "distill": SCORE | {"pairs", "query"},
-    "runs": {"files", "picture", "ramp"},
+    "runs": {"files", "picture", "ramp", "tensor_files"},
     "train": {"distill", "critics", "pairs", "scenes", "generators", "runs", "ramp", "students", "transfer", "shares"}
     | {"memory", "modes", "errors", "ranges"},
     "export.sheet": {"files", "cameras"},

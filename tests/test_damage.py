@@ -262,7 +262,7 @@ def test_every_bit_of_a_teachers_weights_counts(tmp_path):
             small.load(file)
     file.write_bytes(whole)
     assert small.load(file).fingerprint == good
-    assert "digest" not in small.load().told  # the packaged ones are from before, and load
+    assert "sha256" not in small.load().told  # the packaged ones are from before, and load
 
 
 def test_every_page_of_a_teachers_state_counts(tmp_path):
@@ -291,7 +291,7 @@ def test_every_page_of_a_teachers_state_counts(tmp_path):
         same = torch.load(file, weights_only=True)  # such as a date in the archive
         assert set(same) == set(good) and all(same["nets"][k].equal(v) for k, v in good["nets"].items())
     assert refused > len(places) / 2
-    del good["digest"]
+    del good["sha256"]
     torch.save(good, file)  # as before there were digests
     made.load(tmp_path)
     assert made.step == 1

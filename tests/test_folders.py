@@ -128,14 +128,15 @@ def test_every_bit_of_a_checkpoint_counts(tmp_path):
         run.load_checkpoint()
 
 
-def test_a_checkpoint_of_before_there_were_digests_still_loads(tmp_path):
+@pytest.mark.parametrize("earlier", [{}, {"digest": "of another form"}])
+def test_a_checkpoint_of_before_there_were_digests_still_loads(tmp_path, earlier):
     from safetensors import safe_open
     from safetensors.torch import save_file
 
     run = checkpoint(tmp_path)
     with safe_open(run.checkpoint, "pt") as file:
         tensors, header = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()
-    save_file(tensors, run.checkpoint, {"sds3d": header["sds3d"]})
+    save_file(tensors, run.checkpoint, {"sds3d": header["sds3d"], **earlier})
     assert run.load_checkpoint()["step"] == 7
 
 

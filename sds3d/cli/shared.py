@@ -50,7 +50,7 @@ def finite(value: float | None) -> float | None:
     return value
 
 
-def _hushed(value: bool) -> bool:
+def _silence_warnings(value: bool) -> bool:
     """Leave warnings out, for the one command that runs, where --quiet or --json is given."""
     if value:
         warnings.simplefilter("ignore")
@@ -60,8 +60,8 @@ def _hushed(value: bool) -> bool:
 RunFolder = Annotated[
     Path, Argument(metavar="RUN", help="a run folder, as in outputs/00001-a-red-mug", parser=user_path)
 ]
-Quiet = Annotated[bool, Option("--quiet", "-q", callback=_hushed, help="no progress; print the results only")]
-Json = Annotated[bool, Option("--json", callback=_hushed, help="no progress; print one JSON object")]
+Quiet = Annotated[bool, Option("--quiet", "-q", callback=_silence_warnings, help="no progress; print the results only")]
+Json = Annotated[bool, Option("--json", callback=_silence_warnings, help="no progress; print one JSON object")]
 
 TEACHERS = (
     "a packaged teacher (small or toybox, digits), a file of weights, a training's folder, or a diffusers pipeline "

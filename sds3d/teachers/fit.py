@@ -22,8 +22,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sds3d import cameras as cam
+from sds3d import tensor_files
 from sds3d.errors import Diverged
-from sds3d.files import digest, form, from_json, lock, read_text, replacing, require_folder, sweep
+from sds3d.files import from_json, lock, read_text, replacing, require_folder, sweep
 from sds3d.modes import stepwise_training
 from sds3d.networks.ema import EMA
 from sds3d.networks.muon import Muon
@@ -211,7 +212,7 @@ class Fit:
             "losses": torch.tensor(self.losses),
             "source": self._source(),
         }
-        state["digest"] = digest(*_parts(state))
+        state["sha256"] = _digest(state)
         data = io.BytesIO()  # torch's own writer says "unexpected pos" where a disk is full
         torch.save(state, data)
         with replacing(out / "state.pt") as part:
@@ -235,8 +236,8 @@ class Fit:
         path = out / "state.pt"
         with _undamaged(path):
             state = torch.load(path, map_location="cpu", weights_only=True)  # which checks no number
-            mark = state.pop("digest", None)
-            if mark not in (None, digest(*_parts(state))):
+            mark, _ = state.pop("sha256", None), state.pop("digest", None)  # the latter is of an earlier form
+            if mark not in (None, _digest(state)):
                 raise ValueError("its content is not what was written")
             trained, given = state.get("source", self._source()), self._source()  # older states do not say
         if trained != given:
@@ -258,22 +259,10 @@ class Fit:
             raise ValueError(f"{out} has done {self.step} of {self.config.steps} steps; give more, as in steps=20000")
 
 
-def _parts(state: Any) -> tuple[dict[str, Tensor], str]:
-    """A state's tensors by where they are, on the CPU, and a text of all else in it, of types and of shapes."""
+def _digest(state: dict[str, Any]) -> str:
+    """Of all that a state holds."""
     tensors: dict[str, Tensor] = {}
-
-    def told(value: Any, place: str) -> Any:
-        if isinstance(value, Tensor):
-            tensors[place] = value.detach().cpu()
-            return "tensor"
-        if isinstance(value, dict):
-            return [(key, told(one, f"{place}/{key}")) for key, one in value.items()]
-        if isinstance(value, list | tuple):
-            return [told(one, f"{place}/{i}") for i, one in enumerate(value)]
-        return value
-
-    text = repr(told(state, ""))
-    return tensors, text + form(tensors)
+    return tensor_files.digest(tensors, tensor_files.flatten(state, tensors))
 
 
 @contextmanager

@@ -18,8 +18,9 @@ from types import MappingProxyType
 import torch
 from torch import Tensor, nn
 
+from sds3d import tensor_files
 from sds3d.cameras import Cameras
-from sds3d.files import digest, form, from_json, replacing
+from sds3d.files import from_json, replacing
 from sds3d.modes import require_own_process
 from sds3d.networks.text import PROMPT_WORDS, TextEncoder
 from sds3d.networks.unet import UNet, UNetConfig
@@ -213,22 +214,14 @@ def save(
     Args:
         told: what else the header says.
     """
-    from safetensors.torch import save as to_bytes
-
     tensors = {f"unet.{k}": v for k, v in unet.state_dict().items()}
     tensors |= {f"text.{k}": v for k, v in text.state_dict().items()}
     header = {"vocabulary": json.dumps(vocabulary), "unet": json.dumps(asdict(unet.config))}
     header |= {"prompts": json.dumps(prompts), **told}
     tensors = {k: v.detach().half().cpu().contiguous() for k, v in tensors.items()}
-    header["digest"] = digest(tensors, _text(tensors, header))
-    data = to_bytes(tensors, header)
+    data = tensor_files.to_bytes(tensors, header)
     with replacing(path, (".safetensors",)) as part:
         part.write_bytes(data)
-
-
-def _text(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> str:
-    """What a digest covers beside the numbers: the header without the digest, types and shapes."""
-    return json.dumps({k: v for k, v in sorted(header.items()) if k != "digest"}) + form(tensors)
 
 
 def _fingerprint(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> str:
@@ -257,8 +250,6 @@ def load(
         ValueError: if the file is missing, damaged or of another kind, or views is unknown; or see
             `sds3d.modes.require_own_process`.
     """
-    from safetensors import SafetensorError, safe_open
-
     require_own_process()
     path, device = Path(path or packaged("small")), torch.device(device)
     if not path.is_file():
@@ -267,12 +258,8 @@ def load(
     if foreign:
         raise ValueError(foreign)
     try:
-        with safe_open(path, "pt") as file:
-            header = file.metadata() or {}
-            vocabulary = tuple(from_json(header["vocabulary"]))  # before the tensors, which may be gigabytes
-            tensors = {k: file.get_tensor(k) for k in file.keys()}
-        if "digest" in header and header["digest"] != digest(tensors, _text(tensors, header)):
-            raise ValueError("its content is not what was written")
+        vocabulary = tuple(from_json(tensor_files.read_header(path)["vocabulary"]))  # before any tensor is read
+        tensors, header = tensor_files.read(path)
         tensors = {k: v.float() for k, v in tensors.items()}
         config = {k: tuple(v) if isinstance(v, list) else v for k, v in from_json(header["unet"]).items()}
         prompts = from_json(header.get("prompts", "[]"))
@@ -281,7 +268,7 @@ def load(
         unet, text = UNet(UNetConfig(**config)), TextEncoder(vocabulary, width=config["text"])
         for name, module in (("unet.", unet), ("text.", text)):
             module.load_state_dict({k.removeprefix(name): v for k, v in tensors.items() if k.startswith(name)})
-    except (SafetensorError, OSError, LookupError, TypeError, AttributeError, RuntimeError, ValueError) as error:
+    except (LookupError, TypeError, AttributeError, RuntimeError, ValueError) as error:
         raise ValueError(f"{path} is damaged or no teacher of this project ({error}); restore or retrain it") from error
     for module in (unet, text):
         module.requires_grad_(False).eval().to(device, memory_format=torch.channels_last)

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sds3d import tensor_files
 from sds3d.cameras import Cameras
-from sds3d.files import digest, replacing
+from sds3d.files import replacing
 from sds3d.prompts import VIEW_WORDS, named_view, view_blend
 from sds3d.transfer import onto
 
@@ -134,28 +135,18 @@ def _blend(views: list[Tensor], shares: Tensor) -> Tensor:
 
 def _read(path: Path) -> Condition | None:
     """A kept embedding; None where there is none, with a warning where it is damaged."""
-    from safetensors import SafetensorError, safe_open
-
     if not path.is_file():
         return None
     try:
-        with safe_open(path, "pt") as file:
-            one, told = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        one, told, reason = {}, {}, str(error)
-    else:
-        reason = "its numbers have changed"
-    if told.get("digest") == digest(one):
-        return one
-    warnings.warn(f"the kept embedding {path} is damaged ({reason}); embedding the prompt again", stacklevel=2)
-    return None
+        return tensor_files.read(path)[0]
+    except ValueError as error:
+        warnings.warn(f"the kept embedding {path} is damaged ({error}); embedding the prompt again", stacklevel=2)
+        return None
 
 
 def _write(path: Path, one: Condition, prompt: str) -> None:
     """Keep an embedding for the next run; a disk that says no is only a warning."""
-    from safetensors.torch import save
-
-    data = save(one, {"prompt": prompt, "digest": digest(one)})
+    data = tensor_files.to_bytes(one, {"prompt": prompt})
     try:
         with replacing(path) as part:
             part.write_bytes(data)
