@@ -26,8 +26,8 @@ from functools import partial
 
 import torch
 
-from sds3d.doctor import machine
 from sds3d.ops import Backend, GridSpec, choose, reference
+from sds3d.runtime.machine import machine
 
 OPS = ("hash_encode", "march", "composite")
 Case = tuple[Callable, Callable | None, int]  # forward() -> state, backward(state), points or samples

@@ -14,12 +14,12 @@ from pathlib import Path
 
 import torch
 
-from sds3d import evaluation
-from sds3d.doctor import machine
-from sds3d.export.chart import chart
-from sds3d.samplers import SAMPLERS, Sampler
+from sds3d.config.typed import plain
+from sds3d.diffusion.samplers import SAMPLERS, Sampler
+from sds3d.evaluate import generator as evaluation
+from sds3d.media.chart import chart
+from sds3d.runtime.machine import machine
 from sds3d.teachers import small
-from sds3d.typed import plain
 
 EVALUATIONS = (1, 2, 4, 8, 18, 35)
 

@@ -18,10 +18,10 @@ from collections.abc import Callable
 
 import torch
 
-from sds3d import config as configs
-from sds3d import make
-from sds3d.config import DistillConfig
-from sds3d.doctor import machine
+from sds3d.config import load as configs
+from sds3d.config.load import DistillConfig
+from sds3d.runs import build as make
+from sds3d.runtime.machine import machine
 from sds3d.train import train
 
 

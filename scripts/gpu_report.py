@@ -27,10 +27,13 @@ if DEVICE.type == "cpu":
 
 from scaling import cost, encoding, scene_step  # noqa: E402
 
-from sds3d import config, evaluation, launch  # noqa: E402
-from sds3d.doctor import machine  # noqa: E402
-from sds3d.generated import load_generator  # noqa: E402
+from sds3d import api  # noqa: E402
+from sds3d.config import load as config  # noqa: E402
+from sds3d.evaluate import generator as evaluation  # noqa: E402
 from sds3d.ops import GridSpec, choose, reference  # noqa: E402
+from sds3d.runs import launch  # noqa: E402
+from sds3d.runs.generator import load_generator  # noqa: E402
+from sds3d.runtime.machine import machine  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 3e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}  # of the largest
@@ -182,7 +185,7 @@ def one_step_generators(quick: bool) -> list[dict]:
         for teacher, steps, batch, images in plans:
             begun = time.perf_counter()
             layer = {"teacher.name": teacher, "steps": steps, "generator.batch": batch, "log.picture_every": 0}
-            made = launch.train_generator(**layer, out=folder, device=DEVICE.type)
+            made = api.train_generator(**layer, out=folder, device=DEVICE.type)
             row = {"teacher": teacher, "steps": steps, "batch": batch, "seconds": time.perf_counter() - begun}
             row["seconds a step"] = made.run.rows()[-1]["seconds"] / steps
             painter = load_generator(made.path, DEVICE.type)

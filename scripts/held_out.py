@@ -17,10 +17,12 @@ from typing import Any
 
 import torch
 
-from sds3d import config, launch, make
+from sds3d.config import load as config
 from sds3d.data.toybox import HELD_OUT_PROMPTS
-from sds3d.doctor import machine
-from sds3d.export.sheet import contact_sheet
+from sds3d.media.sheet import contact_sheet
+from sds3d.runs import launch
+from sds3d.runtime.device import pick_device
+from sds3d.runtime.machine import machine
 
 SCORES = ("iou", "psnr", "chamfer", "fscore")
 SHOWN = (1, 7, 13, 19)  # of the 24 views, in the sheet
@@ -65,7 +67,7 @@ def report(overrides: list[str], rows: dict[str, dict[str, float | None]]) -> di
     known = {key: [row[key] for row in rows.values() if row[key] is not None] for key in (*SCORES, "seconds")}
     return {
         "command": " ".join(["python scripts/held_out.py", *overrides]),
-        "machine": machine(make.pick_device("auto")),
+        "machine": machine(pick_device("auto")),
         "mean": {key: round(sum(values) / len(values), 4) if values else None for key, values in known.items()},
         "prompts": rows,
     }

@@ -17,13 +17,13 @@ import time
 import torch
 from torch import Tensor
 
-from sds3d.config import load
-from sds3d.distill import METHODS
+from sds3d.config.load import load
+from sds3d.diffusion.noise import Prediction, Schedule
+from sds3d.diffusion.timesteps import TimeDraw
 from sds3d.distill.core import ScoreObjective
-from sds3d.doctor import machine
-from sds3d.make import scene
-from sds3d.noise import Prediction, Schedule
-from sds3d.times import TimeDraw
+from sds3d.distill.score import METHODS
+from sds3d.runs.build import scene
+from sds3d.runtime.machine import machine
 from sds3d.train import train
 
 TEXT = 1024  # width of the text embedding

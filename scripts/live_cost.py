@@ -11,11 +11,11 @@ import tempfile
 import time
 from collections.abc import Callable
 
-from sds3d import config as configs
-from sds3d import launch
+from sds3d.config import load as configs
 from sds3d.live.address import Address
 from sds3d.live.stage import Stage
 from sds3d.live.watch import Watch
+from sds3d.runs import launch
 
 
 def timed(step: Callable[[], object]) -> tuple[float, float]:

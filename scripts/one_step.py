@@ -18,11 +18,11 @@ from torch import Tensor
 
 from sds3d.cameras import orbit
 from sds3d.data import toybox
-from sds3d.doctor import machine
-from sds3d.guidance import cfg
-from sds3d.noise import Prediction, noised
+from sds3d.diffusion.guidance import cfg
+from sds3d.diffusion.noise import Prediction, noised
+from sds3d.runtime.machine import machine
 from sds3d.teachers import small
-from sds3d.teachers.sources import GRID_PROMPTS
+from sds3d.teachers.training.sources import GRID_PROMPTS
 
 LEVELS = (1.0, 0.98, 0.9, 0.8, 0.65, 0.5, 0.3)
 SCALES = (1.0, 2.0, 5.0)

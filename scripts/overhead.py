@@ -19,11 +19,12 @@ from typing import Any
 
 import torch
 
-from sds3d import config, make
-from sds3d.distill import METHODS
-from sds3d.doctor import machine
+from sds3d.config import load as config
+from sds3d.distill.score import METHODS
 from sds3d.networks.text import TextEncoder
 from sds3d.networks.unet import UNet
+from sds3d.runs import build as make
+from sds3d.runtime.machine import machine
 from sds3d.train import train
 
 

@@ -23,11 +23,11 @@ from pathlib import Path
 import torch
 
 from sds3d import ops
-from sds3d.config import load
-from sds3d.doctor import machine
-from sds3d.export.chart import chart
-from sds3d.make import scene
+from sds3d.config.load import load
+from sds3d.media.chart import chart
 from sds3d.ops import GridSpec
+from sds3d.runs.build import scene
+from sds3d.runtime.machine import machine
 from sds3d.train import make_optimiser
 
 

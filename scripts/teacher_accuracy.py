@@ -24,10 +24,10 @@ from torch import Tensor
 from sds3d.cameras import Cameras
 from sds3d.data import toybox
 from sds3d.data.kinds import KINDS, STACKS
-from sds3d.doctor import machine
-from sds3d.export.sheet import contact_sheet
-from sds3d.metrics.judge import ToyJudge
+from sds3d.evaluate.judge import ToyJudge
+from sds3d.media.sheet import contact_sheet
 from sds3d.prompts import COLOURS
+from sds3d.runtime.machine import machine
 from sds3d.teachers import small
 from sds3d.teachers.base import VIEWS
 from sds3d.teachers.drawing import sample

@@ -32,9 +32,10 @@ def stepper(work: str, precision: str) -> Callable[[], object]:
     """A function that does one step of a kind of work."""
     import torch
 
-    from sds3d import config, make
-    from sds3d.config import Config, DistillConfig
-    from sds3d.teachers import fit, sources
+    from sds3d.config import load as config
+    from sds3d.config.load import Config, DistillConfig
+    from sds3d.runs import build as make
+    from sds3d.teachers.training import fit, sources
     from sds3d.train import train
 
     if work == "training":
@@ -113,7 +114,7 @@ def main() -> None:
         print(measure(work, precision, int(threads), options.seconds))
         return
     rows = table(options.work.split(","), options.precisions.split(","), options.seconds)
-    from sds3d.doctor import machine  # after the measurements: this imports torch
+    from sds3d.runtime.machine import machine
 
     import torch  # isort: skip
 

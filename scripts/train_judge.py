@@ -1,4 +1,4 @@
-"""Train a classifier that judges drawn images, on real ones alone: its weights are beside sds3d/metrics/judge.py.
+"""Train a classifier that judges drawn images, on real ones alone: its weights are beside sds3d/evaluate/judge.py.
 
     python scripts/train_judge.py digits
     python scripts/train_judge.py toybox --renders work/teacher/renders      made there if missing
@@ -22,13 +22,13 @@ from torch import Tensor, nn
 from sds3d.data import digits, renders
 from sds3d.data.kinds import KINDS, STACKS
 from sds3d.data.tracing import paint
-from sds3d.doctor import machine
-from sds3d.errors import Diverged
-from sds3d.files import replacing
-from sds3d.metrics import judge
+from sds3d.evaluate import judge
 from sds3d.networks.classifier import Classifier, ToyClassifier
 from sds3d.prompts import COLOURS
-from sds3d.teachers import fit
+from sds3d.runtime.errors import Diverged
+from sds3d.runtime.files import replacing
+from sds3d.runtime.machine import machine
+from sds3d.teachers.training import fit
 
 NAMES = list(KINDS | STACKS)
 

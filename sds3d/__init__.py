@@ -7,13 +7,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from sds3d import threads
+from sds3d.runtime import threads
 
 if TYPE_CHECKING:
-    from sds3d.asset import Asset
-    from sds3d.generated import Generated, load_generator
-    from sds3d.launch import generate, paint, train_generator
-    from sds3d.painting import Painting
+    from sds3d.api import Asset, Generated, Painting, generate, load_generator, paint, train_generator
 
 threads.prepare()  # before torch is imported
 
@@ -23,11 +20,9 @@ __all__ = ["Asset", "Generated", "Painting", "generate", "load_generator", "pain
 
 def __getattr__(name: str) -> Any:
     if name in __all__:
-        from sds3d import asset, generated, launch, painting
+        from sds3d import api
 
-        home = {"Asset": asset, "Painting": painting, "Generated": generated, "load_generator": generated}
-        home = home.get(name, launch)
-        return getattr(home, name)
+        return getattr(api, name)
     raise AttributeError(f"module 'sds3d' has no attribute {name!r}; it has {', '.join(__all__)}")
 
 

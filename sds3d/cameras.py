@@ -23,8 +23,8 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from sds3d.ranges import Within
-from sds3d.transfer import onto
+from sds3d.runtime.ranges import Within
+from sds3d.runtime.transfer import onto
 
 
 @dataclass(frozen=True)

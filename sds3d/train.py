@@ -12,20 +12,20 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, Any, Protocol
 
 import torch
 from torch import Tensor
 
-from sds3d import memory
-from sds3d.errors import Diverged
-from sds3d.modes import stepwise_training, training
-from sds3d.ramp import Ramp
-from sds3d.ranges import Within
-from sds3d.runs import Run
-from sds3d.shares import Share
-from sds3d.students import Draw, Student
-from sds3d.transfer import Figures
+from sds3d.runtime import memory
+from sds3d.runtime.distributed import Share
+from sds3d.runtime.errors import Diverged
+from sds3d.runtime.modes import stepwise_training, training
+from sds3d.runtime.ramp import Ramp
+from sds3d.runtime.ranges import Within
+from sds3d.runtime.transfer import Figures
+from sds3d.students.base import Draw, Student
 
 
 class Judged(Protocol):
@@ -48,6 +48,23 @@ class Critic(Protocol):
     def state_dict(self) -> dict[str, Any]: ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class RunFolder(Protocol):
+    """Where the loop writes; see `sds3d.runs.folder.Run`."""
+
+    path: Path
+    checkpoint: Path
+
+    def save_checkpoint(self, state: dict[str, Any]) -> None: ...
+
+    def load_checkpoint(self) -> dict[str, Any]: ...
+
+    def append(self, row: dict[str, float]) -> None: ...
+
+    def rewind(self, step: int) -> None: ...
+
+    def save_picture(self, step: int, views: Tensor) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -139,14 +156,14 @@ def train(
     student: Student,
     objectives: Mapping[str, Objective],
     plan: Plan,
-    run: Run | None = None,
+    run: RunFolder | None = None,
     resume: bool = False,
     picture: Callable[[], Tensor] | None = None,
     critic: Critic | None = None,
     share: Share = Share(),
 ) -> Iterator[Step]:
     """Train ``student``; gives an iterator that yields after every step. A checkpoint is read at once. Each step has
-    gradients, also where the caller turned them off; see `sds3d.modes`.
+    gradients, also where the caller turned them off; see `sds3d.runtime.modes`.
 
     Args:
         student: what has the parameters.
@@ -198,7 +215,7 @@ class _State:
         used = memory.peak(self.optimiser.param_groups[0]["params"][0].device)
         return row if used is None else {**row, "memory": round(used, 1)}
 
-    def save(self, run: Run | None) -> None:
+    def save(self, run: RunFolder | None) -> None:
         """Write it. A process that has no run gives its part of what is sharded.
 
         Raises:
@@ -224,7 +241,7 @@ def _loop(
     state: _State,
     objectives: Mapping[str, Objective],
     plan: Plan,
-    run: Run | None,
+    run: RunFolder | None,
     picture: Callable[[], Tensor] | None,
 ) -> Iterator[Step]:
     """The steps that are left; saves when it is closed between two of them."""
@@ -353,7 +370,7 @@ def _lay_out(optimiser: torch.optim.Optimizer) -> None:
 
 
 def _restore(
-    run: Run,
+    run: RunFolder,
     student: Student,
     optimiser: torch.optim.Optimizer,
     generator: torch.Generator,

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import sds3d
 from sds3d.cameras import Cameras, orbit
-from sds3d.noise import Prediction, Schedule
+from sds3d.diffusion.noise import Prediction, Schedule
 from sds3d.teachers import small
 from sds3d.teachers.base import decode_pixels, encode_pixels
 
@@ -101,7 +101,7 @@ def ball_teacher(monkeypatch) -> BallTeacher:
         teacher.check(config.prompt)
         return teacher
 
-    monkeypatch.setattr("sds3d.make.teacher", make)
+    monkeypatch.setattr("sds3d.runs.build.teacher", make)
     return teacher
 
 
@@ -121,7 +121,7 @@ def settings() -> dict:
 def finished(tmp_path_factory):
     """A finished run, made once."""
     patch, folder = pytest.MonkeyPatch(), tmp_path_factory.mktemp("finished")
-    patch.setattr("sds3d.make.teacher", lambda config: BallTeacher())
+    patch.setattr("sds3d.runs.build.teacher", lambda config: BallTeacher())
     patch.chdir(folder)
     sds3d.generate("a red ball", **settings())
     patch.undo()

@@ -4,8 +4,8 @@ import torch
 
 from sds3d import ops
 from sds3d.export.source import Source
-from sds3d.scenes.occupancy import Occupancy, OccupancyConfig
-from sds3d.scenes.render import RenderOptions, render
+from sds3d.students.scene.occupancy import Occupancy, OccupancyConfig
+from sds3d.students.scene.render import RenderOptions, render
 
 RED, BLUE = (0.9, 0.1, 0.2), (0.1, 0.2, 0.8)
 

@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import nn
 
-from sds3d.adversary import Adversary
-from sds3d.critics import CriticConfig, Learnt
-from sds3d.distill.adversarial import Adversarial
+from sds3d.diffusion.noise import Schedule
+from sds3d.distill.adversarial.generator_loss import Adversarial
+from sds3d.distill.critics import CriticConfig, Learnt
+from sds3d.distill.discriminators import Adversary
 from sds3d.networks.text import TextEncoder
 from sds3d.networks.unet import UNet, UNetConfig
-from sds3d.noise import Schedule
-from sds3d.students import Draw
+from sds3d.students.base import Draw
 from sds3d.teachers.small import SmallTeacher
 
 REAL, DRAWN = "a one", "a zero"

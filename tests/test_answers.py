@@ -8,16 +8,16 @@ from test_methods import CASES, ask, objective
 from torch import nn
 
 from sds3d.cameras import Cameras
-from sds3d.critics import CriticConfig, Exact, Learnt
-from sds3d.distill import METHODS
+from sds3d.diffusion.guidance import Guidance
+from sds3d.diffusion.noise import WEIGHTS, weight
+from sds3d.diffusion.timesteps import TimeDraw
 from sds3d.distill.core import ScoreObjective, surrogate
-from sds3d.guidance import Guidance
+from sds3d.distill.critics import CriticConfig, Exact, Learnt
+from sds3d.distill.score import METHODS
 from sds3d.networks.mlp import PointNet
-from sds3d.noise import WEIGHTS, weight
 from sds3d.prompts import VIEW_WORDS, view_negatives, with_view
-from sds3d.students import Draw
+from sds3d.students.base import Draw
 from sds3d.teachers.mixture import Mixture, MixtureTeacher
-from sds3d.times import TimeDraw
 
 every_case = pytest.mark.parametrize(
     ("name", "settings", "negative"), [case[:3] for case in CASES], ids=lambda v: str(v)[:20]

@@ -14,66 +14,48 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 TESTS = sorted((ROOT / "tests").glob("*.py"))
 
 # A room is a module of the package or a folder of modules. Some modules are rooms of their own: the score side knows
-# teachers by their interface only, and anybody with images or figures may draw them. Arrows point from a room to what
-# its files may import.
-OWN_ROOMS = {"teachers.base", "teachers.drawing", "export.sheet", "export.chart"}
-SCORE = {"teachers.base", "samplers", "guidance", "prompts", "noise", "times", "ramp", "cameras", "students"}
-SCORE |= {"transfer", "shares", "tensor_files", "teachers.drawing", "draws", "ranges"}
+# teachers by their interface only, and anybody may compare with the truth or read a picture. Arrows point from a room
+# to what its files may import; imports for type checking count.
+OWN_ROOMS = {"teachers.base", "teachers.drawing", "media.picture", "evaluate.truth"}
 ARROWS = {
-    "errors": set(),
-    "files": set(),
-    "tensor_files": set(),
-    "picture": set(),
-    "plain_yaml": {"files"},
-    "ranges": set(),
-    "ramp": {"ranges"},
-    "transfer": set(),
-    "draws": {"prompts", "transfer"},
-    "shares": set(),
-    "memory": set(),
-    "threads": set(),
-    "modes": set(),
-    "cameras": {"transfer", "ranges"},
-    "typed": {"ramp", "ranges"},
-    "noise": set(),
-    "times": {"noise", "ramp", "ranges"},
-    "guidance": {"ranges"},
+    "runtime": set(),
+    "cameras": {"runtime"},
     "prompts": {"cameras"},
-    "samplers": {"noise", "transfer"},
-    "students": {"cameras", "shares"},
+    "media.picture": set(),
+    "media": {"cameras", "runtime"},
+    "pages": {"media", "runtime"},
+    "diffusion": {"prompts", "runtime"},
     "networks": {"cameras", "prompts"},
     "ops": set(),
-    "data": {"cameras", "files", "picture", "prompts"},
-    "scenes": {"ops", "cameras", "picture", "prompts", "ramp", "ranges", "students", "transfer"},
-    "generators": {"networks", "draws", "noise", "ramp", "ranges", "shares", "students", "transfer"},
-    "teachers.base": {"noise", "cameras", "ranges"},
-    "teachers.drawing": {"teachers.base", "draws", "samplers", "guidance", "noise", "cameras", "transfer", "modes"},
-    "teachers": SCORE - {"students"} | {"networks", "data", "errors", "files", "export.sheet", "export.chart", "modes"},
-    "pairs": SCORE | {"files"},
-    "critics": SCORE | {"networks"},
-    "adversary": SCORE | {"networks", "critics"},
-    "perceptual": SCORE | {"critics"},
-    "query": SCORE,
-    "distill": SCORE | {"pairs", "query"},
-    "runs": {"files", "picture", "ramp", "tensor_files"},
-    "train": {"distill", "critics", "pairs", "scenes", "generators", "runs", "ramp", "students", "transfer", "shares"}
-    | {"memory", "modes", "errors", "ranges"},
-    "export.sheet": {"files", "cameras"},
-    "export.chart": {"files"},
-    "export": {"files", "export.sheet", "export.chart", "scenes", "cameras"},
-    "metrics": {"scenes", "cameras", "networks"},
+    "export": {"cameras", "runtime"},
+    "evaluate.truth": {"cameras"},
+    "data": {"cameras", "media.picture", "prompts", "runtime"},
+    "students": {"cameras", "diffusion", "media", "media.picture", "networks", "ops", "prompts", "runtime"},
+    "teachers.base": {"cameras", "diffusion", "runtime"},
+    "teachers.drawing": {"cameras", "diffusion", "runtime", "teachers.base"},
+    "teachers": {"cameras", "data", "diffusion", "media", "networks", "prompts", "runtime"}
+    | {"teachers.base", "teachers.drawing"},
+    "distill": {"cameras", "diffusion", "networks", "prompts", "runtime", "students"}
+    | {"teachers.base", "teachers.drawing"},
+    "train": {"runtime", "students"},
+    "config": {"cameras", "diffusion", "distill", "export", "ops", "runtime", "students", "teachers", "teachers.base"}
+    | {"train"},
+    "runs": {"cameras", "config", "data", "diffusion", "distill", "evaluate.truth", "export", "media", "media.picture"}
+    | {"ops", "pages", "prompts", "runtime", "students", "teachers", "teachers.base", "train"},
+    "api": {"config", "runs"},
+    "evaluate": {"api", "cameras", "config", "data", "distill", "evaluate.truth", "media", "networks", "pages", "runs"}
+    | {"runtime", "teachers", "teachers.base", "teachers.drawing", "train"},
 }
 # They see the house from outside and may enter any room.
-ENTRANCE = {"__init__", "__main__", "asset", "cli", "compare", "config", "doctor", "launch", "make", "options"}
-ENTRANCE |= {"estimate", "evaluation", "generated", "live", "painting", "progress", "report", "savings", "settings"}
+ENTRANCE = {"__init__", "__main__", "cli", "live"}
 # What making a scene needs; the toybox's truth stays out of it, along whole chains of imports.
-BLIND_TO_DATA = ("scenes", "generators", "students", "distill", "critics", "pairs", "ops", "train", "export")
-BLIND_TO_DATA += ("adversary", "perceptual")
+BLIND_TO_DATA = ("students", "distill", "ops", "train", "export", "diffusion")
+MOST_AT_THE_TOP = 30  # files and folders in the package
 
 LIGHT = {"torch", "numpy", "sds3d"} | set(sys.stdlib_module_names)
 HOMES = {  # package -> the only files that may import it
-    "yaml": {"plain_yaml.py"},
-    "diffusers": {"teachers/hf/generator.py", "teachers/hf/loading.py", "teachers/hf/sketch.py"},
+    "yaml": {"config/plain_yaml.py"},
+    "diffusers": {"teachers/hf/generator_scheduler.py", "teachers/hf/loading.py", "teachers/hf/sketch.py"},
     "transformers": {"teachers/hf/loading.py", "teachers/hf/sketch.py"},
     "huggingface_hub": {"teachers/hf/loading.py", "teachers/hf/sketch.py"},
     "peft": {"teachers/hf/adapter.py"},
@@ -85,16 +67,16 @@ HOMES = {  # package -> the only files that may import it
     "fast_simplification": {"export/mesh.py"},
     "trimesh": {"export/formats.py", "data/toybox.py"},
     "skimage": {"export/mesh.py", "data/toybox.py"},
-    "imageio_ffmpeg": {"export/video.py"},
-    "matplotlib": {"export/chart.py"},
+    "imageio_ffmpeg": {"media/video.py"},
+    "matplotlib": {"media/chart.py"},
     "typer": {
         f"cli/{name}.py"
         for name in ("__init__", "generators", "live", "methods", "pictures", "scenes", "shared", "teacher")
     },
     "sklearn": {"data/digits.py"},
     "viser": {"live/stage.py"},
-    "lpips": {"perceptual.py"},
-    "torch_fidelity": {"metrics/inception.py"},
+    "lpips": {"distill/perceptual.py"},
+    "torch_fidelity": {"evaluate/inception.py"},
 }
 # Files that load a heavy package when they are imported, and are therefore imported lazily themselves.
 EAGER = {
@@ -109,7 +91,7 @@ RANDOM_METHODS = {"uniform_", "normal_", "random_", "exponential_", "bernoulli_"
 
 
 def name_of(path: Path) -> str:
-    """sds3d/scenes/field.py -> scenes/field.py"""
+    """sds3d/students/scene/field.py -> students/scene/field.py"""
     return path.relative_to(PACKAGE).as_posix()
 
 
@@ -119,7 +101,7 @@ def tree_of(path: Path) -> ast.Module:
 
 
 def module_of(path: Path) -> str:
-    """sds3d/scenes/field.py -> scenes.field; a package's __init__ is the package, sds3d's own is __init__."""
+    """sds3d/students/scene/field.py -> scenes.field; a package's __init__ is the package, sds3d's own is __init__."""
     parts = path.relative_to(PACKAGE).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)
 
@@ -135,12 +117,14 @@ def is_type_checking(node: ast.AST) -> bool:
     return isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
 
 
-def imports(path: Path, top_level_only: bool = False) -> set[str]:
-    """Dotted names a file imports at run time: modules, and what is taken from them."""
+def imports(path: Path, top_level_only: bool = False, at_run_time: bool = False) -> set[str]:
+    """Dotted names a file imports: modules, and what is taken from them."""
     found, queue = set(), list(tree_of(path).body)
     while queue:
         node = queue.pop()
-        if is_type_checking(node) or (top_level_only and isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)):
+        if at_run_time and is_type_checking(node):
+            continue
+        if top_level_only and isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             continue
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
@@ -151,10 +135,10 @@ def imports(path: Path, top_level_only: bool = False) -> set[str]:
     return found
 
 
-def own_imports(path: Path, top_level_only: bool = False) -> set[str]:
+def own_imports(path: Path, top_level_only: bool = False, at_run_time: bool = False) -> set[str]:
     """Modules of this package that a file imports, as `scenes.field`."""
     found = set()
-    for name in imports(path, top_level_only):
+    for name in imports(path, top_level_only, at_run_time):
         parts = name.split(".")
         if parts[0] == "sds3d" and len(parts) > 1:
             inner = ".".join(parts[1:])
@@ -172,7 +156,7 @@ def calls(path: Path):
 
 
 def test_there_is_something_to_read():
-    assert {"cameras", "noise", "scenes.field", "distill.core", "export.mesh"} <= set(MODULES)
+    assert {"cameras", "diffusion.noise", "students.scene.field", "distill.core", "export.mesh"} <= set(MODULES)
 
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)
@@ -227,20 +211,26 @@ def test_making_a_scene_never_touches_the_truth(room):
 
 
 def test_methods_know_the_core_and_not_each_other():
-    methods = [m for m in MODULES if m.startswith("distill.") and m != "distill.core"]
-    for method in methods:
-        others = {m for m in own_imports(MODULES[method]) if room_of(m) == "distill"} - {"distill.core"}
+    families = ("distill.score.", "distill.trajectory.", "distill.adversarial.")
+    for method in (m for m in MODULES if m.startswith(families)):
+        others = {m for m in own_imports(MODULES[method]) if m.startswith(families)}
         assert not others, f"{method} imports {others}"
+
+
+def test_the_top_of_the_package_fits_a_screen():
+    there = sorted(path.name for path in PACKAGE.iterdir() if path.name != "__pycache__")
+    assert len(there) <= MOST_AT_THE_TOP, there
 
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_heavy_packages_load_lazily_and_have_one_home(path):
     name = name_of(path)
-    heavy = {m.split(".")[0] for m in imports(path, top_level_only=True)} - LIGHT - EAGER.get(name, set())
+    loaded = {m.split(".")[0] for m in imports(path, top_level_only=True, at_run_time=True)}
+    heavy = loaded - LIGHT - EAGER.get(name, set())
     assert not heavy, f"{name} imports {sorted(heavy)} when it is imported; import inside the function that needs it"
-    for package in {m.split(".")[0] for m in imports(path)} & set(HOMES):
+    for package in {m.split(".")[0] for m in imports(path, at_run_time=True)} & set(HOMES):
         assert name in HOMES[package], f"{name} imports {package}, whose home is {sorted(HOMES[package])}"
-    eager = {m for m in own_imports(path, top_level_only=True) if name_of(MODULES[m]) in EAGER}
+    eager = {m for m in own_imports(path, top_level_only=True, at_run_time=True) if name_of(MODULES[m]) in EAGER}
     assert not eager or name in (*EAGER, "__main__.py"), f"{name} imports {sorted(eager)} at its top; make it lazy"
 
 

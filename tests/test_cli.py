@@ -21,8 +21,8 @@ ROOT = Path(__file__).parents[1]
 def program(*arguments: str, cwd: Path) -> subprocess.Popen:
     """The command line with the ball teacher, as a process of its own."""
     script = (
-        "import sys; sys.path[:0] = [sys.argv.pop(1), sys.argv.pop(1)]; import conftest; from sds3d import make; "
-        "make.teacher = lambda c: conftest.BallTeacher(); from sds3d.cli import main; main()"
+        "import sys; sys.path[:0] = [sys.argv.pop(1), sys.argv.pop(1)]; import conftest; from sds3d.runs import build; "
+        "build.teacher = lambda c: conftest.BallTeacher(); from sds3d.cli import main; main()"
     )
     command = [sys.executable, "-c", script, str(ROOT), str(ROOT / "tests"), *arguments]
     return subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -81,7 +81,7 @@ def test_a_terminal_gets_a_bar_figures_and_thumbnails(call, tiny, monkeypatch):
 
 
 def test_a_thumbnail_has_the_colours_of_the_views():
-    from sds3d.progress import THUMBNAIL, thumbnail
+    from sds3d.runs.progress import THUMBNAIL, thumbnail
 
     views = torch.zeros(2, 3, 64, 64)
     views[0, 0, :32] = 1  # red above black, beside black
@@ -173,7 +173,7 @@ def test_unknown_options_and_a_missing_prompt_are_code_2_too(call):
 def test_a_full_disk_in_the_middle_keeps_the_last_checkpoint(call, tiny, monkeypatch, in_folder):
     import errno
 
-    from sds3d.runs import Run
+    from sds3d.runs.folder import Run
 
     write = Run.save_picture
 
@@ -377,7 +377,7 @@ def test_importing_costs_no_more_than_torch():
 
 
 def test_methods_are_listed_with_paper_needs_and_settings(call):
-    from sds3d.distill import METHODS
+    from sds3d.distill.score import METHODS
 
     code, out, _ = call("methods")
     assert code == 0

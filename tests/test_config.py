@@ -9,15 +9,16 @@ from typing import ClassVar, Literal, get_origin, get_type_hints
 import pytest
 import torch
 
-from sds3d import config as configs
-from sds3d import make
-from sds3d.config import Config, load, parse_overrides, recipes_folder, to_yaml
-from sds3d.distill import METHODS
-from sds3d.noise import WEIGHTS
+from sds3d.config import load as configs
+from sds3d.config.load import Config, load, parse_overrides, recipes_folder, to_yaml
+from sds3d.config.typed import build, keys, merge, nearest, plain
+from sds3d.diffusion.noise import WEIGHTS
+from sds3d.distill.score import METHODS
 from sds3d.prompts import COLOURS
-from sds3d.ramp import Ramp
-from sds3d.teachers.fit import FitConfig
-from sds3d.typed import build, keys, merge, nearest, plain
+from sds3d.runs import build as make
+from sds3d.runtime.device import pick_device
+from sds3d.runtime.ramp import Ramp
+from sds3d.teachers.training.fit import FitConfig
 
 
 def test_layers_lie_over_one_another_in_the_order_that_is_promised(tmp_path):
@@ -230,11 +231,11 @@ def test_a_file_that_is_no_config(tmp_path):
 
 def test_devices_and_teachers_that_are_not_here(tmp_path):
     with pytest.raises(ValueError, match="device 'gpu' is not usable here; give auto, cpu"):
-        make.pick_device("gpu")
-    assert make.pick_device("cpu") == torch.device("cpu")
+        pick_device("gpu")
+    assert pick_device("cpu") == torch.device("cpu")
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="device 'cuda' is not usable here"):
-            make.pick_device("cuda")
+            pick_device("cuda")
     with pytest.raises(ValueError, match="teacher 'smal' is neither packaged .small, toybox, digits., a file"):
         make.teacher(load("a ball", {"teacher.name": "smal"}))
 
@@ -405,7 +406,7 @@ def test_another_method_takes_none_of_the_settings_of_the_one_below(tmp_path):
     ],
 )
 def test_mistakes_about_methods_are_answered_before_anything_runs(overrides, said):
-    from sds3d import launch
+    from sds3d.runs import launch
 
     with pytest.raises(ValueError, match=said):
         launch.check(load("a red mug", overrides))

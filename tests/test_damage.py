@@ -15,16 +15,17 @@ import pytest
 import torch
 from PIL import Image
 
-from sds3d import config as configs
-from sds3d import report
-from sds3d.files import DEEPEST, from_json
-from sds3d.generators.one_step import GeneratorConfig
+from sds3d.config import load as configs
 from sds3d.live import stage as stages
 from sds3d.live.address import Address
 from sds3d.live.studio import Finished, card, earlier
-from sds3d.runs import Run
-from sds3d.teachers import fit, small, sources
+from sds3d.runs import report
+from sds3d.runs.folder import Run
+from sds3d.runtime.files import DEEPEST, from_json
+from sds3d.students.generator import GeneratorConfig
+from sds3d.teachers import small
 from sds3d.teachers.hf import generator as hf
+from sds3d.teachers.training import fit, sources
 
 SECRET = b"the secret of another folder" * 9
 DEEP = "[" * 100_000

@@ -9,13 +9,13 @@ from conftest import SCHEDULES, every_schedule
 from torch import Tensor
 
 from sds3d.cameras import orbit
-from sds3d.distill import METHODS
+from sds3d.diffusion.noise import KINDS, WEIGHTS, Prediction, Schedule, target, weight
+from sds3d.diffusion.timesteps import TimeDraw
 from sds3d.distill.core import NonFiniteGradient, Query, ScoreObjective, surrogate
-from sds3d.distill.sds import SDS
-from sds3d.noise import KINDS, WEIGHTS, Prediction, Schedule, target, weight
-from sds3d.ramp import Ramp
-from sds3d.students import Draw
-from sds3d.times import TimeDraw
+from sds3d.distill.score import METHODS
+from sds3d.distill.score.sds import SDS
+from sds3d.runtime.ramp import Ramp
+from sds3d.students.base import Draw
 
 COND, UNCOND, NEGATIVE = (0.7, 0.4), (-0.2, 0.9), (-1.1, 0.5)  # (mean, std) of each branch's Gaussian
 

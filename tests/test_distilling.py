@@ -7,11 +7,15 @@ import pytest
 import torch
 
 import sds3d
-from sds3d import config as configs
-from sds3d import evaluation, generated, launch, make
-from sds3d.config import DistillConfig, load, recipes_folder
-from sds3d.distill import METHODS
+from sds3d.config import load as configs
+from sds3d.config.load import DistillConfig, load, recipes_folder
+from sds3d.distill.score import METHODS
+from sds3d.evaluate import generator as evaluation
+from sds3d.runs import build as make
+from sds3d.runs import generator as generated
+from sds3d.runs import launch
 from sds3d.teachers import small
+from sds3d.teachers.load import load_teacher
 
 TINY = {
     "steps": 4,
@@ -139,7 +143,7 @@ def test_images_do_not_depend_on_how_many_are_drawn_at_a_time(in_folder):
 
 def test_fewer_steps_are_the_first_of_its_times(in_folder):
     made = sds3d.train_generator(**{**TINY, "generator.steps": 4})
-    generator, teacher = sds3d.load_generator("outputs", dtype="float32"), make.load_teacher(made.config.teacher)
+    generator, teacher = sds3d.load_generator("outputs", dtype="float32"), load_teacher(made.config.teacher)
     assert json.loads(generator._teacher.told["times"]) == made.student.times.tolist() == generator.times.tolist()
     asked, answer = [], generator._teacher.answer
 

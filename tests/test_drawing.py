@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from sds3d.cameras import orbit
-from sds3d.noise import Schedule
-from sds3d.samplers import SAMPLERS
+from sds3d.diffusion.noise import Schedule
+from sds3d.diffusion.samplers import SAMPLERS
 from sds3d.teachers.drawing import draw, guided, sample
 from sds3d.teachers.mixture import Mixture, MixtureTeacher
 

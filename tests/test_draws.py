@@ -5,14 +5,14 @@ import tiny_pipelines
 import torch
 
 import sds3d
-from sds3d import make
 from sds3d.cameras import orbit
-from sds3d.draws import ImageNoise, image_seed, in_order, piece_size, pieces
-from sds3d.generators.one_step import Generator, GeneratorConfig
-from sds3d.samplers import SAMPLERS
+from sds3d.diffusion.draws import ImageNoise, image_seed, in_order, piece_size, pieces
+from sds3d.diffusion.samplers import SAMPLERS
+from sds3d.students.generator import Generator, GeneratorConfig
 from sds3d.teachers import small
 from sds3d.teachers.base import HFConfig, TeacherConfig
 from sds3d.teachers.drawing import sample
+from sds3d.teachers.load import load_teacher
 from sds3d.teachers.mixture import Mixture, MixtureTeacher
 
 DTYPES = ("float32", "bfloat16")
@@ -109,7 +109,7 @@ def latent(tmp_path_factory):
     """Loads a tiny Stable Diffusion, whose images a VAE decodes."""
     folder = tmp_path_factory.mktemp("sd")
     pipeline, kept = tiny_pipelines.build("sd", folder), HFConfig(cache=str(folder / "kept"))
-    return lambda dtype: make.load_teacher(TeacherConfig(str(pipeline), "words", dtype, hf=kept), "cpu")
+    return lambda dtype: load_teacher(TeacherConfig(str(pipeline), "words", dtype, hf=kept), "cpu")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -12,7 +12,9 @@ import torch
 from conftest import TINY
 
 import sds3d
-from sds3d import config, launch, make
+from sds3d.config import load as config
+from sds3d.runs import launch
+from sds3d.runtime.device import pick_device
 from sds3d.teachers.hf.words import Words
 
 MODES = {
@@ -207,7 +209,7 @@ def test_a_run_made_on_a_gpu_goes_on_without_one(made_elsewhere, plain):
     with pytest.warns(UserWarning) as said:
         made, steps = launch.resume(made_elsewhere)
     texts = " ".join(str(one.message) for one in said)
-    here = make.pick_device("auto")
+    here = pick_device("auto")
     assert f"made with device={ELSEWHERE}, which is not here: it goes on with device={here}" in texts
     assert "made with backend=tinycudann" in texts
     assert [step.step for step in steps] == [2] and all(path.exists() for path in made.finish())

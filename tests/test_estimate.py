@@ -14,13 +14,15 @@ from safetensors import safe_open
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
 
-from sds3d import config as configs
-from sds3d import estimate, make
-from sds3d.config import Config
-from sds3d.estimate import Place
-from sds3d.memory import Meter, held, hollow
+from sds3d.config import load as configs
+from sds3d.config.load import Config
+from sds3d.runs import build as make
+from sds3d.runs import memory_estimate as estimate
+from sds3d.runs.memory_estimate import Place
+from sds3d.runtime.memory import Meter, held, hollow
 from sds3d.teachers.base import HFConfig, TeacherConfig
 from sds3d.teachers.hf import sketch
+from sds3d.teachers.load import load_teacher
 from sds3d.train import train
 
 CPU, GPU = Place("a CPU", 2**40, False), Place("a GPU", 2**40, True)
@@ -116,7 +118,7 @@ def test_a_sketch_is_the_size_of_the_real_one(name, pipelines, tmp_path):
     """Its parts as their files say, and to the byte what an answer, an encoding and its way back make."""
     folder, told = pipelines(name), tiny_pipelines.SETTINGS.get(name, {})
     settings = TeacherConfig(str(folder), "words", "float32", hf=HFConfig(cache=str(tmp_path), **told))
-    real, (drawn, encoders) = make.load_teacher(settings, "cpu"), sketch.draw(settings, torch.float32)
+    real, (drawn, encoders) = load_teacher(settings, "cpu"), sketch.draw(settings, torch.float32)
     assert {k: tuple(v.shape[1:]) for k, v in real._condition(["a red mug"], None, None).items()} == drawn.words.shapes
     for part in (drawn.family.PART, "vae"):
         module = drawn.family.pipe.components.get(part)

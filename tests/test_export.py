@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from sds3d.export.sheet import contact_sheet, preview, resize, side_by_side
-from sds3d.export.video import turntable
+from sds3d.media.sheet import contact_sheet, preview, resize, side_by_side
+from sds3d.media.video import turntable
 
 
 def flat_view(cameras, size=32):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sds3d.metrics.features import copy_rate, frechet, kernel_distance, precision_recall
+from sds3d.evaluate.features import copy_rate, frechet, kernel_distance, precision_recall
 
 
 def normal(rows: int, columns: int, seed: int) -> Tensor:

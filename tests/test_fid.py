@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from sds3d import evaluation
-from sds3d.metrics.inception import Inception
+from sds3d.evaluate import generator as evaluation
+from sds3d.evaluate.inception import Inception
 
 WEIGHTS = {"weight": torch.eye(3)}
 

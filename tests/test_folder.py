@@ -9,13 +9,13 @@ import pytest
 import torch
 from PIL import Image
 
-from sds3d import make
 from sds3d.data import folder
 from sds3d.networks.unet import UNetConfig
-from sds3d.scenes.image import ImageConfig, ImageStudent
-from sds3d.teachers import fit, sources
+from sds3d.students.image import ImageConfig, ImageStudent
 from sds3d.teachers.base import TeacherConfig
 from sds3d.teachers.drawing import sample
+from sds3d.teachers.load import load_teacher
+from sds3d.teachers.training import fit, sources
 
 LONGEST = 18
 RED, BLUE = (200, 20, 30), (10, 40, 220)
@@ -306,7 +306,7 @@ def test_a_folder_becomes_a_teacher_that_draws(call, walls, in_folder):
     assert sorted(p.name for p in made.iterdir()) == sorted(
         ".lock fit.json grid-000004.png loss.png state.pt teacher.safetensors".split()
     )
-    teacher = make.load_teacher(TeacherConfig(str(made)))
+    teacher = load_teacher(TeacherConfig(str(made)))
     assert teacher.vocabulary == ("a", "blue", "green", "red", "wall")
     assert teacher.prompts == ("a red wall", "a blue wall", "a green wall", "a wall")
     assert (teacher.shape, teacher.image_size, teacher.views) == ((3, 32, 32), 32, "words")

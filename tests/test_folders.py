@@ -14,10 +14,11 @@ import pytest
 import torch
 from PIL import Image
 
-from sds3d import config as configs
-from sds3d import files
-from sds3d.files import replacing, replacing_folder, sweep
-from sds3d.runs import STEMS, Run
+from sds3d.config import load as configs
+from sds3d.runs.folder import STEMS, Run
+from sds3d.runtime import files
+from sds3d.runtime.files import replacing, replacing_folder, sweep
+from sds3d.teachers.load import load_teacher
 
 
 def names(folder: Path) -> list[str]:
@@ -192,7 +193,7 @@ def test_a_run_is_one_processs_at_a_time(call, made, elsewhere):
 def test_two_resumes_at_once_give_one_run(made, tmp_path):
     """The command line of the issue: without a lock both end with code 0 and every row is there twice."""
     program = (
-        "import sds3d.make; from conftest import BallTeacher; sds3d.make.teacher = lambda config: BallTeacher();"
+        "from sds3d.runs import build; from conftest import BallTeacher; build.teacher = lambda config: BallTeacher();"
         f"from sds3d.cli import main; main(['resume', {made!r}, 'steps=60', '--quiet'])"
     )
     environment = os.environ | {
@@ -311,7 +312,7 @@ class Fails:
 @pytest.mark.parametrize("after, saved", [(2, False), (5, True)])
 def test_a_run_that_diverges_says_what_it_has_left_and_resumes(call, tiny, ball_teacher, monkeypatch, after, saved):
     calls = Fails(ball_teacher, after)
-    monkeypatch.setattr("sds3d.make.teacher", lambda config: calls)
+    monkeypatch.setattr("sds3d.runs.build.teacher", lambda config: calls)
     code, _, err = call("generate", "a red ball", *tiny, "log.save_every=2" if saved else "log.save_every=6")
     assert code == 1 and "non-finite" in err
     assert ("checkpoint.safetensors is from before, and good" in err) == saved
@@ -350,8 +351,8 @@ def test_a_weight_that_is_not_finite_is_not_saved(tmp_path):
 
 
 def test_a_comparison_that_was_killed_goes_on_with_its_run(in_folder, ball_teacher, tiny):
-    from sds3d import compare as comparing
-    from sds3d import launch
+    from sds3d.evaluate import methods as comparing
+    from sds3d.runs import launch
 
     ball_teacher.shape = (3, 16, 16)
     layer = configs.parse_overrides([text for text in tiny if not text.startswith("export")])
@@ -372,9 +373,10 @@ def test_a_strangers_config_has_nothing_written_into_other_folders(in_folder, tm
     """pairs.folder and teacher.hf.cache of a run's config.yaml, on resume."""
     from dataclasses import replace
 
-    from sds3d import launch, make
+    from sds3d.runs import build as make
+    from sds3d.runs import launch
 
-    teacher = make.load_teacher(make.TeacherConfig("digits"))
+    teacher = load_teacher(make.TeacherConfig("digits"))
     config = configs.load(None, {"method": "dmd", "teacher.name": "digits"}, kind=configs.DistillConfig)
     home, private = tmp_path / "outputs", tmp_path / "private"
     monkeypatch.setattr(make, "teacher", lambda config: teacher)
@@ -426,7 +428,7 @@ def test_pixels_that_left_all_bounds_are_named(call, tiny):
 
 @pytest.mark.parametrize("density, said", [(-30.0, "covers 0 %"), (30.0, "covers 100 %")])
 def test_a_scene_that_is_empty_or_fills_its_box_is_doubted(made, density, said):
-    from sds3d.asset import Asset
+    from sds3d.runs.scene import Asset
 
     asset = Asset.open(made)
     assert asset.doubt() == ""

@@ -12,13 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from sds3d import launch, make
-from sds3d.config import DistillConfig, load, to_yaml
+from sds3d.config.load import DistillConfig, load, to_yaml
 from sds3d.data import digits
-from sds3d.generated import Generated
 from sds3d.networks.text import TextEncoder
 from sds3d.networks.unet import UNet, UNetConfig
-from sds3d.runs import Run
+from sds3d.runs import build as make
+from sds3d.runs import launch
+from sds3d.runs.folder import Run
+from sds3d.runs.generator import Generated
 from sds3d.teachers.small import SmallTeacher
 from sds3d.train import train
 

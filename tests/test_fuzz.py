@@ -13,11 +13,11 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from sds3d import config as configs
-from sds3d import plain_yaml
 from sds3d.cli import main
-from sds3d.distill import METHODS
-from sds3d.typed import keys
+from sds3d.config import load as configs
+from sds3d.config import plain_yaml
+from sds3d.config.typed import keys
+from sds3d.distill.score import METHODS
 
 KINDS = {"generate": configs.Config, "paint": configs.PaintConfig, "distill": configs.DistillConfig}
 KEYS = sorted(
@@ -227,8 +227,8 @@ def many(count: int) -> settings:
 @pytest.fixture
 def closed(in_folder, ball_teacher, monkeypatch):
     """An empty folder, in which nothing is trained, drawn or served."""
-    from sds3d import launch
     from sds3d.cli import live, teacher
+    from sds3d.runs import launch
 
     def refuse(*_, **__):
         raise ValueError("nothing is made here")
@@ -236,7 +236,7 @@ def closed(in_folder, ball_teacher, monkeypatch):
     monkeypatch.setattr(launch, "check", lambda config: None)
     for place, name in ((launch, "start"), (launch, "prepare"), (live, "staging"), (teacher, "_prepare")):
         monkeypatch.setattr(place, name, refuse)
-    monkeypatch.setattr("sds3d.compare.compare", refuse)
+    monkeypatch.setattr("sds3d.evaluate.methods.compare", refuse)
     return in_folder
 
 

@@ -6,14 +6,14 @@ import pytest
 import torch
 from torch import nn
 
-from sds3d.critics import CriticConfig, Exact, Learnt
-from sds3d.distill import METHODS
+from sds3d.diffusion.noise import Schedule, weight
+from sds3d.diffusion.timesteps import TimeDraw
 from sds3d.distill.core import ScoreObjective
-from sds3d.noise import Schedule, weight
-from sds3d.ramp import Ramp
-from sds3d.students import Draw
+from sds3d.distill.critics import CriticConfig, Exact, Learnt
+from sds3d.distill.score import METHODS
+from sds3d.runtime.ramp import Ramp
+from sds3d.students.base import Draw
 from sds3d.teachers.mixture import Mixture, MixtureTeacher
-from sds3d.times import TimeDraw
 from sds3d.train import OptimConfig, Plan, train
 
 BATCH = 256

@@ -2,8 +2,8 @@
 
 import torch
 
-from sds3d.guidance import cfg, perp_neg, rescaled
-from sds3d.noise import KINDS, Prediction, Schedule
+from sds3d.diffusion.guidance import cfg, perp_neg, rescaled
+from sds3d.diffusion.noise import KINDS, Prediction, Schedule
 
 
 def some(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -17,17 +17,19 @@ import torch
 from conftest import TEST_DTYPE, TINY
 from transformers import PreTrainedModel
 
-from sds3d import config, make
 from sds3d.cameras import Cameras, orbit
-from sds3d.critics import CriticConfig, Learnt
-from sds3d.guidance import Guidance, cfg
-from sds3d.noise import noised
+from sds3d.config import load as config
+from sds3d.diffusion.guidance import Guidance, cfg
+from sds3d.diffusion.noise import noised
+from sds3d.diffusion.samplers import ddim
+from sds3d.distill.critics import CriticConfig, Learnt
+from sds3d.distill.query import Query
 from sds3d.prompts import VIEW_WORDS, with_view
-from sds3d.query import Query
-from sds3d.samplers import ddim
+from sds3d.runs import build as make
 from sds3d.teachers.base import HFConfig, TeacherConfig
 from sds3d.teachers.drawing import sample
 from sds3d.teachers.hf.words import _relatives
+from sds3d.teachers.load import load_teacher
 from sds3d.train import make_optimiser, train
 
 FAMILIES = tuple(tiny_pipelines.FAMILIES)
@@ -62,7 +64,7 @@ def settings(pipelines, tmp_path_factory):
 @pytest.fixture(scope="session")
 def load(settings):
     """A family's teacher in float32, with view words, loaded as a hub id's would be once it is downloaded."""
-    return cache(lambda name, **told: make.load_teacher(settings(name, **told), "cpu"))
+    return cache(lambda name, **told: load_teacher(settings(name, **told), "cpu"))
 
 
 def weights(teacher) -> dict[str, torch.Tensor]:
@@ -329,11 +331,11 @@ def test_cameras_blend_the_view_words(name, load):
 
 @pytest.mark.parametrize("name", TEXT)
 def test_a_kept_embedding_is_the_same(name, settings, tmp_path):
-    first = make.load_teacher(settings(name, cache=str(tmp_path)), "cpu")
+    first = load_teacher(settings(name, cache=str(tmp_path)), "cpu")
     made = first.words(PROMPTS)
     files = {p: p.read_bytes() for p in tmp_path.iterdir()}
     assert all(p.name.removesuffix(".safetensors").isalnum() for p in files)
-    again = make.load_teacher(settings(name, cache=str(tmp_path)), "cpu")
+    again = load_teacher(settings(name, cache=str(tmp_path)), "cpu")
     again.words.embed = None  # nobody may ask the encoders
     kept = again.words(PROMPTS)
     assert made.keys() == kept.keys() and all(torch.equal(made[k], kept[k]) for k in made)
@@ -348,7 +350,7 @@ def test_sd3_does_without_its_largest_encoder(pipelines, tmp_path):
     index |= {"text_encoder_3": [None, None], "tokenizer_3": [None, None]}
     (folder / "model_index.json").write_text(json.dumps(index))
     told = TeacherConfig(str(folder), "words", "float32", hf=HFConfig(cache=str(tmp_path / "kept")))
-    teacher = make.load_teacher(told, "cpu")
+    teacher = load_teacher(told, "cpu")
     teacher.check("a red mug")
     without = {"text_encoder_3": None, "tokenizer_3": None}
     theirs = diffusers.DiffusionPipeline.from_pretrained(folder, **without).encode_prompt("a red mug", None, None)
@@ -357,17 +359,17 @@ def test_sd3_does_without_its_largest_encoder(pipelines, tmp_path):
 
 @pytest.mark.parametrize("damage", ["cut", "changed", "empty"])
 def test_a_damaged_embedding_is_made_again_with_a_warning(damage, settings, tmp_path):
-    made = make.load_teacher(settings("sd", cache=str(tmp_path)), "cpu").words(["a red mug"])
+    made = load_teacher(settings("sd", cache=str(tmp_path)), "cpu").words(["a red mug"])
     for path in tmp_path.iterdir():
         data = path.read_bytes()
         path.write_bytes({"cut": data[:-9], "changed": data[:-1] + bytes([data[-1] ^ 1]), "empty": b""}[damage])
-    again = make.load_teacher(settings("sd", cache=str(tmp_path)), "cpu")
+    again = load_teacher(settings("sd", cache=str(tmp_path)), "cpu")
     with pytest.warns(UserWarning, match="damaged"):
         found = again.words(["a red mug"])
     assert torch.equal(made["words"], found["words"])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        make.load_teacher(settings("sd", cache=str(tmp_path)), "cpu").words(["a red mug"])
+        load_teacher(settings("sd", cache=str(tmp_path)), "cpu").words(["a red mug"])
 
 
 def test_other_weights_and_other_precision_are_other_embeddings(settings, pipelines, tmp_path):
@@ -375,22 +377,22 @@ def test_other_weights_and_other_precision_are_other_embeddings(settings, pipeli
     folder = tmp_path / "pipeline"
     shutil.copytree(pipelines("sd"), folder)
     told = {"hf": HFConfig(cache=str(tmp_path / "kept"))}
-    first = make.load_teacher(TeacherConfig(str(folder), "words", "float32", **told), "cpu")
-    assert first.fingerprint == make.load_teacher(settings("sd"), "cpu").fingerprint  # a copy is the same
+    first = load_teacher(TeacherConfig(str(folder), "words", "float32", **told), "cpu")
+    assert first.fingerprint == load_teacher(settings("sd"), "cpu").fingerprint  # a copy is the same
     before = first.words(["a red mug"])["words"]
     with torch.random.fork_rng():
         torch.manual_seed(5)
         tokenizer = diffusers.StableDiffusionPipeline.from_pretrained(folder, vae=None, unet=None).tokenizer
         tiny_pipelines.clip(tokenizer, False).save_pretrained(folder / "text_encoder")
-    second = make.load_teacher(TeacherConfig(str(folder), "words", "float32", **told), "cpu")
+    second = load_teacher(TeacherConfig(str(folder), "words", "float32", **told), "cpu")
     assert second.fingerprint != first.fingerprint
     assert not torch.allclose(second.words(["a red mug"])["words"], before)
-    rough = make.load_teacher(TeacherConfig(str(folder), "words", "bfloat16", **told), "cpu")
+    rough = load_teacher(TeacherConfig(str(folder), "words", "bfloat16", **told), "cpu")
     assert rough.words(["a red mug"])["words"].dtype == torch.bfloat16
 
 
 def test_the_text_encoders_are_gone_afterwards(load, settings, tmp_path):
-    make.load_teacher(settings("sd3", cache=str(tmp_path)), "cpu").words(["a red mug"])
+    load_teacher(settings("sd3", cache=str(tmp_path)), "cpu").words(["a red mug"])
     assert not [type(one).__name__ for one in gc.get_objects() if issubclass(type(one), PreTrainedModel)]
 
 
@@ -408,7 +410,7 @@ def test_a_long_prompt_warns_of_what_is_cut(name, load):
 
 
 def test_a_pipeline_reads_the_text_as_it_is_and_warns_of_weights(settings, tmp_path):
-    teacher, read = make.load_teacher(settings("sd", cache=str(tmp_path)), "cpu"), []
+    teacher, read = load_teacher(settings("sd", cache=str(tmp_path)), "cpu"), []
     embed = teacher.words.embed
     teacher.words.embed = lambda prompts: read.extend(prompts) or embed(prompts)
     prompt = "a (RED:1.3) mug, [Кружка] №7"
@@ -511,7 +513,7 @@ def test_a_teacher_draws(load):
 
 def refused(name: str, **told) -> str:
     with pytest.raises(ValueError) as error:
-        make.load_teacher(TeacherConfig(name, "words", "float32", hf=HFConfig(**told)), "cpu")
+        load_teacher(TeacherConfig(name, "words", "float32", hf=HFConfig(**told)), "cpu")
     assert "\n" not in str(error.value)
     return str(error.value)
 
@@ -549,7 +551,7 @@ def test_pickles_are_refused_with_the_reason(pipelines, tmp_path):
     shutil.copytree(pipelines("sd") / "text_encoder", folder / "text_encoder")  # transformers writes no pickles now
     settings = TeacherConfig(str(folder), "words", "float32", hf=HFConfig(allow_pickle=True, cache=str(tmp_path)))
     x_t, t = randn(1, 4, 8, 8), torch.tensor([0.5])
-    assert make.load_teacher(settings, "cpu").predict(x_t, t, ["a red mug"]).eps.isfinite().all()
+    assert load_teacher(settings, "cpu").predict(x_t, t, ["a red mug"]).eps.isfinite().all()
 
 
 def test_other_pipelines_are_named(pipelines, tmp_path):
@@ -579,7 +581,7 @@ def test_damaged_and_missing_weights(pipelines, tmp_path):
 def test_settings_of_pipelines_are_for_pipelines():
     assert "diffusers pipelines" in refused("small", size=64)
     with pytest.raises(ValueError, match="float16"):
-        make.load_teacher(TeacherConfig("small", dtype="float16"))
+        load_teacher(TeacherConfig("small", dtype="float16"))
 
 
 def test_a_plain_unet_needs_its_noise_levels(pipelines, tmp_path):
@@ -589,7 +591,7 @@ def test_a_plain_unet_needs_its_noise_levels(pipelines, tmp_path):
     assert "scheduler" in refused(str(folder))
     shutil.copy(pipelines("ddpm") / "scheduler" / "scheduler_config.json", folder)
     whole, alone = (
-        make.load_teacher(TeacherConfig(str(path), "words", "float32"), "cpu") for path in (pipelines("ddpm"), folder)
+        load_teacher(TeacherConfig(str(path), "words", "float32"), "cpu") for path in (pipelines("ddpm"), folder)
     )
     x_t, t = randn(1, *whole.shape), torch.tensor([0.5])
     assert torch.equal(whole.predict(x_t, t, [""]).x0, alone.predict(x_t, t, [""]).x0)

@@ -12,11 +12,12 @@ from conftest import TEST_DTYPE
 from PIL import Image
 
 import sds3d
-from sds3d import launch, make
-from sds3d.config import DistillConfig, load
-from sds3d.draws import ImageNoise
-from sds3d.generators.one_step import GeneratorConfig, begun_at, paint
-from sds3d.noise import Prediction
+from sds3d.config.load import DistillConfig, load
+from sds3d.diffusion.draws import ImageNoise
+from sds3d.diffusion.noise import Prediction
+from sds3d.runs import build as make
+from sds3d.runs import launch
+from sds3d.students.generator import GeneratorConfig, begun_at, paint
 from sds3d.teachers import small
 from sds3d.teachers.hf import families, generator
 from sds3d.train import train

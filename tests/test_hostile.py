@@ -13,10 +13,13 @@ from pathlib import Path
 
 import pytest
 
-from sds3d import config as configs
-from sds3d import files, make, picture, plain_yaml
 from sds3d.cli import main
-from sds3d.config import load, of_run, parse_overrides, to_yaml
+from sds3d.config import load as configs
+from sds3d.config import plain_yaml
+from sds3d.config.load import load, of_run, parse_overrides, to_yaml
+from sds3d.media import picture
+from sds3d.runs import build as make
+from sds3d.runtime import files
 
 ROOT = Path(__file__).parents[1]
 DRY = ("generate", "a ball", "--dry-run")
@@ -194,7 +197,7 @@ def test_prompts_are_read_from_a_file_that_ends(call_packaged, in_folder):
     ],
 )
 def test_a_path_that_can_be_none_is_a_value_error_in_python_too(text, said):
-    from sds3d.config import DistillConfig
+    from sds3d.config.load import DistillConfig
     from sds3d.data import folder
 
     config = load(None, {"teacher.name": "digits"}, kind=DistillConfig)
@@ -266,7 +269,7 @@ def test_warnings_are_a_sentence_and_none_with_quiet(call, made, capsys):
     noisy = ("export", made, "--format", "png")
 
     def warned(*arguments):
-        from sds3d.asset import Asset
+        from sds3d.runs.scene import Asset
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(Asset, "export", lambda asset, path: warnings.warn("the mesh\nis odd", stacklevel=2))
@@ -310,7 +313,7 @@ def test_two_ctrl_c_leave_one_line_and_whole_files(tmp_path, seconds):
     assert "Traceback" not in err and process.returncode in (130, -signal.SIGINT), err
     assert [line for line in err.splitlines() if line and "once more" not in line][-1:] in (["stopped"], []), err
     for run in (tmp_path / "outputs").glob("*-*") if (tmp_path / "outputs").is_dir() else ():
-        from sds3d.runs import Run
+        from sds3d.runs.folder import Run
 
         if (run / "checkpoint.safetensors").is_file():
             assert Run.open(run).load_checkpoint()["step"] >= 1

@@ -9,18 +9,20 @@ from conftest import TINY, BallTeacher
 
 import sds3d
 from sds3d import cameras as cam
-from sds3d import compare as comparing
-from sds3d import config as configs
-from sds3d import launch, make, savings
-from sds3d.asset import Asset
-from sds3d.config import Config, DistillConfig, PaintConfig
+from sds3d.config import load as configs
+from sds3d.config.load import Config, DistillConfig, PaintConfig
 from sds3d.data import toybox
-from sds3d.distill import METHODS
-from sds3d.export import page
-from sds3d.metrics.truth import silhouette_iou, unseen_views
-from sds3d.ramp import Ramp
-from sds3d.scenes.image import ImageConfig, ImageStudent
-from sds3d.students import Particles
+from sds3d.distill.score import METHODS
+from sds3d.evaluate import methods as comparing
+from sds3d.evaluate.truth import silhouette_iou, unseen_views
+from sds3d.pages import comparison as page
+from sds3d.runs import build as make
+from sds3d.runs import launch
+from sds3d.runs import memory_advice as savings
+from sds3d.runs.scene import Asset
+from sds3d.runtime.ramp import Ramp
+from sds3d.students.base import Particles
+from sds3d.students.image import ImageConfig, ImageStudent
 from sds3d.teachers.mixture import MixtureTeacher
 from sds3d.train import OptimConfig, Plan, train
 
@@ -49,7 +51,7 @@ PROMPTS = {"a disc": [1.0, 1, 0, 0], "a square": [0, 0, 1.0, 1], "ugly": [1.0, 1
 def oracle(monkeypatch, tmp_path) -> MixtureTeacher:
     """An exact teacher of four pictures, in the place of every teacher."""
     teacher = MixtureTeacher.of_images(pictures(), 0.02, PROMPTS)
-    monkeypatch.setattr("sds3d.make.teacher", lambda config: teacher)
+    monkeypatch.setattr("sds3d.runs.build.teacher", lambda config: teacher)
     monkeypatch.chdir(tmp_path)
     return teacher
 
@@ -96,7 +98,7 @@ def test_methods_for_generators_make_no_pictures(oracle, name):
 
 
 def test_dds_turns_a_picture_of_one_kind_into_the_other_and_keeps_a_right_one(oracle, tmp_path):
-    from sds3d.runs import save_png
+    from sds3d.runs.folder import save_png
 
     save_png(tmp_path / "square.png", pictures()[2])
     edit = own_settings("dds") | {"image.start": str(tmp_path / "square.png"), "image.noise": 0.0, "image.count": 2}
@@ -156,7 +158,7 @@ def test_particles_share_a_critic_and_keep_to_themselves():
 def test_vsd_makes_as_many_assets_as_particles(ball_teacher, in_folder, monkeypatch):
     ball = BallTeacher()
     monkeypatch.setattr(
-        "sds3d.make.critic",
+        "sds3d.runs.build.critic",
         lambda config, teacher, share: type(
             "C",
             (),
@@ -224,7 +226,7 @@ def test_a_comparison_is_one_page_and_goes_on_where_it_stopped(oracle, tmp_path,
 
 def test_a_run_that_diverges_does_not_end_a_comparison(oracle, tmp_path, monkeypatch):
     monkeypatch.setattr("sds3d.teachers.drawing.sample", lambda teacher, prompts, **rest: pictures()[: len(prompts)])
-    monkeypatch.setattr("sds3d.distill.csd.CSD.__call__", lambda self, q: q.x * float("nan"))
+    monkeypatch.setattr("sds3d.distill.score.csd.CSD.__call__", lambda self, q: q.x * float("nan"))
     layer = own_settings("sds") | {"steps": 5, "image.count": 2}
     wanted = comparing.Comparison(("a disc",), ("csd", "sds"), (0,), "image", layer)
     for _ in range(2):
@@ -233,7 +235,7 @@ def test_a_run_that_diverges_does_not_end_a_comparison(oracle, tmp_path, monkeyp
         assert not sound.failure and sound.figures["asked"] == 5 * 2 * 2
         found = comparing.summary([broken, sound])
         assert found["csd"]["diverged"] == 1 and found["csd"]["psnr"] is None and found["sds"]["diverged"] is None
-        monkeypatch.setattr("sds3d.launch.start", None)  # the second time, from what was stored
+        monkeypatch.setattr("sds3d.runs.launch.start", None)  # the second time, from what was stored
     assert "csd; seed 0 diverged: CSD: non-finite" in (tmp_path / "out" / "index.html").read_text()
 
 
@@ -295,7 +297,7 @@ def test_a_method_makes_the_scene_whose_views_the_oracle_knows(name, monkeypatch
     cameras = cam.cat([cam.orbit(24, elevation=elevation) for elevation in (0, 20, 40)])
     views, _ = toy.render(cameras, 24)
     teacher = MixtureTeacher.of_images(views, 0.02, {"a mug": [1.0] * 72}, cameras)
-    monkeypatch.setattr("sds3d.make.teacher", lambda config: teacher)
+    monkeypatch.setattr("sds3d.runs.build.teacher", lambda config: teacher)
     monkeypatch.chdir(tmp_path)
     config = configs.load(
         "a mug",
@@ -368,8 +370,8 @@ class Greedy(BallTeacher):
 def test_out_of_memory_leaves_a_checkpoint_and_the_command_that_goes_on(pipeline, monkeypatch, tmp_path):
     """From the checkpoint of the step before, with those of the settings that leave the run what it is."""
     teacher = Greedy(image_size=512) if pipeline else Greedy()
-    monkeypatch.setattr("sds3d.make.teacher", lambda config: teacher)
-    monkeypatch.setattr("sds3d.savings.is_pipeline", lambda teacher: pipeline)
+    monkeypatch.setattr("sds3d.runs.build.teacher", lambda config: teacher)
+    monkeypatch.setattr("sds3d.runs.memory_advice.is_pipeline", lambda teacher: pipeline)
     monkeypatch.chdir(tmp_path)
     settings = {"log.save_every": 1, "log.picture_every": 0, "device": "cpu", "method": "sds", "steps": 4}
     settings |= {"teacher.name": "somebody/model", "teacher.hf.checkpointing": False} if pipeline else {}
@@ -390,7 +392,7 @@ def test_out_of_memory_leaves_a_checkpoint_and_the_command_that_goes_on(pipeline
 
 
 def test_out_of_memory_before_anything_was_saved_says_so(monkeypatch, tmp_path):
-    monkeypatch.setattr("sds3d.make.teacher", lambda config: Greedy(asked=[[], []]))
+    monkeypatch.setattr("sds3d.runs.build.teacher", lambda config: Greedy(asked=[[], []]))
     monkeypatch.chdir(tmp_path)
     _, steps = launch.start(configs.load("a ball", tiny(), {"device": "cpu", "method": "sds"}))
     with pytest.raises(ValueError, match="Nothing was saved yet"):

@@ -13,12 +13,10 @@ import pytest
 import torch
 import trimesh
 
-from sds3d import config as configs
-from sds3d import launch, make
-from sds3d.asset import Asset
 from sds3d.cameras import Cameras, Poses
+from sds3d.config import load as configs
 from sds3d.data import toybox
-from sds3d.distill import METHODS
+from sds3d.distill.score import METHODS
 from sds3d.live import stage as stages
 from sds3d.live.address import Address
 from sds3d.live.eyes import GROWING, QUICK, SHARP, Eyes
@@ -27,7 +25,10 @@ from sds3d.live.jobs import Queue
 from sds3d.live.studio import Studio
 from sds3d.live.watch import Watch
 from sds3d.prompts import VIEW_WORDS, words
+from sds3d.runs import launch
+from sds3d.runs.scene import Asset
 from sds3d.teachers.base import TeacherConfig
+from sds3d.teachers.load import load_teacher
 from sds3d.train import Step
 
 FRONT = Cameras(*(torch.tensor([v]) for v in stages.FRONT))
@@ -511,8 +512,8 @@ def test_studio_offers_methods_that_make_scenes(studio):
 def test_what_each_method_of_the_studio_makes_is_a_scene(studio, tiny, monkeypatch):
     monkeypatch.undo()  # the packaged teacher, since some methods train a copy of it
     offered = studio.make().stage.gui.named("method").given[1]
-    taught = make.load_teacher(TeacherConfig("small"))
-    monkeypatch.setattr("sds3d.make.teacher", lambda config: taught)
+    taught = load_teacher(TeacherConfig("small"))
+    monkeypatch.setattr("sds3d.runs.build.teacher", lambda config: taught)
     fails = []
     for method in METHODS:
         settings = configs.parse_overrides([*tiny, f"method={method}"])
@@ -535,7 +536,7 @@ def test_hints_about_the_toybox_are_its_words_and_all_that_name_something():
 
 
 def test_hints_about_other_teachers_are_their_words_or_nothing(tmp_path):
-    digits, hints = make.load_teacher(TeacherConfig("digits")), Hints.of("digits")
+    digits, hints = load_teacher(TeacherConfig("digits")), Hints.of("digits")
     assert hints.words["words"].split(", ") == sorted(digits.vocabulary) and len(hints.examples) == 3
     for prompt in hints.examples:
         digits.check(prompt)
@@ -555,7 +556,7 @@ def test_studio_hints_at_what_the_chosen_teacher_knows(studio):
 
 def test_an_unknown_word_is_told_without_commands():
     with pytest.raises(ValueError) as problem:
-        make.load_teacher(TeacherConfig("small")).check("a red mugg")
+        load_teacher(TeacherConfig("small")).check("a red mugg")
     told = without_commands(str(problem.value))
     assert "'mugg' (nearest: mug" in told and TITLE in told and "sds3d" not in told and "--" not in told
     assert without_commands("another problem") == "another problem"

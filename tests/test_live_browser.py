@@ -19,7 +19,7 @@ SCRIPT = """
 import sys
 sys.path[:0] = [sys.argv.pop(1), sys.argv.pop(1)]
 import conftest, torch
-from sds3d import make
+from sds3d.runs import build
 
 class Ball(conftest.BallTeacher):  # red in front, blue behind, so that turning it can be seen
     def image(self, cameras):
@@ -27,7 +27,7 @@ class Ball(conftest.BallTeacher):  # red in front, blue behind, so that turning 
         return torch.where(front[:, None, None, None], image, image.flip(1))
 
 ball = Ball()
-make.teacher = lambda config: ball.check(config.prompt) or ball
+build.teacher = lambda config: ball.check(config.prompt) or ball
 from sds3d.cli import main
 main()
 """

@@ -10,10 +10,10 @@ from scipy.spatial import cKDTree
 from solids import ball, block, less, ring, solid, source, tube, union
 
 from sds3d.cameras import orbit
+from sds3d.evaluate.truth import surface_points
 from sds3d.export import raster
 from sds3d.export.mesh import ALIKE, Surface, extract, normals
 from sds3d.export.source import checking_views, choosing_views
-from sds3d.metrics.truth import surface_points
 
 
 def mesh_of(density, **settings):

@@ -17,12 +17,12 @@ import torch
 from conftest import SCHEDULES, every_schedule
 from torch import Tensor
 
-from sds3d.distill import METHODS
+from sds3d.diffusion.noise import Prediction, Schedule, target
+from sds3d.diffusion.timesteps import TimeDraw
 from sds3d.distill.core import ScoreObjective, surrogate
-from sds3d.noise import Prediction, Schedule, target
-from sds3d.query import T_CLEAN
-from sds3d.students import Draw
-from sds3d.times import TimeDraw
+from sds3d.distill.query import T_CLEAN
+from sds3d.distill.score import METHODS
+from sds3d.students.base import Draw
 
 GAUSSIANS = {  # prompt -> mean and standard deviation
     "a red mug": (0.7, 0.4),
@@ -383,7 +383,7 @@ def test_permute_the_batch_permute_the_answer(name, settings, negative, closed_f
 
 @every_schedule
 def test_inverting_and_sampling_again_returns_at_first_order(schedule):
-    from sds3d.samplers import ddim
+    from sds3d.diffusion.samplers import ddim
 
     x = torch.linspace(-1.5, 2.0, 8, dtype=torch.float64).view(8, 1, 1, 1)
     goal, counts, errors = objective(schedule, "sds"), (20, 40, 80, 160), []

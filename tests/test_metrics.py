@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from sds3d.metrics.truth import (
+from sds3d.evaluate.truth import (
     BEST_PSNR,
     distance_to_triangles,
     distances_to,

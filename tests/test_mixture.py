@@ -7,8 +7,8 @@ import torch
 from conftest import every_schedule
 
 from sds3d.cameras import orbit
-from sds3d.noise import KINDS
-from sds3d.samplers import ddim
+from sds3d.diffusion.noise import KINDS
+from sds3d.diffusion.samplers import ddim
 from sds3d.teachers.mixture import Mixture, MixtureTeacher
 
 

@@ -9,17 +9,17 @@ import tiny_pipelines
 import torch
 from conftest import TINY
 
-from sds3d import make
 from sds3d.cameras import CameraRanges, cat, orbit
-from sds3d.config import load as load_config
-from sds3d.critics import CriticConfig, Learnt
-from sds3d.doctor import examine_memory
-from sds3d.estimate import place
-from sds3d.query import Query
-from sds3d.savings import open_to
-from sds3d.students import Draw
+from sds3d.cli.doctor import examine_memory
+from sds3d.config.load import load as load_config
+from sds3d.distill.critics import CriticConfig, Learnt
+from sds3d.distill.query import Query
+from sds3d.runs.memory_advice import open_to
+from sds3d.runs.memory_estimate import place
+from sds3d.students.base import Draw
 from sds3d.teachers.base import HFConfig, TeacherConfig
 from sds3d.teachers.hf.multi_view import MultiView, camera_numbers
+from sds3d.teachers.load import load_teacher
 
 PROMPTS = ["a red mug"] * 4
 
@@ -32,7 +32,7 @@ def folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def teacher(folder, tmp_path_factory):
     told = HFConfig(cache=str(tmp_path_factory.mktemp("prompts")))
-    return make.load_teacher(TeacherConfig(str(folder), "camera", "float32", hf=told), "cpu")
+    return load_teacher(TeacherConfig(str(folder), "camera", "float32", hf=told), "cpu")
 
 
 def randn(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -125,7 +125,7 @@ def test_a_critic_of_it_starts_as_it_is_and_learns_sets(kind, teacher):
 
 @pytest.mark.parametrize("views", [1, 2, 6])
 def test_told_in_words_a_critic_learns_views_one_by_one(views, folder, tmp_path):
-    teacher = make.load_teacher(TeacherConfig(str(folder), "words", "float32", hf=HFConfig(cache=str(tmp_path))), "cpu")
+    teacher = load_teacher(TeacherConfig(str(folder), "words", "float32", hf=HFConfig(cache=str(tmp_path))), "cpu")
     critic = Learnt(teacher, CriticConfig(rank=2), torch.Generator().manual_seed(0))
     draw = Draw(randn(views, 4, 8, 8), ["a red mug"] * views, orbit(views), torch.zeros(views), encoded=True)
     assert critic.fit(draw, torch.Generator().manual_seed(0)) > 0

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from sds3d.draws import ImageNoise
-from sds3d.generators.one_step import Generator, GeneratorConfig, paint, times
-from sds3d.noise import Schedule
+from sds3d.diffusion.draws import ImageNoise
+from sds3d.diffusion.noise import Schedule
+from sds3d.students.generator import Generator, GeneratorConfig, paint, times
 from sds3d.teachers import small
 
 

@@ -12,10 +12,11 @@ import pytest
 from conftest import CHROMIUM, chromium_program
 from PIL import Image
 
-from sds3d import report
-from sds3d.asset import Asset
-from sds3d.export import chart, gallery
-from sds3d.runs import Run
+from sds3d.media import chart
+from sds3d.pages import gallery
+from sds3d.runs import report
+from sds3d.runs.folder import Run
+from sds3d.runs.scene import Asset
 
 EVIL = """ball </script><script>console.error("in")</script><img src=x onerror=console.error("on")> "'&amp;<b>"""
 RED, BLUE, GREEN = (200, 30, 30), (40, 60, 190), (20, 140, 60)
@@ -169,7 +170,7 @@ def test_hostile_text_is_shown_and_does_nothing(browser_page, call, tiny):
 
 def test_a_script_that_was_not_written_by_us_is_not_run(browser, tmp_path):
     """The policy of the page, should text slip through one day."""
-    from sds3d.export import web
+    from sds3d.pages import html as web
 
     path = web.write(tmp_path / "p.html", "t", "<p>x</p><script>document.title = 'bad'</script>", "", "document.x = 1")
     page = browser.new_page()

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from sds3d import pairs
+from sds3d.diffusion.noise import Schedule
+from sds3d.diffusion.samplers import Sampler
+from sds3d.distill import pairs
 from sds3d.distill.regression import Regression
-from sds3d.noise import Schedule
-from sds3d.samplers import Sampler
-from sds3d.shares import Share
+from sds3d.runtime.distributed import Share
 from sds3d.teachers.drawing import draw
 from sds3d.teachers.mixture import Mixture, MixtureTeacher
 

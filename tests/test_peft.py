@@ -17,16 +17,18 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from sds3d import config, launch, make
 from sds3d.cameras import orbit
-from sds3d.critics import CriticConfig, Learnt
+from sds3d.config import load as config
+from sds3d.distill.critics import CriticConfig, Learnt
 from sds3d.networks.lora import LoRA
-from sds3d.runs import Run
-from sds3d.shares import Share, join
-from sds3d.students import Draw
+from sds3d.runs import launch
+from sds3d.runs.folder import Run
+from sds3d.runtime.distributed import Share, join
+from sds3d.students.base import Draw
 from sds3d.teachers import small
 from sds3d.teachers.base import HFConfig, TeacherConfig
 from sds3d.teachers.hf.adapter import ATTENTION, FILE, Adapter
+from sds3d.teachers.load import load_teacher
 
 FAMILIES = ("sd", "sdxl", "if", "sd3", "flux", "ddpm")
 every_family = pytest.mark.parametrize("name", FAMILIES)
@@ -50,7 +52,7 @@ def load(pipelines, tmp_path_factory):
 
     def make_teacher(name, dtype="float32", compiled=False):
         hf = HFConfig(cache=kept, **tiny_pipelines.SETTINGS.get(name, {}))
-        return make.load_teacher(TeacherConfig(str(pipelines(name)), "words", dtype, compiled, hf), "cpu")
+        return load_teacher(TeacherConfig(str(pipelines(name)), "words", dtype, compiled, hf), "cpu")
 
     return cache(make_teacher)
 
@@ -347,7 +349,7 @@ def test_a_run_goes_on_with_its_adapter_and_leaves_it_to_diffusers(pipelines, tm
 
 def test_the_packaged_teacher_needs_no_peft():
     program = (
-        "import sys; from sds3d import config, make;"
+        "import sys; from sds3d.config import load as config; from sds3d.runs import build as make;"
         "told = config.load('a red mug', {'method': 'vsd', 'device': 'cpu'});"
         "make.critic(told, make.teacher(told)); print(*{'peft', 'transformers', 'diffusers'} & set(sys.modules))"
     )
@@ -361,7 +363,7 @@ def test_the_packaged_teacher_needs_no_peft():
 def by(share: Share, folder: Path) -> list[torch.Tensor]:
     """Three fits of a batch of four, in float64; what each layer has become."""
     hf = HFConfig(cache=str(folder.parent / "kept"))
-    teacher = make.load_teacher(TeacherConfig(str(folder), "words", "float32", hf=hf), "cpu")
+    teacher = load_teacher(TeacherConfig(str(folder), "words", "float32", hf=hf), "cpu")
     teacher.network.double()
     teacher.dtype = torch.float64
     critic = Learnt(teacher, CriticConfig(rank=2, lr=1e-2), seeded(), share)

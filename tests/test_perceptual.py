@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from sds3d.data import digits
-from sds3d.perceptual import DISTANCES, distance
+from sds3d.distill.perceptual import DISTANCES, distance
 from sds3d.teachers import small
 
 NO_DOWNLOAD = ("teacher", "pixels")

@@ -10,10 +10,10 @@ import pytest
 import torch
 from PIL import Image
 
-from sds3d.asset import Asset
 from sds3d.cameras import orbit
-from sds3d.export.layers import layers, picture
-from sds3d.scenes.render import RenderOut
+from sds3d.runs.scene import Asset
+from sds3d.students.scene.layers import layers, picture
+from sds3d.students.scene.render import RenderOut
 
 
 def test_depth_is_bright_where_it_is_near_and_normals_are_half_n_plus_half():

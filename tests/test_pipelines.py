@@ -12,11 +12,11 @@ import tiny_pipelines
 import torch
 from PIL import Image
 
-from sds3d import make
 from sds3d.teachers.base import HFConfig, TeacherConfig
 from sds3d.teachers.hf import sketch
 from sds3d.teachers.hf.families import FAMILIES, guidance_embedding
 from sds3d.teachers.hf.levels import levels
+from sds3d.teachers.load import load_teacher
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def load(folder: Path, **hf):
     if "flux" in folder.name:
         hf |= {"size": 16}
     hf = {"cache": str(folder.parent / "kept")} | hf
-    return make.load_teacher(TeacherConfig(str(folder), "words", "float32", hf=HFConfig(**hf)), "cpu")
+    return load_teacher(TeacherConfig(str(folder), "words", "float32", hf=HFConfig(**hf)), "cpu")
 
 
 def refused(folder: Path, **hf) -> str:

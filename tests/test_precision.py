@@ -10,19 +10,20 @@ from conftest import settings as tiny_scene
 from PIL import Image
 from safetensors.torch import load_file
 
-from sds3d import launch, make
-from sds3d.adversary import Adversary
-from sds3d.config import DistillConfig, PaintConfig, load
-from sds3d.critics import CriticConfig
+from sds3d.config.load import DistillConfig, PaintConfig, load
 from sds3d.data import digits
-from sds3d.distill import METHODS
-from sds3d.distill.adversarial import Adversarial
+from sds3d.distill.adversarial.generator_loss import Adversarial
+from sds3d.distill.critics import CriticConfig
+from sds3d.distill.discriminators import Adversary
+from sds3d.distill.score import METHODS
 from sds3d.networks.text import TextEncoder
 from sds3d.networks.unet import UNet, UNetConfig
 from sds3d.prompts import VIEW_WORDS
-from sds3d.students import Draw
+from sds3d.runs import launch
+from sds3d.students.base import Draw
 from sds3d.teachers import small
 from sds3d.teachers.base import HFConfig, TeacherConfig
+from sds3d.teachers.load import load_teacher
 
 HALF = ("bfloat16", "float16")
 PROMPTS = {"digits": ["digit three", "digit seven"], "sd": ["a red mug", "a blue ball"]}
@@ -44,7 +45,7 @@ def fresh(folders, tmp_path):
 
     def load(name: str, dtype: str, cache: str = "kept"):
         hf = HFConfig(cache=str(tmp_path / cache)) if name in folders else HFConfig()
-        return make.load_teacher(TeacherConfig(str(folders.get(name, name)), "words", dtype, hf=hf), "cpu")
+        return load_teacher(TeacherConfig(str(folders.get(name, name)), "words", dtype, hf=hf), "cpu")
 
     return load
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from sds3d.ramp import Ramp
+from sds3d.runtime.ramp import Ramp
 
 
 def test_linear_between_and_constant_outside():

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from sds3d.files import replacing
-from sds3d.runs import Run, slug
+from sds3d.runs.folder import Run, slug
+from sds3d.runtime.files import replacing
 
 
 @pytest.mark.parametrize(

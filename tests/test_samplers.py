@@ -8,8 +8,8 @@ import pytest
 import torch
 from conftest import SCHEDULES, every_schedule
 
-from sds3d.noise import Prediction, Schedule, noised
-from sds3d.samplers import SAMPLERS, Sampler, ddim, dpm_solver, edm_times, even_times, heun, log_times
+from sds3d.diffusion.noise import Prediction, Schedule, noised
+from sds3d.diffusion.samplers import SAMPLERS, Sampler, ddim, dpm_solver, edm_times, even_times, heun, log_times
 from sds3d.teachers.mixture import Mixture, MixtureTeacher
 
 MEAN, STD = 0.7, 0.4

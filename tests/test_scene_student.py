@@ -7,12 +7,12 @@ import torch
 
 from sds3d import ops
 from sds3d.cameras import CameraRanges, orbit
-from sds3d.ramp import Ramp
-from sds3d.scenes.field import FieldConfig
-from sds3d.scenes.occupancy import OccupancyConfig
-from sds3d.scenes.regularisers import RegulariserConfig
-from sds3d.scenes.render import Shading
-from sds3d.scenes.student import BACKGROUNDS, RenderConfig, SceneConfig, SceneStudent
+from sds3d.runtime.ramp import Ramp
+from sds3d.students.scene.field import FieldConfig
+from sds3d.students.scene.occupancy import OccupancyConfig
+from sds3d.students.scene.regularisers import RegulariserConfig
+from sds3d.students.scene.render import Shading
+from sds3d.students.scene.student import BACKGROUNDS, RenderConfig, SceneConfig, SceneStudent
 
 BACKEND = ops.choose("cpu", "torch")
 SMALL = FieldConfig(levels=4, log2_table=10, base=4, finest=32, hidden=16)

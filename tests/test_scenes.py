@@ -11,12 +11,12 @@ import torch
 from sds3d import ops
 from sds3d.cameras import Cameras, Poses, orbit
 from sds3d.ops import Samples
-from sds3d.ramp import Ramp
-from sds3d.scenes import regularisers
-from sds3d.scenes.field import Field, FieldConfig, LearnedBackground
-from sds3d.scenes.occupancy import Occupancy, OccupancyConfig
-from sds3d.scenes.render import RenderOptions, Shading, Trace, render
-from sds3d.scenes.room import Room, rays_at_a_time
+from sds3d.runtime.ramp import Ramp
+from sds3d.students.scene import regularisers
+from sds3d.students.scene.field import Field, FieldConfig, LearnedBackground
+from sds3d.students.scene.occupancy import Occupancy, OccupancyConfig
+from sds3d.students.scene.render import RenderOptions, Shading, Trace, render
+from sds3d.students.scene.sample_budget import Room, rays_at_a_time
 
 BACKEND = ops.choose("cpu", "torch")
 SMALL = FieldConfig(levels=4, log2_table=10, base=4, finest=32, hidden=16)

@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from sds3d import make, shares
-from sds3d.config import DistillConfig, load
+from sds3d.config.load import DistillConfig, load
 from sds3d.data import digits
 from sds3d.networks.text import TextEncoder
 from sds3d.networks.unet import UNet, UNetConfig
-from sds3d.runs import Run
-from sds3d.shares import Share
+from sds3d.runs import build as make
+from sds3d.runs.folder import Run
+from sds3d.runtime import distributed as shares
+from sds3d.runtime.distributed import Share
 from sds3d.teachers.small import SmallTeacher
 from sds3d.train import train
 

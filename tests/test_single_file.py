@@ -8,9 +8,9 @@ from pathlib import Path
 import diffusers
 import pytest
 
-from sds3d import make
 from sds3d.teachers import small
 from sds3d.teachers.base import TeacherConfig
+from sds3d.teachers.load import load_teacher
 
 HUGE = 1 << 40  # bytes of one tensor: whoever reads it, or maps it, has no memory for it
 FULL = ["first_stage_model.encoder.conv_in.weight", "cond_stage_model.transformer.text_model.final.weight"]
@@ -30,7 +30,7 @@ def write(path: Path, names: list[str], metadata: dict[str, str] | None = None) 
 
 def refused(path: Path) -> str:
     with pytest.raises(ValueError) as error:
-        make.load_teacher(TeacherConfig(str(path)), "cpu")
+        load_teacher(TeacherConfig(str(path)), "cpu")
     assert "\n" not in str(error.value) and str(path) in str(error.value)
     return str(error.value)
 

@@ -12,8 +12,9 @@ from sds3d.data.toybox import VOCABULARY
 from sds3d.networks.ema import EMA
 from sds3d.networks.text import TextEncoder
 from sds3d.networks.unet import UNet, UNetConfig, ray_features
-from sds3d.teachers import fit, small, sources
+from sds3d.teachers import small
 from sds3d.teachers.drawing import sample
+from sds3d.teachers.training import fit, sources
 
 
 @pytest.fixture(scope="module")

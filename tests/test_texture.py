@@ -6,10 +6,10 @@ import torch
 from solids import BLUE, RED, ball, block, halves, plain, solid, source
 
 from sds3d.cameras import Cameras, orbit
+from sds3d.evaluate.truth import masked_psnr, silhouette_iou
 from sds3d.export import raster, texture
 from sds3d.export.mesh import Skin, Surface, extract
 from sds3d.export.model import Model
-from sds3d.metrics.truth import masked_psnr, silhouette_iou
 
 
 def sphere(radius=0.5):

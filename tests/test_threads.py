@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from sds3d import threads
+from sds3d.runtime import threads
 
 KERNEL = """
 from sds3d.ops import GridSpec, numba_cpu
@@ -50,7 +50,7 @@ def test_a_users_settings_stay():
     ],
 )
 def test_doctor_says_how_threads_wait(setting, said):
-    assert run("import sds3d; print(sds3d.threads.describe())", **setting).startswith(said)
+    assert run("import sds3d; print(sds3d.runtime.threads.describe())", **setting).startswith(said)
 
 
 @pytest.mark.skipif(not system_has_openmp(), reason="the system has no OpenMP library of its own")
@@ -59,4 +59,4 @@ def test_doctor_says_how_threads_wait(setting, said):
     [("import sds3d, torch", "one pool for torch and numba"), ("import torch, sds3d", "torch's and numba's own pools")],
 )
 def test_torch_and_numba_share_one_pool(first, pools):
-    assert run(f"{first}\n{KERNEL}\nprint(sds3d.threads.pool())").startswith(pools)
+    assert run(f"{first}\n{KERNEL}\nprint(sds3d.runtime.threads.pool())").startswith(pools)

@@ -6,9 +6,9 @@ import pytest
 import torch
 from conftest import SCHEDULES, every_schedule
 
-from sds3d.noise import Schedule
-from sds3d.ramp import Ramp
-from sds3d.times import TimeDraw
+from sds3d.diffusion.noise import Schedule
+from sds3d.diffusion.timesteps import TimeDraw
+from sds3d.runtime.ramp import Ramp
 
 COSINE = Schedule.cosine()
 

@@ -7,13 +7,13 @@ import pytest
 import torch
 from conftest import TINY, BallTeacher
 
-from sds3d import config as configs
-from sds3d import make
 from sds3d.cameras import orbit
+from sds3d.config import load as configs
 from sds3d.distill.core import NonFiniteGradient
-from sds3d.ramp import Ramp
-from sds3d.runs import Run
-from sds3d.students import Draw
+from sds3d.runs import build as make
+from sds3d.runs.folder import Run
+from sds3d.runtime.ramp import Ramp
+from sds3d.students.base import Draw
 from sds3d.train import Diverged, OptimConfig, Plan, make_optimiser, train
 
 

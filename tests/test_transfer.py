@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sds3d import make
-from sds3d.config import load
+from sds3d.config.load import load
+from sds3d.runs import build as make
+from sds3d.runtime.transfer import Figures, onto
 from sds3d.teachers import small
 from sds3d.train import _one_step, _State, make_optimiser
-from sds3d.transfer import Figures, onto
 
 
 def test_figures_of_a_cpu_are_looked_at_as_they_come():

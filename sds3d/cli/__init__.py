@@ -18,8 +18,8 @@ import typer
 from typer import Option
 
 from sds3d.cli import generators, live, methods, pictures, scenes, teacher
+from sds3d.cli.options import spread
 from sds3d.cli.shared import Json, Overrides, dump, finite, user_path
-from sds3d.options import spread
 
 app = typer.Typer(
     name="sds3d",
@@ -61,23 +61,23 @@ def doctor(overrides: Overrides = None, options: DoctorOptions = DoctorOptions()
 
       sds3d doctor --teacher FOLDER --method vsd render.views=2 --memory 12
     """
-    from sds3d import config as configs
-    from sds3d import doctor as doctors
-    from sds3d import estimate
-    from sds3d.settings import Config
+    from sds3d.cli import machine_report
+    from sds3d.config import load as configs
+    from sds3d.config.schema import Config
+    from sds3d.runs import memory_estimate as estimate
 
     given = {"teacher.name": options.teacher, "method": options.method, "device": options.device}
     layer = {key: value for key, value in given.items() if value is not None}
     if not (layer or overrides or options.config or options.memory is not None):
-        report = doctors.examine()
-        print(dump(report) if options.json else doctors.to_text(report))
+        report = machine_report.examine()
+        print(dump(report) if options.json else machine_report.to_text(report))
         return
     more = configs.parse_overrides(overrides or [])
     configs.refuse_twice(layer, more)
     prompt = None if "prompt" in more else "a red mug"
     told = configs.load(prompt, layer, more, file=options.config, kind=Config)
-    report = doctors.examine_memory(told, estimate.place(told.device, options.memory))
-    print(dump(report) if options.json else doctors.memory_text(report))
+    report = machine_report.examine_memory(told, estimate.place(told.device, options.memory))
+    print(dump(report) if options.json else machine_report.memory_text(report))
     if not report["fits"]:
         raise typer.Exit(1)
 

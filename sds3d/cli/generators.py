@@ -10,8 +10,8 @@ from typing import Annotated, Any
 
 from typer import Argument, Option
 
+from sds3d.cli.options import spread
 from sds3d.cli.shared import DType, Json, Overrides, Quiet, RunOptions, begin, print_result, user_path
-from sds3d.options import spread
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def distill(overrides: Overrides = None, options: DistillOptions = DistillOption
 
     Ctrl-C stops after the current step and saves; [bold]sds3d resume[/bold] goes on.
     """
-    from sds3d.config import DistillConfig
+    from sds3d.config.load import DistillConfig
 
     begin(None, overrides, options, DistillConfig)
 
@@ -87,8 +87,8 @@ def sample(
 
       sds3d sample outputs/00001-digits-diffinstruct "a handwritten seven" "a handwritten two" -n 16 -o grid.png
     """
-    from sds3d.export import sheet
-    from sds3d.generated import a_few, load_generator, rows_of
+    from sds3d.media import sheet
+    from sds3d.runs.generator import a_few, load_generator, rows_of
 
     o, painter = options, load_generator(generator, dtype=options.dtype)
     wanted = prompts or a_few(painter.prompts)
@@ -104,15 +104,15 @@ def sample(
 
 def is_one(run: Path) -> bool:
     """Whether a folder or file holds a generator."""
-    from sds3d.generated import find
+    from sds3d.runs.generator import find
 
     return find(run) is not None
 
 
 def evaluate(run: Path, number: int, seeds: int, fid: bool, quiet: bool, json: bool, dtype: str | None = None) -> None:
     """Measure a generator and its teacher; print a table, write eval.json and eval.png beside the generator."""
-    from sds3d import evaluation
-    from sds3d.typed import plain
+    from sds3d.config.typed import plain
+    from sds3d.evaluate import generator as evaluation
 
     def note(who: str, seed: int, row: dict[str, float]) -> None:
         if not (quiet or json):

@@ -103,8 +103,8 @@ def view(run: RunFolder, port: Port = None, host: Host = HERE) -> None:
 
     It serves until Ctrl-C.
     """
-    from sds3d.asset import Asset
     from sds3d.live.watch import Watch
+    from sds3d.runs.scene import Asset
 
     asset = Asset.open(run)
     with staging(host, port, "sds3d view") as stage:
@@ -130,9 +130,9 @@ def studio(
 
     Ctrl-C saves the run that is going on, and ends it.
     """
-    from sds3d import config as configs
-    from sds3d.files import require_folder
+    from sds3d.config import load as configs
     from sds3d.live.studio import Studio
+    from sds3d.runtime.files import require_folder
 
     require_place(host, port)
     layer = configs.parse_overrides(overrides or [])

@@ -11,8 +11,8 @@ from typing import Annotated, Any
 
 from typer import Argument, Option
 
+from sds3d.cli.options import spread
 from sds3d.cli.shared import AllowPickle, Json, Overrides, Quiet, RunOptions, begin, dump, print_result, user_path
-from sds3d.options import spread
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def paint(
 
       sds3d paint "a blue mug" --method dds --start outputs/00001-a-red-mug/images/1.png source.prompt="a red mug"
     """
-    from sds3d.config import PaintConfig
+    from sds3d.config.load import PaintConfig
 
     begin(prompt, overrides, options, PaintConfig)
 
@@ -88,10 +88,10 @@ def compare(
 
       sds3d compare "a mug" "a red car" --methods sds,vsd --student scene --seeds 0,1 steps=200
     """
-    from sds3d import compare as comparing
-    from sds3d import config as configs
-    from sds3d.progress import Clock
-    from sds3d.typed import convert
+    from sds3d.config import load as configs
+    from sds3d.config.typed import convert
+    from sds3d.evaluate import methods as comparing
+    from sds3d.runs.progress import Clock
 
     texts = prompts or []
     named = [text for text in texts if "=" not in text]
@@ -134,9 +134,9 @@ def methods(json: Json = False) -> None:
     """
     from dataclasses import fields
 
-    from sds3d.config import recipe
-    from sds3d.distill import METHODS
-    from sds3d.typed import plain
+    from sds3d.config.load import recipe
+    from sds3d.config.typed import plain
+    from sds3d.distill.score import METHODS
 
     rows = []
     for name, kind in METHODS.items():

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Annotated
 
 from typer import Argument, Option
 
+from sds3d.cli.options import spread
 from sds3d.cli.shared import Json, Quiet, RunFolder, finite, print_result, user_path
-from sds3d.options import spread
-from sds3d.ranges import shown
+from sds3d.runtime.ranges import shown
 
 if TYPE_CHECKING:
-    from sds3d.asset import Asset
+    from sds3d.runs.scene import Asset
 
 SHEET = "png"
 FORMATS = ("mp4", "gif", "webp", SHEET)
@@ -64,9 +64,10 @@ def render(
 
       sds3d render outputs/00001-a-red-mug -f png --frames 24 --elevation 40 -o sheets
     """
-    from sds3d import report
-    from sds3d.asset import Asset
-    from sds3d.export import layers, video
+    from sds3d.media import video
+    from sds3d.runs import report
+    from sds3d.runs.scene import Asset
+    from sds3d.students.scene import layers
 
     groups, formats = [_parts(names) for names in what or ["rgb"]], _parts(format)
     for name, given in (("format", formats), ("what", [",".join(n) for n in groups]), *(("what", n) for n in groups)):
@@ -109,7 +110,7 @@ def gallery(
 
       sds3d gallery outputs/methods/runs
     """
-    from sds3d import report
+    from sds3d.runs import report
 
     path, entries = report.write_gallery(folder)
     broken = sum(bool(entry.status) for entry in entries)
@@ -125,9 +126,10 @@ def _draw(asset: Asset, names: list[str], path: Path, options: ViewOptions, quie
     """Write one film, or one sheet. Raises ValueError where the place cannot be written."""
     import torch
 
-    from sds3d import progress
     from sds3d.cameras import Cameras
-    from sds3d.export import layers, sheet, video
+    from sds3d.media import sheet, video
+    from sds3d.runs import progress
+    from sds3d.students.scene import layers
 
     suffix = path.suffix.lower()[1:]
     count = options.count(suffix)

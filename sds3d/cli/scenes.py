@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from typer import Argument, Option
 
 from sds3d.cli.live import LiveOptions
+from sds3d.cli.options import spread
 from sds3d.cli.shared import (
     AllowPickle,
     Json,
@@ -26,8 +27,7 @@ from sds3d.cli.shared import (
     print_result,
     user_path,
 )
-from sds3d.options import spread
-from sds3d.ranges import shown
+from sds3d.runtime.ranges import shown
 
 if TYPE_CHECKING:
     from sds3d.live.watch import Watch
@@ -71,7 +71,7 @@ def generate(
     the run is done, until Ctrl-C (with --quiet or --json it ends with the run). SDS3D_TRACEBACK=1 shows where an error
     came from.
     """
-    from sds3d.config import Config
+    from sds3d.config.load import Config
 
     begin(prompt, overrides, options, Config)
 
@@ -103,9 +103,10 @@ def resume(
 
       sds3d resume outputs/00001-a-red-mug --live      [dim]# watched in a browser (scenes)[/dim]
     """
-    from sds3d import config as configs
-    from sds3d import launch, shares
-    from sds3d.runs import Run
+    from sds3d.config import load as configs
+    from sds3d.runs import launch
+    from sds3d.runs.folder import Run
+    from sds3d.runtime import distributed as shares
 
     begun, quiet, json = time.perf_counter(), options.quiet, options.json
     layer = configs.parse_overrides(overrides or []) | ({configs.PICKLE: True} if options.allow_pickle else {})
@@ -180,10 +181,10 @@ def export(
 
       sds3d export outputs/00001-a-red-mug -f stl --height 80      [dim]# 80 mm high, to print[/dim]
     """
-    from sds3d import progress, report
-    from sds3d.asset import FORMATS, Asset
-    from sds3d.files import require_folder
-    from sds3d.runs import Run
+    from sds3d.runs import progress, report
+    from sds3d.runs.folder import Run
+    from sds3d.runs.scene import FORMATS, Asset
+    from sds3d.runtime.files import require_folder
 
     names = {"mp4": "turntable", "png": "preview"}
     wanted = [part.strip().lower().lstrip(".") for part in format.split(",") if part.strip()]
@@ -239,8 +240,8 @@ def evaluate(
 
       sds3d eval outputs/00002-digits-diffinstruct -n 2000 --seeds 1
     """
-    from sds3d.asset import Asset
     from sds3d.cli import generators
+    from sds3d.runs.scene import Asset
 
     for run in list(runs):
         if generators.is_one(run):

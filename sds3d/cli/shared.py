@@ -17,15 +17,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer import Argument, Option
 
-from sds3d import files
+from sds3d.runtime import files
 
 if TYPE_CHECKING:
-    from sds3d.asset import Asset
-    from sds3d.config import RunConfig
-    from sds3d.generated import Generated
+    from sds3d.config.load import RunConfig
     from sds3d.live.watch import Watch
-    from sds3d.painting import Painting
-    from sds3d.progress import Silent
+    from sds3d.runs.generator import Generated
+    from sds3d.runs.image import Painting
+    from sds3d.runs.progress import Silent
+    from sds3d.runs.scene import Asset
     from sds3d.train import Step
 
 Overrides = Annotated[
@@ -116,8 +116,9 @@ class RunOptions:
 
 def begin(prompt: str | None, overrides: list[str] | None, options: RunOptions, kind: type[RunConfig]) -> None:
     """Carry out a new run, or print its settings where that is all that is wanted."""
-    from sds3d import config as configs
-    from sds3d import launch, shares
+    from sds3d.config import load as configs
+    from sds3d.runs import launch
+    from sds3d.runtime import distributed as shares
 
     begun = time.perf_counter()
     quiet = options.quiet or shares.join().index > 0  # of several processes one speaks
@@ -140,7 +141,7 @@ def begin(prompt: str | None, overrides: list[str] | None, options: RunOptions, 
 
 def make_display(quiet: bool, as_json: bool) -> Silent:
     """What this terminal can show."""
-    from sds3d import progress
+    from sds3d.runs import progress
 
     return progress.choose(quiet or as_json)
 
@@ -157,7 +158,7 @@ def carry_out(
 
     Who watches the run on a page may stop it, too, and then has the files written.
     """
-    from sds3d.shares import join
+    from sds3d.runtime.distributed import join
 
     last, share = None, join()
     with display:

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer import Argument, Option
 
+from sds3d.cli.options import spread
 from sds3d.cli.shared import AllowPickle, DType, Overrides, Quiet, Teacher, finite, interruption, user_path
-from sds3d.options import spread
 
 if TYPE_CHECKING:
     from sds3d.teachers.base import TeacherConfig
-    from sds3d.teachers.fit import FitConfig
+    from sds3d.teachers.training.fit import FitConfig
 
 app = typer.Typer(no_args_is_help=True, help="Look at, check or train the teacher (the 2D diffusion model).")
 
@@ -45,9 +45,9 @@ def settings_of(options: SampleOptions, overrides: list[str] | None) -> TeacherC
     Raises:
         ValueError: another key, an unknown one, or a value that nobody can use.
     """
-    from sds3d.config import parse_overrides
+    from sds3d.config.load import parse_overrides
+    from sds3d.config.typed import build, merge
     from sds3d.teachers.base import TeacherConfig
-    from sds3d.typed import build, merge
 
     given = parse_overrides(overrides or [])
     layer = given.pop("teacher", {})
@@ -78,11 +78,12 @@ def sample(
 
       sds3d teacher sample "a corgi" --teacher FOLDER teacher.hf.size=256      [dim]# of a diffusers pipeline[/dim]
     """
-    from sds3d import cameras, make
-    from sds3d.export import sheet
+    from sds3d import cameras
+    from sds3d.media import sheet
     from sds3d.teachers.drawing import sample as draw
+    from sds3d.teachers.load import load_teacher
 
-    o, judge = options, make.load_teacher(settings_of(options, overrides))
+    o, judge = options, load_teacher(settings_of(options, overrides))
     judge.check(prompt)
     if o.orbit and judge.views != "camera":
         raise ValueError(f"the teacher {o.teacher} takes no camera; leave --orbit out")
@@ -99,13 +100,13 @@ def words(teacher: Teacher = "small") -> None:
 
       sds3d teacher words
     """
-    from sds3d import make
     from sds3d.teachers.base import TeacherConfig
     from sds3d.teachers.hf import loading
+    from sds3d.teachers.load import load_teacher
 
     if loading.is_pipeline(teacher):  # whose weights nobody has to read for that
         raise ValueError(f"the teacher {teacher} reads any words: it has no list of them")
-    print(" ".join(make.load_teacher(TeacherConfig(teacher)).vocabulary))
+    print(" ".join(load_teacher(TeacherConfig(teacher)).vocabulary))
 
 
 @app.command(name="train")
@@ -136,10 +137,10 @@ def train_teacher(
 
       sds3d teacher train toybox -o outputs/toybox      [dim]# hours; renders 413 MB first[/dim]
     """
-    from sds3d import make
-    from sds3d.config import parse_overrides
-    from sds3d.progress import Clock
-    from sds3d.teachers import fit, sources
+    from sds3d.config.load import parse_overrides
+    from sds3d.runs.progress import Clock
+    from sds3d.runtime.device import pick_device
+    from sds3d.teachers.training import fit, sources
 
     place = user_path(data).resolve()
     out = out or Path("outputs") / f"{place.name}-teacher"
@@ -150,7 +151,7 @@ def train_teacher(
         print(*(f"skipped: {line}" for line in skipped), f"{len(skipped)} skipped", sep="\n", file=sys.stderr)
     fit.require(out, settings, source)  # before the work
     clock, row = Clock(), None
-    rows = fit.train(out, settings, source, resume, make.pick_device(device))
+    rows = fit.train(out, settings, source, resume, pick_device(device))
     with interruption() as stopped:
         _prepare(source.prepare(out, settings.images, settings.seed), quiet, stopped)
         for row in rows:
@@ -168,8 +169,8 @@ def train_teacher(
 
 def _settings(data: str, out: Path, resume: bool, layer: dict[str, Any]) -> FitConfig:
     """How to train. Raises ValueError for what has no part in it."""
-    from sds3d.teachers.fit import FitConfig, settings_of
-    from sds3d.typed import build, merge, plain
+    from sds3d.config.typed import build, merge, plain
+    from sds3d.teachers.training.fit import FitConfig, settings_of
 
     if "data" in layer:
         raise ValueError(f"data is what comes first, {data}: name other data there, and leave data= out")

@@ -20,10 +20,10 @@ from pathlib import Path
 
 import torch
 
-from sds3d import picture
 from sds3d.data.pictures import Pictures
-from sds3d.files import from_json, read_text, user_path
+from sds3d.media import picture
 from sds3d.prompts import words
+from sds3d.runtime.files import from_json, read_text, user_path
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 TABLES = ("captions.csv", "captions.jsonl", "metadata.csv", "metadata.jsonl")

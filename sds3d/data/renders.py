@@ -18,7 +18,7 @@ from sds3d.cameras import Cameras
 from sds3d.data.kinds import KINDS, STACKS
 from sds3d.data.toybox import SIZES
 from sds3d.data.tracing import part_distances, trace
-from sds3d.files import replacing, unwritable
+from sds3d.runtime.files import replacing, unwritable
 
 NAMES = (*KINDS, *STACKS)
 CHUNK = 20  # images of one kind rendered together

@@ -19,14 +19,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from sds3d.guidance import Guidance
-from sds3d.noise import Prediction, noised, weight
-from sds3d.query import Critic, Query
-from sds3d.ramp import Ramp
-from sds3d.students import Draw
+from sds3d.diffusion.guidance import Guidance
+from sds3d.diffusion.noise import Prediction, noised, weight
+from sds3d.diffusion.timesteps import TimeDraw
+from sds3d.distill.query import Critic, Query
+from sds3d.runtime.ramp import Ramp
+from sds3d.runtime.transfer import onto
+from sds3d.students.base import Draw
 from sds3d.teachers.base import Teacher
-from sds3d.times import TimeDraw
-from sds3d.transfer import onto
 
 NOISES = ("fresh", "fixed")
 T_BINS = 5  # |g| is reported for this many equal parts of t in [0, 1]

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from sds3d.distill.core import Judgement
-from sds3d.pairs import Pairs
-from sds3d.shares import Share
-from sds3d.students import Draw
+from sds3d.distill.pairs import Pairs
+from sds3d.runtime.distributed import Share
+from sds3d.students.base import Draw
 
 Distance = Callable[[Tensor, Tensor], Tensor]  # x and what it should be, (B, C, h, w) each -> (B,)
 
@@ -24,7 +24,7 @@ class Regression:
     Args:
         pairs: z and y.
         paint: G: noise (B, C, h, w) and B prompts -> x, with gradients.
-        distance: see `sds3d.perceptual`.
+        distance: see `sds3d.distill.perceptual`.
         weight: 0.25 is the paper's.
         batch: pairs a step.
         share: of them, where several processes train.

@@ -1,1 +1,1 @@
-"""Files for people: meshes, turntables, contact sheets. Everything here takes plain callables and tensors."""
+"""Mesh files: from a field to a mesh, its colours, and the formats. All of it takes plain callables and tensors."""

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sds3d.export.model import Model
-from sds3d.files import replacing
+from sds3d.runtime.files import replacing
 
 if TYPE_CHECKING:
     import trimesh

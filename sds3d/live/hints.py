@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from sds3d import make
 from sds3d.data.kinds import KINDS, STACKS
 from sds3d.data.toybox import SIZES
 from sds3d.prompts import COLOURS
 from sds3d.teachers.base import TeacherConfig
 from sds3d.teachers.hf import loading
+from sds3d.teachers.load import load_teacher
 
 TITLE = "What it knows"  # of the folder on the page
 TOYS = (
@@ -42,7 +42,7 @@ class Hints:
         if loading.is_pipeline(teacher):
             return cls()
         try:
-            found = make.load_teacher(TeacherConfig(teacher), "cpu")
+            found = load_teacher(TeacherConfig(teacher), "cpu")
         except ValueError:  # the queue says what is wrong, should it be asked for something
             return cls()
         return cls(found.prompts[:3], {"words": ", ".join(sorted(found.vocabulary))})

@@ -25,15 +25,15 @@ import numpy as np
 import torch
 
 from sds3d.cameras import Cameras, Poses
-from sds3d.export.sheet import to_bytes
-from sds3d.files import from_json
 from sds3d.live.address import Address
 from sds3d.live.eyes import Eyes
+from sds3d.media.sheet import to_bytes
+from sds3d.runtime.files import from_json
 
 if TYPE_CHECKING:
     from viser import CameraHandle, ClientHandle, GuiEvent
 
-    from sds3d.asset import Asset
+    from sds3d.runs.scene import Asset
 
 BRAND = (38, 103, 148)
 PROBLEMS = (ValueError, ArithmeticError, RuntimeError, OSError, LookupError, TypeError, AttributeError, ImportError)

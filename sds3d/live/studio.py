@@ -15,15 +15,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sds3d import config as configs
-from sds3d import launch, make
-from sds3d.distill import METHODS
+from sds3d.config import load as configs
+from sds3d.distill.score import METHODS
 from sds3d.live.hints import TITLE, Hints, without_commands
 from sds3d.live.jobs import Job, Queue
 from sds3d.live.stage import PROBLEMS, text
 from sds3d.live.watch import Watch
-from sds3d.ranges import STEPS
-from sds3d.runs import Run, open_picture
+from sds3d.runs import build as make
+from sds3d.runs import launch
+from sds3d.runs.folder import Run, open_picture
+from sds3d.runtime.ranges import STEPS
 from sds3d.teachers.base import PACKAGED
 
 if TYPE_CHECKING:

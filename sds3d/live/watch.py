@@ -7,13 +7,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sds3d import config as configs
+from sds3d.config import load as configs
 from sds3d.live.stage import text
-from sds3d.progress import Clock, figures
+from sds3d.runs.progress import Clock, figures
 
 if TYPE_CHECKING:
-    from sds3d.asset import Asset
     from sds3d.live.stage import Stage
+    from sds3d.runs.scene import Asset
     from sds3d.train import Step
 
 TELL = 0.25  # seconds between two updates of the figures

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sds3d.cameras import Cameras
-from sds3d.noise import Prediction, Schedule
-from sds3d.ranges import Within
+from sds3d.diffusion.noise import Prediction, Schedule
+from sds3d.runtime.ranges import Within
 
 PACKAGED = ("small", "toybox", "digits")  # "toybox" is another name of "small"
 VIEWS = ("camera", "words")  # how a teacher may be told where an image is seen from

@@ -9,13 +9,13 @@ from torch import Tensor
 
 from sds3d import cameras as cam
 from sds3d.cameras import Cameras
-from sds3d.draws import ImageNoise, in_order, piece_size, pieces
-from sds3d.guidance import cfg
-from sds3d.modes import require_own_process
-from sds3d.noise import Prediction
-from sds3d.samplers import Fresh, Sampler
+from sds3d.diffusion.draws import ImageNoise, in_order, piece_size, pieces
+from sds3d.diffusion.guidance import cfg
+from sds3d.diffusion.noise import Prediction
+from sds3d.diffusion.samplers import Fresh, Sampler
+from sds3d.runtime.modes import require_own_process
+from sds3d.runtime.transfer import onto
 from sds3d.teachers.base import Teacher
-from sds3d.transfer import onto
 
 
 def guided(
@@ -70,7 +70,7 @@ def drawn(
     device: torch.device | str = "cpu",
 ) -> Iterator[tuple[list[int], Tensor, Tensor]]:
     """A piece at a time: which of the prompts (P of them), noise and x (P or more, C, h, w) whose first P are theirs;
-    of images ``first``, ``first`` + 1, ... of a seed, one a prompt; see `sds3d.draws`.
+    of images ``first``, ``first`` + 1, ... of a seed, one a prompt; see `sds3d.diffusion.draws`.
 
     Decode a whole piece before you cut it: a network that decodes depends on the batch, too.
 
@@ -80,7 +80,7 @@ def drawn(
 
     Raises:
         ValueError: cameras for a teacher that judges several views of a scene at once, and they are no whole sets; or
-            see `sds3d.modes.require_own_process`.
+            see `sds3d.runtime.modes.require_own_process`.
     """
     require_own_process()
     device, views = torch.device(device), getattr(teacher, "together", 1) if cameras is not None else 1
@@ -107,7 +107,7 @@ def sample(
 ) -> Tensor:
     """Images the teacher draws, one a prompt, (B, 3, H, W) in [0, 1].
 
-    Image i of a seed depends on its prompt and camera alone, not on how many are drawn; see `sds3d.draws`.
+    Image i of a seed depends on its prompt and camera alone, not on how many are drawn; see `sds3d.diffusion.draws`.
 
     Args:
         cameras: B exact cameras, or None to leave the view to the prompts' words.

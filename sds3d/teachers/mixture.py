@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from sds3d.cameras import Cameras
+from sds3d.diffusion.noise import Prediction, Schedule, target
 from sds3d.networks.mlp import PointNet
-from sds3d.noise import Prediction, Schedule, target
 from sds3d.prompts import VIEW_WORDS
 from sds3d.teachers.base import decode_pixels, encode_pixels
 
@@ -103,7 +103,7 @@ class MixtureTeacher:
         classes: prompt -> weights (K,) of the mixture under it; view words may be part of the prompt. "" is the whole
             mixture.
         schedule: its noise levels.
-        kind: what it reports, one of `sds3d.noise.KINDS`.
+        kind: what it reports, one of `sds3d.diffusion.noise.KINDS`.
         cameras: K cameras, where component k is a picture taken by camera k; then ``views`` is "camera", and a told
             camera favours the components seen from near it.
         view_width: degrees of arc over which that favour falls off (a Gaussian's standard deviation).
@@ -210,7 +210,7 @@ class MixtureTeacher:
         camera_mask: Tensor | None = None,
         extra: Tensor | None = None,
     ) -> Prediction:
-        """See `sds3d.critics.Trainable.answer`; the network's answer is added to the exact one."""
+        """See `sds3d.distill.critics.Trainable.answer`; the network's answer is added to the exact one."""
         exact = self.predict(x_t, t, prompts, cameras, camera_mask)
         dtype = torch.promote_types(x_t.dtype, torch.float32)
         v = exact.v + network(x_t.to(torch.float32), t.to(torch.float32)).to(dtype)

@@ -6,7 +6,7 @@ import struct
 from collections.abc import Callable
 from pathlib import Path
 
-from sds3d.files import from_json
+from sds3d.runtime.files import from_json
 
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 ORIGINAL = "model.diffusion_model."  # how the first programs for Stable Diffusion name the network

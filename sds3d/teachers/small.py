@@ -18,17 +18,17 @@ from types import MappingProxyType
 import torch
 from torch import Tensor, nn
 
-from sds3d import tensor_files
 from sds3d.cameras import Cameras
-from sds3d.files import from_json, replacing
-from sds3d.modes import require_own_process
+from sds3d.diffusion.noise import Prediction, Schedule
 from sds3d.networks.text import PROMPT_WORDS, TextEncoder
 from sds3d.networks.unet import UNet, UNetConfig
-from sds3d.noise import Prediction, Schedule
 from sds3d.prompts import unknown_words, warn_of_weights, weighted, words
+from sds3d.runtime import tensor_files
+from sds3d.runtime.files import from_json, replacing
+from sds3d.runtime.modes import require_own_process
+from sds3d.runtime.transfer import onto
 from sds3d.teachers.base import VIEWS, decode_pixels, encode_pixels
 from sds3d.teachers.single_file import explain
-from sds3d.transfer import onto
 
 FILE = "teacher.safetensors"  # the weights in a training's folder
 
@@ -119,7 +119,7 @@ class SmallTeacher:
         return self.unet.config.widths[-1]
 
     def asked_at(self, times: Tensor) -> tuple[Tensor, float]:
-        """See `sds3d.generators.one_step.Network.asked_at`: at any time, with as much noise as there is then."""
+        """See `sds3d.students.generator.Network.asked_at`: at any time, with as much noise as there is then."""
         return times, float(self.schedule.alpha_sigma(times[0])[1])
 
     @property
@@ -148,7 +148,7 @@ class SmallTeacher:
         camera_mask: Tensor | None = None,  # (B,) bool
         extra: Tensor | None = None,  # (B, extra_width)
     ) -> Prediction:
-        """See `sds3d.critics.Trainable.answer`."""
+        """See `sds3d.distill.critics.Trainable.answer`."""
         exact = self.unet.last.weight.dtype  # float32, or float64 where somebody wants it
         seen = torch.ones(len(x_t), device=x_t.device) if camera_mask is None else camera_mask.float()
         text, cameras = self._embed(prompts), cameras.to(x_t.device) if cameras else None
@@ -160,7 +160,7 @@ class SmallTeacher:
         return Prediction(v, x_t, alpha, sigma, "v")
 
     def features(self, network: nn.Module, x_t: Tensor, t: Tensor, prompts: list[str]) -> list[Tensor]:
-        """See `sds3d.critics.Featured.features`: the maps of the network's way down."""
+        """See `sds3d.distill.critics.Featured.features`: the maps of the network's way down."""
         exact, text = self.unet.last.weight.dtype, self._embed(prompts)
         with torch.autocast(x_t.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
             found = network.features(x_t.to(exact), t.to(exact), text)
@@ -248,7 +248,7 @@ def load(
 
     Raises:
         ValueError: if the file is missing, damaged or of another kind, or views is unknown; or see
-            `sds3d.modes.require_own_process`.
+            `sds3d.runtime.modes.require_own_process`.
     """
     require_own_process()
     path, device = Path(path or packaged("small")), torch.device(device)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from sds3d.files import replacing
+from sds3d.runtime.files import replacing
 
 FILE = "pytorch_lora_weights.safetensors"  # what diffusers looks for in a folder
 NAME = "critic"

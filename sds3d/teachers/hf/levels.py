@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from sds3d.noise import Schedule
+from sds3d.diffusion.noise import Schedule
 from sds3d.teachers.hf.fields import Known, refuse_unknown
 
 KINDS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}  # diffusers' names of what a network may output
@@ -46,7 +46,7 @@ class Levels:
 
     Args:
         schedule: of x_t.
-        kind: of the network's output, one of `sds3d.noise.KINDS`.
+        kind: of the network's output, one of `sds3d.diffusion.noise.KINDS`.
         count: of the levels; the network is told numbers from 0 to this.
         flow: whether it is told count * sigma, else count * t.
     """

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sds3d.files import from_json, read_text
-from sds3d.modes import require_own_process
+from sds3d.runtime.files import from_json, read_text
+from sds3d.runtime.modes import require_own_process
 from sds3d.teachers.base import PACKAGED, HFConfig, TeacherConfig
 from sds3d.teachers.hf.families import FAMILIES, Family
 from sds3d.teachers.hf.fields import refuse_unknown_parts
@@ -43,7 +43,7 @@ def load(settings: TeacherConfig, device: torch.device) -> DiffusersTeacher:
 
     Raises:
         ValueError: the hub cannot be reached or says no, the pipeline is of no family we know, its weights are pickles
-            or damaged, or an option is not for it; or see `sds3d.modes.require_own_process`.
+            or damaged, or an option is not for it; or see `sds3d.runtime.modes.require_own_process`.
     """
     require_own_process()
     folder = find(settings.name, settings.hf)

@@ -1,5 +1,5 @@
 """A pipeline as its settings files describe it: every part in shape, none in memory. Weights are neither read nor
-downloaded; what such a teacher does is what `sds3d.memory.Meter` counts."""
+downloaded; what such a teacher does is what `sds3d.runtime.memory.Meter` counts."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CLIP_TOKENS = 77  # where the files do not say
 
 def draw(settings: TeacherConfig, dtype: torch.dtype) -> tuple[DiffusersTeacher, list[nn.Module]]:
     """What a pipeline's settings files describe, in this precision: a teacher whose weights are on torch's meta device
-    (see `sds3d.memory.hollow`), never offloaded, and its text encoders, there too.
+    (see `sds3d.runtime.memory.hollow`), never offloaded, and its text encoders, there too.
 
     Raises:
         ValueError: the hub cannot be reached or says no, the pipeline is of no family we know, a file is missing or

@@ -11,18 +11,18 @@ import torch
 from torch import Tensor, nn
 
 from sds3d.cameras import Cameras
-from sds3d.noise import Prediction, Schedule
+from sds3d.diffusion.noise import Prediction, Schedule
 from sds3d.prompts import warn_of_weights
+from sds3d.runtime.transfer import onto
 from sds3d.teachers.base import decode_pixels, encode_pixels
-from sds3d.teachers.hf import generator
+from sds3d.teachers.hf import generator_scheduler
 from sds3d.teachers.hf.adapter import Adapter, save
 from sds3d.teachers.hf.families import Family
 from sds3d.teachers.hf.words import Condition, Words, warn_of_cut
-from sds3d.transfer import onto
 
 
 class DiffusersTeacher:
-    """A `sds3d.teachers.base.Teacher`, and a `sds3d.critics.Trainable`, around a pipeline's frozen parts.
+    """A `sds3d.teachers.base.Teacher`, and a `sds3d.distill.critics.Trainable`, around a pipeline's frozen parts.
 
     Args:
         family: the parts, on their device.
@@ -93,11 +93,11 @@ class DiffusersTeacher:
     def adapter(
         self, rank: int, generator: torch.Generator, targets: tuple[str, ...], dtype: torch.dtype, checkpointing: bool
     ) -> Adapter:
-        """See `sds3d.critics.Adaptable.adapter`."""
+        """See `sds3d.distill.critics.Adaptable.adapter`."""
         return Adapter(self.network, rank, generator, targets, dtype, checkpointing)
 
     def save_adapter(self, adapter: Adapter, folder: Path) -> Path | None:
-        """See `sds3d.critics.Adaptable.save_adapter`."""
+        """See `sds3d.distill.critics.Adaptable.save_adapter`."""
         return save(adapter, self.family.pipe, self.family.PART, folder)
 
     @property
@@ -111,9 +111,9 @@ class DiffusersTeacher:
         return self.family.feature_width
 
     def asked_at(self, times: Tensor) -> tuple[Tensor, float]:
-        """See `sds3d.generators.one_step.Network.asked_at`: as its pipeline is, once it is a generator's."""
-        scheduler = generator.scheduler(self.family, self.levels, float(times[0]), len(times))
-        return generator.times(self.family, self.levels, scheduler, len(times)), 1.0
+        """See `sds3d.students.generator.Network.asked_at`: as its pipeline is, once it is a generator's."""
+        scheduler = generator_scheduler.scheduler(self.family, self.levels, float(times[0]), len(times))
+        return generator_scheduler.times(self.family, self.levels, scheduler, len(times)), 1.0
 
     @torch.no_grad()
     def predict(
@@ -139,15 +139,15 @@ class DiffusersTeacher:
         camera_mask: Tensor | None = None,  # (B,) bool
         extra: Tensor | None = None,
     ) -> Prediction:
-        """See `sds3d.critics.Trainable.answer`. In half precision the network's weights may be in float32; an adapter
-        answers as ``predict`` does, without autocast."""
+        """See `sds3d.distill.critics.Trainable.answer`. In half precision the network's weights may be in
+        float32; an adapter answers as ``predict`` does, without autocast."""
         assert extra is None, "it has no place for an extra condition"
         condition = self._condition(prompts, cameras, camera_mask)
         with torch.autocast(x_t.device.type, self.dtype, enabled=self.dtype != torch.float32):
             return self._ask(network, x_t, t, condition)
 
     def features(self, network: nn.Module, x_t: Tensor, t: Tensor, prompts: list[str]) -> list[Tensor]:
-        """See `sds3d.critics.Featured.features`."""
+        """See `sds3d.distill.critics.Featured.features`."""
         condition = self._condition(prompts, None, None)
         with torch.autocast(x_t.device.type, self.dtype, enabled=self.dtype != torch.float32):
             found = self.family.features(network, x_t.to(self.dtype), self.levels.told(t).float(), condition)

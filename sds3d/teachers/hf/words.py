@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sds3d import tensor_files
 from sds3d.cameras import Cameras
-from sds3d.files import replacing
 from sds3d.prompts import VIEW_WORDS, named_view, view_blend
-from sds3d.transfer import onto
+from sds3d.runtime import tensor_files
+from sds3d.runtime.files import replacing
+from sds3d.runtime.transfer import onto
 
 Condition = dict[str, Tensor]  # by name, (N, ...) each
 VERSION = 2  # of what is kept on disk; the first one's numbers depended on who asked first

@@ -1,0 +1,78 @@
+"""What Python users call: each makes a run from its settings and carries it out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sds3d.config import load as configs
+from sds3d.config.schema import Config, DistillConfig, PaintConfig, RunConfig
+from sds3d.runs.generator import Generated, load_generator
+from sds3d.runs.image import Painting
+from sds3d.runs.launch import prepare, start
+from sds3d.runs.scene import Asset
+
+__all__ = ["Asset", "Generated", "Painting", "generate", "load_generator", "paint", "train_generator"]
+
+
+def generate(prompt: str, **overrides: Any) -> Asset:
+    """Make a 3D asset from a text prompt.
+
+    Args:
+        prompt: what to make, in words its teacher knows.
+        overrides: any setting: ``seed=3``, ``steps=800``, ``method="vsd"``, ``render={"resolution": 32}`` or
+            ``**{"render.resolution": 32}``.
+
+    Returns:
+        The finished asset; its run folder (``asset.path``) holds mesh.glb, turntable.mp4, preview.png ...
+
+    Raises:
+        ValueError: a setting or a word that is not known, or a folder that cannot be written.
+    """
+    return _finished(configs.load(prompt, overrides, kind=Config))
+
+
+def paint(prompt: str, **overrides: Any) -> Painting:
+    """Make images from a text prompt, by optimising their pixels.
+
+    Args:
+        prompt: what to paint, in words its teacher knows; view words count.
+        overrides: any setting: ``method="vsd"``, ``image={"count": 8}``, ``steps=400`` ...
+
+    Returns:
+        The finished painting: ``painting.images``; its run folder (``painting.path``) holds image.png and the strip of
+        its progress.
+
+    Raises:
+        ValueError: a setting or a word that is not known, or a folder that cannot be written.
+    """
+    return _finished(configs.load(prompt, overrides, kind=PaintConfig))
+
+
+def train_generator(**overrides: Any) -> Generated:
+    """Train a generator that paints in one step, or a few, what a teacher paints in many.
+
+    Args:
+        overrides: any setting: ``teacher="digits"``, ``method="dmd"``, ``steps=4000``, ``generator={"batch": 64}`` ...
+
+    Returns:
+        The finished run: its folder (``path``) holds generator.safetensors (or, of a diffusers pipeline, one in
+        pipeline/), its card, grid.png; `load_generator(path)` paints.
+
+    Raises:
+        ValueError: a setting that is not known, or a folder that cannot be written.
+    """
+    if isinstance(overrides.get("teacher"), str):
+        overrides["teacher"] = {"name": overrides["teacher"]}
+    return _finished(configs.load(None, overrides, kind=DistillConfig))
+
+
+def _finished(config: RunConfig) -> Any:
+    """A new run, carried out."""
+    for _ in prepare(config):
+        pass
+    made, steps = start(config)
+    for _ in steps:
+        pass
+    for _ in made.finish():
+        pass
+    return made

@@ -1,0 +1,267 @@
+"""What a user can set: one typed tree of dataclasses for each kind of run. config.py fills it from YAML and flags."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from sds3d import ops
+from sds3d.cameras import CameraRanges
+from sds3d.config.typed import check, nearest
+from sds3d.diffusion.guidance import Guidance
+from sds3d.diffusion.timesteps import TimeDraw
+from sds3d.distill.critics import CriticConfig
+from sds3d.distill.pairs import PairsConfig
+from sds3d.distill.perceptual import DISTANCES
+from sds3d.distill.score.diffinstruct import DiffInstruct
+from sds3d.distill.score.sds import SDS
+from sds3d.export.mesh import Surface
+from sds3d.export.pipeline import Look
+from sds3d.runtime.ramp import Ramp
+from sds3d.runtime.ranges import STEPS, Within, shown
+from sds3d.students.generator import GeneratorConfig
+from sds3d.students.image import ImageConfig
+from sds3d.students.scene.field import FieldConfig
+from sds3d.students.scene.occupancy import OccupancyConfig
+from sds3d.students.scene.regularisers import RegulariserConfig
+from sds3d.students.scene.student import RenderConfig
+from sds3d.teachers.base import TeacherConfig
+from sds3d.train import OptimConfig, Plan
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    """
+    Args:
+        save_every: steps between checkpoints.
+        picture_every: steps between progress pictures, 0 for none.
+    """
+
+    save_every: Annotated[int, Within(1, STEPS)] = 100
+    picture_every: Annotated[int, Within(0, STEPS)] = 50
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """
+    Args:
+        mesh_resolution: voxels along each side of the box.
+        threshold: density at the surface, its level; null chooses it.
+        keep: pieces smaller than this share of the largest piece's area are dropped; 1 keeps the largest only.
+        fill: close cracks, holes and gaps narrower than this, in scene units, where that is two voxels; 0 for none.
+        smooth: rounds of smoothing.
+        faces: at most so many triangles.
+        colours: "texture", or "vertex".
+        texture: texels a side.
+        frames, size, elevation: of the turntable; pixels, degrees. ``size`` is the preview's, too.
+    """
+
+    mesh_resolution: Annotated[int, Within(8, 512)] = 96
+    threshold: Annotated[float, Within(0, 1e6, above=True)] | None = None
+    keep: Annotated[float, Within(0, 1)] = 0.05
+    fill: Annotated[float, Within(0, 0.5)] = 0.05
+    smooth: Annotated[int, Within(0, 100)] = 3
+    faces: Annotated[int, Within(100, 10_000_000)] = 50_000
+    colours: str = "texture"
+    texture: Annotated[int, Within(64, 4096)] = 1024
+    frames: Annotated[int, Within(2, 10_000)] = 48
+    size: Annotated[int, Within(16, 2048)] = 128
+    elevation: Annotated[float, Within(-90, 90)] = 15.0
+
+    def __post_init__(self):
+        if not 8 <= self.mesh_resolution <= 512:
+            raise ValueError(f"export.mesh_resolution is {self.mesh_resolution}; give 8 to 512 voxels a side")
+        if self.threshold is not None and not self.threshold > 0:
+            raise ValueError(f"export.threshold is {self.threshold}; give a density above 0, or null")
+        if not 0 <= self.keep <= 1:
+            raise ValueError(f"export.keep is {self.keep}; give a share from 0 to 1")
+        self.surface(), self.look()
+        if not -90 <= self.elevation <= 90:
+            raise ValueError(f"export.elevation is {self.elevation}; give degrees from -90 to 90")
+        if not 2 <= self.frames <= 10_000:
+            raise ValueError(f"export.frames is {self.frames}; give 2 to 10000")
+        if not 16 <= self.size <= 2048 or self.size % 2:
+            raise ValueError(f"export.size is {self.size}; give an even number from 16 to 2048")
+
+    def surface(self) -> Surface:
+        """How the surface is made. Raises ValueError."""
+        return Surface(self.mesh_resolution, self.threshold, self.keep, self.fill, self.smooth, self.faces)
+
+    def look(self) -> Look:
+        """Where its colours are. Raises ValueError."""
+        return Look(self.colours, self.texture)
+
+
+@dataclass(frozen=True)
+class SourceConfig:
+    """What an edit starts from.
+
+    Args:
+        prompt: what the source shows.
+        run: the run folder of a scene to edit; images begin from image.start.
+    """
+
+    prompt: str = ""
+    run: str = ""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """What every run is told, whatever its student.
+
+    Args:
+        prompt: what to make.
+        negative: what not to make; "" for nothing.
+        seed: of every random draw.
+        steps: of the loop.
+        device: "auto", "cpu", "cuda" ...
+        deterministic: on a GPU, make the same run the same bit for bit, which costs time (a warning names what cannot
+            be); on a CPU it always is.
+        out: folder for run folders.
+        method: a method of distill.METHODS; in YAML its name and its fields.
+        weight: W(t), one of noise.WEIGHTS; "auto" is the method's own.
+        uncond_camera: whether the null and negative prompts are told the camera.
+        noise: "fresh" every step, or "fixed", the same for every step (some methods find their own, by inversion).
+        guidance: Perp-Neg and CFG rescale, beside the method's own scale.
+        time: where t comes from.
+        critic: how the student's own score is learnt, for methods that need it.
+        source: what is edited, for methods that edit.
+
+    Raises:
+        ValueError: an empty prompt or a number that makes no sense.
+    """
+
+    prompt: str
+    negative: str = ""
+    seed: Annotated[int, Within(0, 2**62 - 1)] = 0
+    steps: Annotated[int, Within(1, STEPS)] = 400
+    device: str = "auto"
+    deterministic: bool = False
+    out: str = "outputs"
+    teacher: TeacherConfig = TeacherConfig()
+    method: Any = SDS()
+    weight: str = "auto"
+    uncond_camera: bool = False
+    noise: str = "fresh"
+    guidance: Guidance = Guidance()
+    critic: CriticConfig = CriticConfig()
+    source: SourceConfig = SourceConfig()
+    time: TimeDraw = dataclasses.field(default_factory=lambda: TimeDraw(Ramp.constant(0.087), Ramp(0, 0.951, 0.5, 300)))
+    optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
+    log: LogConfig = LogConfig()
+
+    def __post_init__(self):
+        if not self.prompt.strip() and not isinstance(self, DistillConfig):
+            raise ValueError('the prompt is empty; say what to make, as in: sds3d generate "a red mug"')
+        if not 0 <= self.seed < 2**62:
+            raise ValueError(f"seed is {shown(self.seed)}; give 0 or more, below 2^62")
+        self.plan()
+        check(self)
+
+    def plan(self) -> Plan:
+        """What the loop is told."""
+        return Plan(self.steps, 2 * self.seed, {}, self.optim, self.log.save_every, self.log.picture_every)
+
+    @property
+    def particles(self) -> int:
+        """Students that share the method's critic."""
+        return getattr(self.method, "particles", 1)
+
+
+@dataclass(frozen=True)
+class Config(RunConfig):
+    """Everything that makes a scene.
+
+    Args:
+        backend: of the hot kernels; one of ops.BACKENDS.
+    """
+
+    backend: str = "auto"
+    field: FieldConfig = FieldConfig()
+    occupancy: OccupancyConfig = OccupancyConfig()
+    render: RenderConfig = RenderConfig()
+    camera: CameraRanges = CameraRanges()
+    regularise: RegulariserConfig = RegulariserConfig()
+    export: ExportConfig = ExportConfig()
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.backend not in ops.BACKENDS:
+            raise ValueError(f"backend is {self.backend!r}; {nearest(self.backend, ops.BACKENDS)}")
+        if self.render.views % self.camera.ring:
+            raise ValueError(
+                f"render.views is {self.render.views} and camera.ring {self.camera.ring}; give a multiple of the ring"
+            )
+
+    def plan(self) -> Plan:
+        return dataclasses.replace(super().plan(), lambdas=self.regularise.ramps())
+
+
+@dataclass(frozen=True)
+class PaintConfig(RunConfig):
+    """Everything that makes images without a scene."""
+
+    steps: Annotated[int, Within(1, STEPS)] = 200
+    optim: OptimConfig = dataclasses.field(
+        default_factory=lambda: OptimConfig({"pixels": Ramp(100, 0.05, 0.005, 200)}, eps=1e-8)
+    )
+    log: LogConfig = LogConfig(picture_every=25)
+    image: ImageConfig = ImageConfig()
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.particles > 1:
+            raise ValueError("method.particles counts scenes; for images give image.count")
+
+
+@dataclass(frozen=True)
+class DistillConfig(RunConfig):
+    """Everything that makes a generator which paints in one step or a few.
+
+    Args:
+        prompt: "" to learn every prompt the teacher was trained on (or those of generator.prompts), else the only one.
+        generator: the student.
+        pairs: for methods with a regression on pairs.
+        distance: of that regression, one of perceptual.DISTANCES.
+        real: for methods with a discriminator: "digits", or a folder of pictures captioned with the generator's
+            prompts; "" is the digits for the teacher digits.
+        fsdp: of several processes (torchrun), let each keep a part of the trained weights, their gradients and Adam's
+            moments (torch's fully_shard); false keeps all in each. One process alone is not changed by it.
+    """
+
+    prompt: str = ""
+    steps: Annotated[int, Within(1, STEPS)] = 1000
+    teacher: TeacherConfig = TeacherConfig("digits", views="words")
+    method: Any = DiffInstruct()
+    time: TimeDraw = dataclasses.field(default_factory=lambda: TimeDraw(Ramp.constant(0.02), Ramp.constant(0.98)))
+    critic: CriticConfig = CriticConfig(kind="copy", lr=5e-4, betas=(0.0, 0.999))
+    optim: OptimConfig = dataclasses.field(
+        default_factory=lambda: OptimConfig({"generator": Ramp(500, 2e-4, 0, 1000)}, betas=(0.0, 0.999), eps=1e-8)
+    )
+    log: LogConfig = LogConfig(save_every=500, picture_every=250)
+    generator: GeneratorConfig = GeneratorConfig()
+    pairs: PairsConfig = PairsConfig()
+    distance: str = "teacher"
+    real: str = ""
+    fsdp: bool = False
+
+    def __post_init__(self):
+        super().__post_init__()
+        if "critic" not in self.method.NEEDS:
+            raise ValueError(
+                f"{type(self.method).__name__} knows nothing of what a generator draws, and would make it draw one "
+                "image a prompt; give diffinstruct, vsd, dmd or dmd2"
+            )
+        if "real" in self.method.NEEDS and self.critic.kind != "copy":
+            raise ValueError(f"critic.kind is {self.critic.kind}; the discriminator of DMD2 wants copy")
+        if "pairs" in self.method.NEEDS and self.negative:
+            raise ValueError("negative has no part in DMD's pairs; leave it out, or give dmd2 or diffinstruct")
+        if self.particles > 1:
+            raise ValueError("method.particles counts scenes; a generator draws generator.batch images")
+        if self.source != SourceConfig():
+            raise ValueError("source is what sds3d generate and paint edit; a generator edits nothing: leave it out")
+        if self.critic.camera_drop != CriticConfig().camera_drop:
+            raise ValueError("critic.camera_drop is about a scene's cameras; a generator has none: leave it out")
+        if self.distance not in DISTANCES:
+            raise ValueError(f"distance is {self.distance!r}; give {', '.join(DISTANCES)}")

@@ -1,0 +1,244 @@
+"""Plain values (what YAML holds) <-> typed dataclasses, with checks that name the key and the nearest known one.
+
+A field may be a bool, int, float, str, Ramp, another dataclass, a tuple or dict of those, or one of them or None.
+A Ramp is written as a number or as [start step, value, value, end step]. A number has its range beside it, as in
+``Annotated[int, Within(1, 8)]``; `build` and `check` refuse what is outside.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from functools import cache
+from typing import Annotated, Any, TypeVar
+
+from sds3d.runtime.ramp import Ramp
+from sds3d.runtime.ranges import STEPS, Within, shown
+
+T = TypeVar("T")
+_STEPS = Within(0, STEPS)
+LONGEST = 10_000  # characters of a text
+_PLAIN = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+
+
+def build(cls: type[T], values: Mapping[str, Any], path: str = "", known: Iterable[str] | None = None) -> T:
+    """A dataclass from a mapping; fields that are left out keep their defaults.
+
+    Args:
+        cls: the dataclass.
+        values: field name -> value, nested.
+        path: where the mapping sits in the whole, for the messages.
+        known: every dotted key there is, for suggestions; ``cls``'s own by default.
+
+    Raises:
+        ValueError: an unknown key, a value of the wrong type, or one the dataclass itself refuses.
+    """
+    known = tuple(keys(cls, path) if known is None else known)
+    hints = _hints(cls)
+    fields = {f.name for f in dataclasses.fields(cls) if f.init}
+    arguments = {}
+    for name, value in values.items():
+        key = f"{path}.{name}" if path else str(name)
+        if name not in fields:
+            raise ValueError(f"unknown key {shown(key)}; {nearest(key, known)}")
+        arguments[name] = convert(hints[name], value, key, known)
+    return cls(**arguments)
+
+
+def convert(kind: Any, value: Any, key: str, known: tuple[str, ...] = ()) -> Any:
+    """``value`` as the type ``kind``. Raises ValueError that names ``key``."""
+    origin, parts = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Annotated:
+        converted = convert(parts[0], value, key, known)
+        _check(kind, converted, key)
+        return converted
+    if origin in (typing.Union, types.UnionType):
+        return _convert_union(parts, value, key, known)
+    if origin is typing.Literal:
+        if value not in parts:
+            raise ValueError(f"{key} is {shown(value)}; {nearest(str(value), [str(p) for p in parts])}")
+        return value
+    if kind is Ramp:
+        try:
+            return Ramp.parse(value)
+        except ValueError as error:
+            raise ValueError(f"{key}: {error}") from error
+    if dataclasses.is_dataclass(kind):
+        if isinstance(value, kind):
+            return value
+        if not isinstance(value, Mapping):
+            first = dataclasses.fields(kind)[0].name
+            raise ValueError(f"{key} is {shown(value)}; give its parts, as in {key}.{first}=...")
+        return build(kind, value, key, known)
+    if origin is dict:
+        if not isinstance(value, Mapping):
+            raise ValueError(f"{key} is {shown(value)}; give its parts, as in {key}.NAME=...")
+        return {str(k): convert(parts[1], v, f"{key}.{k}", known) for k, v in value.items() if v is not None}
+    if origin is tuple:
+        return _convert_tuple(parts, value, key, known)
+    if kind is Any:
+        return value
+    return _convert_plain(kind, value, key)
+
+
+def _convert_union(parts: tuple, value: Any, key: str, known: tuple[str, ...]) -> Any:
+    """Ramp | float is a Ramp; X | None takes null."""
+    if value is None and type(None) in parts:
+        return None
+    if Ramp in parts:
+        return convert(Ramp, value, key, known)
+    last: ValueError | None = None
+    for part in parts:
+        if part is type(None):
+            continue
+        try:
+            return convert(part, value, key, known)
+        except ValueError as error:
+            last = last or error
+    assert last is not None, parts
+    raise last
+
+
+def _convert_tuple(parts: tuple, value: Any, key: str, known: tuple[str, ...]) -> tuple:
+    if isinstance(value, str) or not hasattr(value, "__iter__"):
+        raise ValueError(f"{key} is {shown(value)}; give a list, as in {key}=[1,2]")
+    items = list(value)
+    kinds = [parts[0]] * len(items) if parts[-1] is Ellipsis else list(parts)
+    if len(items) != len(kinds):
+        raise ValueError(f"{key} is {shown(items)}; give {len(kinds)} values")
+    return tuple(convert(k, v, f"{key}[{i}]", known) for i, (k, v) in enumerate(zip(kinds, items, strict=True)))
+
+
+def _convert_plain(kind: type, value: Any, key: str) -> Any:
+    assert kind in _PLAIN, f"{key} has type {kind}, which a config cannot hold"
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if kind is str and number and isinstance(value, int):
+        return str(value)  # YAML reads the prompt 3 as a number
+    if kind is float and number:
+        if isinstance(value, int) and abs(value) >= 10**300:
+            return math.inf if value > 0 else -math.inf
+        return float(value)
+    if kind is int and number and isinstance(value, float) and value.is_integer():
+        return int(value)
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        raise ValueError(f"{key} is {shown(value)}; give {_PLAIN[kind]}")
+    if kind is str and any(c == "\0" or 0xD800 <= ord(c) < 0xE000 for c in value):  # which no file can hold
+        raise ValueError(f"{key} is {shown(value)}; give text without characters that are no characters")
+    if kind is str and len(value) > LONGEST:
+        raise ValueError(f"{key} has {len(value)} characters; give {LONGEST} at most")
+    return value
+
+
+def require_maps(cls: type, values: Mapping[str, Any], path: str = "") -> None:
+    """Refuse another value where a dataclass or a dict has its place. Raises ValueError that names the key."""
+    hints = _hints(cls)
+    for name, value in values.items():
+        kind = hints.get(name)
+        is_class = dataclasses.is_dataclass(kind) and kind is not Ramp
+        if not (is_class or typing.get_origin(kind) is dict):
+            continue
+        key = f"{path}.{name}" if path else name
+        if not isinstance(value, Mapping):
+            convert(kind, value, key)
+        elif is_class:
+            require_maps(kind, value, key)
+
+
+def check(config: Any, path: str = "") -> None:
+    """Refuse numbers outside their ranges in a dataclass of dataclasses. Raises ValueError that names the key."""
+    hints = _hints(type(config))
+    for f in dataclasses.fields(config):
+        key, value = f"{path}.{f.name}" if path else f.name, getattr(config, f.name)
+        if dataclasses.is_dataclass(value) and not isinstance(value, Ramp):
+            check(value, key)
+        else:
+            _check(hints[f.name], value, key)
+
+
+def _check(kind: Any, value: Any, key: str) -> None:
+    """Refuse numbers outside the ranges that a type's annotations say."""
+    parts = typing.get_args(kind)
+    if isinstance(value, Mapping) and typing.get_origin(kind) is dict:
+        for name, one in value.items():
+            _check(parts[1], one, f"{key}.{name}")
+        return
+    marks = [mark for part in (kind, *parts) if typing.get_origin(part) is Annotated for mark in part.__metadata__]
+    for within in (mark for mark in marks if isinstance(mark, Within)):
+        numbers = value if isinstance(value, tuple) else (value,)
+        for number in numbers:
+            _require(number, within, key)
+
+
+def _require(value: Any, within: Within, key: str) -> None:
+    """Refuse one number, or a ramp whose values or steps are out of range."""
+    if isinstance(value, Ramp):
+        for number in (value.v0, value.v1):
+            _require(number, within, key)
+        for step in (value.start, value.end):
+            _require(step, _STEPS, f"a step of {key}")
+    elif isinstance(value, int | float) and value not in within:
+        raise ValueError(f"{key} is {shown(value)}; give {within}")
+
+
+@cache
+def _hints(cls: type) -> dict[str, Any]:
+    """A dataclass's types, ranges included."""
+    return typing.get_type_hints(cls, include_extras=True)
+
+
+def plain(value: Any) -> Any:
+    """What YAML holds for a value: dataclasses and tuples opened, a Ramp as a number or four."""
+    if isinstance(value, Ramp):
+        if value.v0 == value.v1:
+            return value.v0
+        return [value.start, value.v0, value.v1, value.end]
+    if dataclasses.is_dataclass(value):
+        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value) if f.init}
+    if isinstance(value, Mapping):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, tuple | list):
+        return [plain(v) for v in value]
+    return value
+
+
+def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """``above`` over ``below``, mappings merged key by key, everything else replaced."""
+    out = dict(below)
+    for key, value in above.items():
+        both = isinstance(value, Mapping) and isinstance(out.get(key), Mapping)
+        out[key] = merge(out[key], value) if both else value
+    return out
+
+
+def keys(cls: type, path: str = "") -> list[str]:
+    """Every dotted key of a dataclass of dataclasses."""
+    found = []
+    hints = typing.get_type_hints(cls)
+    for f in dataclasses.fields(cls):
+        key = f"{path}.{f.name}" if path else f.name
+        found.append(key)
+        kind = hints[f.name]
+        if dataclasses.is_dataclass(kind) and kind is not Ramp:
+            found += keys(kind, key)
+    return found
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """ "did you mean a, b?", or what there is."""
+    known = list(dict.fromkeys(known))
+    leaf = word.rpartition(".")[2]
+    same_leaf = [k for k in known if k.rpartition(".")[2] == leaf]
+    close = [k for k in known if len(leaf) > 2 and k.startswith(word)][:2]  # cut short
+    close = close or difflib.get_close_matches(word, known, n=2, cutoff=0.6)
+    if not (same_leaf or close):
+        by_leaf = {k.rpartition(".")[2]: k for k in known}
+        close = [by_leaf[k] for k in difflib.get_close_matches(leaf, by_leaf, n=2, cutoff=0.6)]
+    found = list(dict.fromkeys(same_leaf + close))
+    if found:
+        return f"did you mean {' or '.join(found[:3])}?"
+    shown = [k for k in known if "." not in k] or known
+    return f"there is {', '.join(shown)}"

@@ -1,0 +1,90 @@
+"""Combining a teacher's answers: pure functions of eps.
+
+One convention everywhere (Ho & Salimans, arXiv 2207.12598, with s = 1 + w):
+
+    eps_s = eps_uncond + s (eps_cond - eps_uncond)
+
+so s = 0 ignores the prompt, s = 1 is the conditional answer, s > 1 overshoots. Papers that write
+``eps_cond + w (eps_cond - eps_uncond)`` mean s = w + 1. All functions here are linear in differences of
+eps at one (x_t, t), so they may be fed x0, v, flow or score instead, and then return that.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import torch
+from torch import Tensor
+
+from sds3d.runtime.ranges import Within
+
+RESCALED = ("x0", "output")
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """How a prompt's answer is guided, beside the method's scale.
+
+    Args:
+        perp_neg: weight of the view words a camera does not see, by Perp-Neg; 0 leaves them out. For teachers that
+            are told the view in words.
+        rescale: share of CFG rescale, 0 to 1.
+        rescale_on: what that acts on: "x0", or "output", which is what the network predicts (eps, v or flow), as
+            diffusers' guidance_rescale does.
+
+    Raises:
+        ValueError: out of range.
+    """
+
+    perp_neg: Annotated[float, Within(0, 1000)] = 0.0
+    rescale: Annotated[float, Within(0, 1)] = 0.0
+    rescale_on: str = "x0"
+
+    def __post_init__(self):
+        if self.perp_neg < 0:
+            raise ValueError(f"guidance.perp_neg is {self.perp_neg}; give a weight of at least 0")
+        if not 0 <= self.rescale <= 1:
+            raise ValueError(f"guidance.rescale is {self.rescale}; give a share from 0 to 1")
+        if self.rescale_on not in RESCALED:
+            raise ValueError(f"guidance.rescale_on is {self.rescale_on!r}; give {' or '.join(RESCALED)}")
+        if self.rescale_on != "x0" and not self.rescale:
+            raise ValueError(f"guidance.rescale_on={self.rescale_on} needs a share: give guidance.rescale, as in 0.7")
+
+
+def cfg(uncond: Tensor, cond: Tensor, scale: float) -> Tensor:
+    """Classifier-free guidance, (B, C, H, W) each; a negative prompt's answer may stand for ``uncond``."""
+    return uncond + scale * (cond - uncond)
+
+
+def rescaled(guided: Tensor, cond: Tensor, share: float) -> Tensor:
+    """CFG rescale (Lin et al., arXiv 2305.08891, eq. 15 and 16) on predictions of x0, eps or v, (B, C, H, W) each.
+
+    Gives the guided one each sample's standard deviation under the prompt alone, and mixes ``share`` of that in.
+    """
+    assert guided.shape == cond.shape, (guided.shape, cond.shape)
+    wanted, has = (x.flatten(1).std(1).view(-1, *[1] * (guided.dim() - 1)) for x in (cond, guided))
+    return guided * (1 - share + share * wanted / has.clamp_min(1e-12))
+
+
+def perp_neg(uncond: Tensor, cond: Tensor, negatives: Tensor, weights: Tensor, scale: float) -> Tensor:
+    """Perp-Neg (Armandpour et al., arXiv 2304.04968, eq. 6 on): subtracts of each negative only what is
+    perpendicular to the prompt's own direction, sample by sample.
+
+    Args:
+        uncond, cond: (B, C, H, W).
+        negatives: (N, B, C, H, W), one block of B for each negative prompt.
+        weights: (N, B), at least 0.
+        scale: guidance s; with all weights 0 this is ``cfg``.
+
+    Returns:
+        (B, C, H, W).
+    """
+    assert negatives.shape[1:] == cond.shape and weights.shape == negatives.shape[:2], (negatives.shape, weights.shape)
+    positive = cond - uncond
+    p = positive.flatten(1)  # (B, D)
+    n = (negatives - uncond).flatten(2)  # (N, B, D)
+    along = (n * p).sum(-1) / p.square().sum(-1).clamp_min(torch.finfo(p.dtype).tiny)  # (N, B)
+    perpendicular = n - along[..., None] * p  # (N, B, D)
+    subtracted = (weights[..., None] * perpendicular).sum(0).view_as(cond)
+    return uncond + scale * (positive - subtracted)

@@ -1,0 +1,242 @@
+"""Samplers: loops over a predict function that yield every step.
+
+Each takes x_t along given times: ``ddpm`` adds noise on the way, the others follow the probability-flow ODE, which
+in y = x_t / alpha and r = sigma / alpha is ``dy/dr = eps(x_t, t)``, the same in every schedule (Karras et al., arXiv
+2206.00364, eq. 4). At t = 1 alpha may be 0 and r endless: x_t is pure noise there, and the first step treats it so.
+
+A `Sampler` begins at the noisiest level that the schedule's networks know and ends at sigma = 0 in any schedule: where
+the least level still has noise (a table's index 0, VE's sigma_min), the last step goes to the x0 predicted last, as
+diffusers' schedulers do with ``timestep_spacing="trailing"`` and ``final_sigmas_type="zero"``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sds3d.diffusion.noise import Prediction, Schedule, noised
+from sds3d.runtime.transfer import onto
+
+Predict = Callable[[Tensor, Tensor], Prediction]  # (x_t (B, C, H, W), t (B,)) -> Prediction
+Fresh = torch.Generator | Callable[[], Tensor]  # where fresh noise comes from: one stream, or each image's own
+Steps = Iterator[tuple[Tensor, Tensor, Tensor]]  # t (B,) reached, the x0 predicted on the way there, x_t there
+
+SAMPLERS = ("ddim", "ddpm", "heun", "dpm++")
+R_MAX, R_MIN = 80.0, 0.002  # sigma/alpha where sampling begins and ends (Karras et al., table 1)
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """A way from noise to images.
+
+    Args:
+        name: one of SAMPLERS. "ddim" (evenly spaced t), "ddpm" (the same with fresh noise in every step), "heun"
+            (EDM's, two evaluations a step but in the last), "dpm++" (DPM-Solver++(2M)).
+        steps: how many.
+
+    Raises:
+        ValueError: unknown name, no step.
+    """
+
+    name: str = "ddim"
+    steps: int = 30
+
+    def __post_init__(self):
+        if self.name not in SAMPLERS:
+            raise ValueError(f"sampler is {self.name!r}; give {', '.join(SAMPLERS)}")
+        if self.steps < 1:
+            raise ValueError(f"sampling needs at least 1 step, got {self.steps}")
+
+    @property
+    def evaluations(self) -> int:
+        """How often it asks for a prediction."""
+        return 2 * self.steps - 1 if self.name == "heun" else self.steps
+
+    @staticmethod
+    def within(name: str, evaluations: int) -> Sampler:
+        """The sampler of that name that takes at most so many ``evaluations``."""
+        return Sampler(name, (evaluations + 1) // 2 if name == "heun" else evaluations)
+
+    def __call__(self, predict: Predict, noise: Tensor, schedule: Schedule, generator: Fresh | None = None) -> Steps:
+        """From noise (B, C, H, W) of standard deviation 1 to sigma = 0. It begins with as much as images of standard
+        deviation 1 have at the noisiest level.
+
+        Args:
+            generator: of fresh noise, for "ddpm"; see ``ddim``.
+        """
+        times = {"heun": edm_times, "dpm++": log_times}.get(self.name, even_times)(schedule, self.steps)
+        x_t = float(torch.hypot(*schedule.alpha_sigma(times[:1]))) * noise
+        levels = _levels(schedule, times, noise, clean=True)
+        if self.name == "heun":
+            return _heun(predict, x_t, levels)
+        if self.name == "dpm++":
+            return _dpm_solver(predict, x_t, levels)
+        return _ddim(predict, x_t, levels, float(self.name == "ddpm"), generator)
+
+
+def edm_times(schedule: Schedule, steps: int, rho: float = 7.0) -> Tensor:
+    """Times (steps,) float64 of a sampler's predictions, falling: r^(1/rho) falls evenly (Karras et al., arXiv
+    2206.00364, eq. 5), from R_MAX to R_MIN or as far as the schedule's levels reach. The last step goes to r = 0."""
+    return _times(schedule, steps, lambda r: r ** (1 / rho), lambda y: y**rho)
+
+
+def log_times(schedule: Schedule, steps: int) -> Tensor:
+    """As ``edm_times``, but log r falls evenly (Lu et al., arXiv 2206.00927, section 3.3)."""
+    return _times(schedule, steps, torch.log, torch.exp)
+
+
+def even_times(schedule: Schedule, steps: int) -> Tensor:
+    """As ``edm_times``, but t falls evenly, and would arrive at sigma = 0 with the last step."""
+    ends = torch.tensor([schedule.t_noisiest, schedule.t_clean], dtype=torch.float64)
+    return torch.lerp(*ends, torch.arange(steps, dtype=torch.float64) / steps).clamp_min(0)
+
+
+def _times(schedule: Schedule, steps: int, scale: Callable, back: Callable) -> Tensor:
+    """Times between the ends, even in scale(r)."""
+    alpha, sigma = schedule.alpha_sigma(torch.tensor([0.0, schedule.t_noisiest], dtype=torch.float64))
+    low, high = sigma / alpha.clamp_min(1e-12)
+    ends = torch.stack([high.clamp_max(R_MAX), low.clamp_min(R_MIN)])
+    places = torch.arange(steps, dtype=torch.float64) / max(steps - 1, 1)
+    return schedule.t_of_ratio(back(torch.lerp(*scale(ends), places)).clamp(ends[1], ends[0]))
+
+
+@dataclass(frozen=True)
+class _Level:
+    """t, alpha and sigma, each (B,); whether sigma is 0."""
+
+    t: Tensor
+    alpha: Tensor
+    sigma: Tensor
+    clean: bool
+
+
+def _levels(schedule: Schedule, times: Tensor, like: Tensor, clean: bool = False) -> list[_Level]:
+    """The levels at all times, where x_t (B, C, H, W) is; at the end sigma = 0, called t = 0, where it is ``clean``."""
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    rows = torch.stack([times.double(), *schedule.alpha_sigma(times.double())], -1)
+    if clean:
+        rows = torch.cat([rows, rows.new_tensor([[0.0, 1.0, 0.0]])])
+    ends = (rows[:, 2] == 0).tolist()
+    rows = onto(rows.to(dtype), like.device)
+    return [_Level(*(value.expand(len(like)) for value in row), end) for row, end in zip(rows, ends)]
+
+
+def heun(predict: Predict, x_t: Tensor, schedule: Schedule, times: Tensor) -> Steps:
+    """Heun's second order steps of dy/dr = eps (Karras et al., arXiv 2206.00364, algorithm 1); a step to sigma = 0 is
+    Euler's.
+
+    Args:
+        x_t: (B, C, H, W) at times[0]: noise times sigma, where it is nearly pure noise.
+        times: (S + 1,), falling.
+    """
+    return _heun(predict, x_t, _levels(schedule, times, x_t))
+
+
+def _heun(predict: Predict, x_t: Tensor, levels: list[_Level]) -> Steps:
+    """``heun`` over these levels."""
+    for at, to in zip(levels[:-1], levels[1:]):
+        here = predict(x_t, at.t)
+        if to.clean:
+            x0, x_t = here.x0, noised(here.x0, here.eps, to.alpha, to.sigma)
+        else:
+            there = predict(noised(here.x0, here.eps, to.alpha, to.sigma), to.t)
+            x0, apart = there.x0, to.alpha * (to.sigma / to.alpha - at.sigma / at.alpha) / 2
+            x_t = noised(noised(x_t, here.eps, to.alpha / at.alpha, apart), there.eps, torch.ones_like(apart), apart)
+        yield to.t, x0, x_t
+
+
+def dpm_solver(predict: Predict, x_t: Tensor, schedule: Schedule, times: Tensor) -> Steps:
+    """DPM-Solver++(2M) (Lu et al., arXiv 2211.01095, algorithm 2): second order in steps h of l = log(alpha/sigma).
+
+        x_s = sigma_s / sigma_t x_t - alpha_s (e^-h - 1) D        with D = x0 + h / (2 h') (x0 - x0')
+
+    where primes are of the step before. The first step, and a step to sigma = 0, have D = x0: first order. Arguments
+    as ``heun``'s.
+    """
+    return _dpm_solver(predict, x_t, _levels(schedule, times, x_t))
+
+
+def _dpm_solver(predict: Predict, x_t: Tensor, levels: list[_Level]) -> Steps:
+    """``dpm_solver`` over these levels."""
+    before, length = None, None
+    for at, to in zip(levels[:-1], levels[1:]):
+        x0 = predict(x_t, at.t).x0
+        if to.clean:
+            x_t = to.alpha.view(-1, *[1] * (x0.dim() - 1)) * x0
+        else:
+            h = torch.log(to.alpha / to.sigma * at.sigma / at.alpha)
+            share = torch.zeros_like(h) if before is None else h / (2 * length)
+            straight = x0 if before is None else noised(x0, before, 1 + share, -share)
+            x_t = noised(x_t, straight, to.sigma / at.sigma, -to.alpha * torch.expm1(-h))
+            before, length = x0, h
+        yield to.t, x0, x_t
+
+
+def ddim(
+    predict: Predict,
+    x_t: Tensor,
+    schedule: Schedule,
+    steps: int,
+    eta: float = 0.0,
+    generator: Fresh | None = None,
+    t_start: float | Tensor = 1.0,
+    t_end: float | Tensor = 0.0,
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """DDIM (Song et al., arXiv 2010.02502, eq. 12 and 16) over evenly spaced t, first order in 1 / steps.
+
+    From t to s: ``x_s = alpha_s x0 + sqrt(sigma_s^2 - h^2) eps + h z`` with ``h = eta sigma_s sqrt(1 - q^2)``, where q
+    is the smaller of r_s / r_t and r_t / r_s, and r = sigma/alpha: the paper's (16) in any schedule. eta = 0 is
+    deterministic, eta = 1 is ancestral sampling (DDPM). ``t_start < t_end`` inverts; there eta = 1 is plain noising.
+
+    Args:
+        predict: (x_t (B, C, H, W), t (B,)) -> Prediction.
+        x_t: (B, C, H, W) at ``t_start``: noise times sigma, where alpha is 0 there.
+        generator: of the noise z, when eta > 0; or what draws it, (B, C, H, W) at each call.
+        t_start, t_end: one t for all, or (B,).
+
+    Yields:
+        t (B,) reached, the x0 predicted on the way there, and x_t there; the last t is ``t_end``.
+
+    Raises:
+        ValueError: steps < 1, t outside [0, 1], eta outside [0, 1].
+    """
+    if steps < 1:
+        raise ValueError(f"sampling needs at least 1 step, got {steps}")
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta lies in [0, 1], got {eta}")
+    dtype = torch.promote_types(x_t.dtype, torch.float32)
+    start, end = (torch.as_tensor(v, dtype=dtype, device=x_t.device).expand(len(x_t)) for v in (t_start, t_end))
+    if not x_t.is_cuda and not bool(((start >= 0) & (start <= 1) & (end >= 0) & (end <= 1)).all()):  # see transfer
+        raise ValueError(f"t lies in [0, 1], got t_start {t_start} and t_end {t_end}")
+    times = (torch.lerp(start, end, k / steps) for k in range(steps + 1))
+    levels = [_Level(t, *schedule.alpha_sigma(t), False) for t in times]
+    yield from _ddim(predict, x_t, levels, eta, generator)
+
+
+def _ddim(predict: Predict, x_t: Tensor, levels: list[_Level], eta: float, generator: Fresh | None) -> Steps:
+    """``ddim`` over these levels."""
+    for at, to in zip(levels[:-1], levels[1:]):
+        prediction = predict(x_t, at.t)
+        x0 = prediction.x0
+        if eta == 0:
+            x_t = noised(x0, prediction.eps, to.alpha, to.sigma)
+        else:
+            ratio = to.sigma * at.alpha / (to.alpha * at.sigma)
+            ratio = torch.minimum(ratio, 1 / ratio)
+            fresh = eta * to.sigma * (1 - ratio**2).clamp_min(0).sqrt()  # h
+            kept = (to.sigma**2 - fresh**2).clamp_min(0).sqrt()
+            z = onto(_draw(generator, x_t).to(fresh.dtype), x_t.device)
+            x_t = noised(noised(x0, prediction.eps, to.alpha, kept), z, torch.ones_like(fresh), fresh)
+        yield to.t, x0, x_t
+
+
+def _draw(fresh: Fresh | None, like: Tensor) -> Tensor:
+    """Normal noise of the shape of ``like``."""
+    if callable(fresh):
+        return fresh()
+    device = like.device if fresh is None else fresh.device
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    return torch.randn(like.shape, generator=fresh, dtype=dtype, device=device)

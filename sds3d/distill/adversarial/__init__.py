@@ -1,0 +1,1 @@
+"""Objectives that ask a discriminator."""

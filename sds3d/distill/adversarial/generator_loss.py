@@ -1,0 +1,44 @@
+"""The adversarial objective: to be taken for real by a discriminator (DMD2, arXiv 2405.14867, section 4.3)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sds3d.distill.core import Judgement
+from sds3d.students.base import Draw
+
+
+class Discriminator(Protocol):
+    """See `sds3d.distill.discriminators.Adversary`."""
+
+    def verdict(self, x: Tensor, prompts: list[str], generator: torch.Generator) -> Tensor: ...
+
+
+@dataclass
+class Adversarial:
+    """weight * softplus(-D(x_t)), summed over a sample's numbers as the core's loss is (so that published weights,
+    which are for means, hold), mean over the batch.
+
+    Args:
+        judge: the discriminator; only the student gets gradients.
+        weight: 3e-3 is the paper's.
+    """
+
+    judge: Discriminator
+    weight: float
+
+    def __call__(self, draw: Draw, step: int, generator: torch.Generator) -> Judgement:
+        x = draw.images
+        assert draw.encoded, "an adversarial objective takes a generator's x"
+        with torch.enable_grad():
+            apart = x.detach().requires_grad_(True)
+            verdict = self.judge.verdict(apart, draw.prompts, generator)
+            loss = self.weight * x[0].numel() * F.softplus(-verdict).mean()
+            (slope,) = torch.autograd.grad(loss, apart)
+        value = loss.detach() + (slope * (x - x.detach())).sum()  # the loss, with its gradient in x alone
+        return Judgement(value, {"verdict": verdict.detach().mean()})

@@ -1,0 +1,42 @@
+"""Score distillation via inversion."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Annotated, ClassVar
+
+from torch import Tensor
+
+from sds3d.distill.core import Method, Query, require_scale, scale_of
+from sds3d.runtime.ramp import Ramp
+from sds3d.runtime.ranges import SCALES, Within
+
+
+@dataclass(frozen=True)
+class SDI(Method):
+    """Score distillation via inversion (Lukoianov et al., arXiv 2405.15891): d = eps_s(x_t) - kappa(x).
+
+    kappa is the noise that DDIM inversion finds for the image, x_t = alpha x + sigma kappa. With the weight "x0" the
+    gradient is x - x0, the residual to what the teacher would make of the image.
+
+    Raises:
+        ValueError: a scale below 0, no steps, or eta outside [0, 1].
+    """
+
+    WEIGHT: ClassVar[str] = "x0"
+
+    scale: Annotated[Ramp | float, SCALES] = 7.5  # guidance s of the judgement
+    inversion_scale: Annotated[float, SCALES] = -7.5  # guidance s of the inversion
+    steps: Annotated[int, Within(1, 1000)] = 10  # of the inversion
+    eta: Annotated[float, Within(0, 1)] = 0.3  # share of fresh noise in it
+
+    def __post_init__(self):
+        require_scale(self, "scale")
+        if self.steps < 1 or not 0 <= self.eta <= 1:
+            raise ValueError(f"SDI needs at least 1 step and eta in [0, 1], got {self.steps} and {self.eta}")
+
+    def __call__(self, q: Query) -> Tensor:  # (B, C, H, W), eps units
+        x_t = q.inverted(q.t, self.steps, self.inversion_scale, self.eta)
+        alpha, sigma = (v.view(-1, *[1] * (q.x.dim() - 1)) for v in (q.alpha, q.sigma))
+        kappa = (x_t - alpha * q.x) / sigma
+        return replace(q, x_t=x_t, _answers={}).guided(scale_of(self.scale, q.step)) - kappa

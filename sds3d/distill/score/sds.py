@@ -1,0 +1,32 @@
+"""Score distillation sampling."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from torch import Tensor
+
+from sds3d.distill.core import Method, Query, require_scale, scale_of
+from sds3d.runtime.ramp import Ramp
+from sds3d.runtime.ranges import SCALES
+
+
+@dataclass(frozen=True)
+class SDS(Method):
+    """Score distillation sampling (Poole et al., DreamFusion, arXiv 2209.14988, eq. 3): d = eps_s(x_t) - eps.
+
+    A negative prompt, where the run has one, takes the null prompt's place in the guidance.
+
+    Raises:
+        ValueError: a scale below 0.
+    """
+
+    # guidance s, may change with the step; DreamFusion used 100 with its own teacher
+    scale: Annotated[Ramp | float, SCALES] = 5.0
+
+    def __post_init__(self):
+        require_scale(self, "scale")
+
+    def __call__(self, q: Query) -> Tensor:  # (B, C, H, W), eps units
+        return q.guided(scale_of(self.scale, q.step)) - q.noise

@@ -1,0 +1,354 @@
+"""Methods side by side: the same prompts, seeds, steps and teacher, one run after the other.
+
+Figures of a run, beside its pictures:
+
+    iou, psnr, chamfer, fscore   of a scene against the toybox's own object, see evaluate/truth.py
+    psnr                         of images: against the most similar of the object's true views, mean over the images
+    colour                       distance of the mean colour of what is not background from the teacher's own samples
+    saturation                   mean saturation (max - min over RGB) of the same pixels, less that of the samples
+    diversity                    mean root-mean-square difference between seeds (and between images)
+    coarse                       the same of pictures averaged down to 8 x 8, where noise and texture are gone
+    seconds, asked, memory       of the loop: time, images the teacher was asked about, peak memory in MB
+    diverged                     share of the runs that did; the other figures are of those that did not
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sds3d.cameras import orbit
+from sds3d.config import load as configs
+from sds3d.config.load import Config, PaintConfig, RunConfig
+from sds3d.config.typed import nearest, plain
+from sds3d.distill.core import NonFiniteGradient
+from sds3d.distill.score import METHODS
+from sds3d.pages import comparison as page
+from sds3d.runs import build as make
+from sds3d.runs import launch
+from sds3d.runs.folder import Run
+from sds3d.runs.image import Painting
+from sds3d.runs.scene import Asset
+from sds3d.runtime import memory
+from sds3d.runtime.device import pick_device
+from sds3d.runtime.files import from_json, read_text, replacing
+from sds3d.runtime.machine import machine
+from sds3d.train import Diverged
+
+COLUMNS = {
+    "iou": page.Column("IoU", 3, True),
+    "psnr": page.Column("PSNR, dB", 1, True),
+    "chamfer": page.Column("Chamfer", 4, False),
+    "fscore": page.Column("F-score", 3, True),
+    "colour": page.Column("colour off", 3, False),
+    "saturation": page.Column("saturation off", 3),
+    "diversity": page.Column("diversity", 3, True),
+    "coarse": page.Column("diversity at 8 x 8", 3, True),
+    "seconds": page.Column("seconds", 0, False),
+    "asked": page.Column("teacher evaluations", 0, False),
+    "memory": page.Column("peak memory, MB", 0, False),
+    "diverged": page.Column("diverged", 2, False),
+}
+KINDS = {"scene": Config, "image": PaintConfig}
+VIEWS = 6  # of a scene, in the pictures
+SAMPLES = 6  # of the teacher
+NOTHING = torch.zeros(0, 3, 1, 1)  # the pictures of a run that diverged
+BACKGROUND = 0.1  # a pixel is background where no channel differs more than this from white,
+BLURRED = 0.2  # or, averaged over BLUR x BLUR pixels, more than this: noise is no object
+BLUR = 5
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What is compared.
+
+    Args:
+        prompts: what every method makes.
+        methods: names in ``distill.METHODS``.
+        seeds: a run for each.
+        student: "scene" or "image".
+        layer: settings of all runs.
+
+    Raises:
+        ValueError: nothing to compare, an unknown method or student.
+    """
+
+    prompts: tuple[str, ...]
+    methods: tuple[str, ...]
+    seeds: tuple[int, ...] = (0,)
+    student: str = "image"
+    layer: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self):
+        if not (self.prompts and self.methods and self.seeds):
+            raise ValueError("a comparison needs at least one prompt, one method and one seed")
+        for name in self.methods:
+            if name not in METHODS:
+                raise ValueError(f"method is {name!r}; {nearest(name, METHODS)} (there is {', '.join(METHODS)})")
+        for name, values in (("prompts", self.prompts), ("methods", self.methods), ("seeds", self.seeds)):
+            if len(set(values)) < len(values):
+                raise ValueError(f"{name} has one twice: {', '.join(map(str, values))}")
+        for key in {"prompt", "method", "seed", "out"} & set(self.layer):
+            method = self.layer[key] if key == "method" else None
+            if not isinstance(method, Mapping) or "name" in method:  # method.scale= is a setting of all its runs
+                raise ValueError(f"{key}= has no part in a comparison: give prompts, --methods, --seeds and --out")
+        if self.student not in KINDS:
+            raise ValueError(f"student is {self.student!r}; give {' or '.join(KINDS)}")
+
+    def config(self, prompt: str, method: str, seed: int, out: Path) -> RunConfig:
+        """The settings of one run."""
+        own = {"method": method, "seed": seed, "out": str(out)}
+        return configs.load(prompt, {"method": method}, self.layer, own, kind=KINDS[self.student])
+
+    def settings(self) -> dict[str, Any]:
+        """Plain values, to recognise a comparison by."""
+        return {"student": self.student, "layer": plain(self.layer)}
+
+
+@dataclass
+class Entry:
+    """One run of a comparison: which, its folder inside the comparison's, what it showed.
+
+    A run that diverged says why in ``failure``, and has neither figures nor pictures.
+    """
+
+    prompt: str
+    method: str
+    seed: int
+    student: str
+    run: str
+    figures: dict[str, float | None]
+    pictures: Tensor  # (B, 3, H, W) in [0, 1]: views of a scene, or images
+    failure: str = ""
+
+    @property
+    def key(self) -> tuple[str, str, int]:
+        return self.prompt, self.method, self.seed
+
+
+def compare(comparison: Comparison, out: Path) -> Iterator[Entry]:
+    """Run what has not been run yet, and write ``out``/results.json after every one, index.html and sheet.png at
+    the end.
+
+    A second call with the same settings goes on where the first one stopped, with more prompts, methods or seeds, too;
+    a run that was killed goes on from its checkpoint.
+    A run that diverges is reported as such, and the others go on.
+
+    Raises:
+        ValueError: ``out`` holds a comparison with other settings; a method lacks what it needs, before any training.
+    """
+    out = out.expanduser()
+    done = _load(comparison, out)
+    wanted = [(p, m, s) for p in comparison.prompts for m in comparison.methods for s in comparison.seeds]
+    for key in wanted:
+        if key not in done:
+            launch.check(comparison.config(*key, out / "runs"))
+    samples = {p: teacher_samples(comparison.config(p, comparison.methods[0], 0, out)) for p in comparison.prompts}
+    killed = _killed(out, done)
+    for key in wanted:
+        if key not in done:
+            config = comparison.config(*key, out / "runs")
+            try:
+                left = next((path for path, of in killed.items() if of == config), None)
+                made, figures, pictures = _carry_out(config, samples[key[0]], left)
+                run = made.path.relative_to(out).as_posix()
+                done[key] = Entry(*key, comparison.student, run, figures, pictures)
+            except (Diverged, NonFiniteGradient) as error:
+                done[key] = Entry(*key, comparison.student, "", {}, NOTHING, str(error))
+            _save(comparison, out, done, samples)
+        yield done[key]
+    _write(comparison, out, [done[key] for key in wanted], samples)
+
+
+def teacher_samples(config: RunConfig) -> Tensor:
+    """What the teacher itself draws for a prompt, (SAMPLES, 3, H, W) in [0, 1]; for a scene from cameras around it."""
+    from sds3d.teachers.drawing import sample
+
+    teacher = make.teacher(config)
+    cameras = orbit(SAMPLES) if isinstance(config, Config) and teacher.views == "camera" else None
+    return sample(teacher, [config.prompt] * SAMPLES, seed=1, guidance=2.0, cameras=cameras).cpu()
+
+
+def _killed(out: Path, done: Mapping[tuple, Entry]) -> dict[Path, RunConfig]:
+    """Run folders of an earlier call that did not come to its end with them, and what they are of."""
+    found, ended = {}, {entry.run for entry in done.values()}
+    for path in sorted((out / "runs").glob("[0-9]*-*/config.yaml")):
+        if path.parent.relative_to(out).as_posix() not in ended:
+            try:
+                found[path.parent] = configs.of_run(path)
+            except ValueError:  # of another version; nobody goes on with it
+                continue
+    return found
+
+
+def _carry_out(
+    config: RunConfig, samples: Tensor, left: Path | None
+) -> tuple[Asset | Painting, dict[str, float | None], Tensor]:
+    """One run, from nothing or from what a killed call left of it, to its figures and pictures (B, 3, H, W)."""
+    memory.reset_peak()
+    made, steps = launch.start(config) if left is None else launch.resume(left)
+    rows = made.run.rows()
+    begun, earlier = time.perf_counter(), rows[-1].get("seconds", 0.0) if rows else 0.0
+    for _ in steps:
+        pass
+    seconds = earlier + time.perf_counter() - begun
+    figures: dict[str, float | None] = {
+        "seconds": seconds,
+        "asked": sum(row.get("asked", 0) for row in made.run.rows()),
+        "memory": memory.peak(pick_device(config.device)),
+    }
+    pictures = made.views(orbit(VIEWS), samples.shape[-1]) if isinstance(made, Asset) else made.images
+    pictures = pictures.cpu()
+    figures |= against_truth(made) | against_samples(pictures, samples)
+    return made, figures, pictures
+
+
+def against_truth(made: Asset | Painting) -> dict[str, float | None]:
+    """Figures against the toybox's object of the prompt; none where it has no such object."""
+    from sds3d.data import toybox
+    from sds3d.evaluate import truth
+
+    try:
+        toy = toybox.parse(made.config.prompt)
+    except ValueError:
+        return {}
+    if isinstance(made, Asset):
+        scores = made.evaluate()
+        return {"iou": scores.iou, "psnr": scores.psnr, "chamfer": scores.chamfer, "fscore": scores.fscore}
+    views, _ = toy.render(truth.unseen_views(), made.images.shape[-1])
+    error = (made.images.cpu()[:, None] - views).square().flatten(2).mean(-1).amin(1)  # (N,)
+    return {"psnr": float((-10 * error.clamp_min(1e-6).log10()).mean())}
+
+
+def against_samples(pictures: Tensor, samples: Tensor) -> dict[str, float]:
+    """Colour and saturation of pictures against the teacher's samples, (B, 3, H, W) each."""
+    (mean, saturation), (wanted, usual) = colour_of(pictures), colour_of(samples)
+    return {"colour": float((mean - wanted).norm()), "saturation": float(saturation - usual)}
+
+
+def colour_of(images: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean colour (3,) and mean saturation () of the pixels that are not white background."""
+    blurred = F.avg_pool2d(images, BLUR, 1, BLUR // 2, count_include_pad=False)
+    shown = ((1 - images).amax(1) > BACKGROUND) & ((1 - blurred).amax(1) > BLURRED)  # (B, H, W)
+    pixels = images.permute(0, 2, 3, 1)[shown]  # (P, 3)
+    if not len(pixels):
+        return torch.ones(3), torch.zeros(())
+    return pixels.mean(0), (pixels.amax(1) - pixels.amin(1)).mean()
+
+
+def diversity(entries: list[Entry]) -> dict[str, float | None]:
+    """How different two pictures of one prompt and method are, which should be as different as the prompt allows: one
+    view of a scene from two seeds, or any two images."""
+    shown = [entry.pictures for entry in entries if not entry.failure]
+    if not shown:
+        return {}
+    stacks = torch.stack(shown)  # (S, B, 3, H, W)
+    if entries[0].student == "image":
+        stacks = stacks.flatten(0, 1)[:, None]
+    return diversity_of(stacks)
+
+
+def diversity_of(stacks: Tensor) -> dict[str, float | None]:
+    """Diversity, in full and coarse, of S stacks of pictures (S, B, 3, H, W): the mean over all pairs of stacks of the
+    root-mean-square difference of their pictures; none where S is 1."""
+    coarse = F.adaptive_avg_pool3d(stacks, (3, 8, 8))
+    return {"diversity": _mean_distance(stacks), "coarse": _mean_distance(coarse)}
+
+
+def _mean_distance(stacks: Tensor) -> float | None:
+    pairs = [(a - b).square().flatten(1).mean(1).sqrt().mean() for a, b in combinations(stacks, 2)]
+    return float(torch.stack(pairs).mean()) if pairs else None
+
+
+def summary(entries: list[Entry]) -> dict[str, dict[str, float | None]]:
+    """Method -> figure -> mean over prompts and seeds, of the runs that have it."""
+    found: dict[str, dict[str, float | None]] = {}
+    for method in dict.fromkeys(entry.method for entry in entries):
+        own = [entry for entry in entries if entry.method == method]
+        rows = [entry.figures for entry in own]
+        rows += [diversity([e for e in own if e.prompt == p]) for p in {e.prompt for e in own}]
+        if any(entry.failure for entry in own):
+            rows += [{"diverged": float(bool(entry.failure))} for entry in own]
+        found[method] = {name: _mean([row.get(name) for row in rows]) for name in COLUMNS}
+    return found
+
+
+def _mean(values: list[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
+
+
+def _write(comparison: Comparison, out: Path, entries: list[Entry], samples: Mapping[str, Tensor]) -> None:
+    """index.html and sheet.png."""
+    total = [
+        page.Row(method, figures, reference=bool(figures["diverged"])) for method, figures in summary(entries).items()
+    ]
+    sections = [page.Section(f"Mean over {len(comparison.prompts)} prompts and {len(comparison.seeds)} seeds", total)]
+    natural = of_samples(comparison, samples)
+    for prompt in comparison.prompts:
+        rows = [page.Row("the teacher's own samples", natural[prompt], samples[prompt], reference=True)]
+        for method in comparison.methods:
+            own = [entry for entry in entries if entry.prompt == prompt and entry.method == method]
+            label = "; ".join([method] + [f"seed {e.seed} diverged: {e.failure}" for e in own if e.failure])
+            shown = [entry.pictures for entry in own if not entry.failure]
+            rows.append(page.Row(label, summary(own)[method], torch.cat(shown) if shown else None))
+        sections.append(page.Section(prompt, rows))
+    where = ", ".join(f"{k} {v}" for k, v in machine(pick_device("auto")).items())
+    shared = f"seeds {', '.join(map(str, comparison.seeds))}; settings {plain(comparison.layer) or 'the recipes'}"
+    note = f"Student: {comparison.student}; {shared}. Machine: {where}. What the figures mean: sds3d compare --help."
+    page.write(out / "index.html", "Methods side by side", note, COLUMNS, sections)
+    page.contact_sheet(out / "sheet.png", sections)
+
+
+def of_samples(comparison: Comparison, samples: Mapping[str, Tensor]) -> dict[str, dict[str, float | None]]:
+    """Prompt -> figures of the teacher's own samples: how different they are, where images are compared."""
+    if comparison.student != "image":
+        return dict.fromkeys(samples, {})
+    return {prompt: diversity_of(images[:, None]) for prompt, images in samples.items()}
+
+
+def _save(comparison: Comparison, out: Path, done: Mapping[tuple, Entry], samples: Mapping[str, Tensor]) -> None:
+    stored = ("prompt", "method", "seed", "student", "run", "figures", "failure")
+    rows = [{name: getattr(entry, name) for name in stored} for entry in done.values()]
+    found = {"settings": comparison.settings(), "machine": machine(pick_device("auto"))}
+    found |= {"mean": summary(list(done.values())), "samples": of_samples(comparison, samples), "runs": rows}
+    with replacing(out / "results.json") as part:
+        part.write_text(json.dumps(found, indent=1) + "\n")
+
+
+def _load(comparison: Comparison, out: Path) -> dict[tuple[str, str, int], Entry]:
+    """The runs that are there already. Raises ValueError where they had other settings."""
+    path = out / "results.json"
+    if not path.is_file():
+        return {}
+    try:
+        stored = from_json(read_text(path))
+        rows, settings = stored["runs"], stored["settings"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is no comparison; name another folder with --out") from error
+    if settings != comparison.settings():
+        raise ValueError(f"{out} holds a comparison with other settings ({settings}); name another folder with --out")
+    found = {}
+    for row in rows:
+        entry = Entry(**row, pictures=NOTHING if row.get("failure") else _pictures(out / row["run"]))
+        found[entry.key] = entry
+    return found
+
+
+def _pictures(path: Path) -> Tensor:
+    """The pictures of a finished run."""
+    config = configs.of_run(path / "config.yaml")
+    if isinstance(config, PaintConfig):
+        student = make.student(config)
+        student.load_state_dict(Run.open(path).load_checkpoint()["student"])
+        return student.images().cpu()
+    return Asset.open(path).views(orbit(VIEWS), make.teacher(config).image_size).cpu()

@@ -1,1 +1,0 @@
-"""Students that draw images from noise: in one step, or in a few."""

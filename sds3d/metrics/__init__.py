@@ -1,1 +1,0 @@
-"""What a run is worth, against the toybox's own geometry."""

@@ -1,0 +1,80 @@
+"""One HTML file that holds everything it shows and asks no network for anything.
+
+Its Content-Security-Policy lets the browser run the script it was written with, known by its hash, and nothing else,
+and fetch nothing: text from a user that slipped through could do no harm, either.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import html
+from collections.abc import Mapping
+from pathlib import Path
+
+from sds3d.runtime.files import replacing
+
+STYLE = """
+:root { color-scheme: light dark; --ink: #1d2126; --soft: #5d6670; --line: #e1e4e8; --page: #fafbfc; --card: #fff;
+  --accent: #0b6e5f; --bad: #b3261e }
+@media (prefers-color-scheme: dark) { :root { --ink: #e7eaee; --soft: #9aa4af; --line: #30363d; --page: #0f1317;
+  --card: #171c22; --accent: #54c8b4; --bad: #ff8a80 } }
+* { box-sizing: border-box }
+body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--page); margin: 0 auto;
+  max-width: 76rem; padding: 2rem 1.25rem 3rem }
+h1 { font-size: 1.9rem; line-height: 1.2; margin: 0 0 .25rem; overflow-wrap: anywhere }
+h2 { font-size: 1.05rem; margin: 2rem 0 .6rem }
+a { color: var(--accent) }
+.soft { color: var(--soft) }
+.card { background: var(--card); border: 1px solid var(--line); border-radius: 10px; overflow: hidden }
+code, pre { font: 13px/1.5 ui-monospace, monospace }
+pre { margin: 0; padding: 1rem; overflow: auto }
+"""
+
+
+def data_uri(path: Path) -> str:
+    """A file (.png, .jpg, .webp, .mp4) as a URI that holds it."""
+    kinds = {".png": "image/png", ".jpg": "image/jpeg", ".webp": "image/webp", ".mp4": "video/mp4"}
+    return f"data:{kinds[path.suffix]};base64,{encoded(path)}"
+
+
+def encoded(path: Path) -> str:
+    """A file's bytes in base64."""
+    return base64.b64encode(path.read_bytes()).decode()
+
+
+def table(facts: Mapping[str, str]) -> str:
+    """Names and values as a table of two columns; both are plain text."""
+    rows = (f"<tr><th>{html.escape(name)}</th><td>{html.escape(value)}</td></tr>" for name, value in facts.items())
+    return f'<table class="facts">{"".join(rows)}</table>'
+
+
+def write(path: Path, title: str, body: str, style: str, script: str = "") -> Path:
+    """Write the file.
+
+    Args:
+        path: ends in .html.
+        title: plain text.
+        body, style: HTML and CSS of ours, with everything that came from elsewhere escaped.
+        script: JavaScript, run after the body is there.
+
+    Raises:
+        ValueError: a place that cannot be written.
+    """
+    assert "</script" not in script.lower()
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    policy = (
+        f"default-src 'none'; script-src 'sha256-{digest}'; style-src 'unsafe-inline'; "
+        "img-src data: blob:; media-src data:; connect-src data: blob:; base-uri 'none'; form-action 'none'"
+    )
+    text = (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{html.escape(title)}</title>\n<style>{STYLE}{style}</style>\n</head>\n<body>\n{body}\n"
+        f"<script>{script}</script>\n</body>\n</html>\n"
+    )
+    with replacing(path, (".html",)) as part:
+        # as it is: the hash is of these bytes. A file's name need not be UTF-8: then it is shown with its codes
+        part.write_text(text, encoding="utf-8", errors="backslashreplace", newline="")
+    return path

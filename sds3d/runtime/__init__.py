@@ -1,0 +1,1 @@
+"""The machine beneath: devices, memory, processes, files, and small types that every room needs."""

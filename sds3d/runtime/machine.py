@@ -1,0 +1,22 @@
+"""What a figure was measured on: it stands beside every figure."""
+
+from __future__ import annotations
+
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """Processor, threads and versions: what stands beside every measured figure."""
+    name = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        name = next((x.split(":")[1].strip() for x in info.read_text().splitlines() if "model name" in x), name)
+    words = {"cpu": name, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "torch": torch.__version__}
+    if device.type == "cuda":
+        words["gpu"] = torch.cuda.get_device_name(device)
+    return words

@@ -1,1 +1,0 @@
-"""Scenes: a field in a box, rendered from cameras around it."""

@@ -1,0 +1,1 @@
+"""What is optimised: a scene, images, or a generator."""

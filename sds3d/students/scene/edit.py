@@ -1,0 +1,48 @@
+"""A scene that is edited: beside each of its views, the same view of what it was."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from sds3d.students.base import Draw
+from sds3d.students.scene.student import SceneStudent
+
+
+class EditedScene:
+    """A scene as a student, whose draws show the source, too (for DDS).
+
+    Args:
+        scene: what is trained.
+        source: what it was; never changed.
+    """
+
+    def __init__(self, scene: SceneStudent, source: SceneStudent):
+        self.scene, self.source = scene, source
+        source.learn_backgrounds(scene)
+
+    def draw(self, step: int, generator: torch.Generator) -> Draw:
+        """The scene's views, and the source's from the same cameras on the same background."""
+        draw = self.scene.draw(step, generator)
+        assert draw.cameras is not None, "a scene has cameras"
+        background = None if self.scene.background_name == "learned" else self.scene.background_name
+        draw.source = self.source.render_view(draw.cameras, draw.images.shape[-1], background=background).rgb
+        return draw
+
+    def regularisers(self) -> dict[str, Tensor]:
+        return self.scene.regularisers()
+
+    def param_groups(self) -> dict[str, list[Parameter]]:
+        return self.scene.param_groups()
+
+    def after_step(self, step: int, generator: torch.Generator) -> None:
+        self.scene.after_step(step, generator)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.scene.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> Any:
+        return self.scene.load_state_dict(state)

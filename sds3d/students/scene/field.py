@@ -1,0 +1,194 @@
+"""The scene's field: density and colour at every point of the box, and the background behind it.
+
+A multi-resolution hash grid (Instant-NGP, arXiv 2201.05989, section 3) feeds one hidden layer that density
+and colour share:
+
+    f(x) = hash_encode((x + 1) / 2)                             (N, levels * features)
+    o(x) = W2 relu(W1 f(x) + b1) + b2                           (N, 4)
+    density = softplus(gain o_0 + blob(x)),  colour = sigmoid(o_1..3)
+    blob(x) = strength * (1 - |x| / radius)                     (Magic3D, arXiv 2211.10440, section 4)
+
+b2 starts at -W2 relu(b1), so a new field is the blob itself, in middle grey. The gain lets density, which has to
+reach tens where colour moves by ones, follow at Adam's pace. Points are world points in the
+box [-1, 1]^3 (see cameras.py); density is per scene unit of length.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Annotated
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from sds3d.ops import Backend, GridSpec
+from sds3d.runtime.ramp import Ramp
+from sds3d.runtime.ranges import Within
+from sds3d.runtime.transfer import onto
+
+# Corners of a tetrahedron: sum_i k_i k_i^T = 4 I, so sum_i k_i f(x + h k_i) = 4 h grad f + O(h^3 for odd terms).
+_TETRAHEDRON = ((1.0, -1.0, -1.0), (-1.0, -1.0, 1.0), (-1.0, 1.0, -1.0), (1.0, 1.0, 1.0))
+LARGEST = 2**28  # numbers in a hash grid: 1 GiB, and three times that with gradients and moments
+
+
+@dataclass(frozen=True)
+class FieldConfig:
+    """Size of the hash grid and the MLP, and the blob that the density starts from.
+
+    Args:
+        levels, features, log2_table, base, finest: the hash grid (see ops.GridSpec).
+        open_levels: how many levels are open at each step; closed ones give zeros. None: all, always.
+        hidden: width of the hidden layer.
+        density_gain: factor of the network's density output, > 0.
+        blob_strength: pre-activation at the centre of the blob.
+        blob_radius: scene units, where the blob's pre-activation crosses 0 (density 0.69).
+    """
+
+    levels: Annotated[int, Within(1, 64)] = 12
+    features: Annotated[int, Within(1, 64)] = 2
+    log2_table: Annotated[int, Within(3, 24)] = 15
+    base: Annotated[int, Within(1, 4096)] = 16
+    finest: Annotated[int, Within(1, 65_536)] = 128
+    open_levels: Annotated[Ramp, Within(0, 64)] | None = None
+    hidden: Annotated[int, Within(1, 4096)] = 32
+    density_gain: Annotated[float, Within(0, 1e6, above=True)] = 10.0
+    blob_strength: Annotated[float, Within(-1e4, 1e4)] = 10.0
+    blob_radius: Annotated[float, Within(1e-3, 1e3)] = 0.5
+
+    def __post_init__(self):
+        if self.hidden < 1:
+            raise ValueError(f"field.hidden is {self.hidden}; give a width of at least 1 (32 is usual)")
+        if not math.isfinite(self.blob_strength):
+            raise ValueError(f"field.blob_strength is {self.blob_strength}; give a number (10)")
+        if not 0 < self.density_gain < math.inf:
+            raise ValueError(f"field.density_gain is {self.density_gain}; give a factor above 0 (10)")
+        if not 0 < self.blob_radius < math.inf:
+            raise ValueError(f"field.blob_radius is {self.blob_radius}; give a radius above 0, in scene units (0.5)")
+        numbers = self.grid().entries * self.features
+        if numbers > LARGEST:
+            raise ValueError(
+                f"the hash grid of field would hold {numbers:.2g} numbers, at most {LARGEST:.2g} are taken; lower "
+                "field.levels, field.features or field.log2_table"
+            )
+
+    def grid(self) -> GridSpec:
+        return GridSpec(self.levels, self.features, self.log2_table, self.base, self.finest)
+
+
+class _Head(Function):
+    """(density, colour) of features (N, I) and blob (N,). By hand: autograd's slices cost half as much again."""
+
+    @staticmethod
+    def forward(ctx, features: Tensor, blob: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor):
+        hidden = F.linear(features, w1, b1).relu_()
+        out = F.linear(hidden, w2, b2)
+        sigma, rgb = F.softplus(out[:, 0] + blob), out[:, 1:].sigmoid()
+        ctx.save_for_backward(features, hidden, w1, w2, sigma, rgb)
+        return sigma, rgb
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_sigma: Tensor, grad_rgb: Tensor):
+        features, hidden, w1, w2, sigma, rgb = ctx.saved_tensors
+        grad = torch.empty(len(features), 4, dtype=features.dtype, device=features.device)
+        torch.mul(grad_sigma, -torch.expm1(-sigma), out=grad[:, 0])  # softplus' = sigmoid = 1 - exp(-softplus)
+        torch.mul(grad_rgb, rgb * (1 - rgb), out=grad[:, 1:])
+        grad_hidden = torch.ops.aten.threshold_backward(grad @ w2, hidden, 0)
+        grad_w1, grad_w2 = grad_hidden.T @ features, grad.T @ hidden
+        return grad_hidden @ w1, grad[:, 0], grad_w1, grad_hidden.sum(0), grad_w2, grad.sum(0)
+
+
+class Field(nn.Module):
+    """Density and colour of the scene.
+
+    Args:
+        config: sizes and the blob.
+        backend: kernels (ops.choose); not part of the state, so a checkpoint loads in every backend.
+        generator: CPU generator for the initial values.
+    """
+
+    def __init__(self, config: FieldConfig, backend: Backend, generator: torch.Generator):
+        super().__init__()
+        self.config, self.spec, self.backend = config, config.grid(), backend
+        inputs, hidden = self.spec.width, config.hidden
+
+        def uniform(bound: float, *shape: int) -> nn.Parameter:
+            return nn.Parameter((torch.rand(*shape, generator=generator) * 2 - 1) * bound)
+
+        self.table = uniform(1e-4, self.spec.entries, self.spec.features)
+        self.w1 = uniform(math.sqrt(3.0 / inputs), hidden, inputs)  # features start tiny: plain fan-in scale
+        self.b1 = uniform(1 / math.sqrt(inputs), hidden)
+        self.w2 = uniform(1 / math.sqrt(hidden), 4, hidden)
+        self.b2 = nn.Parameter(-(self.w2 @ self.b1.relu()).detach())
+        self.register_buffer("mask", torch.ones(inputs))
+        self.register_buffer("corners", torch.tensor(_TETRAHEDRON), persistent=False)  # (4, 3)
+        self.register_buffer("gain", torch.tensor([config.density_gain, 1.0, 1.0, 1.0]), persistent=False)
+
+    def open(self, step: int) -> None:
+        """Open the levels that ``config.open_levels`` asks for at this step; a fraction fades a level in."""
+        if self.config.open_levels is None:
+            return
+        level = torch.arange(self.spec.levels, dtype=torch.float32).repeat_interleave(self.spec.features)
+        self.mask.copy_(onto((self.config.open_levels(step) - level).clamp(0, 1), self.mask.device))
+
+    def blob(self, points: Tensor) -> Tensor:
+        """Pre-activation of the starting blob at points (N, 3), (N,)."""
+        c = self.config
+        return c.blob_strength - points.norm(dim=-1) * (c.blob_strength / c.blob_radius)
+
+    def _encode(self, points: Tensor) -> tuple[Tensor, Tensor]:
+        """Features (N, inputs) at points (N, 3), and the first layer's weight with closed levels at 0."""
+        features = self.backend.hash_encode(points * 0.5 + 0.5, self.table, self.spec)
+        return features, self.w1 if self.config.open_levels is None else self.w1 * self.mask
+
+    def logit(self, points: Tensor) -> Tensor:
+        """Density before the softplus at points (N, 3) in the box, (N,)."""
+        features, w1 = self._encode(points)
+        hidden = F.linear(features, w1, self.b1).relu_()
+        gain = self.config.density_gain
+        return F.linear(hidden, self.w2[:1] * gain, self.b2[:1] * gain).squeeze(-1) + self.blob(points)
+
+    def density(self, points: Tensor) -> Tensor:
+        """Density >= 0 per scene unit at points (N, 3) in the box, (N,)."""
+        return F.softplus(self.logit(points))
+
+    def forward(self, points: Tensor) -> tuple[Tensor, Tensor]:
+        """Density (N,) >= 0 and colour (N, 3) in [0, 1] at points (N, 3) in the box."""
+        features, w1 = self._encode(points)
+        w2, b2 = self.w2 * self.gain[:, None], self.b2 * self.gain
+        return _Head.apply(features, self.blob(points), w1, self.b1, w2, b2)
+
+    def normals(self, points: Tensor) -> Tensor:
+        """Outward unit normals (N, 3): minus the direction in which density grows, at points (N, 3).
+
+        Four central-type differences on a tetrahedron of half a finest cell; the differences are of the
+        density before the softplus (same direction, no saturation), so one backward gives their gradient.
+        """
+        corners = self.corners.to(points.dtype)
+        step = 1.0 / self.spec.finest
+        around = points[None] + step * corners[:, None]  # (4, N, 3)
+        values = self.logit(around.view(-1, 3)).view(4, -1)
+        return -F.normalize(values.T @ corners, dim=-1, eps=1e-12)
+
+
+class LearnedBackground(nn.Module):
+    """A background that is learned: second-order spherical harmonics of the ray's direction, then a sigmoid.
+
+    Starts at one plain ``colour`` (3 values in [0, 1]) in every direction.
+    """
+
+    def __init__(self, colour: tuple[float, float, float] = (0.95, 0.95, 0.95)):
+        super().__init__()
+        coefficients = torch.zeros(9, 3)
+        coefficients[0] = torch.logit(torch.tensor(colour).clamp(0.02, 0.98))
+        self.coefficients = nn.Parameter(coefficients)
+
+    def forward(self, directions: Tensor) -> Tensor:
+        """Colours (R, 3) in [0, 1] of unit directions (R, 3)."""
+        x, y, z = directions.unbind(-1)
+        basis = torch.stack([torch.ones_like(x), x, y, z, x * y, y * z, x * z, x * x - y * y, 3 * z * z - 1], -1)
+        return (basis @ self.coefficients).sigmoid()

@@ -1,0 +1,119 @@
+"""What keeps a scene clean: named scalars of one render, each weighted by its own ``lambda_<name>``.
+
+All are means, over rays or over samples, so their size does not depend on the resolution. A teacher's gradient is
+a sum over its pixels (METHODS section 2), so a lambda of 64 * 64 weighs one ray of a 64 x 64 render like one pixel.
+
+    sparsity          mean_r sqrt(o_r^2 + 0.01) - 0.1                       DreamFusion, arXiv 2209.14988, appendix
+    opacity_entropy   mean_r H(o_r), binary entropy in nats                 rays are either hit or missed: no fog
+    orientation       mean_r sum_i sg(w_i) max(0, n_i . d)^2                Ref-NeRF, arXiv 2112.03907, eq. 11
+    total_variation   mean_i |a(x_i) - a(x_i + u)|, a = 1 - exp(-sigma step), at jittered neighbours
+    distortion        mean_r sum_ij w_i w_j |t_i - t_j| + sum_i w_i^2 dt_i/3    Mip-NeRF 360, arXiv 2111.12077, eq. 15
+    margin            mean_r sum_i w_i max(0, (|x_i|_inf - 0.9) / 0.1)^2    nothing sits against the faces of the box
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Annotated
+
+import torch
+from torch import Tensor
+
+from sds3d.runtime.ramp import Ramp
+from sds3d.runtime.ranges import Within
+from sds3d.runtime.transfer import onto
+from sds3d.students.scene.field import Field
+from sds3d.students.scene.render import Trace
+
+_OFF = Ramp.constant(0.0)
+_NEIGHBOURS = 2048  # points at which total variation is measured
+
+
+@dataclass(frozen=True)
+class RegulariserConfig:
+    """Weight of each regulariser, by step. One that weighs 0 is not computed."""
+
+    lambda_sparsity: Annotated[Ramp, Within(0, 1e9)] = field(default_factory=lambda: Ramp.constant(20.0))
+    lambda_opacity_entropy: Annotated[Ramp, Within(0, 1e9)] = field(default_factory=lambda: Ramp(0, 0.0, 40.0, 300))
+    lambda_orientation: Annotated[Ramp, Within(0, 1e9)] = _OFF
+    lambda_total_variation: Annotated[Ramp, Within(0, 1e9)] = _OFF
+    lambda_distortion: Annotated[Ramp, Within(0, 1e9)] = _OFF
+    lambda_margin: Annotated[Ramp, Within(0, 1e9)] = field(default_factory=lambda: Ramp.constant(100.0))
+
+    def ramps(self) -> dict[str, Ramp]:
+        """Weights by name, without "lambda_": what the loop multiplies by."""
+        return {f.name.removeprefix("lambda_"): getattr(self, f.name) for f in fields(self)}
+
+    def active(self, step: float) -> set[str]:
+        """Names of those that weigh anything at a step."""
+        return {name for name, ramp in self.ramps().items() if ramp(step) != 0}
+
+
+def sparsity(opacity: Tensor) -> Tensor:
+    """Mean smooth absolute opacity of rays (R,); 0 for an empty scene."""
+    return (opacity.square() + 0.01).sqrt().mean() - 0.1
+
+
+def opacity_entropy(opacity: Tensor) -> Tensor:
+    """Mean binary entropy, nats, of the opacities (R,); 0 where every ray is either clear or blocked."""
+    p = opacity.clamp(1e-4, 1 - 1e-4)
+    return -(p * p.log() + (1 - p) * torch.log1p(-p)).mean()
+
+
+def orientation(trace: Trace) -> Tensor:
+    """Mean over rays of the weight whose normals point away from the camera."""
+    assert trace.normals is not None, "orientation needs a render with normals"
+    away = (trace.normals * trace.directions[trace.samples.ray_index]).sum(-1).clamp_min(0)
+    return (trace.weights.detach() * away.square()).sum() / trace.opacity.shape[0]
+
+
+def distortion(trace: Trace) -> Tensor:
+    """Mean spread of the weights along a ray, scene units; 0 for one thin surface."""
+    t, dt, ray, offsets = trace.samples.t, trace.samples.dt, trace.samples.ray_index, trace.samples.offsets
+
+    def before(x: Tensor) -> Tensor:  # (S,) sum of x over the earlier samples of the same ray
+        total = x.double().cumsum(0)
+        start = torch.cat([total.new_zeros(1), total])[offsets[:-1]]
+        return (total - x - start[ray]).to(x.dtype)
+
+    w = trace.weights
+    pairs = 2 * (w * (t * before(w) - before(w * t))).sum()
+    return (pairs + (w.square() * dt).sum() / 3) / trace.opacity.shape[0]
+
+
+def margin(trace: Trace) -> Tensor:
+    """Mean over rays of the weight within 0.1 of the faces of the box."""
+    near = ((trace.samples.points.abs().amax(-1) - 0.9) / 0.1).clamp_min(0).square()
+    return (trace.weights * near).sum() / trace.opacity.shape[0]
+
+
+def total_variation(field: Field, trace: Trace, generator: torch.Generator) -> Tensor:
+    """Mean difference of opacity per step between visible samples and neighbours within a cell of the finest level."""
+    points = trace.samples.points
+    if not points.shape[0]:
+        return trace.opacity.sum()  # 0, with a graph
+    place = onto(torch.rand(_NEIGHBOURS, generator=generator, dtype=torch.float64), points.device)
+    chosen = (place * trace.samples.offsets[-1]).long()
+    shift = (onto(torch.rand(_NEIGHBOURS, 3, generator=generator), points.device) * 2 - 1) * (2 / field.spec.finest)
+    here = points[chosen]
+    density = field.density(torch.cat([here, (here + shift).clamp_(-1, 1)]))
+    opaque = -torch.expm1(-density * trace.samples.dt[0])
+    return (opaque[:_NEIGHBOURS] - opaque[_NEIGHBOURS:]).abs().mean()
+
+
+def measure(names: set[str], field: Field, trace: Trace, generator: torch.Generator) -> dict[str, Tensor]:
+    """The regularisers called for, by name, unweighted.
+
+    Args:
+        names: of the fields of RegulariserConfig, without "lambda_".
+        generator: for the points of total_variation.
+    """
+    ways = {
+        "sparsity": lambda: sparsity(trace.opacity),
+        "opacity_entropy": lambda: opacity_entropy(trace.opacity),
+        "orientation": lambda: orientation(trace),
+        "total_variation": lambda: total_variation(field, trace, generator),
+        "distortion": lambda: distortion(trace),
+        "margin": lambda: margin(trace),
+    }
+    return {name: way() for name, way in ways.items() if name in names}

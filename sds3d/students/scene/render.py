@@ -1,0 +1,221 @@
+"""Volume rendering of a field: rays, samples in occupied cells, colour, opacity, depth and normals.
+
+Emission and absorption (NeRF, arXiv 2003.08934, eq. 3), with a plain background b behind the box:
+
+    w_i = T_i (1 - exp(-sigma_i dt_i)),  opacity = sum_i w_i,  rgb = sum_i w_i c_i + (1 - opacity) b
+    depth = sum_i w_i t_i / opacity
+
+Shading (DreamFusion, arXiv 2209.14988, section 3.1): "albedo" is the colour itself; "lambertian" multiplies it
+by ambient + (1 - ambient) max(0, n . l); "textureless" puts white in the colour's place and shades that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from sds3d.cameras import Cameras, Poses
+from sds3d.ops import Samples
+from sds3d.runtime.transfer import onto
+from sds3d.students.scene.field import Field
+from sds3d.students.scene.occupancy import Occupancy
+
+SHADINGS = ("albedo", "lambertian", "textureless")
+
+Background = Tensor | Callable[[Tensor], Tensor]  # (3,), (B, 3), or directions (R, 3) -> colours (R, 3)
+
+
+@dataclass(frozen=True)
+class Shading:
+    """How colour is lit.
+
+    Args:
+        kind: one of SHADINGS.
+        light: (3,) or (B, 3) directions towards the light, any length; None: the camera carries it.
+        ambient: share of the light that comes from everywhere, 0 to 1.
+    """
+
+    kind: str = "albedo"
+    light: Tensor | None = None
+    ambient: float = 0.3
+
+    def __post_init__(self):
+        if self.kind not in SHADINGS:
+            raise ValueError(f"render.shading is {self.kind!r}; give one of {', '.join(SHADINGS)}")
+
+
+ALBEDO = Shading()
+
+
+@dataclass(frozen=True)
+class RenderOptions:
+    """
+    Args:
+        step: length of one sample step, scene units.
+        shading: how colour is lit.
+        normals: render normals even where the shading does not need them.
+        dark: a sample that less light than this reaches weighs nothing.
+        chunk: rays rendered at a time. Where gradients are wanted and there are more, each chunk is rendered again when
+            its gradients are due, so that memory is that of one chunk: a quarter slower.
+        room: samples to make room for, without asking a GPU how many there are (see ops.reference.march); None asks.
+            Not used where there are several chunks.
+    """
+
+    step: float = 2 / 32
+    shading: Shading = ALBEDO
+    normals: bool = False
+    dark: float = 1e-3
+    chunk: int = 16384
+    room: int | None = None
+
+
+@dataclass
+class RenderOut:
+    """Images of B views, and the samples they were made of.
+
+    Args:
+        rgb: (B, 3, H, W) in [0, 1].
+        opacity: (B, 1, H, W) in [0, 1].
+        depth: (B, 1, H, W) expected distance from the camera, scene units; 0 where nothing was hit.
+        normal: (B, 3, H, W) weighted outward normals in world axes, length <= 1; None if not asked for.
+        trace: what the regularisers look at; None in a render without gradients.
+    """
+
+    rgb: Tensor
+    opacity: Tensor
+    depth: Tensor
+    normal: Tensor | None
+    trace: Trace | None
+
+
+@dataclass
+class Trace:
+    """The samples behind a render, packed by ray.
+
+    Args:
+        samples: positions, distances and lengths; no gradient.
+        sigma: (S,) densities.
+        weights: (S,) compositing weights.
+        opacity: (R,) of all rays.
+        normals: (S, 3) outward unit normals, or None.
+        directions: (R, 3) of all rays, unit.
+    """
+
+    samples: Samples
+    sigma: Tensor
+    weights: Tensor
+    opacity: Tensor
+    normals: Tensor | None
+    directions: Tensor
+
+
+def render(
+    field: Field,
+    occupancy: Occupancy,
+    cameras: Cameras | Poses,
+    resolution: int,
+    background: Background,
+    options: RenderOptions,
+    generator: torch.Generator | None = None,
+) -> RenderOut:
+    """Render images of the field.
+
+    Args:
+        cameras: B views, on the field's device.
+        resolution: pixels of their height; Cameras' images are square, Poses' have an aspect.
+        background: (3,), one colour a view (B, 3), or a function of the directions (R, 3).
+        generator: CPU generator of a training render, which shifts each ray's samples and thins the occupancy's
+            rim; None puts samples in the middle of their steps and visits every occupied cell.
+
+    Returns:
+        RenderOut, with gradients and a trace if gradients are enabled.
+    """
+    if resolution < 1:
+        raise ValueError(f"render.resolution is {resolution}; give at least 1 pixel (64 is usual)")
+    origins, directions = cameras.rays(resolution)
+    views, height, width = origins.shape[:3]
+    origins, directions = origins.reshape(-1, 3), directions.reshape(-1, 3)
+    rays, pixels = origins.shape[0], height * width
+    jitter, cells = None, occupancy.cells
+    if generator is not None:
+        cells = occupancy.thinned(generator)
+        jitter = onto(torch.rand(rays, generator=generator, dtype=origins.dtype), origins.device)
+    behind = background(directions) if callable(background) else onto(background, origins.device).to(origins.dtype)
+    if behind.ndim == 2 and behind.shape[0] == views and not callable(background):
+        behind = behind.repeat_interleave(pixels, 0)
+    light = _light(options.shading, cameras)
+    whole, parts = rays <= options.chunk, []
+    for start in range(0, rays, options.chunk):
+        part = slice(start, start + options.chunk)
+        shift, room = None if jitter is None else jitter[part], options.room if whole else None
+        samples = field.backend.march(origins[part], directions[part], cells, options.step, shift, room=room)
+        lit = None if light is None else light[(samples.ray_index + start) // pixels]
+        if whole or not torch.is_grad_enabled():
+            parts.append(_shoot(field, samples, directions[part], lit, options))
+        else:
+            again = partial(_shoot, field, samples, directions[part], lit, options)
+            parts.append(checkpoint(again, use_reentrant=False, preserve_rng_state=False))
+    image, trace = parts[0] if whole else (torch.cat([p[0] for p in parts]), _joined([p[1] for p in parts]))
+    opacity = image[:, 4:5]
+    rgb = torch.addcmul(image[:, :3], 1 - opacity, behind.expand(rays, 3))
+    depth = image[:, 3:4] / opacity.clamp_min(1e-6)
+
+    def fold(x: Tensor) -> Tensor:  # (R, C) -> (B, C, H, W)
+        return x.view(views, height, width, -1).permute(0, 3, 1, 2)
+
+    normal = fold(image[:, 5:]) if image.shape[1] > 5 else None
+    return RenderOut(fold(rgb), fold(opacity), fold(depth), normal, trace)
+
+
+def _joined(traces: list[Trace | None]) -> Trace | None:
+    """The traces of chunks of rays as one."""
+    if traces[0] is None:
+        return None
+    samples, first_ray, first_sample = [], 0, 0
+    for trace in traces:
+        s = trace.samples
+        samples.append(s._replace(ray_index=s.ray_index + first_ray, offsets=s.offsets[1:] + first_sample))
+        first_ray, first_sample = first_ray + len(trace.opacity), first_sample + len(s.t)
+    start = traces[0].samples.offsets[:1]
+    parts = [torch.cat(columns) for columns in zip(*samples, strict=True)]
+    parts[-1] = torch.cat([start, parts[-1]])
+
+    def joined(name: str) -> Tensor:
+        return torch.cat([getattr(trace, name) for trace in traces])
+
+    normals = None if traces[0].normals is None else joined("normals")
+    return Trace(Samples(*parts), joined("sigma"), joined("weights"), joined("opacity"), normals, joined("directions"))
+
+
+def _light(shading: Shading, cameras: Cameras | Poses) -> Tensor | None:
+    """Unit directions towards the light, (B, 3), or None where colour is not lit."""
+    if shading.kind == "albedo":
+        return None
+    light = cameras.positions()
+    if shading.light is not None:
+        light = onto(shading.light, light.device).to(light.dtype)
+    return F.normalize(light.expand(len(cameras), 3), dim=-1)
+
+
+def _shoot(
+    field: Field, samples: Samples, directions: Tensor, light: Tensor | None, options: RenderOptions
+) -> tuple[Tensor, Trace | None]:
+    """Composite packed samples, lit from light (S, 3): (R, 5 or 8) colour, depth * opacity, opacity, normal."""
+    shading, sigma, values = options.shading, *field(samples.points)
+    normals = field.normals(samples.points) if light is not None or options.normals else None
+    if light is not None:
+        facing = (normals * light).sum(-1, keepdim=True).clamp_min(0)
+        shade = shading.ambient + (1 - shading.ambient) * facing
+        values = values * shade if shading.kind == "lambertian" else shade.expand(-1, 3)
+    values = torch.cat([values, samples.t[:, None]] + ([] if normals is None else [normals]), -1)
+    out = field.backend.composite(sigma, samples.dt, values, samples.offsets, options.dark)
+    image = torch.cat([out.accumulated[:, :4], out.opacity[:, None], out.accumulated[:, 4:]], -1)
+    if not torch.is_grad_enabled():
+        return image, None
+    return image, Trace(samples, sigma, out.weights, out.opacity, normals, directions)

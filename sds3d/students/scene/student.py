@@ -1,0 +1,316 @@
+"""A scene as a student: a few views a step, rendered from cameras drawn around it.
+
+The loop (train.py) knows only `sds3d.students.base.Student`; previews, export and metrics use `render_view`,
+`density` and `colours`, which never build a graph.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from dataclasses import field as default
+from typing import Annotated
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn import Parameter
+
+from sds3d.cameras import CameraRanges, Cameras, Poses
+from sds3d.ops import Backend, choose
+from sds3d.prompts import COLOURS
+from sds3d.runtime.ranges import STEPS, Within, shown
+from sds3d.runtime.transfer import onto
+from sds3d.students.base import Draw
+from sds3d.students.scene.field import Field, FieldConfig, LearnedBackground
+from sds3d.students.scene.occupancy import Occupancy, OccupancyConfig
+from sds3d.students.scene.regularisers import RegulariserConfig, measure
+from sds3d.students.scene.render import ALBEDO, SHADINGS, RenderOptions, RenderOut, Shading, Trace, render
+from sds3d.students.scene.sample_budget import Room, rays_at_a_time
+
+BACKGROUNDS = {"white": (1.0, 1.0, 1.0), "grey": COLOURS["grey"], "black": COLOURS["black"]}
+
+PIXELS = 2**26  # of a step's images, at most: 256 of 512 a side
+
+Prompts = Callable[[Cameras, str], list[str]]  # cameras (B), the background's name -> B prompts
+
+
+@dataclass(frozen=True)
+class RenderConfig:
+    """How a step's images are made.
+
+    Args:
+        views: images a step, one camera each.
+        resolution: pixels a side; or [step, pixels] in the order of the steps, from step 0 on, as
+            [[0,64],[2000,256],[5000,512]]: coarse first, so that empty space is known before it is rendered finely.
+        samples: sample steps along one side of the box, in training; each is 2 / samples long.
+        fine_samples: the same for previews, videos and scores.
+        background: a name known to the student ("white", ...), "#rrggbb", "learned", or "random", which
+            draws one of the known names each step.
+        other_share: under "random", the share of steps that draw another background than the first known.
+        shading: "albedo", "lambertian", "textureless", or "mixed": from step ``shading_start`` on, a
+            quarter albedo, half Lambertian, a quarter textureless; albedo before.
+        shading_start: see there.
+        ambient: share of the light that comes from everywhere, 0 to 1.
+        dark: a sample that less light than this reaches weighs nothing.
+        chunk: rays rendered at a time; 0 chooses by the device's memory. Less memory than a training render needs makes
+            it render each chunk twice.
+    """
+
+    views: Annotated[int, Within(1, 256)] = 4
+    resolution: int | tuple[tuple[int, int], ...] = 64
+    samples: Annotated[int, Within(8, 1024)] = 32
+    fine_samples: Annotated[int, Within(8, 1024)] = 96
+    background: str = "white"
+    other_share: Annotated[float, Within(0, 1)] = 0.5
+    shading: str = "albedo"
+    shading_start: Annotated[int, Within(0, STEPS)] = 100
+    ambient: Annotated[float, Within(0, 1)] = 0.3
+    dark: Annotated[float, Within(0, 1, above=True)] = 1e-3
+    chunk: Annotated[int, Within(0, 2**30)] = 0
+
+    def __post_init__(self):
+        for name, low, high in (
+            ("views", 1, 256),
+            ("samples", 8, 1024),
+            ("fine_samples", 8, 1024),
+        ):
+            value = getattr(self, name)
+            if not low <= value <= high:
+                raise ValueError(f"render.{name} is {value}; give a number from {low} to {high}")
+        self._check_resolution()
+        for name in ("other_share", "ambient"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"render.{name} is {getattr(self, name)}; give a number from 0 to 1")
+        if self.chunk < 0:
+            raise ValueError(f"render.chunk is {self.chunk}; give rays at a time, or 0 to have it chosen")
+        if not 0 < self.dark < 1:
+            raise ValueError(f"render.dark is {self.dark}; give a transmittance between 0 and 1, as 0.001")
+        if self.shading not in (*SHADINGS, "mixed"):
+            raise ValueError(f"render.shading is {self.shading!r}; give one of {', '.join(SHADINGS)}, mixed")
+
+    def resolution_at(self, step: float) -> int:
+        """Pixels a side of a step's images."""
+        if isinstance(self.resolution, int):
+            return self.resolution
+        return next(pixels for since, pixels in reversed(self.resolution) if step >= since)
+
+    def _check_resolution(self) -> None:
+        stages = ((0, self.resolution),) if isinstance(self.resolution, int) else self.resolution
+        steps = [step for step, _ in stages]
+        if steps[:1] != [0] or steps != sorted({*steps}):
+            raise ValueError(
+                f"render.resolution is {shown(self.resolution)}; give pixels, or [step, pixels] with growing steps "
+                "from 0 on, as [[0,64],[2000,256],[5000,512]]"
+            )
+        for _, pixels in stages:
+            if not 4 <= pixels <= 1024:
+                raise ValueError(f"render.resolution is {shown(pixels)}; give a number from 4 to 1024")
+        most = max(pixels for _, pixels in stages)
+        if steps[-1] > STEPS:
+            raise ValueError(f"render.resolution has a stage from step {shown(steps[-1])}; give steps up to {STEPS}")
+        if self.views * most**2 > PIXELS:
+            raise ValueError(
+                f"render.views={self.views} of {most} pixels a side are {self.views * most**2:.2g} pixels a step; at "
+                f"most {PIXELS:.2g} are taken: lower render.views or render.resolution"
+            )
+
+
+@dataclass(frozen=True)
+class SceneConfig:
+    """Everything about a scene that a user can set."""
+
+    field: FieldConfig = default(default_factory=FieldConfig)
+    occupancy: OccupancyConfig = default(default_factory=OccupancyConfig)
+    render: RenderConfig = default(default_factory=RenderConfig)
+    camera: CameraRanges = default(default_factory=CameraRanges)
+    regularise: RegulariserConfig = default(default_factory=RegulariserConfig)
+
+
+class SceneStudent(nn.Module):
+    """A hash-grid scene that draws stratified views of itself.
+
+    Args:
+        config: sizes, cameras, rendering, regularisers.
+        generator: CPU generator of the initial values.
+        prompts: gives the prompts of a draw from its cameras and the name of its background.
+        backgrounds: name -> RGB in [0, 1] of the plain backgrounds that may be named; the first is the usual one.
+        backend: kernels; None chooses for the device.
+        device: where parameters and images live.
+
+    Attributes:
+        background_name: of the last draw's background: a key of ``backgrounds``, "#rrggbb" or "learned".
+
+    Raises:
+        ValueError: the background is not known.
+    """
+
+    def __init__(
+        self,
+        config: SceneConfig,
+        generator: torch.Generator,
+        prompts: Prompts = lambda cameras, background: [""] * len(cameras),
+        backgrounds: Mapping[str, tuple[float, float, float]] | None = None,
+        backend: Backend | None = None,
+        device: torch.device | str = "cpu",
+    ):
+        super().__init__()
+        self.config, self.prompts, self.device = config, prompts, torch.device(device)
+        self.field = Field(config.field, backend or choose(self.device), generator)
+        self.occupancy = Occupancy(config.occupancy, 2 / config.render.samples)
+        self.learned = LearnedBackground() if config.render.background == "learned" else None
+        self._plain = {name: torch.tensor(rgb) for name, rgb in (backgrounds or BACKGROUNDS).items()}
+        wanted = config.render.background
+        if wanted.startswith("#"):
+            self._plain[wanted] = _hex_colour(wanted)
+        elif wanted not in ("learned", "random", *self._plain):
+            known = ", ".join(self._plain)
+            raise ValueError(f"render.background is {wanted!r}; give one of {known}, #rrggbb, learned, random")
+        self.background_name = next(iter(self._plain)) if wanted == "random" else wanted
+        self._chunk = config.render.chunk or rays_at_a_time(
+            self.device, config.render.samples, self.field.spec.width, config.field.hidden
+        )
+        self._resolution, self._room = config.render.resolution_at(0), Room()
+        self._trace: Trace | None = None
+        self._active: set[str] = set()
+        self._noise = generator
+        self.to(self.device)
+        self.occupancy.update(self.field, 0, generator)
+
+    def draw(self, step: int, generator: torch.Generator) -> Draw:
+        """Render this step's views, with gradients."""
+        settings = self.config.render
+        self.field.open(step)
+        cameras = self.config.camera.sample(settings.views, generator)
+        self.background_name = self._choose_background(generator)
+        shading = self._shading(step, cameras, generator)
+        self._active, self._noise = self.config.regularise.active(step), generator
+        resolution = settings.resolution_at(step)
+        if resolution != self._resolution:
+            self._resolution, self._room = resolution, Room()  # what it learnt is of other images
+        ask = self._asks()
+        options = RenderOptions(
+            2 / settings.samples,
+            shading,
+            "orientation" in self._active,
+            settings.dark,
+            self._chunk,
+            None if ask else self._room.rows(),
+        )
+        out = render(
+            self.field, self.occupancy, cameras.to(self.device), resolution,
+            self._background(self.background_name), options, generator,
+        )  # fmt: skip
+        self._trace = out.trace
+        if not ask and out.trace is not None:  # a critic's draws leave no trace
+            self._room.saw(out.trace.samples)
+        group = torch.zeros(settings.views, dtype=torch.long)
+        return Draw(out.rgb, self.prompts(cameras, self.background_name), cameras, group)
+
+    def regularisers(self) -> dict[str, Tensor]:
+        """Those of the last draw that weigh anything at its step, unweighted, and the mean opacity, detached."""
+        assert self._trace is not None, "regularisers come after a draw"
+        measured = measure(self._active, self.field, self._trace, self._noise)
+        return measured | {"opacity": self._trace.opacity.detach().mean()}
+
+    def param_groups(self) -> dict[str, list[Parameter]]:
+        """Groups "grid", "mlp" and, where it is learned, "background"."""
+        f = self.field
+        groups = {"grid": [f.table], "mlp": [f.w1, f.b1, f.w2, f.b2]}
+        return groups if self.learned is None else groups | {"background": list(self.learned.parameters())}
+
+    def after_step(self, step: int, generator: torch.Generator) -> None:
+        """Bring the occupancy grid up to date when it is due."""
+        self._trace = None
+        self.occupancy.update(self.field, step + 1, generator)
+
+    def learn_backgrounds(self, other: SceneStudent) -> None:
+        """Know the plain backgrounds that another scene knows, by its names."""
+        self._plain |= other._plain
+
+    @torch.no_grad()
+    def render_view(
+        self,
+        cameras: Cameras | Poses,
+        resolution: int | None = None,
+        shading: Shading = ALBEDO,
+        normals: bool = False,
+        background: str | None = None,
+    ) -> RenderOut:
+        """Views without gradients, deterministic: images (B, 3, H, W) in [0, 1] and the rest of RenderOut.
+
+        Args:
+            cameras: any number of views; memory stays that of one chunk of rays.
+            resolution: pixels of the height; None is that of the last training steps.
+            shading, normals: as in render.
+            background: a known name or "#rrggbb"; None is the run's usual one.
+        """
+        if background is None:
+            wanted = self.config.render.background
+            background = next(iter(self._plain)) if wanted == "random" else wanted
+        behind = self._background(background)
+        size = self.config.render.resolution_at(math.inf) if resolution is None else resolution
+        chunk = self._chunk if self.device.type == "cuda" else min(self._chunk, RenderOptions.chunk)
+        options = RenderOptions(2 / self.config.render.fine_samples, shading, normals, self.config.render.dark, chunk)
+        return render(self.field, self.occupancy, cameras.to(self.device), size, behind, options)
+
+    @torch.no_grad()
+    def density(self, points: Tensor) -> Tensor:
+        """Densities that a render sees, (N,), at points (N, 3): 0 outside the box and in empty cells."""
+        points = points.to(self.device)
+        density = torch.zeros(len(points), device=self.device)
+        kept = torch.nonzero((points.abs().amax(-1) <= 1) & self.occupancy.at(points))[:, 0]
+        for some in kept.split(65536):
+            density[some] = self.field.density(points[some])
+        return density
+
+    @torch.no_grad()
+    def colours(self, points: Tensor) -> Tensor:
+        """Colours (N, 3) in [0, 1] at points (N, 3), clamped to the box."""
+        parts = [self.field(part.clamp(-1, 1))[1] for part in points.to(self.device).split(65536)]
+        return torch.cat(parts) if parts else points.new_zeros(0, 3)
+
+    def _asks(self) -> bool:
+        """Whether a render asks how many samples there are: a GPU is asked only where a run must be repeatable."""
+        return self.device.type != "cuda" or torch.are_deterministic_algorithms_enabled()
+
+    def _choose_background(self, generator: torch.Generator) -> str:
+        """Name of this step's background."""
+        settings, names = self.config.render, list(self._plain)
+        if settings.background != "random":
+            return settings.background
+        share, which = torch.rand(2, generator=generator).tolist()
+        if share >= settings.other_share or len(names) == 1:
+            return names[0]
+        return names[1 + int(which * (len(names) - 1))]
+
+    def _background(self, name: str) -> Tensor | nn.Module:
+        """What render wants for a background's name."""
+        if name == "learned":
+            assert self.learned is not None, "this scene has no learned background"
+            return self.learned
+        return onto(_hex_colour(name) if name.startswith("#") else self._plain[name], self.device)
+
+    def _shading(self, step: int, cameras: Cameras, generator: torch.Generator) -> Shading:
+        """This step's light: one for each view, near its camera."""
+        settings, kind = self.config.render, self.config.render.shading
+        if kind == "mixed":
+            place = torch.rand(1, generator=generator).item()
+            kind = "albedo" if step < settings.shading_start or place < 0.25 else "lambertian"
+            kind = "textureless" if step >= settings.shading_start and place >= 0.75 else kind
+        if kind == "albedo":
+            return ALBEDO
+        light = F.normalize(cameras.positions(), dim=-1) + 0.5 * torch.randn(len(cameras), 3, generator=generator)
+        return Shading(kind, light, settings.ambient)
+
+
+def _hex_colour(text: str) -> Tensor:
+    """RGB (3,) of "#rrggbb"."""
+    try:
+        values = bytes.fromhex(text[1:])
+    except ValueError:
+        values = b""
+    if len(values) != 3:
+        raise ValueError(f"render.background is {text!r}; a colour is # and six hexadecimal digits, as #ffffff")
+    return torch.tensor(list(values)) / 255

@@ -1,0 +1,39 @@
+"""From a name to a teacher: packaged weights, a file or a folder of a training, a diffusers pipeline."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from sds3d.runtime.device import pick_device
+from sds3d.teachers import small
+from sds3d.teachers.base import PACKAGED, HFConfig, Teacher, TeacherConfig
+from sds3d.teachers.hf import loading
+from sds3d.teachers.hf.generator import CARD
+
+
+def load_teacher(settings: TeacherConfig, device: str = "auto") -> Teacher:
+    """A frozen teacher. Raises ValueError where there is none of that name, or its weights are damaged."""
+    if loading.is_pipeline(settings.name):
+        if (Path(settings.name).expanduser() / CARD).is_file():
+            raise ValueError(f"{settings.name} is a generator, which paints by itself (sds3d sample); name its teacher")
+        return loading.load(settings, pick_device(device))
+    path = small.packaged(settings.name) if settings.name in PACKAGED else Path(settings.name).expanduser()
+    if path.is_dir():
+        path = path / small.FILE
+    if not path.is_file():
+        raise ValueError(
+            f"teacher {settings.name!r} is neither packaged ({', '.join(PACKAGED)}), a file of weights, the folder of "
+            "a training (sds3d teacher train) or of a diffusers pipeline, nor an id on the hub (owner/model)"
+        )
+    if settings.hf != HFConfig() or settings.dtype == "float16":
+        raise ValueError(
+            f"teacher.hf and float16 are for diffusers pipelines, and {settings.name!r} is none: a folder with "
+            f"{loading.INDEX}, or an id on the hub such as owner/model"
+        )
+    dtype = None if settings.dtype == "auto" else getattr(torch, settings.dtype)
+    found = small.load(path, settings.views, pick_device(device), dtype, settings.compile)
+    if "generator" in found.told:
+        raise ValueError(f"{path} is a generator, which paints by itself (sds3d sample); name the teacher it came from")
+    return found

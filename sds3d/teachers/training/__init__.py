@@ -1,0 +1,1 @@
+"""How the packaged teachers are trained, and on what."""

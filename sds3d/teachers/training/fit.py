@@ -1,0 +1,379 @@
+"""Trains an embedded teacher: denoising with v-prediction on the cosine schedule (Salimans and Ho, arXiv 2202.00512).
+
+What it sees is a `Source`: the toybox, scikit-learn's digits, or a user's own folder.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import pickle
+import struct
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sds3d import cameras as cam
+from sds3d.diffusion.noise import noised, target
+from sds3d.networks.ema import EMA
+from sds3d.networks.muon import Muon
+from sds3d.networks.text import TextEncoder
+from sds3d.networks.unet import UNet
+from sds3d.runtime import tensor_files
+from sds3d.runtime.errors import Diverged
+from sds3d.runtime.files import from_json, lock, read_text, replacing, require_folder, sweep
+from sds3d.runtime.modes import stepwise_training
+from sds3d.runtime.ranges import STEPS, Within
+from sds3d.teachers import small
+from sds3d.teachers.drawing import sample
+from sds3d.teachers.training.sources import Batch, Source
+
+DIGITS_STEPS = 5000  # of the packaged digits teacher; beyond, images it never saw are denoised no better
+
+
+@dataclass(frozen=True)
+class FitConfig:
+    """How to train.
+
+    Args:
+        data: "toybox", "digits", or a folder of pictures with captions.
+        size: pixels a side of a folder's pictures, 32 or 64.
+        steps: in all; may be changed on resuming.
+        batch: images a step; a coarse step takes twice as many.
+        coarse: for so many first steps the images are shrunk to half their side, which halves the time of one; what
+            words and cameras mean is learnt there, detail afterwards.
+        part: in the coarse steps of the toybox, how much more than others a pixel weighs that shows the second colour:
+            handles and stems are small, and their colours are what is learnt last.
+        lr: learning rate after 200 steps of warm-up; falls linearly to 0 over the last ``decay`` of the steps.
+        images: renders to draw from, of the toybox.
+        ema: decay of the weights' running mean, which is what is saved.
+        seed: of everything.
+        save_every: steps between checkpoints, each with a sample grid.
+    """
+
+    data: str = "toybox"
+    size: Annotated[int, Within(8, 64)] = 64
+    steps: Annotated[int, Within(1, STEPS)] = 16_000
+    batch: Annotated[int, Within(1, 65_536)] = 32
+    coarse: Annotated[int, Within(0, STEPS)] = 12_000
+    part: Annotated[float, Within(0, 1e6)] = 3.0
+    lr: Annotated[float, Within(1e-9, 1)] = 1e-3
+    decay: Annotated[float, Within(1e-3, 1)] = 0.25
+    images: Annotated[int, Within(1, 10_000_000)] = 16_800
+    ema: Annotated[float, Within(0, 1)] = 0.998
+    seed: Annotated[int, Within(0, 2**62 - 1)] = 0
+    save_every: Annotated[int, Within(1, STEPS)] = 500
+
+    def __post_init__(self):
+        for name, low, high in (
+            ("steps", 1, math.inf),
+            ("batch", 1, math.inf),
+            ("coarse", 0, math.inf),
+            ("part", 0, math.inf),
+            ("lr", 1e-9, 1),
+            ("decay", 1e-3, 1),
+            ("images", 1, math.inf),
+            ("ema", 0, 1),
+            ("seed", 0, 2**62),
+            ("save_every", 1, math.inf),
+        ):
+            if not low <= getattr(self, name) <= high:
+                raise ValueError(f"{name} is {getattr(self, name)}; give a number from {low:g} to {high:g}")
+
+    @staticmethod
+    def usual(data: str) -> FitConfig:
+        """What suits a kind of data."""
+        if data == "toybox":
+            return FitConfig()
+        if data == "digits":
+            return FitConfig(data, size=8, steps=DIGITS_STEPS, batch=128, coarse=0, decay=0.5, ema=0.999)
+        return FitConfig(data, steps=20_000, coarse=0, decay=0.5)
+
+    def rate(self, step: int) -> float:
+        """The learning rate of a step."""
+        left = (self.steps - step) / (self.decay * self.steps)
+        return self.lr * min(1.0, (step + 1) / 200, left)
+
+
+@dataclass(frozen=True)
+class FitStep:
+    """One training step: number (from 1), total, running loss, seconds since the start of this session."""
+
+    step: int
+    total: int
+    loss: float
+    seconds: float
+
+
+def is_inner(name: str, weight: Tensor) -> bool:
+    """Whether Muon steps a weight: hidden matrices and convolutions, neither embeddings nor first and last layers."""
+    return weight.ndim >= 2 and name.split(".")[1] not in ("words", "places", "first", "last", "rays", "time", "camera")
+
+
+class Fit:
+    """A training in progress: networks, their mean, optimiser, random state.
+
+    Args:
+        dtype: torch.bfloat16 to train under autocast, torch.float32; None takes bfloat16 where that is fast.
+    """
+
+    def __init__(
+        self,
+        config: FitConfig,
+        source: Source,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
+    ):
+        self.config, self.source, self.step, self.device = config, source, 0, torch.device(device)
+        self.dtype = small.pick_dtype(self.device, dtype)
+        with torch.random.fork_rng(devices=[]):  # modules draw their first weights from the global stream
+            torch.manual_seed(config.seed)
+            text = TextEncoder(source.vocabulary, source.network.text)
+            self.nets = nn.ModuleDict({"unet": UNet(source.network), "text": text})
+        self.nets.to(self.device, memory_format=torch.channels_last)
+        self.ema = EMA(self.nets, config.ema)
+        inner, outer = [], []
+        for name, p in self.nets.named_parameters():
+            (inner if is_inner(name, p) else outer).append(p)
+        adam = torch.optim.AdamW(outer, config.lr, betas=(0.9, 0.99), weight_decay=1e-3, fused=True)
+        self.optimisers = [Muon(inner, config.lr), adam]
+        self.generator = torch.Generator().manual_seed(config.seed)
+        self.losses: list[float] = []
+
+    def loss(self, batch: Batch) -> Tensor:
+        """Mean squared error of v at drawn t; t leans towards 1, where the caption and the camera decide most."""
+        b, clean, weight = len(batch.x), batch.x, torch.ones(())
+        if self.step < self.config.coarse:
+            clean = F.avg_pool2d(clean, 2)
+            if batch.part is not None:
+                weight = 1 + self.config.part * F.avg_pool2d(batch.part, 2)
+        strata = (torch.arange(b) + torch.rand(b, generator=self.generator)) / b
+        t = strata[torch.randperm(b, generator=self.generator)] ** (1 / 3)
+        eps = torch.randn(clean.shape, generator=self.generator)
+        clean, eps, t, weight = (x.to(self.device) for x in (clean, eps, t, weight))
+        alpha, sigma = small.SmallTeacher.schedule.alpha_sigma(t)
+        text: TextEncoder = self.nets["text"]
+        known = text(text.tokens(batch.captions).to(self.device))
+        told = () if batch.cameras is None else (batch.cameras.to(self.device), batch.seen.float().to(self.device))
+        with (
+            self._noise_of_step(),
+            torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16),
+        ):
+            v = self.nets["unet"](noised(clean, eps, alpha, sigma), t, known, *told)
+        return (weight * (v.float() - target("v", clean, eps, alpha, sigma)).square()).mean()
+
+    @contextmanager
+    def _noise_of_step(self) -> Iterator[None]:
+        """Dropout takes its noise from the global stream, which is seeded for the step and then put back."""
+        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+            torch.manual_seed(self.config.seed * 1_000_003 + self.step)
+            yield
+
+    def advance(self, batch: Batch) -> float:
+        """One optimiser step; returns the loss. Raises Diverged before it, where loss or gradient is not finite."""
+        loss = self.loss(batch)
+        self.nets.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.nets.parameters(), 1.0)
+        if not bool(torch.isfinite(loss.detach() + norm)):
+            raise Diverged(f"the teacher's loss or its gradient is not finite at step {self.step}: lower lr")
+        for optimiser in self.optimisers:
+            for group in optimiser.param_groups:
+                group["lr"] = self.config.rate(self.step)
+            optimiser.step()
+        self.ema.update(self.nets, self.step)
+        self.step += 1
+        self.losses.append(loss.item())
+        return self.losses[-1]
+
+    def save(self, out: Path) -> None:
+        """Checkpoint, fp16 weights and loss log, each replaced atomically.
+
+        Raises:
+            Diverged: a weight is not finite; what was saved before stays.
+            ValueError: the disk says no.
+        """
+        for name, weight in (*self.nets.state_dict().items(), *self.ema.module.state_dict().items()):
+            if weight.is_floating_point() and not bool(torch.isfinite(weight).all()):
+                raise Diverged(f"the teacher's {name} is not finite after step {self.step}: lower lr")
+        state = {
+            "nets": self.nets.state_dict(),
+            "ema": self.ema.module.state_dict(),
+            "optimisers": [optimiser.state_dict() for optimiser in self.optimisers],
+            "generator": self.generator.get_state(),
+            "losses": torch.tensor(self.losses),
+            "source": self._source(),
+        }
+        state["sha256"] = _digest(state)
+        data = io.BytesIO()  # torch's own writer says "unexpected pos" where a disk is full
+        torch.save(state, data)
+        with replacing(out / "state.pt") as part:
+            part.write_bytes(data.getbuffer())
+        nets = self.ema.module
+        small.save(out / small.FILE, nets["unet"], nets["text"], self.source.vocabulary, self.source.prompts)
+        with replacing(out / "fit.json") as part:
+            part.write_text(json.dumps({"step": self.step, **asdict(self.config)}, indent=1))
+
+    def _source(self) -> tuple[int, tuple[str, ...]]:
+        """Pixels a side and all words; a word's number comes from its place among them."""
+        return self.source.network.size, self.source.vocabulary
+
+    def load(self, out: Path) -> None:
+        """Take up the state that `save` left in ``out``.
+
+        Raises:
+            ValueError: it is damaged, of another version or of other data, or has done all its steps. A state of before
+                there were digests has none, and is taken as it is.
+        """
+        path = out / "state.pt"
+        with _undamaged(path):
+            state = torch.load(path, map_location="cpu", weights_only=True)  # which checks no number
+            mark, _ = state.pop("sha256", None), state.pop("digest", None)  # the latter is of an earlier form
+            if mark not in (None, _digest(state)):
+                raise ValueError("its content is not what was written")
+            trained, given = state.get("source", self._source()), self._source()  # older states do not say
+        if trained != given:
+            new, gone = (sorted(set(a[1]) - set(b[1])) for a, b in ((given, trained), (trained, given)))
+            raise ValueError(
+                f"{out} was trained on {trained[0]} pixels a side and {len(trained[1])} words, not on {given[0]} and "
+                f"{len(given[1])} (new: {' '.join(new[:5]) or 'none'}; gone: {' '.join(gone[:5]) or 'none'}); give the "
+                "same size and captions, or another --out"
+            )
+        with _undamaged(path):
+            self.nets.load_state_dict(state["nets"])
+            self.ema.module.load_state_dict(state["ema"])
+            for optimiser, values in zip(self.optimisers, state["optimisers"], strict=True):
+                optimiser.load_state_dict(values)
+            self.generator.set_state(state["generator"])
+            self.losses = state["losses"].tolist()
+        self.step = len(self.losses)
+        if self.step >= self.config.steps:
+            raise ValueError(f"{out} has done {self.step} of {self.config.steps} steps; give more, as in steps=20000")
+
+
+def _digest(state: dict[str, Any]) -> str:
+    """Of all that a state holds."""
+    tensors: dict[str, Tensor] = {}
+    return tensor_files.digest(tensors, tensor_files.flatten(state, tensors))
+
+
+@contextmanager
+def _undamaged(path: Path) -> Iterator[None]:
+    """Whatever reading a state can end with, as one sentence."""
+    try:
+        yield
+    except (
+        pickle.UnpicklingError,
+        struct.error,
+        EOFError,
+        OSError,
+        AttributeError,
+        LookupError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise ValueError(f"{path} is damaged or of another version ({reason}); start a new folder") from error
+
+
+@stepwise_training
+def train(
+    out: Path, config: FitConfig, source: Source, resume: bool = False, device: torch.device | str = "cpu"
+) -> Iterator[FitStep]:
+    """Train a teacher into a folder: state.pt, teacher.safetensors, fit.json, loss.png, a sample grid at every save.
+
+    Whoever stops iterating leaves a state to resume from.
+
+    Raises:
+        ValueError: if ``out`` already holds a training and ``resume`` is not asked for, or the other way round; if the
+            training there is damaged, finished or of other data; if a batch is larger than the data; if another process
+            trains there; if the disk says no, which is tried at once.
+        Diverged: a loss, a gradient or a weight is not finite. What was saved last is good, and is not replaced.
+    """
+    require(out, config, source)
+    with lock(out / ".lock", f"{out} is in use: wait until that training is done, or stop it"):
+        sweep(out, r"state|teacher|fit|loss|grid-\d+")
+        try:
+            yield from _train(out, config, source, resume, device)
+        except Diverged as error:
+            saved = (out / "state.pt").exists()
+            left = f"{out / 'state.pt'} is from before, and good" if saved else "Nothing was saved yet"
+            raise Diverged(f"{error}. {left}") from error
+
+
+def require(out: Path, config: FitConfig, source: Source) -> None:
+    """Raises ValueError where a training cannot begin: a batch is larger than the data, or the disk says no."""
+    there = source.size(config.images)
+    if config.batch > there:
+        raise ValueError(f"batch is {config.batch} and there are {there} images; give batch={there} or more images")
+    require_folder(out)
+
+
+def _train(out: Path, config: FitConfig, source: Source, resume: bool, device: torch.device | str) -> Iterator[FitStep]:
+    """See `train`."""
+    if (out / "state.pt").exists() != resume:
+        raise ValueError(
+            f"{out} has no training to resume: leave --resume out" if resume else f"{out} holds a training: --resume it"
+        )
+    for _ in source.prepare(out, config.images, config.seed):
+        pass
+    fit = Fit(config, source, device)
+    if resume:
+        fit.load(out)
+    batches, begun = source.batches(out, fit.generator), time.monotonic()
+    while fit.step < config.steps:
+        fit.advance(batches(config.batch * (2 if fit.step < config.coarse else 1)))
+        recent = fit.losses[-200:]
+        if fit.step % config.save_every == 0 or fit.step == config.steps:
+            fit.save(out)
+            save_grid(
+                small.load(out / small.FILE, device=device), source.prompts[:10], out / f"grid-{fit.step:06d}.png"
+            )
+            save_curve(fit.losses, out / "loss.png")
+        try:
+            yield FitStep(fit.step, config.steps, sum(recent) / len(recent), time.monotonic() - begun)
+        except GeneratorExit:
+            fit.save(out)
+            raise
+
+
+def settings_of(out: Path) -> dict[str, Any]:
+    """The settings of the training in a folder, by field of FitConfig.
+
+    Raises:
+        ValueError: there is none.
+    """
+    try:
+        values = from_json(read_text(out / "fit.json"))
+        return {field.name: values.get(field.name, field.default) for field in fields(FitConfig)}
+    except (OSError, ValueError, AttributeError) as error:
+        raise ValueError(f"{out} has no training to resume (no fit.json): leave --resume out") from error
+
+
+def save_curve(losses: list[float], path: Path) -> None:
+    """The loss of every step, and its mean over 100 steps."""
+    from sds3d.media.chart import chart
+
+    mean = F.avg_pool1d(torch.tensor(losses)[None], min(100, len(losses)), 1)[0]
+    late = torch.arange(len(mean)) + len(losses) - len(mean) + 1
+    each = torch.arange(len(losses)) + 1
+    chart({"step": (each, torch.tensor(losses)), "mean of 100": (late, mean)}, path, "step", "mean squared error of v")
+
+
+def save_grid(teacher: small.SmallTeacher, prompts: Sequence[str], path: Path) -> None:
+    """Samples of a few prompts, one a row: four views each, or eight images where the teacher takes no camera."""
+    from sds3d.media.sheet import contact_sheet, seen
+
+    told = {"cameras": cam.orbit(4, elevation=20, start=30)} if teacher.views == "camera" else {}
+    number = 4 if told else 8
+    rows = [sample(teacher, [p] * number, steps=16, guidance=2.0, **told) for p in prompts]
+    contact_sheet(rows, path, list(prompts), seen(rows[0]))
