@@ -10,7 +10,7 @@ import torch
 from conftest import TINY
 
 from sds3d.cameras import CameraRanges, cat, orbit
-from sds3d.cli.doctor import examine_memory
+from sds3d.cli.machine_report import examine_memory
 from sds3d.config.load import load as load_config
 from sds3d.distill.critics import CriticConfig, Learnt
 from sds3d.distill.query import Query
