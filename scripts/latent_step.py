@@ -19,7 +19,7 @@ from torch import Tensor
 
 from sds3d.config.load import load
 from sds3d.diffusion.noise import Prediction, Schedule
-from sds3d.diffusion.timesteps import TimeDraw
+from sds3d.diffusion.timesteps import TimestepSampler
 from sds3d.distill.core import ScoreObjective
 from sds3d.distill.score import METHODS
 from sds3d.runs.build import scene
@@ -129,7 +129,7 @@ def measure(tiny: bool, device: torch.device, rounds: int) -> dict[str, float]:
     layer = {"device": str(device), "render.resolution": teacher.image_size, "render.views": 1, "log.picture_every": 0}
     settings = load("a red mug", layer, {"steps": rounds + 3})
     student = scene(settings, torch.Generator().manual_seed(0))
-    objective = ScoreObjective(teacher, METHODS["sds"](scale=100.0), TimeDraw(0.02, 0.98))
+    objective = ScoreObjective(teacher, METHODS["sds"](scale=100.0), TimestepSampler(0.02, 0.98))
     loop, steps = train(student, {"sds": objective}, settings.plan()), []
     for _ in range(rounds + 3):
         teacher.clock.mark("start")

@@ -166,13 +166,13 @@ class CameraRanges:
             if not (low <= a <= b <= high):
                 raise ValueError(f"camera.{name} is ({a}, {b}); give a range low <= high within [{low}, {high}]")
 
-    def sample(self, n: int, generator: torch.Generator) -> Cameras:
+    def sample(self, n: int, rng: torch.Generator) -> Cameras:
         """Draw ``n`` cameras, stratified: each range is cut in ``n`` equal parts, each used once (all but the azimuth's
         in random order), with a random place inside each part. Of rings, the first camera of each is drawn so; ring
         after ring."""
         if self.ring > 1:
             assert n % self.ring == 0, (n, self.ring)
-            first = dataclasses.replace(self, ring=1).sample(n // self.ring, generator)
+            first = dataclasses.replace(self, ring=1).sample(n // self.ring, rng)
             azimuth, *rest = (
                 getattr(first, name).repeat_interleave(self.ring)
                 for name in ("azimuth", "elevation", "distance", "fov")
@@ -180,11 +180,11 @@ class CameraRanges:
             return Cameras((azimuth + torch.arange(n) % self.ring * (360.0 / self.ring)) % 360, *rest)
 
         def stratified(bounds: tuple[float, float], shuffle: bool) -> Tensor:
-            place = torch.arange(n) if not shuffle else torch.randperm(n, generator=generator)
-            return bounds[0] + (place + torch.rand(n, generator=generator)) / n * (bounds[1] - bounds[0])
+            place = torch.arange(n) if not shuffle else torch.randperm(n, generator=rng)
+            return bounds[0] + (place + torch.rand(n, generator=rng)) / n * (bounds[1] - bounds[0])
 
         azimuth = stratified(self.azimuth, shuffle=False)
         if math.isclose(self.azimuth[1] - self.azimuth[0], 360.0):  # a full circle has no first part
-            azimuth = azimuth + torch.rand(1, generator=generator) * 360.0
+            azimuth = azimuth + torch.rand(1, generator=rng) * 360.0
         rest = (stratified(bounds, shuffle=True) for bounds in (self.elevation, self.distance, self.fov))
         return Cameras(azimuth % 360, *rest)

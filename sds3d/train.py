@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from sds3d.runtime import memory
-from sds3d.runtime.distributed import Share
+from sds3d.runtime.distributed import Processes
 from sds3d.runtime.errors import Diverged
 from sds3d.runtime.modes import stepwise_training, training
 from sds3d.runtime.ramp import Ramp
@@ -43,7 +43,7 @@ class Critic(Protocol):
 
     steps: int
 
-    def fit(self, draw: Draw, generator: torch.Generator) -> Tensor: ...
+    def fit(self, draw: Draw, rng: torch.Generator) -> Tensor: ...
 
     def state_dict(self) -> dict[str, Any]: ...
 
@@ -160,7 +160,7 @@ def train(
     resume: bool = False,
     picture: Callable[[], Tensor] | None = None,
     critic: Critic | None = None,
-    share: Share = Share(),
+    processes: Processes = Processes(),
 ) -> Iterator[Step]:
     """Train ``student``; gives an iterator that yields after every step. A checkpoint is read at once. Each step has
     gradients, also where the caller turned them off; see `sds3d.runtime.modes`.
@@ -173,7 +173,7 @@ def train(
         resume: go on from the run's checkpoint.
         picture: makes the views (B, 3, H, W) of a progress picture.
         critic: follows what the student draws: fitted ``critic.steps`` times on fresh draws before every step.
-        share: of every batch, where several processes train; the first of them writes.
+        processes: of every batch, where several processes train; the first of them writes.
 
     Raises:
         ValueError: the disk is full, a checkpoint is missing or damaged or does not fit the student, a group
@@ -181,20 +181,20 @@ def train(
         Diverged: a loss, a regulariser or a gradient is not finite.
     """
     optimiser = make_optimiser(student, plan.optim)
-    share.shard_states(optimiser)
-    generator = torch.Generator().manual_seed(plan.seed)
+    processes.shard_states(optimiser)
+    rng = torch.Generator().manual_seed(plan.seed)
     done, seconds = 0, 0.0
     if resume:
         assert run is not None, "resume needs a run"
-        done, seconds = _restore(run, student, optimiser, generator, critic)
+        done, seconds = _restore(run, student, optimiser, rng, critic)
         if done > plan.steps:
             raise ValueError(
                 f"{run.path} has done {done} steps; steps={plan.steps} is less: give steps={2 * done} or so"
             )
-        if share.index == 0:
+        if processes.rank == 0:
             run.rewind(done)
-    state = _State(student, optimiser, generator, done, seconds, critic, share)
-    return _loop(state, objectives, plan, run if share.index == 0 else None, picture)
+    state = _State(student, optimiser, rng, done, seconds, critic, processes)
+    return _loop(state, objectives, plan, run if processes.rank == 0 else None, picture)
 
 
 @dataclass
@@ -203,11 +203,11 @@ class _State:
 
     student: Student
     optimiser: torch.optim.Optimizer
-    generator: torch.Generator
+    rng: torch.Generator
     done: int
     seconds: float
     critic: Critic | None
-    share: Share
+    processes: Processes
 
     def row(self) -> dict[str, float]:
         """What metrics.jsonl has of every step: how many are done, seconds, peak memory in MB where it is known."""
@@ -221,14 +221,14 @@ class _State:
         Raises:
             Diverged: a weight is not finite; the checkpoint of before stays.
         """
-        if run is None and not self.share.sharded:
+        if run is None and not self.processes.sharded:
             return
         state = {
             "step": self.done,
             "seconds": self.seconds,
             "student": self.student.state_dict(),
             "optimiser": self.optimiser.state_dict(),
-            "generator": self.generator.get_state(),
+            "generator": self.rng.get_state(),
             "critic": None if self.critic is None else self.critic.state_dict(),
         }
         if run is not None:
@@ -299,14 +299,14 @@ def make_optimiser(student: Student, config: OptimConfig) -> torch.optim.Adam:
 
 def _one_step(state: _State, objectives: Mapping[str, Objective], plan: Plan) -> Figures:
     """Draw, judge, go backward, move; returns the step's figures, "loss" among them."""
-    student, optimiser, step, generator = state.student, state.optimiser, state.done, state.generator
+    student, optimiser, step, rng = state.student, state.optimiser, state.done, state.rng
     figures = Figures()
     if state.critic is not None and state.critic.steps:
-        _fit(state.critic, student, step, generator, figures)
-    draw = student.draw(step, generator)
+        _fit(state.critic, student, step, rng, figures)
+    draw = student.draw(step, rng)
     total = draw.images.new_zeros(())
     for name, objective in objectives.items():
-        judged = objective(draw, step, generator)
+        judged = objective(draw, step, rng)
         _require_finite(figures, judged.loss, f"the loss {name!r}", step)
         total = total + judged.loss
         for key, value in judged.metrics.items():
@@ -319,27 +319,27 @@ def _one_step(state: _State, objectives: Mapping[str, Objective], plan: Plan) ->
         figures.add(name, value.detach())
     optimiser.zero_grad(set_to_none=True)
     total.backward()
-    draw.share.average([p for group in optimiser.param_groups for p in group["params"]])
+    draw.processes.average([p for group in optimiser.param_groups for p in group["params"]])
     for group in optimiser.param_groups:
         group["lr"] = plan.optim.lr[group["name"]](step)
         limit = plan.optim.clip.get(group["name"], float("inf"))
-        norm = draw.share.whole(torch.nn.utils.clip_grad_norm_(group["params"], limit))
+        norm = draw.processes.whole(torch.nn.utils.clip_grad_norm_(group["params"], limit))
         _require_finite(figures, norm, f"the gradient of {group['name']!r}", step)
         figures.add(f"grad/{group['name']}", norm)
     optimiser.step()
-    student.after_step(step, generator)
+    student.after_step(step, rng)
     state.done += 1
     figures.add("loss", total.detach())
     return figures
 
 
-def _fit(critic: Critic, student: Student, step: int, generator: torch.Generator, figures: Figures) -> None:
+def _fit(critic: Critic, student: Student, step: int, rng: torch.Generator, figures: Figures) -> None:
     """The critic's fits of one step; their mean loss is the figure "critic"."""
     losses = []
     for _ in range(critic.steps):
         with torch.no_grad():
-            draw = student.draw(step, generator)
-        losses.append(critic.fit(draw, generator))
+            draw = student.draw(step, rng)
+        losses.append(critic.fit(draw, rng))
     loss = torch.stack(losses).mean()
     _require_finite(figures, loss, "the critic's loss", step)
     figures.add("critic", loss)
@@ -373,7 +373,7 @@ def _restore(
     run: RunFolder,
     student: Student,
     optimiser: torch.optim.Optimizer,
-    generator: torch.Generator,
+    rng: torch.Generator,
     critic: Critic | None,
 ) -> tuple[int, float]:
     """Load everything from the run's checkpoint; returns the steps and seconds done."""
@@ -382,7 +382,7 @@ def _restore(
         student.load_state_dict(state["student"])
         optimiser.load_state_dict(state["optimiser"])
         _lay_out(optimiser)
-        generator.set_state(state["generator"])
+        rng.set_state(state["generator"])
         if critic is not None:
             critic.load_state_dict(state["critic"])
         done, seconds = int(state["step"]), float(state["seconds"])

@@ -10,9 +10,9 @@ from torch import nn
 from sds3d.cameras import Cameras
 from sds3d.diffusion.guidance import Guidance
 from sds3d.diffusion.noise import WEIGHTS, weight
-from sds3d.diffusion.timesteps import TimeDraw
+from sds3d.diffusion.timesteps import TimestepSampler
 from sds3d.distill.core import ScoreObjective, surrogate
-from sds3d.distill.critics import CriticConfig, Exact, Learnt
+from sds3d.distill.critics import CriticConfig, Exact, TrainedCritic
 from sds3d.distill.score import METHODS
 from sds3d.networks.mlp import PointNet
 from sds3d.prompts import VIEW_WORDS, view_negatives, with_view
@@ -57,7 +57,7 @@ def test_the_expected_gradient_is_that_of_the_divergence(schedule, name, scale, 
     teacher = MixtureTeacher(MODES, CLASSES, schedule)
     student = Mixture(torch.ones(1), torch.full((1, 1, 1, 1), MEAN), STD)
     critic = Exact(MixtureTeacher(student, {"a red mug": [1.0]}, schedule))
-    goal = ScoreObjective(teacher, METHODS["vsd"](scale=scale), TimeDraw(0.1, 0.9), name, critic=critic)
+    goal = ScoreObjective(teacher, METHODS["vsd"](scale=scale), TimestepSampler(0.1, 0.9), name, critic=critic)
     nodes, weights = by_quadrature()
     z, noise = (v.reshape(-1, 1, 1, 1) for v in torch.meshgrid(nodes, nodes, indexing="ij"))
     share = (weights[:, None] * weights).flatten()
@@ -100,8 +100,8 @@ def test_teacher_and_critic_are_left_alone_while_the_student_steps(kind):
     """No gradient reaches their parameters, and dropout is off, even where a network came in training mode."""
     teacher = MixtureTeacher(MODES, CLASSES)
     teacher.network = Droppy(1).train()
-    critic = Learnt(teacher, CriticConfig(kind), torch.Generator().manual_seed(0))
-    goal = ScoreObjective(teacher, METHODS["vsd"](), TimeDraw(0.1, 0.9), critic=critic)
+    critic = TrainedCritic(teacher, CriticConfig(kind), torch.Generator().manual_seed(0))
+    goal = ScoreObjective(teacher, METHODS["vsd"](), TimestepSampler(0.1, 0.9), critic=critic)
     images = torch.zeros((4, 1, 1, 1), requires_grad=True)
     draw = Draw(images, ["a red mug"] * 4, None, torch.arange(4))
     first, second = (goal(draw, 0, torch.Generator().manual_seed(3)) for _ in range(2))
@@ -118,7 +118,7 @@ def test_fixed_noise_is_the_same_at_every_step():
     draw = Draw(images, ["a red mug"] * 3, None, torch.arange(3))
 
     def noises(kind):
-        goal = ScoreObjective(MixtureTeacher(MODES, CLASSES), METHODS["sds"](), TimeDraw(0.1, 0.9), noise=kind)
+        goal = ScoreObjective(MixtureTeacher(MODES, CLASSES), METHODS["sds"](), TimestepSampler(0.1, 0.9), noise=kind)
         generator = torch.Generator().manual_seed(1)
         return [goal(draw, step, generator).query.noise for step in range(2)]
 
@@ -144,7 +144,7 @@ def test_perp_neg_follows_the_camera_in_every_schedule_and_parametrisation(sched
     x, noise = torch.randn((2, 5, 2, 3, 3), generator=g, dtype=torch.float64)
     t = schedule.t_of_ratio(torch.tensor([0.9, 0.9, 2.0, 5.0, 2.0], dtype=torch.float64))
     guidance = Guidance(perp_neg=1.5)
-    goal = ScoreObjective(teacher, METHODS["sds"](), TimeDraw(0.1, 0.9), guidance=guidance)
+    goal = ScoreObjective(teacher, METHODS["sds"](), TimestepSampler(0.1, 0.9), guidance=guidance)
     q = goal.query(Draw(x, ["a mug"] * 5, cameras, torch.arange(5)), x, t, noise)
     found = q.guided(4.0)
     assert q.asked == [5 * 5]  # prompt, null prompt and three view words, at once
@@ -173,7 +173,7 @@ def test_rescaled_guidance_keeps_the_spread_of_the_prompt_s_own_answer(schedule)
     teacher = MixtureTeacher(modes, {"a mug": [1.0, 0.0, 0.0]}, schedule)
     x, noise = torch.randn((2, 4, 2, 3, 3), generator=g, dtype=torch.float64)
     t = schedule.t_of_ratio(torch.tensor([0.4, 0.9, 2.0, 5.0], dtype=torch.float64))
-    goal = ScoreObjective(teacher, METHODS["sds"](), TimeDraw(0.1, 0.9), guidance=Guidance(rescale=1.0))
+    goal = ScoreObjective(teacher, METHODS["sds"](), TimestepSampler(0.1, 0.9), guidance=Guidance(rescale=1.0))
     q = goal.query(Draw(x, ["a mug"] * 4, None, torch.arange(4)), x, t, noise)
     alpha, sigma = (v.view(4, 1, 1, 1) for v in (q.alpha, q.sigma))
     guided = (q.x_t - sigma * q.guided(5.0)) / alpha
@@ -194,7 +194,7 @@ def test_rescaled_output_is_diffusers_guidance_rescale(kind):
     found = {}
     for on in ("x0", "output"):
         guidance = Guidance(rescale=0.7, rescale_on=on)
-        goal = ScoreObjective(teacher, METHODS["sds"](), TimeDraw(0.1, 0.9), guidance=guidance)
+        goal = ScoreObjective(teacher, METHODS["sds"](), TimestepSampler(0.1, 0.9), guidance=guidance)
         q = goal.query(Draw(x, ["a mug"] * 4, None, torch.arange(4)), x, t, noise)
         found[on] = q.guided(7.5)
     cond, uncond = (getattr(teacher.predict(q.x_t, t, [prompt] * 4), kind) for prompt in ("a mug", ""))

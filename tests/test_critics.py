@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from sds3d.cameras import orbit
-from sds3d.diffusion.timesteps import TimeDraw
+from sds3d.diffusion.timesteps import TimestepSampler
 from sds3d.distill.core import ScoreObjective
-from sds3d.distill.critics import CriticConfig, Exact, Learnt
+from sds3d.distill.critics import CriticConfig, Exact, TrainedCritic
 from sds3d.distill.score import METHODS
 from sds3d.networks.lora import LoRA
 from sds3d.runtime.ramp import Ramp
@@ -34,7 +34,7 @@ def images(n: int = 2, size: int = 64) -> torch.Tensor:
 def test_a_critic_starts_as_the_teacher_and_leaves_it_alone(kind, views):
     teacher = small.load(views=views)
     before = {k: v.clone() for k, v in teacher.unet.state_dict().items()}
-    critic = Learnt(teacher, CriticConfig(kind=kind, lr=1e-3), seeded())
+    critic = TrainedCritic(teacher, CriticConfig(kind=kind, lr=1e-3), seeded())
     cameras = orbit(2)
     x, t = 2 * images() - 1, torch.tensor([0.3, 0.8])
     prompts = ["a red mug, front view"] * 2 if views == "words" else ["a red mug"] * 2
@@ -51,7 +51,7 @@ def test_a_critic_starts_as_the_teacher_and_leaves_it_alone(kind, views):
         assert not torch.allclose(critic.predict(x, t, prompts, cameras, None).v, turned, atol=1e-5)  # it sees cameras
     assert all(torch.equal(v, before[k]) for k, v in teacher.unet.state_dict().items())
     assert all(p.grad is None for p in teacher.unet.parameters())
-    again = Learnt(teacher, CriticConfig(kind=kind, lr=1e-3), seeded(9))
+    again = TrainedCritic(teacher, CriticConfig(kind=kind, lr=1e-3), seeded(9))
     again.load_state_dict(copy.deepcopy(critic.state_dict()))
     assert critic.fit(draw, seeded(2)) == again.fit(draw, seeded(2))
     assert critic.fit(draw, seeded(3)) == again.fit(draw, seeded(3))
@@ -60,7 +60,7 @@ def test_a_critic_starts_as_the_teacher_and_leaves_it_alone(kind, views):
 def test_lora_holds_the_changes_alone_and_shares_the_rest():
     torch.manual_seed(0)
     network = nn.Sequential(nn.Conv2d(8, 12, 3), nn.Flatten(), nn.Linear(48, 10), nn.Linear(10, 2))
-    lora = LoRA(network, rank=4, scale=8.0, generator=seeded())
+    lora = LoRA(network, rank=4, scale=8.0, rng=seeded())
     assert lora.names == ["0.weight", "2.weight"]  # the last is too small for rank 4
     assert sum(p.numel() for p in lora.parameters()) == 4 * (12 + 72) + 4 * (10 + 48)
     assert not {k for k in lora.state_dict() if not k.startswith(("down", "up"))}
@@ -116,7 +116,7 @@ class Gauss(Points):
 
 def run(student, teacher, method, critic, steps, lr, weight="sigma2"):
     group = next(iter(student.param_groups()))
-    goal = ScoreObjective(teacher, method, TimeDraw(0.02, 0.98), weight, critic=critic)
+    goal = ScoreObjective(teacher, method, TimestepSampler(0.02, 0.98), weight, critic=critic)
     ramp = Ramp(steps // 2, lr, lr / 50, steps)
     plan = Plan(steps, optim=OptimConfig(lr={group: ramp}, eps=1e-8))
     for _ in train(student, {"score": goal}, plan, critic=critic):
@@ -127,7 +127,7 @@ def run(student, teacher, method, critic, steps, lr, weight="sigma2"):
 def test_vsd_recovers_a_gaussian_and_sds_collapses(method):
     teacher = MixtureTeacher(Mixture(torch.ones(1), torch.full((1, 1, 1, 1), 0.7), 0.4), kind="v")
     student = Gauss(-0.5, 0.15)
-    critic = Learnt(teacher, CriticConfig("copy", steps=4, lr=2e-3), seeded()) if method == "vsd" else None
+    critic = TrainedCritic(teacher, CriticConfig("copy", steps=4, lr=2e-3), seeded()) if method == "vsd" else None
     run(student, teacher, METHODS[method](scale=1.0), critic, 700, 0.02)
     mean, std = student.parameters.tolist()
     assert mean == pytest.approx(0.7, rel=0.03)
@@ -178,7 +178,7 @@ def test_vsd_finds_eight_modes_of_unequal_weight_and_sds_does_not(method):
     teacher = MixtureTeacher(mixture, kind="v")
     start = mixture.means[0] + 0.05 * torch.randn((2000, 2, 1, 1), generator=seeded(), dtype=torch.float64)
     student = Points(start.float(), batch=512)  # all in the first mode
-    critic = Learnt(teacher, CriticConfig("copy", steps=2, lr=2e-3), seeded()) if method == "vsd" else None
+    critic = TrainedCritic(teacher, CriticConfig("copy", steps=2, lr=2e-3), seeded()) if method == "vsd" else None
     run(student, teacher, METHODS[method](scale=1.0), critic, 1500, 0.02)
     points = student.points.detach()
     off = float((shares(points, mixture) - mixture.weights).abs().max())

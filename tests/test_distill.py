@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sds3d.cameras import orbit
 from sds3d.diffusion.noise import KINDS, WEIGHTS, Prediction, Schedule, target, weight
-from sds3d.diffusion.timesteps import TimeDraw
+from sds3d.diffusion.timesteps import TimestepSampler
 from sds3d.distill.core import NonFiniteGradient, Query, ScoreObjective, surrogate
 from sds3d.distill.score import METHODS
 from sds3d.distill.score.sds import SDS
@@ -67,7 +67,7 @@ def drawn(images: Tensor, group: Tensor | None = None, cameras=None) -> Draw:
 
 
 def objective(teacher, scale: float = 1.0, **changes) -> ScoreObjective:
-    return ScoreObjective(teacher, SDS(scale), **{"time": TimeDraw(0.1, 0.9), **changes})
+    return ScoreObjective(teacher, SDS(scale), **{"time": TimestepSampler(0.1, 0.9), **changes})
 
 
 def gaussian_student(parameters: Tensor) -> tuple[Tensor, Tensor]:
@@ -222,7 +222,7 @@ def test_sds_collapses_to_the_mode():
     generator = torch.Generator().manual_seed(0)
     parameters = torch.tensor([-0.5, 0.4], requires_grad=True)  # mu, tau
     optimiser = torch.optim.Adam([parameters], lr=0.02)
-    ask, lr = objective(Gaussian(), time=TimeDraw(0.05, 0.95)), Ramp(100, 0.02, 0.0002, 400)
+    ask, lr = objective(Gaussian(), time=TimestepSampler(0.05, 0.95)), Ramp(100, 0.02, 0.0002, 400)
     for step in range(400):
         optimiser.param_groups[0]["lr"] = lr(step)
         z = torch.randn(64, 1, 1, 1, generator=generator)
@@ -314,7 +314,7 @@ def test_a_non_finite_gradient_stops_and_says_where():
     images = pictures(3, 3, 4, 4)
     with pytest.raises(NonFiniteGradient, match="SDS.*step 17, t = 0.*teacher's answer") as stop:
         objective(Broken())(drawn(images), 17, torch.Generator().manual_seed(0))
-    t = TimeDraw(0.1, 0.9).draw(17, torch.arange(3), torch.Generator().manual_seed(0), Schedule.cosine())
+    t = TimestepSampler(0.1, 0.9).draw(17, torch.arange(3), torch.Generator().manual_seed(0), Schedule.cosine())
     assert (stop.value.method, stop.value.step) == ("SDS", 17)
     assert stop.value.t == pytest.approx(float(t[1]))
     images[2, 0, 0, 0] = torch.inf

@@ -8,7 +8,7 @@ import sds3d
 from sds3d.cameras import orbit
 from sds3d.diffusion.draws import ImageNoise, image_seed, in_order, piece_size, pieces
 from sds3d.diffusion.samplers import SAMPLERS
-from sds3d.students.generator import Generator, GeneratorConfig
+from sds3d.students.generator import FewStepGenerator, GeneratorConfig
 from sds3d.teachers import small
 from sds3d.teachers.base import HFConfig, TeacherConfig
 from sds3d.teachers.drawing import sample
@@ -122,7 +122,7 @@ def test_a_latent_teacher_s_images_are_the_same_for_every_count(latent, dtype):
 
 def test_no_prompts_give_no_images(latent):
     pixels = small.load(small.packaged("digits"), dtype=torch.float32)
-    made = Generator(pixels, GeneratorConfig(batch=2), ["zero"])
+    made = FewStepGenerator(pixels, GeneratorConfig(batch=2), ["zero"])
     assert sample(pixels, []).shape == made.images([], 0).shape == (0, 3, 8, 8)
     assert sample(latent("float32"), []).shape == (0, 3, 16, 16)
 

@@ -49,19 +49,19 @@ def distil(folder: Path, method: str, last: int, resume: bool) -> None:
     config = load(None, settings, kind=DistillConfig)
     share = launch.share_of(config)
     if method == "dmd":
-        if share.index == 0:
+        if share.rank == 0:
             list(make.make_pairs(config, teacher))
         share.wait()
     student, critic = make.student(config, teacher, share), make.critic(config, teacher, share)
-    if share.count > 1:
+    if share.world_size > 1:
         kept = sum(weights.to_local().numel() for weights in student.network.parameters())
         assert kept < 0.7 * sum(weights.numel() for weights in teacher.network.parameters()), kept
     goals = make.objectives(make.objective(config, teacher, critic), config, student, share)
     run = Run(folder)
     run.path.mkdir(exist_ok=True)
-    if share.index == 0:
+    if share.rank == 0:
         run.write_text(run.config, to_yaml(config))
-    made = Generated(run if share.index == 0 else None, config, student)
+    made = Generated(run if share.rank == 0 else None, config, student)
     loop = train(student, goals, replace(config.plan(), picture_every=2), run, resume, made.picture, critic, share)
     for step in loop:
         if step.step == last:

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from sds3d.diffusion.noise import Schedule, weight
-from sds3d.diffusion.timesteps import TimeDraw
+from sds3d.diffusion.timesteps import TimestepSampler
 from sds3d.distill.core import ScoreObjective
-from sds3d.distill.critics import CriticConfig, Exact, Learnt
+from sds3d.distill.critics import CriticConfig, Exact, TrainedCritic
 from sds3d.distill.score import METHODS
 from sds3d.runtime.ramp import Ramp
 from sds3d.students.base import Draw
@@ -56,15 +56,15 @@ class Linear(nn.Module):
         return self.mean + self.scale * z
 
 
-def learnt(teacher: MixtureTeacher, **settings) -> Learnt:
+def learnt(teacher: MixtureTeacher, **settings) -> TrainedCritic:
     """A critic whose network does not depend on which tests ran before: it is drawn from the global stream."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return Learnt(teacher, CriticConfig("copy", **settings), seeded())
+        return TrainedCritic(teacher, CriticConfig("copy", **settings), seeded())
 
 
 def distil(painter, teacher, method, critic, steps, lr=0.02):
-    goal = ScoreObjective(teacher, METHODS[method](scale=1.0), TimeDraw(0.02, 0.98), critic=critic)
+    goal = ScoreObjective(teacher, METHODS[method](scale=1.0), TimestepSampler(0.02, 0.98), critic=critic)
     plan = Plan(steps, optim=OptimConfig({"generator": Ramp(steps // 2, lr, lr / 50, steps)}, eps=1e-8))
     for _ in train(painter, {"score": goal}, plan, critic=critic):
         pass

@@ -22,7 +22,7 @@ from sds3d.config import load as config
 from sds3d.diffusion.guidance import Guidance, cfg
 from sds3d.diffusion.noise import noised
 from sds3d.diffusion.samplers import ddim
-from sds3d.distill.critics import CriticConfig, Learnt
+from sds3d.distill.critics import CriticConfig, TrainedCritic
 from sds3d.distill.query import Query
 from sds3d.prompts import VIEW_WORDS, with_view
 from sds3d.runs import build as make
@@ -462,7 +462,7 @@ def test_a_critic_of_a_teacher_in_half_precision_learns_in_float32(load):
     x_t, t = randn(2, *teacher.shape), torch.tensor([0.3, 0.8])
     theirs = teacher.predict(x_t, t, PROMPTS[:2]).eps
     for kind in ("lora", "copy"):
-        critic = Learnt(teacher, CriticConfig(kind, rank=2), torch.Generator().manual_seed(0))
+        critic = TrainedCritic(teacher, CriticConfig(kind, rank=2), torch.Generator().manual_seed(0))
         assert all(p.dtype == torch.float32 for p in critic.parameters())
         answer = critic.predict(x_t, t, PROMPTS[:2], None, None)
         assert (answer.eps - theirs).norm() < 0.03 * theirs.norm()

@@ -19,7 +19,7 @@ from sds3d.runs import build as make
 from sds3d.runs import launch
 from sds3d.students.generator import GeneratorConfig, begun_at, paint
 from sds3d.teachers import small
-from sds3d.teachers.hf import families, generator
+from sds3d.teachers.hf import families, generator_scheduler
 from sds3d.train import train
 
 FAMILIES = tuple(tiny_pipelines.FAMILIES)
@@ -264,14 +264,14 @@ def test_a_network_whose_last_level_is_pure_noise_begins_near_it(start):
         when, _ = begun_at(teacher, GeneratorConfig())
         alpha, sigma = teacher.schedule.alpha_sigma(when)
         assert float(sigma / alpha) == pytest.approx(20, rel=0.1)  # 2.5 for 8 of a side
-        asking = generator.scheduler(teacher.family, teacher.levels, float(when), 1)
+        asking = generator_scheduler.scheduler(teacher.family, teacher.levels, float(when), 1)
         asking.set_timesteps(1)
         x_t, output = torch.randn((2, 1, 4, 8, 8), generator=torch.Generator().manual_seed(0))
         ours = Prediction(output, x_t, alpha.float(), sigma.float(), teacher.levels.kind).x0
         theirs = asking.step(output, asking.timesteps[0], x_t).prev_sample
         assert (ours - theirs).abs().max() < 1e-3 * ours.abs().max()
-    when = generator.times(
-        teacher.family, teacher.levels, generator.scheduler(teacher.family, teacher.levels, 0.001, 8), 8
+    when = generator_scheduler.times(
+        teacher.family, teacher.levels, generator_scheduler.scheduler(teacher.family, teacher.levels, 0.001, 8), 8
     )
     assert (1000 * when).tolist() == pytest.approx([15, 13, 11, 9, 7, 5, 3, 1])
 

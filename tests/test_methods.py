@@ -18,7 +18,7 @@ from conftest import SCHEDULES, every_schedule
 from torch import Tensor
 
 from sds3d.diffusion.noise import Prediction, Schedule, target
-from sds3d.diffusion.timesteps import TimeDraw
+from sds3d.diffusion.timesteps import TimestepSampler
 from sds3d.distill.core import ScoreObjective, surrogate
 from sds3d.distill.query import T_CLEAN
 from sds3d.distill.score import METHODS
@@ -208,7 +208,7 @@ def objective(schedule: Schedule, name: str, settings=None, negative="", kind="v
     return ScoreObjective(
         Gaussians(schedule, GAUSSIANS, kind),
         method,
-        TimeDraw(0.1, 0.9),
+        TimestepSampler(0.1, 0.9),
         weight,
         negative,
         critic=ExactCritic(schedule) if "critic" in method.NEEDS else None,
@@ -411,7 +411,7 @@ def test_what_a_method_needs_is_asked_for_before_anything_runs(name):
     method = METHODS[name]()
     for need in method.NEEDS:
         with pytest.raises(ValueError, match=f"{type(method).__name__} needs a"):
-            ScoreObjective(Gaussians(SCHEDULES["cosine"], GAUSSIANS), method, TimeDraw(0.1, 0.9))
+            ScoreObjective(Gaussians(SCHEDULES["cosine"], GAUSSIANS), method, TimestepSampler(0.1, 0.9))
         assert need in ("critic", "negative", "source", "pairs", "real")
 
 

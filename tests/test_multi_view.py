@@ -12,7 +12,7 @@ from conftest import TINY
 from sds3d.cameras import CameraRanges, cat, orbit
 from sds3d.cli.machine_report import examine_memory
 from sds3d.config.load import load as load_config
-from sds3d.distill.critics import CriticConfig, Learnt
+from sds3d.distill.critics import CriticConfig, TrainedCritic
 from sds3d.distill.query import Query
 from sds3d.runs.memory_advice import open_to
 from sds3d.runs.memory_estimate import place
@@ -58,7 +58,7 @@ def test_cameras_are_told_as_mvdream_was_trained():
 
 
 def test_views_of_a_set_see_one_another_and_no_other_set(teacher):
-    assert isinstance(teacher.family, MultiView) and teacher.together == 4
+    assert isinstance(teacher.family, MultiView) and teacher.views_per_set == 4
     x_t, t = randn(8, 4, 8, 8), torch.full((8,), 0.5)
     cameras, prompts = cat([orbit(4, start=10.0), orbit(4, start=50.0)]), ["a red mug"] * 4 + ["a blue ball"] * 4
     whole = teacher.predict(x_t, t, prompts, cameras).eps
@@ -108,7 +108,7 @@ def test_a_querys_branches_are_sets_of_their_own(teacher):
 
 @pytest.mark.parametrize("kind", ["lora", "copy"])
 def test_a_critic_of_it_starts_as_it_is_and_learns_sets(kind, teacher):
-    critic = Learnt(teacher, CriticConfig(kind, rank=2, lr=1e-2), torch.Generator().manual_seed(0))
+    critic = TrainedCritic(teacher, CriticConfig(kind, rank=2, lr=1e-2), torch.Generator().manual_seed(0))
     x, t, cameras = randn(4, 4, 8, 8), torch.full((4,), 0.5), orbit(4)
     before = teacher.predict(x, t, PROMPTS, cameras)
     assert torch.allclose(critic.predict(x, t, PROMPTS, cameras, None).eps, before.eps, atol=1e-5)
@@ -126,7 +126,7 @@ def test_a_critic_of_it_starts_as_it_is_and_learns_sets(kind, teacher):
 @pytest.mark.parametrize("views", [1, 2, 6])
 def test_told_in_words_a_critic_learns_views_one_by_one(views, folder, tmp_path):
     teacher = load_teacher(TeacherConfig(str(folder), "words", "float32", hf=HFConfig(cache=str(tmp_path))), "cpu")
-    critic = Learnt(teacher, CriticConfig(rank=2), torch.Generator().manual_seed(0))
+    critic = TrainedCritic(teacher, CriticConfig(rank=2), torch.Generator().manual_seed(0))
     draw = Draw(randn(views, 4, 8, 8), ["a red mug"] * views, orbit(views), torch.zeros(views), encoded=True)
     assert critic.fit(draw, torch.Generator().manual_seed(0)) > 0
 

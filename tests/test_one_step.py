@@ -5,7 +5,7 @@ import torch
 
 from sds3d.diffusion.draws import ImageNoise
 from sds3d.diffusion.noise import Schedule
-from sds3d.students.generator import Generator, GeneratorConfig, paint, times
+from sds3d.students.generator import FewStepGenerator, GeneratorConfig, paint, times
 from sds3d.teachers import small
 
 
@@ -16,7 +16,7 @@ def teacher():
 
 def test_it_starts_as_the_teacher_s_denoised_image(teacher):
     config = GeneratorConfig(batch=4)
-    student = Generator(teacher, config, teacher.prompts)
+    student = FewStepGenerator(teacher, config, teacher.prompts)
     alpha, sigma = teacher.schedule.alpha_sigma(student.times)
     assert float(sigma / alpha) == pytest.approx(2.5)
     z = torch.randn((4, 1, 8, 8), generator=torch.Generator().manual_seed(0))
@@ -50,7 +50,7 @@ def test_several_steps_renoise_between_them_and_learn_through_the_last_alone(tea
             return teacher.answer(network, x_t, t, prompts)
 
     noise = [torch.full((2, 1, 8, 8), float(i + 1)) for i in range(3)]
-    network = Generator(teacher, config, teacher.prompts).network
+    network = FewStepGenerator(teacher, config, teacher.prompts).network
     x = paint(Watched(), network, when, noise, ["a handwritten one"] * 2)
     assert [t for _, t, _ in asked] == pytest.approx(when.tolist()) and [g for *_, g in asked] == [False, False, True]
     alpha, sigma = teacher.schedule.alpha_sigma(when)
@@ -61,7 +61,7 @@ def test_several_steps_renoise_between_them_and_learn_through_the_last_alone(tea
 
 
 def test_running_means_follow_with_their_half_lives(teacher):
-    student = Generator(teacher, GeneratorConfig(batch=10, half_lives=(10, 1000)), teacher.prompts)
+    student = FewStepGenerator(teacher, GeneratorConfig(batch=10, half_lives=(10, 1000)), teacher.prompts)
     before = student.network.last.bias.detach().clone()
     with torch.no_grad():
         student.network.last.bias += 1.0
@@ -72,7 +72,7 @@ def test_running_means_follow_with_their_half_lives(teacher):
 
 def test_training_draws_every_step_as_often_by_its_own_earlier_steps(teacher, monkeypatch):
     """Backward simulation: a step's input is made by the generator itself, never from data."""
-    student = Generator(teacher, GeneratorConfig(steps=3, batch=1), teacher.prompts[:2])
+    student = FewStepGenerator(teacher, GeneratorConfig(steps=3, batch=1), teacher.prompts[:2])
     levels, answer, told = [], teacher.answer, []
 
     def watched(network, x_t, t, prompts):
@@ -95,7 +95,7 @@ def test_training_draws_every_step_as_often_by_its_own_earlier_steps(teacher, mo
 
 
 def test_images_are_of_the_first_running_mean_in_all_its_steps(teacher):
-    student = Generator(teacher, GeneratorConfig(steps=2, half_lives=(1000, 10)), teacher.prompts)
+    student = FewStepGenerator(teacher, GeneratorConfig(steps=2, half_lives=(1000, 10)), teacher.prompts)
     with torch.no_grad():
         student.network.last.bias += 1.0
         student.means[1].module.last.bias -= 1.0

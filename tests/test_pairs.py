@@ -14,7 +14,7 @@ from sds3d.diffusion.noise import Schedule
 from sds3d.diffusion.samplers import Sampler
 from sds3d.distill import pairs
 from sds3d.distill.regression import Regression
-from sds3d.runtime.distributed import Share
+from sds3d.runtime.distributed import Processes
 from sds3d.teachers.drawing import draw
 from sds3d.teachers.mixture import Mixture, MixtureTeacher
 
@@ -252,14 +252,14 @@ def test_a_regression_is_the_weighted_distance_of_what_the_generator_makes_of_th
 
 
 def test_a_regression_s_batches_are_drawn_from_all_pairs_and_shared():
-    def batches(batch, share=Share(), count=150):
+    def batches(batch, processes=Processes(), count=150):
         asked, generator = [], torch.Generator().manual_seed(2)
 
         def paint(noise, prompts):
             asked.append(prompts)
             return noise
 
-        goal = Regression(numbered(), paint, squares, 1.0, batch, share)
+        goal = Regression(numbered(), paint, squares, 1.0, batch, processes)
         for step in range(count):
             goal(None, step, generator)
         return asked
@@ -267,7 +267,7 @@ def test_a_regression_s_batches_are_drawn_from_all_pairs_and_shared():
     whole = batches(4)
     for i in range(6):  # 600 draws of chance 1/6: four standard errors are 37
         assert sum(batch.count(str(i)) for batch in whole) == pytest.approx(100, abs=37)
-    halves = (batches(4, Share(i, 2)) for i in range(2))
+    halves = (batches(4, Processes(i, 2)) for i in range(2))
     assert [first + second for first, second in zip(*halves)] == whole
     with pytest.raises(ValueError, match="a batch of 5 cannot be shared by 2 processes"):
-        batches(5, Share(0, 2))
+        batches(5, Processes(0, 2))

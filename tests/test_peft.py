@@ -19,11 +19,11 @@ from torch.utils._pytree import tree_leaves
 
 from sds3d.cameras import orbit
 from sds3d.config import load as config
-from sds3d.distill.critics import CriticConfig, Learnt
+from sds3d.distill.critics import CriticConfig, TrainedCritic
 from sds3d.networks.lora import LoRA
 from sds3d.runs import launch
 from sds3d.runs.folder import Run
-from sds3d.runtime.distributed import Share, join
+from sds3d.runtime.distributed import Processes, join
 from sds3d.students.base import Draw
 from sds3d.teachers import small
 from sds3d.teachers.base import HFConfig, TeacherConfig
@@ -71,7 +71,7 @@ def answer(critic) -> torch.Tensor:
         return critic.predict(*question(critic.teacher), None, None).output
 
 
-def stirred(critic: Learnt) -> Learnt:
+def stirred(critic: TrainedCritic) -> TrainedCritic:
     """With a B that is not zero."""
     with torch.no_grad():
         for up in critic.network.up:
@@ -89,7 +89,7 @@ def test_off_is_the_teacher_and_on_is_the_critic(name, dtype, load):
     teacher = load(name, dtype)
     weights = {k: v.clone() for k, v in teacher.network.state_dict().items()}
     theirs, chance = teacher.predict(*question(teacher)).output, torch.get_rng_state()
-    critic = Learnt(teacher, CriticConfig(rank=2, lr=1e-2), seeded())
+    critic = TrainedCritic(teacher, CriticConfig(rank=2, lr=1e-2), seeded())
     assert torch.equal(torch.get_rng_state(), chance)  # peft's first weights are drawn elsewhere
     assert {p.dtype for p in critic.parameters()} == {torch.float32}
     assert {name.endswith(ATTENTION) for name in critic.network.names} == {True}
@@ -107,7 +107,7 @@ def test_off_is_the_teacher_and_on_is_the_critic(name, dtype, load):
 
 def test_several_critics_share_a_teacher(load):
     teacher = load("sd")
-    one, two = (Learnt(teacher, CriticConfig(rank=2, lr=1e-2), seeded(i)) for i in range(2))
+    one, two = (TrainedCritic(teacher, CriticConfig(rank=2, lr=1e-2), seeded(i)) for i in range(2))
     other = answer(stirred(two))
     one.fit(draw(), seeded(1))
     assert torch.equal(answer(two), other) and not torch.equal(answer(one), other)
@@ -119,7 +119,7 @@ def test_several_critics_share_a_teacher(load):
 
 def test_an_error_leaves_the_network_as_it_was(load):
     teacher = load("sd")
-    critic, modules = stirred(Learnt(teacher, CriticConfig(rank=2), seeded())), list(teacher.network.modules())
+    critic, modules = stirred(TrainedCritic(teacher, CriticConfig(rank=2), seeded())), list(teacher.network.modules())
     theirs = teacher.predict(*question(teacher)).output
     critic.network.checkpointing = True
     x, t, prompts = question(teacher)
@@ -195,9 +195,9 @@ def test_there_is_no_second_copy_of_a_weight(kind):
 def test_recomputed_blocks_find_the_changed_layers(name, load):
     """The backward pass runs them again, when teacher and other critics have answered meanwhile."""
     teacher, grads, counts = load(name), [], []
-    other = stirred(Learnt(teacher, CriticConfig(rank=2), seeded(7)))
+    other = stirred(TrainedCritic(teacher, CriticConfig(rank=2), seeded(7)))
     for checkpointing in (False, True):
-        critic = stirred(Learnt(teacher, CriticConfig(rank=2, checkpointing=checkpointing), seeded()))
+        critic = stirred(TrainedCritic(teacher, CriticConfig(rank=2, checkpointing=checkpointing), seeded()))
         count = []
         hook = critic.network.down[0].register_forward_hook(lambda *_, count=count: count.append(1))
         loss = critic.predict(*question(teacher), None, None).output.square().mean()
@@ -224,7 +224,7 @@ def test_a_compiled_teacher_is_compiled_once(load, monkeypatch):
     teacher, plain = load.__wrapped__("sd", compiled=True), load("sd")
     theirs = teacher.predict(*question(teacher)).output
     first = len(compiled)
-    critic = Learnt(teacher, CriticConfig(rank=2, lr=1e-2), seeded())
+    critic = TrainedCritic(teacher, CriticConfig(rank=2, lr=1e-2), seeded())
     for _ in range(2):
         critic.fit(draw(), seeded(1))
         answer(critic)
@@ -242,7 +242,7 @@ def test_half_precision_keeps_the_gradient(kind, dtype, load):
     """Of a mean over so many numbers that float16 would lose most of it (in some layers its very direction)."""
     grads = []
     for one in ("float32", dtype):
-        critic = Learnt(load("sd3", one), CriticConfig(kind, rank=2), seeded())
+        critic = TrainedCritic(load("sd3", one), CriticConfig(kind, rank=2), seeded())
         critic.fit(draw(64), seeded(1))
         grads.append([p.grad.flatten() for p in critic.parameters() if p.grad is not None])
     for exact, rough in zip(*grads, strict=True):
@@ -255,7 +255,7 @@ def test_half_precision_keeps_the_gradient(kind, dtype, load):
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_the_changes_compute_in_their_own_precision(dtype, load):
     """The network in its own, as when the teacher answers: autocast, which a copy needs, is off."""
-    critic, seen = stirred(Learnt(load("sd", dtype), CriticConfig(rank=2), seeded())), []
+    critic, seen = stirred(TrainedCritic(load("sd", dtype), CriticConfig(rank=2), seeded())), []
     parts = (critic.network.down[0], critic.teacher.network.conv_in)
     note = lambda _, __, out: seen.append((out.dtype, torch.is_autocast_enabled("cpu")))  # noqa: E731
     hooks = [part.register_forward_hook(note) for part in parts]
@@ -267,7 +267,7 @@ def test_the_changes_compute_in_their_own_precision(dtype, load):
 
 def test_the_changes_may_be_in_another_precision(load):
     teacher = load("sd")
-    critic = Learnt(teacher, CriticConfig(rank=2, lr=1e-2, dtype="bfloat16"), seeded())
+    critic = TrainedCritic(teacher, CriticConfig(rank=2, lr=1e-2, dtype="bfloat16"), seeded())
     critic.fit(draw(), seeded(1))
     assert {p.dtype for p in critic.parameters()} == {torch.bfloat16}
     assert answer(critic).dtype == torch.float32 == next(teacher.network.parameters()).dtype
@@ -280,7 +280,7 @@ def test_the_changes_may_be_in_another_precision(load):
 @pytest.mark.parametrize("targets", [(), ("to_v", "proj_out")], ids=["attention", "others"])
 def test_plain_diffusers_loads_the_file(name, targets, pipelines, load, tmp_path):
     teacher = load(name)
-    critic = stirred(Learnt(teacher, CriticConfig(rank=3, targets=targets), seeded()))
+    critic = stirred(TrainedCritic(teacher, CriticConfig(rank=3, targets=targets), seeded()))
     assert critic.save_adapter(tmp_path) == tmp_path / FILE and [p.name for p in tmp_path.iterdir()] == [FILE]
     pipe = diffusers.DiffusionPipeline.from_pretrained(pipelines(name))
     pipe.load_lora_weights(tmp_path)
@@ -297,9 +297,9 @@ def test_plain_diffusers_loads_the_file(name, targets, pipelines, load, tmp_path
 
 
 def test_what_nobody_could_load_is_not_written(load, tmp_path):
-    assert Learnt(load("ddpm"), CriticConfig(rank=2), seeded()).save_adapter(tmp_path) is None
-    assert Learnt(load("sd"), CriticConfig("copy"), seeded()).save_adapter(tmp_path) is None
-    assert Learnt(small.load(), CriticConfig(rank=2), seeded()).save_adapter(tmp_path) is None
+    assert TrainedCritic(load("ddpm"), CriticConfig(rank=2), seeded()).save_adapter(tmp_path) is None
+    assert TrainedCritic(load("sd"), CriticConfig("copy"), seeded()).save_adapter(tmp_path) is None
+    assert TrainedCritic(small.load(), CriticConfig(rank=2), seeded()).save_adapter(tmp_path) is None
     assert not list(tmp_path.iterdir())
 
 
@@ -360,16 +360,16 @@ def test_the_packaged_teacher_needs_no_peft():
 # several processes
 
 
-def by(share: Share, folder: Path) -> list[torch.Tensor]:
+def by(processes: Processes, folder: Path) -> list[torch.Tensor]:
     """Three fits of a batch of four, in float64; what each layer has become."""
     hf = HFConfig(cache=str(folder.parent / "kept"))
     teacher = load_teacher(TeacherConfig(str(folder), "words", "float32", hf=hf), "cpu")
     teacher.network.double()
     teacher.dtype = torch.float64
-    critic = Learnt(teacher, CriticConfig(rank=2, lr=1e-2), seeded(), share)
+    critic = TrainedCritic(teacher, CriticConfig(rank=2, lr=1e-2), seeded(), processes)
     critic.network.double()
     whole = torch.rand((4, 3, 16, 16), generator=seeded(2), dtype=torch.float64)
-    own, chance = share.rows(whole), seeded(1)
+    own, chance = processes.rows(whole), seeded(1)
     for _ in range(3):
         critic.fit(Draw(own, [""] * len(own), None, torch.zeros(len(own), dtype=torch.long)), chance)
     return [p.detach() for p in critic.parameters()]
@@ -383,7 +383,7 @@ def test_two_processes_take_the_steps_of_one(pipelines, tmp_path):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     done = subprocess.run([*start, str(folder), str(tmp_path)], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
-    wanted = by(Share(), folder)
+    wanted = by(Processes(), folder)
     for name in ("averaged", "sharded"):
         for p, q in zip(wanted, torch.load(tmp_path / f"{name}.pt", weights_only=True), strict=True):
             assert torch.allclose(p, q, rtol=0, atol=1e-9)
@@ -394,19 +394,19 @@ def test_two_processes_take_the_steps_of_one(pipelines, tmp_path):
 
 def test_targets_that_match_nothing_name_what_there_is(load):
     with pytest.raises(ValueError, match=r"critic.targets is attn9.to_q; no layer of this UNet2D.*to_q, .*to_out\.0, "):
-        Learnt(load("sd"), CriticConfig(targets=("to_q", "attn9.to_q")), seeded())
+        TrainedCritic(load("sd"), CriticConfig(targets=("to_q", "attn9.to_q")), seeded())
     with pytest.raises(ValueError, match="critic.targets is attn1; no layer"):  # a block of layers, not a layer
-        Learnt(load("sd"), CriticConfig(targets=("attn1",)), seeded())
+        TrainedCritic(load("sd"), CriticConfig(targets=("attn1",)), seeded())
     with pytest.raises(ValueError, match="left out, which is attention's projections; .*such as 0, 1"):
         Adapter(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), 1, seeded())
-    one = Learnt(load("sd"), CriticConfig(rank=2, targets=("attn1.to_q", "conv_in")), seeded()).network.names
+    one = TrainedCritic(load("sd"), CriticConfig(rank=2, targets=("attn1.to_q", "conv_in")), seeded()).network.names
     assert one[0] == "conv_in" and len(one) == 5 and all(n.endswith("attn1.to_q") for n in one[1:])
 
 
 @pytest.mark.parametrize("told", [{"targets": ("to_q",)}, {"dtype": "bfloat16"}, {"checkpointing": True}])
 def test_settings_of_pipelines_are_for_pipelines(told):
     with pytest.raises(ValueError, match=f"critic.{next(iter(told))}.* for diffusers pipelines"):
-        Learnt(small.load(), CriticConfig(**told), seeded())
+        TrainedCritic(small.load(), CriticConfig(**told), seeded())
 
 
 def test_a_copy_has_no_targets(load):
@@ -416,7 +416,7 @@ def test_a_copy_has_no_targets(load):
     with pytest.raises(ValueError, match="critic.dtype is 'float8'"):
         config.load("a red mug", {"critic.dtype": "float8"})
     assert config.load("a red mug", {"critic.targets": ["to_q"]}).critic.targets == ("to_q",)
-    copied = Learnt(load("sd"), CriticConfig("copy", checkpointing=True), seeded())
+    copied = TrainedCritic(load("sd"), CriticConfig("copy", checkpointing=True), seeded())
     assert copied.network.is_gradient_checkpointing and not load("sd").network.is_gradient_checkpointing
     assert replace(copied.config, checkpointing=False) == CriticConfig("copy")
 

@@ -14,7 +14,7 @@ from sds3d.config.load import DistillConfig, PaintConfig, load
 from sds3d.data import digits
 from sds3d.distill.adversarial.generator_loss import Adversarial
 from sds3d.distill.critics import CriticConfig
-from sds3d.distill.discriminators import Adversary
+from sds3d.distill.discriminators import TrainedDiscriminator
 from sds3d.distill.score import METHODS
 from sds3d.networks.text import TextEncoder
 from sds3d.networks.unet import UNet, UNetConfig
@@ -50,14 +50,14 @@ def fresh(folders, tmp_path):
     return load
 
 
-def adversary(teacher, prompts: list[str]) -> Adversary:
+def adversary(teacher, prompts: list[str]) -> TrainedDiscriminator:
     """A discriminator of bright and dark images, at the README's rates."""
 
     def real(count: int, generator: torch.Generator) -> tuple[torch.Tensor, list[str]]:
         x = 0.3 * torch.randn((count, *teacher.shape), generator=generator) + 1
         return x, [prompts[i % len(prompts)] for i in range(count)]
 
-    return Adversary(teacher, CriticConfig("copy", lr=1e-4), seeded(), real, 1e-2)
+    return TrainedDiscriminator(teacher, CriticConfig("copy", lr=1e-4), seeded(), real, 1e-2)
 
 
 def moves_of_the_head(teacher, prompts: list[str], fits: int = 15) -> torch.Tensor:

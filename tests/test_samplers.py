@@ -276,7 +276,7 @@ def test_ancestral_steps_reach_the_data(eta):
     generator = torch.Generator().manual_seed(1)
     noise = torch.randn(4_000, 1, 1, 1, dtype=torch.float64, generator=generator)
     schedule = Schedule.cosine()
-    *_, x = last(ddim(exact(schedule), noise, schedule, 150, eta=eta, generator=generator))
+    *_, x = last(ddim(exact(schedule), noise, schedule, 150, eta=eta, rng=generator))
     # 4,000 samples: standard errors 0.006 (mean) and 0.005 (std); 150 steps leave the std 3 % short
     assert float(x.mean()) == pytest.approx(MEAN, abs=0.02)
     assert float(x.std()) == pytest.approx(STD, abs=0.022)
@@ -293,7 +293,7 @@ def test_every_step_has_the_right_marginal_variance():
         def knows(x_t, t, schedule=schedule):
             return Prediction(x, x_t, *schedule.alpha_sigma(t), "x0")
 
-        for s, _, x_s in ddim(knows, start, schedule, 3, eta=0.8, generator=generator, t_start=0.9, t_end=0.3):
+        for s, _, x_s in ddim(knows, start, schedule, 3, eta=0.8, rng=generator, t_start=0.9, t_end=0.3):
             alpha, sigma = (float(v[0]) for v in schedule.alpha_sigma(s))
             assert float(x_s.std()) == pytest.approx(sigma, rel=0.03), name
             assert abs(float(x_s.mean()) - alpha * 0.3) < 5 * sigma / math.sqrt(len(x)), name
@@ -316,7 +316,7 @@ def test_ddim_steps_as_diffusers_does(eta):
         return Prediction(network(x_t), x_t, *schedule.alpha_sigma(t), "eps")
 
     generators = [torch.Generator().manual_seed(5) for _ in range(2)]
-    ours = ddim(predict, x, schedule, 4, eta=eta, generator=generators[0], t_start=0.8)
+    ours = ddim(predict, x, schedule, 4, eta=eta, rng=generators[0], t_start=0.8)
     x_t = x
     for index, (t, x0, reached) in zip((800, 600, 400, 200), ours, strict=True):
         step = theirs.step(network(x_t), index, x_t, eta=eta, generator=generators[1])
@@ -386,7 +386,7 @@ def test_a_ddpm_step_has_diffusers_posterior():
         for seed in seeds:
             generator = torch.Generator().manual_seed(seed)
             ends = {"t_start": index / 1000, "t_end": (index - 200) / 1000}
-            *_, reached = last(ddim(predict, x, schedule, 1, eta=1.0, generator=generator, **ends))
+            *_, reached = last(ddim(predict, x, schedule, 1, eta=1.0, rng=generator, **ends))
             found.append(reached)
         z = [torch.randn(x.shape, generator=torch.Generator().manual_seed(s), dtype=x.dtype) for s in seeds]
         spread = (found[0] - found[1]) / (z[0] - z[1])
@@ -423,7 +423,7 @@ def test_inversion_at_eta_1_is_plain_noising(schedule):
         return Prediction(torch.sin(3 * x_t), x_t, *schedule.alpha_sigma(t), "eps")
 
     generator = torch.Generator().manual_seed(1)
-    *_, reached = last(ddim(network, x, schedule, 3, eta=1.0, generator=generator, t_start=0.2, t_end=0.6))
+    *_, reached = last(ddim(network, x, schedule, 3, eta=1.0, rng=generator, t_start=0.2, t_end=0.6))
     (a0, a1), (s0, s1) = schedule.alpha_sigma(torch.tensor([0.2, 0.6], dtype=torch.float64))
     fresh = float((s1**2 - (a1 / a0 * s0) ** 2).sqrt())
     assert float((reached.mean(0) - a1 / a0 * x[0]).abs().max()) < 5 * fresh / math.sqrt(4_000)

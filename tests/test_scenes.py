@@ -16,7 +16,7 @@ from sds3d.students.scene import regularisers
 from sds3d.students.scene.field import Field, FieldConfig, LearnedBackground
 from sds3d.students.scene.occupancy import Occupancy, OccupancyConfig
 from sds3d.students.scene.render import RenderOptions, Shading, Trace, render
-from sds3d.students.scene.sample_budget import Room, rays_at_a_time
+from sds3d.students.scene.sample_budget import SampleBudget, rays_at_a_time
 
 BACKEND = ops.choose("cpu", "torch")
 SMALL = FieldConfig(levels=4, log2_table=10, base=4, finest=32, hidden=16)
@@ -151,7 +151,7 @@ def test_room_follows_the_last_count():
         empty = torch.zeros(rows)
         return Samples(empty, empty, empty, empty, torch.tensor([0, count]))
 
-    room = Room()
+    room = SampleBudget()
     assert room.rows() is None
     room.saw(seen(10_000, 10_000))
     assert room.rows() == 4 * 4096  # 15,000, rounded up

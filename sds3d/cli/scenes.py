@@ -106,7 +106,7 @@ def resume(
     from sds3d.config import load as configs
     from sds3d.runs import launch
     from sds3d.runs.folder import Run
-    from sds3d.runtime import distributed as shares
+    from sds3d.runtime import distributed
 
     begun, quiet, json = time.perf_counter(), options.quiet, options.json
     layer = configs.parse_overrides(overrides or []) | ({configs.PICKLE: True} if options.allow_pickle else {})
@@ -114,7 +114,7 @@ def resume(
     if options.live and not isinstance(configs.of_run(Run.open(run).config), configs.Config):
         raise ValueError(f"--live shows scenes, and {run} is none; leave it out")
     made, steps = launch.resume(run, layer)
-    display = make_display(quiet or shares.join().index > 0, json)
+    display = make_display(quiet or distributed.join().rank > 0, json)
     with options.page(silent=quiet or json) as watch:
         carry_out(made, steps, begun, display, json, watch)
 

@@ -118,10 +118,10 @@ def begin(prompt: str | None, overrides: list[str] | None, options: RunOptions, 
     """Carry out a new run, or print its settings where that is all that is wanted."""
     from sds3d.config import load as configs
     from sds3d.runs import launch
-    from sds3d.runtime import distributed as shares
+    from sds3d.runtime import distributed
 
     begun = time.perf_counter()
-    quiet = options.quiet or shares.join().index > 0  # of several processes one speaks
+    quiet = options.quiet or distributed.join().rank > 0  # of several processes one speaks
     layers = options.layer(), configs.parse_overrides(overrides or [])
     configs.refuse_twice({**layers[0], **({} if prompt is None else {"prompt": prompt})}, layers[1])
     config = configs.load(prompt, *layers, file=options.config, kind=kind)
@@ -160,7 +160,7 @@ def carry_out(
     """
     from sds3d.runtime.distributed import join
 
-    last, share = None, join()
+    last, processes = None, join()
     with display:
         config = made.config
         teacher = f"teacher {config.teacher.name} ({config.teacher.views})"
@@ -172,7 +172,7 @@ def carry_out(
                 display.show(last)
                 if watch is not None:
                     watch.attend(last, lambda: bool(stopped))
-                if share.agree(
+                if processes.agree(
                     bool(stopped) or (watch is not None and watch.stopped)
                 ):  # all of them at the same step, or one would wait for ever
                     break
@@ -186,7 +186,7 @@ def carry_out(
                 watch.export()
             files = _written(made, display)
     seconds = time.perf_counter() - begun
-    if unfinished and share.index:
+    if unfinished and processes.rank:
         raise typer.Exit(130)
     if unfinished:
         print(f"stopped after step {last.step} of {last.total}; go on with: sds3d resume {made.path}", file=sys.stderr)

@@ -10,7 +10,7 @@ from sds3d import ops
 from sds3d.cameras import CameraRanges
 from sds3d.config.typed import check, nearest
 from sds3d.diffusion.guidance import Guidance
-from sds3d.diffusion.timesteps import TimeDraw
+from sds3d.diffusion.timesteps import TimestepSampler
 from sds3d.distill.critics import CriticConfig
 from sds3d.distill.pairs import PairsConfig
 from sds3d.distill.perceptual import DISTANCES
@@ -147,7 +147,9 @@ class RunConfig:
     guidance: Guidance = Guidance()
     critic: CriticConfig = CriticConfig()
     source: SourceConfig = SourceConfig()
-    time: TimeDraw = dataclasses.field(default_factory=lambda: TimeDraw(Ramp.constant(0.087), Ramp(0, 0.951, 0.5, 300)))
+    time: TimestepSampler = dataclasses.field(
+        default_factory=lambda: TimestepSampler(Ramp.constant(0.087), Ramp(0, 0.951, 0.5, 300))
+    )
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
     log: LogConfig = LogConfig()
 
@@ -234,7 +236,9 @@ class DistillConfig(RunConfig):
     steps: Annotated[int, Within(1, STEPS)] = 1000
     teacher: TeacherConfig = TeacherConfig("digits", views="words")
     method: Any = DiffInstruct()
-    time: TimeDraw = dataclasses.field(default_factory=lambda: TimeDraw(Ramp.constant(0.02), Ramp.constant(0.98)))
+    time: TimestepSampler = dataclasses.field(
+        default_factory=lambda: TimestepSampler(Ramp.constant(0.02), Ramp.constant(0.98))
+    )
     critic: CriticConfig = CriticConfig(kind="copy", lr=5e-4, betas=(0.0, 0.999))
     optim: OptimConfig = dataclasses.field(
         default_factory=lambda: OptimConfig({"generator": Ramp(500, 2e-4, 0, 1000)}, betas=(0.0, 0.999), eps=1e-8)

@@ -36,21 +36,21 @@ class CaptionDraw:
     """Draws captions for kinds.
 
     Args:
-        generator: every choice comes from here.
+        rng: every choice comes from here.
         background_share: images on a background that is not white; it is always named.
         degraded_share: images that are degraded; the caption always says so.
     """
 
-    def __init__(self, generator: torch.Generator, background_share: float = 0.15, degraded_share: float = 0.06):
-        self.generator = generator
+    def __init__(self, rng: torch.Generator, background_share: float = 0.15, degraded_share: float = 0.06):
+        self.rng = rng
         self.background_share = background_share
         self.degraded_share = degraded_share
 
     def chance(self, p: float) -> bool:
-        return torch.rand((), generator=self.generator).item() < p
+        return torch.rand((), generator=self.rng).item() < p
 
     def choose(self, options):
-        return options[int(torch.randint(len(options), (), generator=self.generator))]
+        return options[int(torch.randint(len(options), (), generator=self.rng))]
 
     def colours(self, name: str) -> tuple[str, str]:
         """Main and second colour of a kind or stack, never a held-out pair."""

@@ -29,15 +29,15 @@ def _chunk(job: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
     """Layers (CHUNK, 6, 64, 64) uint8 and rows (CHUNK, 6): kind, size, azimuth, elevation, distance, fov."""
     torch.set_num_threads(1)
     seed, number = job
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
+    rng = torch.Generator().manual_seed(seed * 1_000_003 + number)
     in_round = len(KINDS) + 4  # every kind once, and four of the stacks
     place = number % in_round
-    stack = len(KINDS) + int(torch.randint(len(STACKS), (), generator=generator))
+    stack = len(KINDS) + int(torch.randint(len(STACKS), (), generator=rng))
     name = place if place < len(KINDS) else stack
 
-    cameras = draw_cameras(CHUNK, generator)
-    size = torch.multinomial(torch.tensor([0.2, 0.6, 0.2]), CHUNK, True, generator=generator)
-    scale = torch.tensor(list(SIZES.values()))[size] * _uniform(CHUNK, 0.96, 1.04, generator)
+    cameras = draw_cameras(CHUNK, rng)
+    size = torch.multinomial(torch.tensor([0.2, 0.6, 0.2]), CHUNK, True, generator=rng)
+    scale = torch.tensor(list(SIZES.values()))[size] * _uniform(CHUNK, 0.96, 1.04, rng)
     layers = trace((KINDS | STACKS)[NAMES[name]], cameras, scale)
     rows = torch.stack(
         [
@@ -53,18 +53,18 @@ def _chunk(job: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
     return (layers * 255).round().byte().numpy(), rows.numpy()
 
 
-def draw_cameras(count: int, generator: torch.Generator) -> Cameras:
+def draw_cameras(count: int, rng: torch.Generator) -> Cameras:
     """Cameras as teachers are trained on: all around, one in ten from nearly above."""
 
     def uniform(low: float, high: float) -> Tensor:
-        return _uniform(count, low, high, generator)
+        return _uniform(count, low, high, rng)
 
     elevation = torch.where(uniform(0, 1) < 0.9, uniform(-30, 65), uniform(65, 89))
     return Cameras(uniform(0, 360), elevation, uniform(2.7, 3.3), uniform(36, 44))
 
 
-def _uniform(count: int, low: float, high: float, generator: torch.Generator) -> Tensor:
-    return low + torch.rand(count, generator=generator) * (high - low)
+def _uniform(count: int, low: float, high: float, rng: torch.Generator) -> Tensor:
+    return low + torch.rand(count, generator=rng) * (high - low)
 
 
 class Renders:

@@ -60,12 +60,12 @@ class Sampler:
         """The sampler of that name that takes at most so many ``evaluations``."""
         return Sampler(name, (evaluations + 1) // 2 if name == "heun" else evaluations)
 
-    def __call__(self, predict: Predict, noise: Tensor, schedule: Schedule, generator: Fresh | None = None) -> Steps:
+    def __call__(self, predict: Predict, noise: Tensor, schedule: Schedule, rng: Fresh | None = None) -> Steps:
         """From noise (B, C, H, W) of standard deviation 1 to sigma = 0. It begins with as much as images of standard
         deviation 1 have at the noisiest level.
 
         Args:
-            generator: of fresh noise, for "ddpm"; see ``ddim``.
+            rng: of fresh noise, for "ddpm"; see ``ddim``.
         """
         times = {"heun": edm_times, "dpm++": log_times}.get(self.name, even_times)(schedule, self.steps)
         x_t = float(torch.hypot(*schedule.alpha_sigma(times[:1]))) * noise
@@ -74,7 +74,7 @@ class Sampler:
             return _heun(predict, x_t, levels)
         if self.name == "dpm++":
             return _dpm_solver(predict, x_t, levels)
-        return _ddim(predict, x_t, levels, float(self.name == "ddpm"), generator)
+        return _ddim(predict, x_t, levels, float(self.name == "ddpm"), rng)
 
 
 def edm_times(schedule: Schedule, steps: int, rho: float = 7.0) -> Tensor:
@@ -181,7 +181,7 @@ def ddim(
     schedule: Schedule,
     steps: int,
     eta: float = 0.0,
-    generator: Fresh | None = None,
+    rng: Fresh | None = None,
     t_start: float | Tensor = 1.0,
     t_end: float | Tensor = 0.0,
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -194,7 +194,7 @@ def ddim(
     Args:
         predict: (x_t (B, C, H, W), t (B,)) -> Prediction.
         x_t: (B, C, H, W) at ``t_start``: noise times sigma, where alpha is 0 there.
-        generator: of the noise z, when eta > 0; or what draws it, (B, C, H, W) at each call.
+        rng: of the noise z, when eta > 0; or what draws it, (B, C, H, W) at each call.
         t_start, t_end: one t for all, or (B,).
 
     Yields:
@@ -213,10 +213,10 @@ def ddim(
         raise ValueError(f"t lies in [0, 1], got t_start {t_start} and t_end {t_end}")
     times = (torch.lerp(start, end, k / steps) for k in range(steps + 1))
     levels = [_Level(t, *schedule.alpha_sigma(t), False) for t in times]
-    yield from _ddim(predict, x_t, levels, eta, generator)
+    yield from _ddim(predict, x_t, levels, eta, rng)
 
 
-def _ddim(predict: Predict, x_t: Tensor, levels: list[_Level], eta: float, generator: Fresh | None) -> Steps:
+def _ddim(predict: Predict, x_t: Tensor, levels: list[_Level], eta: float, rng: Fresh | None) -> Steps:
     """``ddim`` over these levels."""
     for at, to in zip(levels[:-1], levels[1:]):
         prediction = predict(x_t, at.t)
@@ -228,7 +228,7 @@ def _ddim(predict: Predict, x_t: Tensor, levels: list[_Level], eta: float, gener
             ratio = torch.minimum(ratio, 1 / ratio)
             fresh = eta * to.sigma * (1 - ratio**2).clamp_min(0).sqrt()  # h
             kept = (to.sigma**2 - fresh**2).clamp_min(0).sqrt()
-            z = onto(_draw(generator, x_t).to(fresh.dtype), x_t.device)
+            z = onto(_draw(rng, x_t).to(fresh.dtype), x_t.device)
             x_t = noised(noised(x0, prediction.eps, to.alpha, kept), z, torch.ones_like(fresh), fresh)
         yield to.t, x0, x_t
 

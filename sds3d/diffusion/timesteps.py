@@ -27,7 +27,7 @@ UNITS = ("t", "ratio")
 
 
 @dataclass(frozen=True)
-class TimeDraw:
+class TimestepSampler:
     """How t is drawn, one t a group.
 
     Numbers and four-number sequences are taken as ``Ramp.parse`` takes them.
@@ -75,7 +75,7 @@ class TimeDraw:
         if not (self.std > 0 and self.width > 0 and self.steps >= 1):
             raise ValueError("time.std and time.width are above 0, and time.steps is at least 1")
 
-    def draw(self, step: int, group: Tensor, generator: torch.Generator, schedule: Schedule) -> Tensor:
+    def draw(self, step: int, group: Tensor, rng: torch.Generator, schedule: Schedule) -> Tensor:
         """t (B,) float32 for group (B,): one draw a group, whatever the order of the batch.
 
         Raises:
@@ -86,7 +86,7 @@ class TimeDraw:
         if self.kind == "dreamtime":
             reached = schedule.t_of_ratio(_walk(self.centre, self.width, self.steps)[min(step, self.steps - 1)])
             return torch.full_like(group, float(reached.clamp(low, high)), dtype=torch.float32)
-        uniform = torch.rand(len(groups), generator=generator, device=generator.device).to(group.device)
+        uniform = torch.rand(len(groups), generator=rng, device=rng.device).to(group.device)
         if self.kind == "uniform":
             return (low + (high - low) * uniform)[member]
         ends = torch.tensor([low, high], dtype=torch.float64, device=group.device)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from sds3d.diffusion.guidance import Guidance
 from sds3d.diffusion.noise import Prediction, noised, weight
-from sds3d.diffusion.timesteps import TimeDraw
+from sds3d.diffusion.timesteps import TimestepSampler
 from sds3d.distill.query import Critic, Query
 from sds3d.runtime.ramp import Ramp
 from sds3d.runtime.transfer import onto
@@ -158,7 +158,7 @@ class ScoreObjective:
 
     teacher: Teacher
     method: Method
-    time: TimeDraw
+    time: TimestepSampler
     weight: str = "auto"
     negative: str = ""
     uncond_camera: bool = False
@@ -192,7 +192,7 @@ class ScoreObjective:
     def name(self) -> str:
         return type(self.method).__name__
 
-    def __call__(self, draw: Draw, step: int, generator: torch.Generator) -> Distilled:
+    def __call__(self, draw: Draw, step: int, rng: torch.Generator) -> Distilled:
         """The loss on a draw's images; t and noise come from the generator.
 
         Raises:
@@ -200,18 +200,18 @@ class ScoreObjective:
         """
         x = draw.x(self.teacher.encode)
         x = x.to(torch.promote_types(x.dtype, torch.float32))
-        t = self.time_of(draw, step, generator)
-        source = generator if self.noise == "fresh" else torch.Generator().manual_seed(self.noise_seed)
-        noise = onto(draw.share.randn(x.shape, source, x.dtype), x.device)
-        query = self.query(draw, x, onto(t, x.device), noise, step, generator)
+        t = self.time_of(draw, step, rng)
+        source = rng if self.noise == "fresh" else torch.Generator().manual_seed(self.noise_seed)
+        noise = onto(draw.processes.randn(x.shape, source, x.dtype), x.device)
+        query = self.query(draw, x, onto(t, x.device), noise, step, rng)
         g = self.gradient(query)
         return Distilled(surrogate(x, g), _metrics(g, t.tolist()) | {"asked": sum(query.asked)}, query)
 
-    def time_of(self, draw: Draw, step: int, generator: torch.Generator) -> Tensor:
+    def time_of(self, draw: Draw, step: int, rng: torch.Generator) -> Tensor:
         """t (B,) for a draw's images."""
-        group, share = draw.group, draw.share
-        whole = torch.cat([group + i * (int(group.max()) + 1) for i in range(share.count)])
-        return share.rows(self.time.draw(step, whole, generator, self.teacher.schedule))
+        group, processes = draw.group, draw.processes
+        whole = torch.cat([group + i * (int(group.max()) + 1) for i in range(processes.world_size)])
+        return processes.rows(self.time.draw(step, whole, rng, self.teacher.schedule))
 
     def query(
         self,
@@ -220,7 +220,7 @@ class ScoreObjective:
         t: Tensor,
         noise: Tensor,
         step: int = 0,
-        generator: torch.Generator | None = None,
+        rng: torch.Generator | None = None,
     ) -> Query:
         """The question about clean x (B, C, H, W) at t (B,) with this noise (B, C, H, W)."""
         assert len(draw.prompts) == len(x) == len(t), (len(draw.prompts), x.shape, t.shape)
@@ -246,7 +246,7 @@ class ScoreObjective:
             guidance=self.guidance,
             critic=self.critic,
             source=source,
-            generator=generator,
+            rng=rng,
         )
 
     def gradient(self, q: Query) -> Tensor:

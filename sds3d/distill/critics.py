@@ -23,7 +23,7 @@ from sds3d.diffusion.noise import Prediction, noised, target
 from sds3d.networks.lora import LoRA
 from sds3d.networks.unet import CAMERA_FEATURES, camera_features
 from sds3d.prompts import with_view
-from sds3d.runtime.distributed import Share
+from sds3d.runtime.distributed import Processes
 from sds3d.runtime.ranges import Within
 from sds3d.runtime.transfer import onto
 from sds3d.students.base import Draw
@@ -61,7 +61,7 @@ class Adaptable(Trainable, Protocol):
     """A teacher whose kind of network has LoRAs of its own, in a file that others read."""
 
     def adapter(
-        self, rank: int, generator: torch.Generator, targets: tuple[str, ...], dtype: torch.dtype, checkpointing: bool
+        self, rank: int, rng: torch.Generator, targets: tuple[str, ...], dtype: torch.dtype, checkpointing: bool
     ) -> nn.Module:
         """What stands for the network under low-rank changes, which are its parameters; see `CriticConfig`.
 
@@ -145,7 +145,7 @@ class Exact:
     ) -> Prediction:
         return self.score.predict(x_t, t, prompts, cameras if self.score.views == "camera" else None, camera_mask)
 
-    def fit(self, draw: Draw, generator: torch.Generator) -> Tensor:
+    def fit(self, draw: Draw, rng: torch.Generator) -> Tensor:
         raise AssertionError("an exact critic is not trained")
 
     def state_dict(self) -> dict[str, Any]:
@@ -155,39 +155,43 @@ class Exact:
         assert not state, state
 
 
-class Learnt:
+class TrainedCritic:
     """A critic that is trained.
 
     Args:
         teacher: whose network it starts from.
         config: how.
-        generator: of the initial values of what is new: a LoRA, the camera's network.
-        share: of the batch, where several processes train.
+        rng: of the initial values of what is new: a LoRA, the camera's network.
+        processes: of the batch, where several processes train.
     """
 
-    def __init__(self, teacher: Trainable, config: CriticConfig, generator: torch.Generator, share: Share = Share()):
+    def __init__(
+        self, teacher: Trainable, config: CriticConfig, rng: torch.Generator, processes: Processes = Processes()
+    ):
         self.adapted = config.kind == "lora" and hasattr(teacher, "adapter")
-        share = replace(share, sharded=False) if self.adapted else share  # it is small: each process keeps all of it
-        self.teacher, self.config, self.steps, self.share = teacher, config, config.steps, share
-        self.network = _network(teacher, config, generator)
+        processes = (
+            replace(processes, sharded=False) if self.adapted else processes
+        )  # it is small: each process keeps all of it
+        self.teacher, self.config, self.steps, self.processes = teacher, config, config.steps, processes
+        self.network = _network(teacher, config, rng)
         # float16 knows nothing below 6e-8, and a mean over so many numbers has gradients that small
         self.coarse = next(teacher.network.parameters()).dtype == torch.float16
         device = next(self.network.parameters()).device
         self.camera: nn.Module | None = None
         if teacher.views == "words" and teacher.extra_width:
             with torch.random.fork_rng(devices=[]):  # modules draw their first weights from the global stream
-                torch.manual_seed(generator.initial_seed())
+                torch.manual_seed(rng.initial_seed())
                 self.camera = nn.Sequential(
                     nn.Linear(CAMERA_FEATURES, CAMERA_WIDTH), nn.SiLU(), nn.Linear(CAMERA_WIDTH, teacher.extra_width)
                 ).to(device)
             nn.init.zeros_(self.camera[-1].weight)
             nn.init.zeros_(self.camera[-1].bias)
         for part in self.parts():
-            share.shard(part)
+            processes.shard(part)
         self.optimiser = torch.optim.AdamW(
             self.parameters(), config.lr, betas=config.betas, weight_decay=config.weight_decay
         )
-        share.shard_states(self.optimiser)
+        processes.shard_states(self.optimiser)
 
     def parts(self) -> list[nn.Module]:
         """What is trained."""
@@ -208,33 +212,33 @@ class Learnt:
             cameras = camera_mask = None
         return self.teacher.answer(self.network, x_t, t, prompts, cameras, camera_mask, extra)
 
-    def fit(self, draw: Draw, generator: torch.Generator) -> Tensor:
+    def fit(self, draw: Draw, rng: torch.Generator) -> Tensor:
         """One step on a draw's images; returns the loss, ()."""
         with torch.no_grad():
             x = draw.x(self.teacher.encode)
             x = x.to(torch.promote_types(x.dtype, torch.float32))
-        loss = self.loss(draw, x, generator)
+        loss = self.loss(draw, x, rng)
         self.optimiser.zero_grad(set_to_none=True)
         scale = 2.0 ** int(math.log2(x.numel())) if self.coarse else 1.0  # a power of two, so it changes no digit
         (scale * loss).backward()
         for p in self.parameters() if self.coarse else ():
             if p.grad is not None:
                 p.grad /= scale
-        self.share.average(self.parameters())
+        self.processes.average(self.parameters())
         self.optimiser.step()
         return loss.detach()
 
-    def loss(self, draw: Draw, x: Tensor, generator: torch.Generator) -> Tensor:
+    def loss(self, draw: Draw, x: Tensor, rng: torch.Generator) -> Tensor:
         """The denoising loss on x (B, C, h, w), ().
 
         t is uniform from 0 to the schedule's noisiest, one an image or set of views; a share of the cameras is dropped.
         """
-        t, dropped = onto(self.share.rand((len(x), 2), generator), x.device).to(x.dtype).unbind(1)
+        t, dropped = onto(self.processes.rand((len(x), 2), rng), x.device).to(x.dtype).unbind(1)
         seen = draw.cameras is not None and self.teacher.views == "camera"
-        together = getattr(self.teacher, "together", 1) if seen else 1
+        views_per_set = getattr(self.teacher, "views_per_set", 1) if seen else 1
         t = t * self.teacher.schedule.t_noisiest  # beyond is a level that its network does not know
-        t = t[::together].repeat_interleave(together)  # one for the views that are judged in one
-        noise = onto(self.share.randn(x.shape, generator, x.dtype), x.device)
+        t = t[::views_per_set].repeat_interleave(views_per_set)  # one for the views that are judged in one
+        noise = onto(self.processes.randn(x.shape, rng, x.dtype), x.device)
         alpha, sigma = self.teacher.schedule.alpha_sigma(t)
         prompts, mask = draw.prompts, None
         if draw.cameras is not None:
@@ -259,7 +263,7 @@ class Learnt:
         self.optimiser.load_state_dict(state["optimiser"])
 
 
-def _network(teacher: Trainable, config: CriticConfig, generator: torch.Generator) -> nn.Module:
+def _network(teacher: Trainable, config: CriticConfig, rng: torch.Generator) -> nn.Module:
     """What a critic trains: changes of low rank to the teacher's network, or a copy of it.
 
     Raises:
@@ -274,9 +278,9 @@ def _network(teacher: Trainable, config: CriticConfig, generator: torch.Generato
     frozen = teacher.network.eval()  # dropout stays off, in the copy too: the student's step must not see it
     if config.kind == "lora" and adaptable:
         dtype = getattr(torch, config.dtype)
-        return teacher.adapter(config.rank, generator, config.targets, dtype, config.checkpointing)
+        return teacher.adapter(config.rank, rng, config.targets, dtype, config.checkpointing)
     if config.kind == "lora":
-        return LoRA(frozen, config.rank, float(config.rank), generator)
+        return LoRA(frozen, config.rank, float(config.rank), rng)
     own = copy.deepcopy(frozen).requires_grad_(True)
     if next(own.parameters()).dtype in (torch.float16, torch.bfloat16):
         own.float()  # steps of 1e-4 are lost on weights in half precision

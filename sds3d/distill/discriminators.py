@@ -16,20 +16,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sds3d.diffusion.noise import noised
-from sds3d.distill.critics import CriticConfig, Featured, Learnt
-from sds3d.networks.verdict import Verdict
-from sds3d.runtime.distributed import Share
+from sds3d.distill.critics import CriticConfig, Featured, TrainedCritic
+from sds3d.networks.discriminator_head import DiscriminatorHead
+from sds3d.runtime.distributed import Processes
 from sds3d.runtime.transfer import onto
 from sds3d.students.base import Draw
 
 Real = Callable[[int, torch.Generator], tuple[Tensor, list[str]]]  # so many -> x (B, C, h, w) and their prompts
 
 
-class Adversary(Learnt):
+class TrainedDiscriminator(TrainedCritic):
     """See the module.
 
     Args:
-        teacher, config, generator, share: as ``Learnt``'s.
+        teacher, config, rng, processes: as ``TrainedCritic``'s.
         real: draws real images.
         weight: of the discriminator's loss beside the denoising loss.
     """
@@ -38,34 +38,34 @@ class Adversary(Learnt):
         self,
         teacher: Featured,
         config: CriticConfig,
-        generator: torch.Generator,
+        rng: torch.Generator,
         real: Real,
         weight: float,
-        share: Share = Share(),
+        processes: Processes = Processes(),
     ):
         self.real, self.weight = real, weight
         like = next(teacher.network.parameters())
         dtype = torch.promote_types(like.dtype, torch.float32)  # small steps are lost on weights in half precision
         with torch.random.fork_rng(devices=[]):  # modules draw their first weights from the global stream
-            torch.manual_seed(generator.initial_seed())
-            self.head = Verdict(teacher.feature_width).to(like.device, dtype)
-        super().__init__(teacher, config, generator, share)
+            torch.manual_seed(rng.initial_seed())
+            self.head = DiscriminatorHead(teacher.feature_width).to(like.device, dtype)
+        super().__init__(teacher, config, rng, processes)
 
     def parts(self) -> list[nn.Module]:
         return [*super().parts(), self.head]
 
-    def verdict(self, x: Tensor, prompts: list[str], generator: torch.Generator) -> Tensor:
+    def verdict(self, x: Tensor, prompts: list[str], rng: torch.Generator) -> Tensor:
         """How real clean x (B, C, h, w) look once noised to any t that the network knows, (B,); differentiable in x."""
-        t = onto(self.share.rand((len(x),), generator), x.device).to(x.dtype) * self.teacher.schedule.t_noisiest
-        noise = onto(self.share.randn(x.shape, generator, x.dtype), x.device)
+        t = onto(self.processes.rand((len(x),), rng), x.device).to(x.dtype) * self.teacher.schedule.t_noisiest
+        noise = onto(self.processes.randn(x.shape, rng, x.dtype), x.device)
         x_t = noised(x, noise, *self.teacher.schedule.alpha_sigma(t))
         return self.head(self.teacher.features(self.network, x_t, t, prompts)[-1])
 
-    def loss(self, draw: Draw, x: Tensor, generator: torch.Generator) -> Tensor:
-        real, prompts = self.real(len(x), generator)
-        told = F.softplus(-self.verdict(real, prompts, generator)).mean()
-        missed = F.softplus(self.verdict(x, draw.prompts, generator)).mean()
-        return super().loss(draw, x, generator) + self.weight * (told + missed)
+    def loss(self, draw: Draw, x: Tensor, rng: torch.Generator) -> Tensor:
+        real, prompts = self.real(len(x), rng)
+        told = F.softplus(-self.verdict(real, prompts, rng)).mean()
+        missed = F.softplus(self.verdict(x, draw.prompts, rng)).mean()
+        return super().loss(draw, x, rng) + self.weight * (told + missed)
 
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "head": self.head.state_dict()}

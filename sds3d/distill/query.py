@@ -49,7 +49,7 @@ class Query:
         guidance: Perp-Neg and rescaling.
         critic: the student's own score, for methods that want it.
         source: for methods that edit: what the student's images were before, (B, C, H, W), and its prompt.
-        generator: of whatever noise a method adds.
+        rng: of whatever noise a method adds.
         asked: images in each of the teacher's forwards so far.
     """
 
@@ -68,7 +68,7 @@ class Query:
     guidance: Guidance = Guidance()
     critic: Critic | None = None
     source: tuple[Tensor, str] | None = None
-    generator: torch.Generator | None = None
+    rng: torch.Generator | None = None
     asked: list[int] = field(default_factory=list, repr=False)
     _answers: dict[str, Prediction] = field(default_factory=dict, repr=False)
 
@@ -155,7 +155,7 @@ class Query:
         start = torch.full_like(t, T_CLEAN).minimum(t)
         alpha, _ = self.teacher.schedule.alpha_sigma(start)
         clean = alpha.view(-1, *[1] * (self.x.dim() - 1)) * self.x
-        *_, (_, _, x_t) = ddim(predict, clean, self.teacher.schedule, steps, eta, self.generator, start, t)
+        *_, (_, _, x_t) = ddim(predict, clean, self.teacher.schedule, steps, eta, self.rng, start, t)
         return x_t
 
     def critic_eps(self) -> Tensor:

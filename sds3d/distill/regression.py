@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sds3d.distill.core import Judgement
 from sds3d.distill.pairs import Pairs
-from sds3d.runtime.distributed import Share
+from sds3d.runtime.distributed import Processes
 from sds3d.students.base import Draw
 
 Distance = Callable[[Tensor, Tensor], Tensor]  # x and what it should be, (B, C, h, w) each -> (B,)
@@ -27,7 +27,7 @@ class Regression:
         distance: see `sds3d.distill.perceptual`.
         weight: 0.25 is the paper's.
         batch: pairs a step.
-        share: of them, where several processes train.
+        processes: of them, where several processes train.
 
     Raises:
         ValueError: the batch cannot be shared evenly.
@@ -38,13 +38,13 @@ class Regression:
     distance: Distance
     weight: float
     batch: int
-    share: Share = Share()
+    processes: Processes = Processes()
 
     def __post_init__(self):
-        self.share.of(self.batch)
+        self.processes.of(self.batch)
 
-    def __call__(self, draw: Draw, step: int, generator: torch.Generator) -> Judgement:
-        index = self.share.randint(len(self.pairs.prompts), self.share.of(self.batch), generator)
+    def __call__(self, draw: Draw, step: int, rng: torch.Generator) -> Judgement:
+        index = self.processes.randint(len(self.pairs.prompts), self.processes.of(self.batch), rng)
         chosen = self.pairs[index]
         apart = self.distance(self.paint(chosen.noise, chosen.prompts), chosen.x).mean()
         return Judgement(self.weight * chosen.x[0].numel() * apart, {"distance": apart.detach()})

@@ -19,13 +19,13 @@ class LoRA(nn.Module):
         network: any module; its weights get no gradient here.
         rank: of every change; a weight whose shorter side is smaller is left alone.
         scale: the change is multiplied by scale / rank.
-        generator: of A's initial values.
+        rng: of A's initial values.
 
     Raises:
         ValueError: a rank below 1, or above every weight's shorter side.
     """
 
-    def __init__(self, network: nn.Module, rank: int = 8, scale: float = 8.0, generator: torch.Generator | None = None):
+    def __init__(self, network: nn.Module, rank: int = 8, scale: float = 8.0, rng: torch.Generator | None = None):
         super().__init__()
         if rank < 1:
             raise ValueError(f"LoRA's rank is {rank}; give at least 1 (8 is usual)")
@@ -35,7 +35,7 @@ class LoRA(nn.Module):
         for name, weight in network.named_parameters():
             if weight.ndim in (2, 4) and min(len(weight), weight[0].numel()) > rank:
                 inputs = weight[0].numel()
-                a = torch.randn((rank, inputs), generator=generator) / math.sqrt(inputs)
+                a = torch.randn((rank, inputs), generator=rng) / math.sqrt(inputs)
                 self.down.append(nn.Parameter(a.to(weight.device)))
                 self.up.append(nn.Parameter(weight.new_zeros(len(weight), rank, dtype=torch.float32)))
                 self.names.append(name)

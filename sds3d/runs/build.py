@@ -20,18 +20,18 @@ from sds3d.data.folder import read as read_folder
 from sds3d.distill import pairs, perceptual
 from sds3d.distill.adversarial.generator_loss import Adversarial
 from sds3d.distill.core import ScoreObjective, scale_of
-from sds3d.distill.critics import Learnt
-from sds3d.distill.discriminators import Adversary, Real
+from sds3d.distill.critics import TrainedCritic
+from sds3d.distill.discriminators import Real, TrainedDiscriminator
 from sds3d.distill.regression import Regression
 from sds3d.distill.score.bridge import Bridge
 from sds3d.prompts import COLOURS, VIEW_WORDS, named_background, named_view, words
 from sds3d.runs.folder import slug
 from sds3d.runtime.device import pick_device
-from sds3d.runtime.distributed import Share
+from sds3d.runtime.distributed import Processes
 from sds3d.runtime.files import read_text, user_path
 from sds3d.runtime.transfer import onto
 from sds3d.students.base import Particles, Student
-from sds3d.students.generator import Generator, paint
+from sds3d.students.generator import FewStepGenerator, paint
 from sds3d.students.image import ImageStudent
 from sds3d.students.scene.student import BACKGROUNDS, SceneConfig, SceneStudent
 from sds3d.teachers.base import Teacher
@@ -84,7 +84,7 @@ def teacher(config: RunConfig) -> Teacher:
     require_views(config, found)
     require_ring(config, found)
     if isinstance(config, DistillConfig):
-        if getattr(found, "together", 1) > 1:
+        if getattr(found, "views_per_set", 1) > 1:
             raise ValueError(f"the teacher {config.teacher.name} judges views of a scene, and a generator draws none")
         if isinstance(found, DiffusersTeacher):
             found.words.sided = False
@@ -136,11 +136,11 @@ def require_views(config: RunConfig, teacher: Teacher) -> None:
 
 def require_ring(config: RunConfig, teacher: Teacher) -> None:
     """Raises ValueError where a teacher judges several views of a scene at once, and the scene's do not stand so."""
-    together = getattr(teacher, "together", 1)
-    if isinstance(config, Config) and teacher.views == "camera" and config.camera.ring % together:
+    views_per_set = getattr(teacher, "views_per_set", 1)
+    if isinstance(config, Config) and teacher.views == "camera" and config.camera.ring % views_per_set:
         raise ValueError(
-            f"the teacher {config.teacher.name} judges {together} views of a scene at once: give "
-            f"camera.ring={together} and render.views={together}, or a multiple"
+            f"the teacher {config.teacher.name} judges {views_per_set} views of a scene at once: give "
+            f"camera.ring={views_per_set} and render.views={views_per_set}, or a multiple"
         )
 
 
@@ -155,7 +155,7 @@ def _drawn_backgrounds(config: RunConfig) -> list[str]:
     return list(BACKGROUNDS)[1:] if drawn and not named_background(config.prompt) else []
 
 
-def student(config: RunConfig, teacher: Teacher | None = None, share: Share = Share()) -> Student:
+def student(config: RunConfig, teacher: Teacher | None = None, processes: Processes = Processes()) -> Student:
     """What a run trains, new; the same seed gives the same one. A generator starts from its teacher.
 
     Raises:
@@ -163,11 +163,13 @@ def student(config: RunConfig, teacher: Teacher | None = None, share: Share = Sh
     """
     seed = 2 * config.seed + 1  # the loop's own stream is 2 * seed
     if isinstance(config, PaintConfig):
-        generator = torch.Generator().manual_seed(seed)
-        return ImageStudent(config.image, config.prompt, generator, pick_device(config.device))
+        rng = torch.Generator().manual_seed(seed)
+        return ImageStudent(config.image, config.prompt, rng, pick_device(config.device))
     if isinstance(config, DistillConfig):
         assert teacher is not None, "a generator starts from its teacher"
-        return Generator(teacher, config.generator, prompts(config, teacher), identity(config, teacher), share)
+        return FewStepGenerator(
+            teacher, config.generator, prompts(config, teacher), identity(config, teacher), processes
+        )
     assert isinstance(config, Config), config
     if config.particles == 1:
         return scene(config, torch.Generator().manual_seed(seed))
@@ -175,7 +177,7 @@ def student(config: RunConfig, teacher: Teacher | None = None, share: Share = Sh
     return Particles([scene(config, torch.Generator().manual_seed(s)) for s in seeds])
 
 
-def scene(config: Config, generator: torch.Generator) -> SceneStudent:
+def scene(config: Config, rng: torch.Generator) -> SceneStudent:
     """A new scene. A background that its prompt names is its usual one."""
     device, render, named = pick_device(config.device), config.render, named_background(config.prompt)
     usual = named or "white"
@@ -190,7 +192,7 @@ def scene(config: Config, generator: torch.Generator) -> SceneStudent:
         return [f"{config.prompt} on a {background} background" if plain_name else config.prompt] * len(cameras)
 
     backgrounds = {named: COLOURS[named]} if named else None
-    return SceneStudent(settings, generator, prompts, backgrounds, ops.choose(device, config.backend), device)
+    return SceneStudent(settings, rng, prompts, backgrounds, ops.choose(device, config.backend), device)
 
 
 def prompts(config: DistillConfig, teacher: Teacher) -> list[str]:
@@ -222,7 +224,7 @@ def identity(config: RunConfig, teacher: Teacher) -> str:
     return f"{Path(config.teacher.name).name} {teacher.fingerprint}"
 
 
-def critic(config: RunConfig, teacher: Teacher, share: Share = Share()) -> Learnt | None:
+def critic(config: RunConfig, teacher: Teacher, processes: Processes = Processes()) -> TrainedCritic | None:
     """A critic that starts from the teacher, where the method needs one; a discriminator in it, where it needs that.
 
     Raises:
@@ -231,12 +233,12 @@ def critic(config: RunConfig, teacher: Teacher, share: Share = Share()) -> Learn
     require_kind(config)
     if "critic" not in config.method.NEEDS:
         return None
-    generator = torch.Generator().manual_seed(config.seed)
+    rng = torch.Generator().manual_seed(config.seed)
     if "real" not in config.method.NEEDS:
-        return Learnt(teacher, config.critic, generator, share)
+        return TrainedCritic(teacher, config.critic, rng, processes)
     assert isinstance(config, DistillConfig), config
-    return Adversary(
-        teacher, config.critic, generator, real(config, teacher, share), config.method.discriminator, share
+    return TrainedDiscriminator(
+        teacher, config.critic, rng, real(config, teacher, processes), config.method.discriminator, processes
     )
 
 
@@ -247,7 +249,7 @@ def require_kind(config: RunConfig) -> None:
             raise ValueError(f"{type(config.method).__name__} needs {need}: it trains generators, with sds3d distill")
 
 
-def real(config: DistillConfig, teacher: Teacher, share: Share = Share()) -> Real:
+def real(config: DistillConfig, teacher: Teacher, processes: Processes = Processes()) -> Real:
     """What draws real images for a discriminator, told as the generator is told: by its own prompts.
 
     Raises:
@@ -266,30 +268,30 @@ def real(config: DistillConfig, teacher: Teacher, share: Share = Share()) -> Rea
     with torch.no_grad():
         x = torch.cat([teacher.encode(onto(found[part].rgb(), device)) for part in parts])
 
-    def draw(count: int, generator: torch.Generator) -> tuple[Tensor, list[str]]:
-        index = share.randint(len(kept), count, generator)
+    def draw(count: int, rng: torch.Generator) -> tuple[Tensor, list[str]]:
+        index = processes.randint(len(kept), count, rng)
         return x[onto(index, x.device)], [told[kept[i]] for i in index.tolist()]
 
     return draw
 
 
 def objectives(
-    score: ScoreObjective, config: RunConfig, student: Student, share: Share = Share()
+    score: ScoreObjective, config: RunConfig, student: Student, processes: Processes = Processes()
 ) -> dict[str, Objective]:
     """The method's objectives by name: its score, and beside it a regression or a discriminator's verdict."""
     teacher = score.teacher
     found: dict[str, Objective] = {score.name: score}
     if "pairs" in config.method.NEEDS:
-        assert isinstance(student, Generator), student
+        assert isinstance(student, FewStepGenerator), student
         made = pairs.load(pairs_folder(config, teacher), config.pairs, pick_device(config.device))
 
         def draw(noise: Tensor, prompts: list[str]) -> Tensor:
             return paint(teacher, student.network, student.times[:1], [noise], prompts, student.size)
 
         apart = perceptual.distance(config.distance, teacher, pick_device(config.device))
-        found["regression"] = Regression(made, draw, apart, config.method.regression, config.pairs.batch, share)
+        found["regression"] = Regression(made, draw, apart, config.method.regression, config.pairs.batch, processes)
     if "real" in config.method.NEEDS:
-        assert isinstance(score.critic, Adversary), score.critic
+        assert isinstance(score.critic, TrainedDiscriminator), score.critic
         found["adversarial"] = Adversarial(score.critic, config.method.adversarial)
     return found
 
@@ -311,7 +313,7 @@ def make_pairs(config: DistillConfig, teacher: Teacher) -> Iterator[int]:
     return pairs.make(teacher, identity(config, teacher), config.pairs, told, folder, scale, device)
 
 
-def objective(config: RunConfig, teacher: Teacher, critic: Learnt | None = None) -> ScoreObjective:
+def objective(config: RunConfig, teacher: Teacher, critic: TrainedCritic | None = None) -> ScoreObjective:
     """The method, bound to its teacher and critic. Raises ValueError where it lacks what it needs."""
     if config.guidance.perp_neg and (teacher.views != "words" or not isinstance(config, Config)):
         raise ValueError("guidance.perp_neg works through a scene's view words: set teacher.views=words, or leave it 0")

@@ -23,7 +23,7 @@ from sds3d.runtime.modes import training
 from sds3d.runtime.ramp import Ramp
 from sds3d.runtime.ranges import shown
 from sds3d.students.base import outsized
-from sds3d.students.generator import Generator, GeneratorConfig, begun_at, images
+from sds3d.students.generator import FewStepGenerator, GeneratorConfig, begun_at, images
 from sds3d.teachers import small
 from sds3d.teachers.base import DTYPES, HFConfig, TeacherConfig
 from sds3d.teachers.hf import generator as hf
@@ -49,7 +49,7 @@ class Generated:
         student: the generator.
     """
 
-    def __init__(self, run: Run | None, config: DistillConfig, student: Generator):
+    def __init__(self, run: Run | None, config: DistillConfig, student: FewStepGenerator):
         self.run, self.config, self.student = run, config, student
 
     @property
@@ -79,7 +79,9 @@ class Generated:
             ValueError: the disk is full.
         """
         if self.run is None:
-            if self.student.share.sharded:  # the process that writes needs every part, of the weights and of the grid
+            if (
+                self.student.processes.sharded
+            ):  # the process that writes needs every part, of the weights and of the grid
                 self.student.means[0].module.state_dict()
                 self.rows()
             return
@@ -88,7 +90,7 @@ class Generated:
 
     def _files(self) -> Iterator[Path]:
         """Write them."""
-        if doubt := "" if self.student.share.sharded else outsized(self.student):
+        if doubt := "" if self.student.processes.sharded else outsized(self.student):
             warnings.warn(f"{self.path}: {doubt}", stacklevel=2)
         judged = self.path / "eval.json"
         stale = judged.is_file() and judged.stat().st_mtime < self.run.checkpoint.stat().st_mtime

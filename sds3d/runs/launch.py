@@ -16,7 +16,7 @@ import torch
 from sds3d.config import load as configs
 from sds3d.config.load import Config, DistillConfig, PaintConfig, RunConfig
 from sds3d.distill.core import NonFiniteGradient
-from sds3d.distill.critics import Learnt
+from sds3d.distill.critics import TrainedCritic
 from sds3d.runs import build as make
 from sds3d.runs import memory_advice as savings
 from sds3d.runs.folder import Run
@@ -24,7 +24,7 @@ from sds3d.runs.generator import Generated
 from sds3d.runs.image import Painting
 from sds3d.runs.scene import Asset
 from sds3d.runtime.device import pick_device
-from sds3d.runtime.distributed import Share, join
+from sds3d.runtime.distributed import Processes, join
 from sds3d.runtime.errors import Diverged
 from sds3d.runtime.files import is_own
 from sds3d.runtime.modes import training
@@ -50,9 +50,9 @@ def start(config: RunConfig) -> tuple[Asset | Painting | Generated, Iterator[Ste
         ValueError: the prompt is not for this teacher, weights are missing, the method lacks what it needs, the folder
             cannot be written ...
     """
-    parts = _Parts(config, share_of(config))
+    parts = _Parts(config, processes_of(config))
     parts.begin_from_source()
-    run = Run.create(config.out, parts.title, configs.to_yaml(config)) if parts.share.index == 0 else None
+    run = Run.create(config.out, parts.title, configs.to_yaml(config)) if parts.processes.rank == 0 else None
     made = parts.made(run)
     try:
         steps = parts.steps(made)
@@ -84,15 +84,15 @@ def resume(
     run = Run.open(path)
     config = configs.changed(configs.of_run(run.config), layer or {})
     here = make.usable_here(config, layer or {})
-    share = share_of(here)
+    processes = processes_of(here)
     with ExitStack() as stack:
-        held = stack.enter_context(run.lock()) if share.index == 0 else None
+        held = stack.enter_context(run.lock()) if processes.rank == 0 else None
         if held is not None:
             run.sweep()
         used = _own_cache(here)
         for _ in prepare(used, run.path.parent):
             pass
-        parts = _Parts(used, share)
+        parts = _Parts(used, processes)
         made = parts.made(run)
         begun = _is_begun(run, config)
         if not begun:
@@ -157,11 +157,11 @@ def _left(run: Run) -> str:
 class _Parts:
     """What a run consists of, made from its config. Raises ValueError where something is missing."""
 
-    def __init__(self, config: RunConfig, share: Share = Share()):
-        self.config, self.share = config, share
+    def __init__(self, config: RunConfig, processes: Processes = Processes()):
+        self.config, self.processes = config, processes
         self.teacher = make.teacher(config)
-        self.student = make.student(config, self.teacher, share)
-        self.critic = make.critic(config, self.teacher, share)
+        self.student = make.student(config, self.teacher, processes)
+        self.critic = make.critic(config, self.teacher, processes)
         self.objective = make.objective(config, self.teacher, self.critic)
         self.source: SceneStudent | None = None
         if isinstance(config, Config) and config.source.run:
@@ -203,20 +203,20 @@ class _Parts:
         """The loop."""
         steps = train(
             self.student if self.source is None else EditedScene(self.student, self.source),
-            make.objectives(self.objective, self.config, self.student, self.share),
+            make.objectives(self.objective, self.config, self.student, self.processes),
             self.config.plan(),
             made.run,
             resume=resume,
             picture=made.picture,
             critic=self.critic,
-            share=self.share,
+            processes=self.processes,
         )
         return _guarded(self._with_adapter(steps, made.run), self.config, made.run, self.teacher)
 
     def _with_adapter(self, steps: Iterator[Step], run: Run | None) -> Iterator[Step]:
         """The steps; after the last, a critic that diffusers can load by itself goes into the run folder."""
         yield from steps
-        if isinstance(self.critic, Learnt) and run is not None and self.share.index == 0:
+        if isinstance(self.critic, TrainedCritic) and run is not None and self.processes.rank == 0:
             self.critic.save_adapter(run.path)
 
 
@@ -271,12 +271,12 @@ def _saved(run: Run | None, settings: list[str]) -> str:
     return f"The checkpoint {run.checkpoint} is safe: go on with {how}{where}. "
 
 
-def share_of(config: RunConfig) -> Share:
+def processes_of(config: RunConfig) -> Processes:
     """This process's share of a run that torchrun started. Raises ValueError where a run cannot be shared."""
-    share = join(isinstance(config, DistillConfig) and config.fsdp)
-    if share.count > 1 and not isinstance(config, DistillConfig):
+    processes = join(isinstance(config, DistillConfig) and config.fsdp)
+    if processes.world_size > 1 and not isinstance(config, DistillConfig):
         raise ValueError("torchrun starts several processes, which only sds3d distill can share; start it without")
-    return share
+    return processes
 
 
 def prepare(config: RunConfig, home: Path | None = None) -> Iterator[int]:
@@ -289,8 +289,8 @@ def prepare(config: RunConfig, home: Path | None = None) -> Iterator[int]:
         ValueError: see `sds3d.distill.pairs.make`; or they would be made elsewhere.
     """
     if isinstance(config, DistillConfig) and "pairs" in config.method.NEEDS:
-        share = share_of(config)
-        if share.index == 0:
+        processes = processes_of(config)
+        if processes.rank == 0:
             teacher = make.teacher(config)
             folder = make.pairs_folder(config, teacher)
             if home is not None and not (is_own(folder, home) or (folder / "pairs.json").is_file()):
@@ -298,4 +298,4 @@ def prepare(config: RunConfig, home: Path | None = None) -> Iterator[int]:
                     f"the run's pairs are gone from {folder}, and resume makes new ones in {home} only: bring them back"
                 )
             yield from make.make_pairs(config, teacher)
-        share.wait()
+        processes.wait()

@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from sds3d.config.load import Config
 from sds3d.diffusion.noise import Prediction, Schedule
 from sds3d.distill.core import surrogate
-from sds3d.distill.critics import CriticConfig, Learnt, Trainable
+from sds3d.distill.critics import CriticConfig, Trainable, TrainedCritic
 from sds3d.runs import build as make
 from sds3d.runtime.device import pick_device
 from sds3d.runtime.memory import Meter, held, hollow
@@ -254,7 +254,7 @@ def _encoding(settings: TeacherConfig, dtype: torch.dtype, views: int, resolutio
 def _critic(settings: TeacherConfig, dtype: torch.dtype, config: CriticConfig, views: int) -> tuple[int, int, int]:
     """Bytes of a critic: what is trained, and, at most, what its answer and its fit make besides."""
     judge = _load(settings, dtype)
-    critic = Learnt(judge.teacher, config, torch.Generator().manual_seed(0))
+    critic = TrainedCritic(judge.teacher, config, torch.Generator().manual_seed(0))
     with judge.mode:
         for part in (*judge.modules.values(), *critic.parts()):
             hollow(part)
@@ -303,14 +303,14 @@ def images_asked(config: Config) -> int:
     Raises:
         ValueError: the method lacks what it needs.
     """
-    mute, generator = _Silent(config.teacher.views), torch.Generator().manual_seed(0)
+    mute, rng = _Silent(config.teacher.views), torch.Generator().manual_seed(0)
     objective, views, asked = make.objective(config, mute, mute), config.render.views, []
     for step in (0, config.steps - 1):
-        cameras = config.camera.sample(views, generator)
+        cameras = config.camera.sample(views, rng)
         images = torch.full((views, *mute.shape), 0.5)
         group = torch.zeros(views, dtype=torch.long)
         draw = Draw(images, [config.prompt] * views, cameras, group, source=images if config.source.prompt else None)
-        asked += objective(draw, step, generator).query.asked
+        asked += objective(draw, step, rng).query.asked
     return max(asked, default=0)
 
 
@@ -335,13 +335,13 @@ def _render(config: Config, where: Place) -> tuple[int, int]:
 @cache
 def _probe(grid: FieldConfig, samples: int, shading: str, normals: bool, share: float) -> tuple[float, float]:
     """What a small render takes per sample, kept and at most, where so large a share of its rays goes at a time."""
-    small_grid, generator = dataclasses.replace(grid, log2_table=10), torch.Generator().manual_seed(0)
+    small_grid, rng = dataclasses.replace(grid, log2_table=10), torch.Generator().manual_seed(0)
     config = Config(PROMPT, device="cpu", field=small_grid, render=RenderConfig(samples=samples))
-    scene, cameras = make.scene(config, generator), config.camera.sample(1, generator)
+    scene, cameras = make.scene(config, rng), config.camera.sample(1, rng)
     kind = Shading("lambertian" if shading == "mixed" else shading)
     options = RenderOptions(2 / samples, kind, normals, chunk=max(1, int(share * PROBE**2)))
     with Meter() as meter:
-        out = render(scene.field, scene.occupancy, cameras, PROBE, torch.ones(3), options, generator)
+        out = render(scene.field, scene.occupancy, cameras, PROBE, torch.ones(3), options, rng)
         kept, count = meter.live, len(out.trace.samples.t)
         out.rgb.sum().backward()
     return kept / count, (meter.peak - held(scene.field)) / count

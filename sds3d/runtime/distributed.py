@@ -1,9 +1,9 @@
 """One batch over several processes (torchrun): each draws the whole batch's chances and keeps its own rows.
 
 So every process has the same random stream, and the same batch gives the same steps however many share it, but for the
-order in which gradients are summed. Each process keeps all weights, and `Share.average` averages the gradients (as DDP
-does), or a part of every weight, its gradient and its optimiser's state (FSDP2: torch's fully_shard, which gathers a
-block's weights when it runs, and averages the gradients itself).
+order in which gradients are summed. Each process keeps all weights, and `Processes.average` averages the gradients (as
+DDP does), or a part of every weight, its gradient and its optimiser's state (FSDP2: torch's fully_shard, which gathers
+a block's weights when it runs, and averages the gradients itself).
 """
 
 from __future__ import annotations
@@ -20,52 +20,52 @@ from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
-class Share:
+class Processes:
     """A process's part of every batch.
 
     Args:
-        index: of this process, from 0.
-        count: of processes.
+        rank: of this process, from 0.
+        world_size: how many processes there are.
         sharded: whether each keeps only a part of the weights that are trained (FSDP).
     """
 
-    index: int = 0
-    count: int = 1
+    rank: int = 0
+    world_size: int = 1
     sharded: bool = False
 
     def of(self, whole: int) -> int:
         """Rows of this process in a batch of ``whole``. Raises ValueError where it cannot be shared evenly."""
-        if whole % self.count:
-            raise ValueError(f"a batch of {whole} cannot be shared by {self.count} processes; give a multiple of that")
-        return whole // self.count
+        if whole % self.world_size:
+            raise ValueError(f"a batch of {whole} cannot be shared by {self.world_size} processes; give a multiple of that")
+        return whole // self.world_size
 
     def rows(self, whole: Tensor) -> Tensor:
         """This process's rows of something drawn for the whole batch."""
-        return whole.chunk(self.count)[self.index] if self.count > 1 else whole
+        return whole.chunk(self.world_size)[self.rank] if self.world_size > 1 else whole
 
-    def randn(self, shape: tuple[int, ...], generator: torch.Generator, dtype: torch.dtype = torch.float32) -> Tensor:
+    def randn(self, shape: tuple[int, ...], rng: torch.Generator, dtype: torch.dtype = torch.float32) -> Tensor:
         """Normal noise for this process's rows, ``shape``."""
-        return self.rows(torch.randn(self._all(shape), generator=generator, device=generator.device, dtype=dtype))
+        return self.rows(torch.randn(self._all(shape), generator=rng, device=rng.device, dtype=dtype))
 
-    def rand(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    def rand(self, shape: tuple[int, ...], rng: torch.Generator) -> Tensor:
         """Numbers in [0, 1) for this process's rows, ``shape``."""
-        return self.rows(torch.rand(self._all(shape), generator=generator, device=generator.device))
+        return self.rows(torch.rand(self._all(shape), generator=rng, device=rng.device))
 
-    def randint(self, high: int, count: int, generator: torch.Generator) -> Tensor:
+    def randint(self, high: int, count: int, rng: torch.Generator) -> Tensor:
         """Whole numbers below ``high`` for this process's ``count`` rows."""
-        return self.rows(torch.randint(high, (count * self.count,), generator=generator))
+        return self.rows(torch.randint(high, (count * self.world_size,), generator=rng))
 
     def _all(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        return (shape[0] * self.count, *shape[1:])
+        return (shape[0] * self.world_size, *shape[1:])
 
     def wait(self) -> None:
         """Until every process is here."""
-        if self.count > 1:
+        if self.world_size > 1:
             dist.barrier()
 
     def agree(self, wish: bool) -> bool:
         """Whether any process wishes it; every process gets the same answer."""
-        if self.count == 1:
+        if self.world_size == 1:
             return wish
         wishes = torch.tensor(float(wish))
         dist.all_reduce(wishes)
@@ -74,12 +74,12 @@ class Share:
     @torch.no_grad()
     def average(self, parameters: Iterable[Tensor]) -> None:
         """Give every process the mean of all processes' gradients. FSDP has done that to sharded ones."""
-        if self.count == 1 or self.sharded:
+        if self.world_size == 1 or self.sharded:
             return
         grads = [p.grad for p in parameters if p.grad is not None]
         flat = torch.cat([grad.reshape(-1) for grad in grads])
         dist.all_reduce(flat)
-        flat /= self.count
+        flat /= self.world_size
         for grad, mean in zip(grads, flat.split([grad.numel() for grad in grads])):
             grad.copy_(mean.view_as(grad))
 
@@ -96,7 +96,7 @@ class Share:
         from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
         device = next(module.parameters()).device.type
-        mesh = init_device_mesh(device, (self.count,))
+        mesh = init_device_mesh(device, (self.world_size,))
         module.to(memory_format=torch.contiguous_format)  # FSDP takes no other
         lists = [part for part in module.modules() if isinstance(part, nn.ModuleList)]
         blocks = [part for parts in reversed(lists) for part in parts if not isinstance(part, nn.ModuleList)]
@@ -140,7 +140,7 @@ class Share:
         whole = self.whole(state)
         if whole is state:
             return state
-        return whole.cpu() if self.index == 0 else None
+        return whole.cpu() if self.rank == 0 else None
 
     def whole(self, value: Any) -> Any:
         """What is sharded, put together in every process; anything else as it is."""
@@ -156,18 +156,18 @@ def _part(value: Any, like: Tensor) -> Any:
     return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
-def join(sharded: bool = False) -> Share:
-    """This process's share: all of it, or what torchrun's environment says; joins the others where it has not yet.
+def join(sharded: bool = False) -> Processes:
+    """This process: the only one, or as torchrun's environment says; joins the others where it has not yet.
 
     Args:
-        sharded: see `Share`; one process alone has nothing to shard.
+        sharded: see `Processes`; one process alone has nothing to shard.
     """
     count = int(os.environ.get("WORLD_SIZE", "1"))
     if count == 1:
-        return Share()
+        return Processes()
     if not dist.is_initialized():
         both = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(both, timeout=timedelta(hours=6))
     if int(os.environ["LOCAL_RANK"]) < torch.cuda.device_count():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    return Share(dist.get_rank(), count, sharded)
+    return Processes(dist.get_rank(), count, sharded)

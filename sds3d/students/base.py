@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from sds3d.cameras import Cameras
-from sds3d.runtime.distributed import Share
+from sds3d.runtime.distributed import Processes
 
 OUTSIZED = 100.0  # root mean square of a parameter; in runs that succeed it is about 1
 
@@ -27,7 +27,7 @@ class Draw:
         group: (B,) long, on the CPU; images of one group are views of one scene and share t.
         particle: which of the student's particles made them.
         source: what the images were before an edit began, (B, 3, H, W), for methods that compare with it.
-        share: of the batch that these rows are, where several processes train.
+        processes: of the batch that these rows are, where several processes train.
         encoded: the images are already x (B, C, h, w), in the space in which the teacher denoises.
     """
 
@@ -38,7 +38,7 @@ class Draw:
     particle: int = 0
     source: Tensor | None = None  # (B, 3, H, W)
     encoded: bool = False
-    share: Share = Share()
+    processes: Processes = Processes()
 
     def x(self, encode: Callable[[Tensor], Tensor]) -> Tensor:
         """The images in the space in which a teacher denoises, (B, C, h, w), given how it encodes images."""
@@ -48,7 +48,7 @@ class Draw:
 class Student(Protocol):
     """Anything with parameters that draws images: a scene, a pixel grid, a generator."""
 
-    def draw(self, step: int, generator: torch.Generator) -> Draw:
+    def draw(self, step: int, rng: torch.Generator) -> Draw:
         """Fresh images, with gradients."""
         ...
 
@@ -60,7 +60,7 @@ class Student(Protocol):
         """Parameters by the group whose learning rate they follow, as "grid", "mlp", "background"."""
         ...
 
-    def after_step(self, step: int, generator: torch.Generator) -> None:
+    def after_step(self, step: int, rng: torch.Generator) -> None:
         """What is not learnt by gradient, such as the occupancy grid."""
         ...
 
@@ -80,10 +80,10 @@ class Particles:
         assert len(students) > 1, students
         self.students, self.drawn = students, 0
 
-    def draw(self, step: int, generator: torch.Generator) -> Draw:
+    def draw(self, step: int, rng: torch.Generator) -> Draw:
         """Images of one particle."""
-        self.drawn = int(torch.randint(len(self.students), (), generator=generator))
-        draw = self.students[self.drawn].draw(step, generator)
+        self.drawn = int(torch.randint(len(self.students), (), generator=rng))
+        draw = self.students[self.drawn].draw(step, rng)
         draw.particle = self.drawn
         return draw
 
@@ -99,10 +99,10 @@ class Particles:
                 groups.setdefault(name, []).extend(parameters)
         return groups
 
-    def after_step(self, step: int, generator: torch.Generator) -> None:
+    def after_step(self, step: int, rng: torch.Generator) -> None:
         """For every particle: what is due at a step is due whoever drew."""
         for student in self.students:
-            student.after_step(step, generator)
+            student.after_step(step, rng)
 
     def state_dict(self) -> dict[str, Any]:
         return {"particles": [student.state_dict() for student in self.students]}

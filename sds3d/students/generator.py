@@ -24,7 +24,7 @@ from torch.nn import Parameter
 from sds3d.diffusion.draws import ImageNoise, in_order, piece_size, pieces
 from sds3d.diffusion.noise import Prediction, Schedule, noised
 from sds3d.networks.ema import EMA
-from sds3d.runtime.distributed import Share
+from sds3d.runtime.distributed import Processes
 from sds3d.runtime.ranges import Within
 from sds3d.runtime.transfer import onto
 from sds3d.students.base import Draw
@@ -161,7 +161,7 @@ def images(
         yield rows[:count], teacher.decode(x)[:count]
 
 
-class Generator:
+class FewStepGenerator:
     """A `sds3d.students.base.Student` that draws images from noise.
 
     Args:
@@ -169,7 +169,7 @@ class Generator:
         config: how.
         prompts: what to draw, each as often as the others.
         identity: the teacher's name and fingerprint, which a checkpoint remembers.
-        share: of the batch, where several processes train.
+        processes: of the batch, where several processes train.
 
     Raises:
         ValueError: no prompt, or a noise level that the teacher's schedule does not reach.
@@ -181,38 +181,38 @@ class Generator:
         config: GeneratorConfig,
         prompts: Sequence[str],
         identity: str = "",
-        share: Share = Share(),
+        processes: Processes = Processes(),
     ):
         if not prompts:
             raise ValueError("there is no prompt to draw; give generator.prompts=FILE with one a line")
         self.teacher, self.config, self.prompts, self.identity = teacher, config, list(prompts), identity
-        self.share, self.count = share, share.of(config.batch)
+        self.processes, self.count = processes, processes.of(config.batch)
         self.times, self.size = begun_at(teacher, config)
         self.network = copy.deepcopy(teacher.network).requires_grad_(True).eval()  # dropout stays off
         if next(self.network.parameters()).dtype in (torch.float16, torch.bfloat16):
             self.network.float()  # small steps are lost on weights in half precision
         self.means = [EMA(self.network, 0.5 ** (config.batch / half_life)) for half_life in config.half_lives]
         for module in (self.network, *(mean.module for mean in self.means)):
-            share.shard(module)
+            processes.shard(module)
 
-    def draw(self, step: int, generator: torch.Generator) -> Draw:
+    def draw(self, step: int, rng: torch.Generator) -> Draw:
         """A batch of fresh images as x, each a group of its own."""
-        chosen = self.share.randint(len(self.prompts), self.count, generator).tolist()
-        depth = int(torch.randint(self.config.steps, (), generator=generator)) + 1
-        noise = self.noise(self.count, depth, generator)
+        chosen = self.processes.randint(len(self.prompts), self.count, rng).tolist()
+        depth = int(torch.randint(self.config.steps, (), generator=rng)) + 1
+        noise = self.noise(self.count, depth, rng)
         prompts = [self.prompts[i] for i in chosen]
         x = self.paint(self.network, noise, prompts)
-        return Draw(x, prompts, None, torch.arange(self.count), encoded=True, share=self.share)
+        return Draw(x, prompts, None, torch.arange(self.count), encoded=True, processes=self.processes)
 
     def paint(self, network: nn.Module, noise: Sequence[Tensor], prompts: list[str]) -> Tensor:
         """x (B, C, h, w) that the network, or a mean of it, makes of noise for the first steps; see ``paint``."""
         return paint(self.teacher, network, self.times, noise, prompts, self.size)
 
-    def noise(self, count: int, steps: int, generator: torch.Generator) -> list[Tensor]:
+    def noise(self, count: int, steps: int, rng: torch.Generator) -> list[Tensor]:
         """Noise for so many steps, (count, C, h, w) each."""
         like = next(self.network.parameters())
         shape = (count, *self.teacher.shape)
-        return [onto(self.share.randn(shape, generator, like.dtype), like.device) for _ in range(steps)]
+        return [onto(self.processes.randn(shape, rng, like.dtype), like.device) for _ in range(steps)]
 
     def images(self, prompts: Sequence[str], seed: int) -> Tensor:
         """Images (B, 3, H, W) in [0, 1] of a seed by the first running mean's weights."""
@@ -230,7 +230,7 @@ class Generator:
         """One group, "generator"."""
         return {"generator": list(self.network.parameters())}
 
-    def after_step(self, step: int, generator: torch.Generator) -> None:
+    def after_step(self, step: int, rng: torch.Generator) -> None:
         """Bring the running means up to date."""
         for mean in self.means:
             mean.update(self.network, step)

@@ -54,25 +54,23 @@ class ImageStudent(nn.Module):
     Args:
         config: how many, how large, where they start.
         prompt: of all of them; view words may be part of it.
-        generator: CPU generator of the starts.
+        rng: CPU generator of the starts.
         device: where the pixels live.
 
     Raises:
         ValueError: the start is no picture.
     """
 
-    def __init__(
-        self, config: ImageConfig, prompt: str, generator: torch.Generator, device: torch.device | str = "cpu"
-    ):
+    def __init__(self, config: ImageConfig, prompt: str, rng: torch.Generator, device: torch.device | str = "cpu"):
         super().__init__()
         self.config, self.prompt, self.device = config, prompt, torch.device(device)
         shape = (config.count, 3, config.size, config.size)
         begun = torch.full(shape, 0.5) if not config.start else _read(Path(config.start), config.size).expand(shape)
-        noise = torch.randn(shape, generator=generator)
+        noise = torch.randn(shape, generator=rng)
         self.pixels = Parameter((begun + config.noise * noise).to(self.device))  # (N, 3, H, W), around [0, 1]
         self.start = begun.to(self.device) if config.start else None
 
-    def draw(self, step: int, generator: torch.Generator) -> Draw:
+    def draw(self, step: int, rng: torch.Generator) -> Draw:
         """All images, each a group of its own."""
         count = self.config.count
         group = torch.arange(count)
@@ -86,7 +84,7 @@ class ImageStudent(nn.Module):
         """One group, "pixels"."""
         return {"pixels": [self.pixels]}
 
-    def after_step(self, step: int, generator: torch.Generator) -> None:
+    def after_step(self, step: int, rng: torch.Generator) -> None:
         """Nothing."""
 
     def images(self) -> Tensor:

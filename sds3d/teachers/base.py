@@ -97,8 +97,8 @@ class Teacher(Protocol):
             "words" (the prompts carry view words, cameras are not passed).
         dtype: what its network computes in.
 
-    A teacher may have ``together``, how many views of one scene it judges in one forward (4 of MVDream's kind): rows
-    that come with cameras then are sets of so many neighbours, whose cameras stand evenly around the scene
+    A teacher may have ``views_per_set``, how many views of one scene it judges in one forward (4 of MVDream's kind):
+    rows that come with cameras then are sets of so many neighbours, whose cameras stand evenly around the scene
     (`sds3d.cameras.CameraRanges.ring`). One that knows a picture of the object takes it when it is made, and leaves it
     out where the prompt is "".
     """

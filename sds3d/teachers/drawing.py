@@ -47,15 +47,15 @@ def draw(
     sampler: Sampler = Sampler(),
     guidance: float = 1.0,
     cameras: Cameras | None = None,
-    generator: Fresh | None = None,
+    rng: Fresh | None = None,
 ) -> Tensor:
     """x (B, C, h, w) that the sampler makes of this noise for B prompts.
 
     Args:
-        generator: of fresh noise, for samplers that add some.
+        rng: of fresh noise, for samplers that add some.
     """
     assert noise.shape == (len(prompts), *teacher.shape), (noise.shape, len(prompts), teacher.shape)
-    *_, (_, _, x) = sampler(guided(teacher, prompts, guidance, cameras), noise, teacher.schedule, generator)
+    *_, (_, _, x) = sampler(guided(teacher, prompts, guidance, cameras), noise, teacher.schedule, rng)
     return x
 
 
@@ -83,7 +83,7 @@ def drawn(
             see `sds3d.runtime.modes.require_own_process`.
     """
     require_own_process()
-    device, views = torch.device(device), getattr(teacher, "together", 1) if cameras is not None else 1
+    device, views = torch.device(device), getattr(teacher, "views_per_set", 1) if cameras is not None else 1
     if len(prompts) % views:
         raise ValueError(f"this teacher sees {views} views of a scene at once and got {len(prompts)}; give a multiple")
     cameras = cameras.to(device) if cameras is not None else None

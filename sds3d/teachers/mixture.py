@@ -82,10 +82,10 @@ class Mixture:
         x0 = (share * (self.means + alpha * self.stds**2 * pull)).sum(1)
         return x0, (share * sigma * pull).sum(1)
 
-    def sample(self, n: int, generator: torch.Generator, weights: Tensor | None = None) -> Tensor:
+    def sample(self, n: int, rng: torch.Generator, weights: Tensor | None = None) -> Tensor:
         """n samples, (n, D, ...) float64; ``weights`` (K,) in place of the mixture's own."""
-        which = torch.multinomial(self.weights if weights is None else weights, n, True, generator=generator)
-        noise = torch.randn((n, *self.means.shape[1:]), generator=generator, dtype=torch.float64)
+        which = torch.multinomial(self.weights if weights is None else weights, n, True, generator=rng)
+        noise = torch.randn((n, *self.means.shape[1:]), generator=rng, dtype=torch.float64)
         return self.means[which] + self.stds[which] * noise
 
     def _off(self, x_t: Tensor, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,9 +14,9 @@ from sds3d.students.base import Draw
 
 
 class Discriminator(Protocol):
-    """See `sds3d.distill.discriminators.Adversary`."""
+    """See `sds3d.distill.discriminators.TrainedDiscriminator`."""
 
-    def verdict(self, x: Tensor, prompts: list[str], generator: torch.Generator) -> Tensor: ...
+    def verdict(self, x: Tensor, prompts: list[str], rng: torch.Generator) -> Tensor: ...
 
 
 @dataclass
@@ -32,12 +32,12 @@ class Adversarial:
     judge: Discriminator
     weight: float
 
-    def __call__(self, draw: Draw, step: int, generator: torch.Generator) -> Judgement:
+    def __call__(self, draw: Draw, step: int, rng: torch.Generator) -> Judgement:
         x = draw.images
         assert draw.encoded, "an adversarial objective takes a generator's x"
         with torch.enable_grad():
             apart = x.detach().requires_grad_(True)
-            verdict = self.judge.verdict(apart, draw.prompts, generator)
+            verdict = self.judge.verdict(apart, draw.prompts, rng)
             loss = self.weight * x[0].numel() * F.softplus(-verdict).mean()
             (slope,) = torch.autograd.grad(loss, apart)
         value = loss.detach() + (slope * (x - x.detach())).sum()  # the loss, with its gradient in x alone

@@ -24,9 +24,9 @@ class EditedScene:
         self.scene, self.source = scene, source
         source.learn_backgrounds(scene)
 
-    def draw(self, step: int, generator: torch.Generator) -> Draw:
+    def draw(self, step: int, rng: torch.Generator) -> Draw:
         """The scene's views, and the source's from the same cameras on the same background."""
-        draw = self.scene.draw(step, generator)
+        draw = self.scene.draw(step, rng)
         assert draw.cameras is not None, "a scene has cameras"
         background = None if self.scene.background_name == "learned" else self.scene.background_name
         draw.source = self.source.render_view(draw.cameras, draw.images.shape[-1], background=background).rgb
@@ -38,8 +38,8 @@ class EditedScene:
     def param_groups(self) -> dict[str, list[Parameter]]:
         return self.scene.param_groups()
 
-    def after_step(self, step: int, generator: torch.Generator) -> None:
-        self.scene.after_step(step, generator)
+    def after_step(self, step: int, rng: torch.Generator) -> None:
+        self.scene.after_step(step, rng)
 
     def state_dict(self) -> dict[str, Any]:
         return self.scene.state_dict()

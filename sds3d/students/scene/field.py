@@ -108,16 +108,16 @@ class Field(nn.Module):
     Args:
         config: sizes and the blob.
         backend: kernels (ops.choose); not part of the state, so a checkpoint loads in every backend.
-        generator: CPU generator for the initial values.
+        rng: CPU generator for the initial values.
     """
 
-    def __init__(self, config: FieldConfig, backend: Backend, generator: torch.Generator):
+    def __init__(self, config: FieldConfig, backend: Backend, rng: torch.Generator):
         super().__init__()
         self.config, self.spec, self.backend = config, config.grid(), backend
         inputs, hidden = self.spec.width, config.hidden
 
         def uniform(bound: float, *shape: int) -> nn.Parameter:
-            return nn.Parameter((torch.rand(*shape, generator=generator) * 2 - 1) * bound)
+            return nn.Parameter((torch.rand(*shape, generator=rng) * 2 - 1) * bound)
 
         self.table = uniform(1e-4, self.spec.entries, self.spec.features)
         self.w1 = uniform(math.sqrt(3.0 / inputs), hidden, inputs)  # features start tiny: plain fan-in scale

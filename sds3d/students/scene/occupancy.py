@@ -77,14 +77,14 @@ class Occupancy(nn.Module):
         self.register_buffer("cells", torch.ones(shape, dtype=torch.bool))  # (G, G, G)
 
     @torch.no_grad()
-    def update(self, field: Field, step: int, generator: torch.Generator) -> bool:
+    def update(self, field: Field, step: int, rng: torch.Generator) -> bool:
         """Measure every cell once if this step is due; returns whether it was."""
         if step % self.config.every:
             return False
         size, device = self.config.resolution, self.ema.device
         axis = torch.arange(size, dtype=torch.float32)
         corners = torch.stack(torch.meshgrid(axis, axis, axis, indexing="ij"), -1).view(-1, 3)  # (G^3, 3)
-        points = (corners + torch.rand(corners.shape, generator=generator)) * (2 / size) - 1
+        points = (corners + torch.rand(corners.shape, generator=rng)) * (2 / size) - 1
         density = field.density(onto(points, device)).view_as(self.ema)
         self.ema.mul_(self.config.decay)
         torch.maximum(self.ema, density, out=self.ema)
@@ -101,9 +101,9 @@ class Occupancy(nn.Module):
             occupied = grown[0, 0] > 0
         self.cells.copy_(occupied)
 
-    def thinned(self, generator: torch.Generator) -> Tensor:
+    def thinned(self, rng: torch.Generator) -> Tensor:
         """The cells that one training render visits: all dense ones and a random share of the rim, (G, G, G) bool."""
-        lucky = torch.rand(self.cells.shape, generator=generator) < self.config.rim
+        lucky = torch.rand(self.cells.shape, generator=rng) < self.config.rim
         return self.cells & ((self.ema > self.threshold) | onto(lucky, self.cells.device))
 
     def at(self, points: Tensor) -> Tensor:

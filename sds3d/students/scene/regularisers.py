@@ -87,32 +87,32 @@ def margin(trace: Trace) -> Tensor:
     return (trace.weights * near).sum() / trace.opacity.shape[0]
 
 
-def total_variation(field: Field, trace: Trace, generator: torch.Generator) -> Tensor:
+def total_variation(field: Field, trace: Trace, rng: torch.Generator) -> Tensor:
     """Mean difference of opacity per step between visible samples and neighbours within a cell of the finest level."""
     points = trace.samples.points
     if not points.shape[0]:
         return trace.opacity.sum()  # 0, with a graph
-    place = onto(torch.rand(_NEIGHBOURS, generator=generator, dtype=torch.float64), points.device)
+    place = onto(torch.rand(_NEIGHBOURS, generator=rng, dtype=torch.float64), points.device)
     chosen = (place * trace.samples.offsets[-1]).long()
-    shift = (onto(torch.rand(_NEIGHBOURS, 3, generator=generator), points.device) * 2 - 1) * (2 / field.spec.finest)
+    shift = (onto(torch.rand(_NEIGHBOURS, 3, generator=rng), points.device) * 2 - 1) * (2 / field.spec.finest)
     here = points[chosen]
     density = field.density(torch.cat([here, (here + shift).clamp_(-1, 1)]))
     opaque = -torch.expm1(-density * trace.samples.dt[0])
     return (opaque[:_NEIGHBOURS] - opaque[_NEIGHBOURS:]).abs().mean()
 
 
-def measure(names: set[str], field: Field, trace: Trace, generator: torch.Generator) -> dict[str, Tensor]:
+def measure(names: set[str], field: Field, trace: Trace, rng: torch.Generator) -> dict[str, Tensor]:
     """The regularisers called for, by name, unweighted.
 
     Args:
         names: of the fields of RegulariserConfig, without "lambda_".
-        generator: for the points of total_variation.
+        rng: for the points of total_variation.
     """
     ways = {
         "sparsity": lambda: sparsity(trace.opacity),
         "opacity_entropy": lambda: opacity_entropy(trace.opacity),
         "orientation": lambda: orientation(trace),
-        "total_variation": lambda: total_variation(field, trace, generator),
+        "total_variation": lambda: total_variation(field, trace, rng),
         "distortion": lambda: distortion(trace),
         "margin": lambda: margin(trace),
     }

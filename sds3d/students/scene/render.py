@@ -122,7 +122,7 @@ def render(
     resolution: int,
     background: Background,
     options: RenderOptions,
-    generator: torch.Generator | None = None,
+    rng: torch.Generator | None = None,
 ) -> RenderOut:
     """Render images of the field.
 
@@ -130,7 +130,7 @@ def render(
         cameras: B views, on the field's device.
         resolution: pixels of their height; Cameras' images are square, Poses' have an aspect.
         background: (3,), one colour a view (B, 3), or a function of the directions (R, 3).
-        generator: CPU generator of a training render, which shifts each ray's samples and thins the occupancy's
+        rng: CPU generator of a training render, which shifts each ray's samples and thins the occupancy's
             rim; None puts samples in the middle of their steps and visits every occupied cell.
 
     Returns:
@@ -143,9 +143,9 @@ def render(
     origins, directions = origins.reshape(-1, 3), directions.reshape(-1, 3)
     rays, pixels = origins.shape[0], height * width
     jitter, cells = None, occupancy.cells
-    if generator is not None:
-        cells = occupancy.thinned(generator)
-        jitter = onto(torch.rand(rays, generator=generator, dtype=origins.dtype), origins.device)
+    if rng is not None:
+        cells = occupancy.thinned(rng)
+        jitter = onto(torch.rand(rays, generator=rng, dtype=origins.dtype), origins.device)
     behind = background(directions) if callable(background) else onto(background, origins.device).to(origins.dtype)
     if behind.ndim == 2 and behind.shape[0] == views and not callable(background):
         behind = behind.repeat_interleave(pixels, 0)

@@ -35,7 +35,7 @@ def rays_within(memory: int, samples: int, inputs: int, hidden: int) -> int:
     return max(4096, memory // (samples * sample))
 
 
-class Room:
+class SampleBudget:
     """Rows for the next render's samples, learnt from earlier renders."""
 
     def __init__(self):

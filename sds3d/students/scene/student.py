@@ -27,7 +27,7 @@ from sds3d.students.scene.field import Field, FieldConfig, LearnedBackground
 from sds3d.students.scene.occupancy import Occupancy, OccupancyConfig
 from sds3d.students.scene.regularisers import RegulariserConfig, measure
 from sds3d.students.scene.render import ALBEDO, SHADINGS, RenderOptions, RenderOut, Shading, Trace, render
-from sds3d.students.scene.sample_budget import Room, rays_at_a_time
+from sds3d.students.scene.sample_budget import SampleBudget, rays_at_a_time
 
 BACKGROUNDS = {"white": (1.0, 1.0, 1.0), "grey": COLOURS["grey"], "black": COLOURS["black"]}
 
@@ -133,7 +133,7 @@ class SceneStudent(nn.Module):
 
     Args:
         config: sizes, cameras, rendering, regularisers.
-        generator: CPU generator of the initial values.
+        rng: CPU generator of the initial values.
         prompts: gives the prompts of a draw from its cameras and the name of its background.
         backgrounds: name -> RGB in [0, 1] of the plain backgrounds that may be named; the first is the usual one.
         backend: kernels; None chooses for the device.
@@ -149,7 +149,7 @@ class SceneStudent(nn.Module):
     def __init__(
         self,
         config: SceneConfig,
-        generator: torch.Generator,
+        rng: torch.Generator,
         prompts: Prompts = lambda cameras, background: [""] * len(cameras),
         backgrounds: Mapping[str, tuple[float, float, float]] | None = None,
         backend: Backend | None = None,
@@ -157,7 +157,7 @@ class SceneStudent(nn.Module):
     ):
         super().__init__()
         self.config, self.prompts, self.device = config, prompts, torch.device(device)
-        self.field = Field(config.field, backend or choose(self.device), generator)
+        self.field = Field(config.field, backend or choose(self.device), rng)
         self.occupancy = Occupancy(config.occupancy, 2 / config.render.samples)
         self.learned = LearnedBackground() if config.render.background == "learned" else None
         self._plain = {name: torch.tensor(rgb) for name, rgb in (backgrounds or BACKGROUNDS).items()}
@@ -171,24 +171,24 @@ class SceneStudent(nn.Module):
         self._chunk = config.render.chunk or rays_at_a_time(
             self.device, config.render.samples, self.field.spec.width, config.field.hidden
         )
-        self._resolution, self._room = config.render.resolution_at(0), Room()
+        self._resolution, self._room = config.render.resolution_at(0), SampleBudget()
         self._trace: Trace | None = None
         self._active: set[str] = set()
-        self._noise = generator
+        self._noise = rng
         self.to(self.device)
-        self.occupancy.update(self.field, 0, generator)
+        self.occupancy.update(self.field, 0, rng)
 
-    def draw(self, step: int, generator: torch.Generator) -> Draw:
+    def draw(self, step: int, rng: torch.Generator) -> Draw:
         """Render this step's views, with gradients."""
         settings = self.config.render
         self.field.open(step)
-        cameras = self.config.camera.sample(settings.views, generator)
-        self.background_name = self._choose_background(generator)
-        shading = self._shading(step, cameras, generator)
-        self._active, self._noise = self.config.regularise.active(step), generator
+        cameras = self.config.camera.sample(settings.views, rng)
+        self.background_name = self._choose_background(rng)
+        shading = self._shading(step, cameras, rng)
+        self._active, self._noise = self.config.regularise.active(step), rng
         resolution = settings.resolution_at(step)
         if resolution != self._resolution:
-            self._resolution, self._room = resolution, Room()  # what it learnt is of other images
+            self._resolution, self._room = resolution, SampleBudget()  # what it learnt is of other images
         ask = self._asks()
         options = RenderOptions(
             2 / settings.samples,
@@ -200,7 +200,7 @@ class SceneStudent(nn.Module):
         )
         out = render(
             self.field, self.occupancy, cameras.to(self.device), resolution,
-            self._background(self.background_name), options, generator,
+            self._background(self.background_name), options, rng,
         )  # fmt: skip
         self._trace = out.trace
         if not ask and out.trace is not None:  # a critic's draws leave no trace
@@ -220,10 +220,10 @@ class SceneStudent(nn.Module):
         groups = {"grid": [f.table], "mlp": [f.w1, f.b1, f.w2, f.b2]}
         return groups if self.learned is None else groups | {"background": list(self.learned.parameters())}
 
-    def after_step(self, step: int, generator: torch.Generator) -> None:
+    def after_step(self, step: int, rng: torch.Generator) -> None:
         """Bring the occupancy grid up to date when it is due."""
         self._trace = None
-        self.occupancy.update(self.field, step + 1, generator)
+        self.occupancy.update(self.field, step + 1, rng)
 
     def learn_backgrounds(self, other: SceneStudent) -> None:
         """Know the plain backgrounds that another scene knows, by its names."""
@@ -275,12 +275,12 @@ class SceneStudent(nn.Module):
         """Whether a render asks how many samples there are: a GPU is asked only where a run must be repeatable."""
         return self.device.type != "cuda" or torch.are_deterministic_algorithms_enabled()
 
-    def _choose_background(self, generator: torch.Generator) -> str:
+    def _choose_background(self, rng: torch.Generator) -> str:
         """Name of this step's background."""
         settings, names = self.config.render, list(self._plain)
         if settings.background != "random":
             return settings.background
-        share, which = torch.rand(2, generator=generator).tolist()
+        share, which = torch.rand(2, generator=rng).tolist()
         if share >= settings.other_share or len(names) == 1:
             return names[0]
         return names[1 + int(which * (len(names) - 1))]
@@ -292,16 +292,16 @@ class SceneStudent(nn.Module):
             return self.learned
         return onto(_hex_colour(name) if name.startswith("#") else self._plain[name], self.device)
 
-    def _shading(self, step: int, cameras: Cameras, generator: torch.Generator) -> Shading:
+    def _shading(self, step: int, cameras: Cameras, rng: torch.Generator) -> Shading:
         """This step's light: one for each view, near its camera."""
         settings, kind = self.config.render, self.config.render.shading
         if kind == "mixed":
-            place = torch.rand(1, generator=generator).item()
+            place = torch.rand(1, generator=rng).item()
             kind = "albedo" if step < settings.shading_start or place < 0.25 else "lambertian"
             kind = "textureless" if step >= settings.shading_start and place >= 0.75 else kind
         if kind == "albedo":
             return ALBEDO
-        light = F.normalize(cameras.positions(), dim=-1) + 0.5 * torch.randn(len(cameras), 3, generator=generator)
+        light = F.normalize(cameras.positions(), dim=-1) + 0.5 * torch.randn(len(cameras), 3, generator=rng)
         return Shading(kind, light, settings.ambient)
 
 

@@ -36,7 +36,7 @@ class Adapter(nn.Module):
     Args:
         network: of diffusers; its weights get no gradient here.
         rank: of every change.
-        generator: of A's initial values.
+        rng: of A's initial values.
         targets: names of linear and convolutional layers, or their ends; () is every attention's projections.
         dtype: of the changes.
         checkpointing: recompute the network's blocks in the backward pass.
@@ -49,7 +49,7 @@ class Adapter(nn.Module):
         self,
         network: nn.Module,
         rank: int,
-        generator: torch.Generator,
+        rng: torch.Generator,
         targets: tuple[str, ...] = (),
         dtype: torch.dtype = torch.float32,
         checkpointing: bool = False,
@@ -61,7 +61,7 @@ class Adapter(nn.Module):
         self.down = nn.ModuleList(layer.lora_A[NAME].to(dtype) for layer in self._layers)
         self.up = nn.ModuleList(layer.lora_B[NAME].to(dtype) for layer in self._layers)
         for down, up in zip(self.down, self.up, strict=True):
-            a = torch.randn(down.weight.shape, generator=generator) / math.sqrt(down.weight[0].numel())
+            a = torch.randn(down.weight.shape, generator=rng) / math.sqrt(down.weight[0].numel())
             down.weight.data.copy_(a)
             nn.init.zeros_(up.weight)
 

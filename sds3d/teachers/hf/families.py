@@ -63,7 +63,7 @@ class Family:
     LEFT_OUT: ClassVar[tuple[str, ...]] = ("safety_checker", "feature_extractor", "image_encoder")
     UPCAST: ClassVar[bool] = False
     SCHEDULER: ClassVar[dict[str, str]] = {}
-    together: ClassVar[int] = 1
+    views_per_set: ClassVar[int] = 1
 
     def prepare(self) -> None:
         """Change the network, once, where it has to be."""

@@ -7,7 +7,7 @@ model does: they are the camera. That is MVDream's network in diffusers' own wor
     self-attention over the pixels of all views of a set, attention to the prompt view by view
 
 so its weights fit after their names are mapped. The matrix takes camera to world axes with z up and the camera one
-unit from the origin. A set is ``together`` neighbouring rows. Without cameras every row is seen alone.
+unit from the origin. A set is ``views_per_set`` neighbouring rows. Without cameras every row is seen alone.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class MultiView(Family):
 
     PIPELINES = ()  # a StableDiffusionPipeline's files: what its U-Net says tells them apart
     FIELDS = fields.UNET.with_values(class_embed_type=("projection",))
-    together = 4
+    views_per_set = 4
 
     def prepare(self) -> None:
         join(self.network)
@@ -40,7 +40,7 @@ class MultiView(Family):
         return {"cameras": numbers if told is None else numbers * told.cpu()[:, None]}
 
     def answer(self, network: nn.Module, x_t: Tensor, told: Tensor, condition: dict[str, Tensor]) -> Tensor:
-        numbers, views = condition.get("cameras"), self.together
+        numbers, views = condition.get("cameras"), self.views_per_set
         if numbers is None:
             numbers, views = x_t.new_zeros(len(x_t), NUMBERS), 1
         if len(x_t) % views:

@@ -46,7 +46,7 @@ class DiffusersTeacher:
         self.image_size, self.shape = side * family.cell, (family.channels, side, side)
         self.levels = family.levels(side)
         self.schedule: Schedule = self.levels.schedule
-        self.together = family.together
+        self.views_per_set = family.views_per_set
         self._judge = torch.compile(family.network) if compiled else family.network
         self._shift, self._scale = (value.to(self.device) for value in _latent_scale(family.vae))
 
@@ -91,10 +91,10 @@ class DiffusersTeacher:
         return self.family.network
 
     def adapter(
-        self, rank: int, generator: torch.Generator, targets: tuple[str, ...], dtype: torch.dtype, checkpointing: bool
+        self, rank: int, rng: torch.Generator, targets: tuple[str, ...], dtype: torch.dtype, checkpointing: bool
     ) -> Adapter:
         """See `sds3d.distill.critics.Adaptable.adapter`."""
-        return Adapter(self.network, rank, generator, targets, dtype, checkpointing)
+        return Adapter(self.network, rank, rng, targets, dtype, checkpointing)
 
     def save_adapter(self, adapter: Adapter, folder: Path) -> Path | None:
         """See `sds3d.distill.critics.Adaptable.save_adapter`."""

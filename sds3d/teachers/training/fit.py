@@ -145,7 +145,7 @@ class Fit:
             (inner if is_inner(name, p) else outer).append(p)
         adam = torch.optim.AdamW(outer, config.lr, betas=(0.9, 0.99), weight_decay=1e-3, fused=True)
         self.optimisers = [Muon(inner, config.lr), adam]
-        self.generator = torch.Generator().manual_seed(config.seed)
+        self.rng = torch.Generator().manual_seed(config.seed)
         self.losses: list[float] = []
 
     def loss(self, batch: Batch) -> Tensor:
@@ -155,9 +155,9 @@ class Fit:
             clean = F.avg_pool2d(clean, 2)
             if batch.part is not None:
                 weight = 1 + self.config.part * F.avg_pool2d(batch.part, 2)
-        strata = (torch.arange(b) + torch.rand(b, generator=self.generator)) / b
-        t = strata[torch.randperm(b, generator=self.generator)] ** (1 / 3)
-        eps = torch.randn(clean.shape, generator=self.generator)
+        strata = (torch.arange(b) + torch.rand(b, generator=self.rng)) / b
+        t = strata[torch.randperm(b, generator=self.rng)] ** (1 / 3)
+        eps = torch.randn(clean.shape, generator=self.rng)
         clean, eps, t, weight = (x.to(self.device) for x in (clean, eps, t, weight))
         alpha, sigma = small.SmallTeacher.schedule.alpha_sigma(t)
         text: TextEncoder = self.nets["text"]
@@ -208,7 +208,7 @@ class Fit:
             "nets": self.nets.state_dict(),
             "ema": self.ema.module.state_dict(),
             "optimisers": [optimiser.state_dict() for optimiser in self.optimisers],
-            "generator": self.generator.get_state(),
+            "generator": self.rng.get_state(),
             "losses": torch.tensor(self.losses),
             "source": self._source(),
         }
@@ -252,7 +252,7 @@ class Fit:
             self.ema.module.load_state_dict(state["ema"])
             for optimiser, values in zip(self.optimisers, state["optimisers"], strict=True):
                 optimiser.load_state_dict(values)
-            self.generator.set_state(state["generator"])
+            self.rng.set_state(state["generator"])
             self.losses = state["losses"].tolist()
         self.step = len(self.losses)
         if self.step >= self.config.steps:
@@ -329,7 +329,7 @@ def _train(out: Path, config: FitConfig, source: Source, resume: bool, device: t
     fit = Fit(config, source, device)
     if resume:
         fit.load(out)
-    batches, begun = source.batches(out, fit.generator), time.monotonic()
+    batches, begun = source.batches(out, fit.rng), time.monotonic()
     while fit.step < config.steps:
         fit.advance(batches(config.batch * (2 if fit.step < config.coarse else 1)))
         recent = fit.losses[-200:]

@@ -82,7 +82,7 @@ class Source(Protocol):
         """Make what is needed first, in the training's folder; yields how many images are ready."""
         ...
 
-    def batches(self, out: Path, generator: torch.Generator) -> Callable[[int], Batch]:
+    def batches(self, out: Path, rng: torch.Generator) -> Callable[[int], Batch]:
         """What draws so many images at random."""
         ...
 
@@ -94,8 +94,8 @@ class Toybox:
 
     @cached_property
     def prompts(self) -> tuple[str, ...]:
-        generator = torch.Generator().manual_seed(0)
-        draw, names = CaptionDraw(generator, 0, 0), list(KINDS)
+        rng = torch.Generator().manual_seed(0)
+        draw, names = CaptionDraw(rng, 0, 0), list(KINDS)
         drawn = (draw(names[i % len(names)], "").text for i in range(12 * len(names)))
         return tuple(dict.fromkeys((*GRID_PROMPTS, *drawn)))
 
@@ -105,8 +105,8 @@ class Toybox:
     def prepare(self, out: Path, count: int, seed: int) -> Iterator[int]:
         return renders.build(out / "renders", count, seed)
 
-    def batches(self, out: Path, generator: torch.Generator) -> Callable[[int], Batch]:
-        return RenderBatches(renders.Renders(out / "renders"), generator)
+    def batches(self, out: Path, rng: torch.Generator) -> Callable[[int], Batch]:
+        return RenderBatches(renders.Renders(out / "renders"), rng)
 
 
 class Captioned:
@@ -128,11 +128,11 @@ class Captioned:
     def prepare(self, out: Path, count: int, seed: int) -> Iterator[int]:
         yield len(self.pictures)
 
-    def batches(self, out: Path, generator: torch.Generator) -> Callable[[int], Batch]:
+    def batches(self, out: Path, rng: torch.Generator) -> Callable[[int], Batch]:
         def draw(size: int) -> Batch:
-            index = torch.randint(len(self.pictures), (size,), generator=generator)
+            index = torch.randint(len(self.pictures), (size,), generator=rng)
             chosen = self.pictures[index.tolist()]
-            said, dropped = torch.rand((2, size), generator=generator)
+            said, dropped = torch.rand((2, size), generator=rng)
             captions = [texts[int(place * len(texts))] for texts, place in zip(chosen.captions, said.tolist())]
             kept = ["" if drop else text for text, drop in zip(captions, (dropped < NULL_SHARE).tolist())]
             return Batch(chosen.images.float() / 127.5 - 1, kept)
@@ -140,9 +140,9 @@ class Captioned:
         return draw
 
 
-def degrade(image: Tensor, quality: str, generator: torch.Generator) -> Tensor:
+def degrade(image: Tensor, quality: str, rng: torch.Generator) -> Tensor:
     """Spoil an image (3, H, W) in [0, 1] in the way a key of `toybox.QUALITIES` names."""
-    amount = torch.rand((), generator=generator).item()
+    amount = torch.rand((), generator=rng).item()
     if quality == "blur":
         small_side = int(22 - 10 * amount)
         return F.interpolate(F.interpolate(image[None], small_side, mode="area"), image.shape[-1], mode="bicubic")[
@@ -152,7 +152,7 @@ def degrade(image: Tensor, quality: str, generator: torch.Generator) -> Tensor:
         small_side = 16 if amount < 0.5 else 8
         return F.interpolate(F.interpolate(image[None], small_side, mode="area"), image.shape[-1])[0]
     if quality == "noise":
-        return (image + (0.1 + 0.2 * amount) * torch.randn(image.shape, generator=generator)).clamp(0, 1)
+        return (image + (0.1 + 0.2 * amount) * torch.randn(image.shape, generator=rng)).clamp(0, 1)
     mean = image.mean(0, keepdim=True)
     if quality == "fade":
         return 0.6 + (0.2 + 0.3 * amount) * (image - 0.6)
@@ -164,13 +164,13 @@ def degrade(image: Tensor, quality: str, generator: torch.Generator) -> Tensor:
 class RenderBatches:
     """Draws training batches from stored renders."""
 
-    def __init__(self, store: renders.Renders, generator: torch.Generator):
-        self.store, self.generator = store, generator
-        self.captions = CaptionDraw(generator)
+    def __init__(self, store: renders.Renders, rng: torch.Generator):
+        self.store, self.rng = store, rng
+        self.captions = CaptionDraw(rng)
 
     def __call__(self, size: int) -> Batch:
         """``size`` training images."""
-        index = torch.randint(len(self.store), (size,), generator=self.generator)
+        index = torch.randint(len(self.store), (size,), generator=self.rng)
         rows = [self.captions(self.store.names[i], self.store.sizes[i]) for i in index.tolist()]
         main, second = (torch.tensor([COLOURS[getattr(r, k)] for r in rows]) for k in ("main", "second"))
         layers = self.store.batch(index)
@@ -179,9 +179,9 @@ class RenderBatches:
         images = rgb + (1 - coverage) * behind[:, :, None, None]
         for i, row in enumerate(rows):
             if row.quality:
-                images[i] = degrade(images[i], row.quality, self.generator)
+                images[i] = degrade(images[i], row.quality, self.rng)
         cameras = self.store.cameras[index]
-        draws = torch.rand(3, size, generator=self.generator)
+        draws = torch.rand(3, size, generator=self.rng)
         dropped = draws[2] < NULL_SHARE
         seen = (draws[0] < 0.8) & ~(dropped & (draws[1] < 0.5))
         viewed = with_view([r.text for r in rows], cameras)

@@ -16,7 +16,7 @@ from sds3d.networks.unet import UNet, UNetConfig
 from sds3d.runs import build as make
 from sds3d.runs.folder import Run
 from sds3d.runtime import distributed as shares
-from sds3d.runtime.distributed import Share
+from sds3d.runtime.distributed import Processes
 from sds3d.teachers.small import SmallTeacher
 from sds3d.train import train
 
@@ -38,23 +38,23 @@ def small_teacher() -> SmallTeacher:
     return teacher
 
 
-def distil(folder: Path, method: str, share: Share = Share()) -> dict:
+def distil(folder: Path, method: str, processes: Processes = Processes()) -> dict:
     """Weights after 20 steps, from the folder's checkpoint on where there is one; the checkpoint of step 10 is kept as
     half.safetensors, the weights as end.pt."""
     run, teacher = Run(folder), small_teacher()
     config = load(None, {**SETTINGS, "method": method}, kind=DistillConfig)
-    student = make.student(config, teacher, share)
-    critic = make.critic(config, teacher, share)
-    goals = make.objectives(make.objective(config, teacher, critic), config, student, share)
+    student = make.student(config, teacher, processes)
+    critic = make.critic(config, teacher, processes)
+    goals = make.objectives(make.objective(config, teacher, critic), config, student, processes)
     resume, losses = run.checkpoint.is_file(), []
-    for step in train(student, goals, config.plan(), run, resume, critic=critic, share=share):
+    for step in train(student, goals, config.plan(), run, resume, critic=critic, processes=processes):
         losses.append(step.loss)
-        if step.step == 10 and share.index == 0:
+        if step.step == 10 and processes.rank == 0:
             shutil.copy(run.checkpoint, folder / "half.safetensors")
     parts = {"network": student.network, "mean": student.means[0].module, "critic": critic.network}
     parts |= {"head": critic.head} if method == "dmd2" else {}
     found = {name: part.state_dict() for name, part in parts.items()} | {"losses": losses}
-    if share.index == 0:
+    if processes.rank == 0:
         torch.save(found, folder / "end.pt")
     return found
 
@@ -106,10 +106,10 @@ def test_a_checkpoint_goes_on_in_another_number_of_processes(found, processes):
 
 def test_shares_are_the_rows_of_the_whole():
     whole = torch.randn((6, 2), generator=torch.Generator().manual_seed(0))
-    parts = [Share(i, 3).randn((2, 2), torch.Generator().manual_seed(0)) for i in range(3)]
+    parts = [Processes(i, 3).randn((2, 2), torch.Generator().manual_seed(0)) for i in range(3)]
     assert torch.equal(torch.cat(parts), whole)
     with pytest.raises(ValueError, match="a batch of 7 cannot be shared by 3 processes"):
-        Share(0, 3).of(7)
+        Processes(0, 3).of(7)
 
 
 if __name__ == "__main__":  # one of two processes, which `found` starts

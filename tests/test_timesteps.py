@@ -7,7 +7,7 @@ import torch
 from conftest import SCHEDULES, every_schedule
 
 from sds3d.diffusion.noise import Schedule
-from sds3d.diffusion.timesteps import TimeDraw
+from sds3d.diffusion.timesteps import TimestepSampler
 from sds3d.runtime.ramp import Ramp
 
 COSINE = Schedule.cosine()
@@ -18,7 +18,7 @@ def seeded(seed: int = 0) -> torch.Generator:
 
 
 def test_one_t_a_group_whatever_the_order():
-    time, group = TimeDraw(0.1, 0.9), torch.tensor([7, 2, 7, 5, 2, 7])
+    time, group = TimestepSampler(0.1, 0.9), torch.tensor([7, 2, 7, 5, 2, 7])
     t = time.draw(0, group, seeded(3), COSINE)
     assert t[0] == t[2] == t[5] and t[1] == t[4] and len(set(t.tolist())) == 3
     order = torch.tensor([5, 3, 1, 0, 4, 2])
@@ -27,7 +27,7 @@ def test_one_t_a_group_whatever_the_order():
 
 
 def test_t_is_uniform_and_follows_its_ramp():
-    time, generator = TimeDraw(0.1, Ramp(0, 0.9, 0.5, 100)), seeded()
+    time, generator = TimestepSampler(0.1, Ramp(0, 0.9, 0.5, 100)), seeded()
     for step, high in ((0, 0.9), (50, 0.7), (500, 0.5)):
         t = time.draw(step, torch.arange(20_000), generator, COSINE).sort().values
         uniform = 0.1 + (high - 0.1) * (torch.arange(20_000) + 0.5) / 20_000
@@ -47,7 +47,7 @@ def test_t_is_uniform_and_follows_its_ramp():
 )
 def test_impossible_ranges_of_t_are_refused(bounds, words):
     with pytest.raises(ValueError, match=words):
-        TimeDraw(*bounds)
+        TimestepSampler(*bounds)
 
 
 def ratios(schedule, t):
@@ -59,7 +59,7 @@ def ratios(schedule, t):
 def test_log_normal_levels_cut_off_at_the_range(schedule):
     """The empirical distribution against the truncated normal's, Kolmogorov-Smirnov at p about 0.005."""
     mean, std, low, high = 0.3, 0.9, 0.2, 4.0
-    time = TimeDraw(low, high, unit="ratio", kind="lognormal", mean=mean, std=std)
+    time = TimestepSampler(low, high, unit="ratio", kind="lognormal", mean=mean, std=std)
     found = ratios(schedule, time.draw(0, torch.arange(20_000), seeded(), schedule)).log().sort().values
 
     def share(x):
@@ -75,7 +75,7 @@ def test_no_t_is_noisier_than_the_levels_of_a_table(unit):
     """Stable Diffusion's networks know the indices 0 to 999; t = 1 would be index 1,000."""
     schedule = Schedule.linear()
     for low in (0.9989, 1.0) if unit == "t" else (14.61, 14.7):
-        time = TimeDraw(low, 1.0 if unit == "t" else 14.7, unit=unit)
+        time = TimestepSampler(low, 1.0 if unit == "t" else 14.7, unit=unit)
         t = time.draw(0, torch.arange(500), seeded(), schedule)
         assert 0.9989 <= float(t.min()) and float(t.max()) == pytest.approx(0.999, abs=1e-5)
         assert float(t.max()) <= 0.999 + 6e-8  # float32
@@ -84,7 +84,7 @@ def test_no_t_is_noisier_than_the_levels_of_a_table(unit):
 @pytest.mark.parametrize("kind", ["uniform", "lognormal", "dreamtime"])
 def test_ranges_by_ratio_mean_the_same_in_every_schedule(kind):
     for schedule in SCHEDULES.values():
-        time = TimeDraw(0.5, Ramp(0, 6.0, 2.0, 10), unit="ratio", kind=kind, steps=30)
+        time = TimestepSampler(0.5, Ramp(0, 6.0, 2.0, 10), unit="ratio", kind=kind, steps=30)
         for step in (0, 5, 29):
             found = ratios(schedule, time.draw(step, torch.arange(500), seeded(), schedule))
             assert 0.5 - 1e-4 <= float(found.min()) and float(found.max()) <= time.t_max(step) + 1e-3
@@ -93,7 +93,7 @@ def test_ranges_by_ratio_mean_the_same_in_every_schedule(kind):
 
 def test_dreamtime_falls_and_stays_at_each_level_in_proportion_to_its_weight():
     steps, schedule = 5000, Schedule.linear()
-    time = TimeDraw(0.0, 1.0, kind="dreamtime", steps=steps)
+    time = TimestepSampler(0.0, 1.0, kind="dreamtime", steps=steps)
     walk = torch.stack([time.draw(i, torch.zeros(1).long(), seeded(), schedule)[0] for i in range(steps)])
     assert bool((walk[1:] <= walk[:-1]).all())
     t = (torch.arange(200) + 0.5) / 200
@@ -106,7 +106,7 @@ def test_dreamtime_falls_and_stays_at_each_level_in_proportion_to_its_weight():
 
 @every_schedule
 def test_dreamtime_is_the_same_walk_in_every_schedule(schedule):
-    time = TimeDraw(0.0, 1.0, kind="dreamtime", steps=50)
+    time = TimestepSampler(0.0, 1.0, kind="dreamtime", steps=50)
     for step in (0, 20, 49):
         here, there = (ratios(s, time.draw(step, torch.zeros(3).long(), seeded(), s)) for s in (schedule, COSINE))
         assert here.tolist() == pytest.approx(there.tolist(), rel=1e-3)
@@ -125,4 +125,4 @@ def test_dreamtime_is_the_same_walk_in_every_schedule(schedule):
 )
 def test_what_cannot_be_drawn_is_refused(settings, words):
     with pytest.raises(ValueError, match=words):
-        TimeDraw(**{"t_min": 0.1, "t_max": 0.9, **settings})
+        TimestepSampler(**{"t_min": 0.1, "t_max": 0.9, **settings})

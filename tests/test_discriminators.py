@@ -8,8 +8,8 @@ from torch import nn
 
 from sds3d.diffusion.noise import Schedule
 from sds3d.distill.adversarial.generator_loss import Adversarial
-from sds3d.distill.critics import CriticConfig, Learnt
-from sds3d.distill.discriminators import Adversary
+from sds3d.distill.critics import CriticConfig, TrainedCritic
+from sds3d.distill.discriminators import TrainedDiscriminator
 from sds3d.networks.text import TextEncoder
 from sds3d.networks.unet import UNet, UNetConfig
 from sds3d.students.base import Draw
@@ -47,8 +47,8 @@ def drawn(count: int, generator: torch.Generator) -> Draw:
     return Draw(real(count, generator)[0].flip(-1), [DRAWN] * count, None, torch.arange(count), encoded=True)
 
 
-def adversary(teacher, weight=1.0, seed=0, **settings) -> Adversary:
-    return Adversary(teacher, CriticConfig("copy", **settings), seeded(seed), real, weight)
+def adversary(teacher, weight=1.0, seed=0, **settings) -> TrainedDiscriminator:
+    return TrainedDiscriminator(teacher, CriticConfig("copy", **settings), seeded(seed), real, weight)
 
 
 def times_of_loss(teacher: SmallTeacher, schedule: Schedule) -> torch.Tensor:
@@ -139,7 +139,7 @@ def test_its_loss_is_the_critic_s_and_the_weighted_softplus_of_both_verdicts(tea
     again = seeded(1)
     there, prompts = real(6, again)
     told, missed = critic.verdict(there, prompts, again), critic.verdict(draw.images, draw.prompts, again)
-    denoising = Learnt.loss(critic, draw, draw.images, again)
+    denoising = TrainedCritic.loss(critic, draw, draw.images, again)
     expected = denoising + 0.5 * ((1 + (-told).exp()).log().mean() + (1 + missed.exp()).log().mean())
     assert float(found) == pytest.approx(float(expected), rel=1e-12)
     assert torch.equal(generator.get_state(), again.get_state())

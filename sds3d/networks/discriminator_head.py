@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 
-class Verdict(nn.Module):
+class DiscriminatorHead(nn.Module):
     """How real the images behind feature maps are.
 
     Args:
