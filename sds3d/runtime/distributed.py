@@ -36,7 +36,9 @@ class Processes:
     def of(self, whole: int) -> int:
         """Rows of this process in a batch of ``whole``. Raises ValueError where it cannot be shared evenly."""
         if whole % self.world_size:
-            raise ValueError(f"a batch of {whole} cannot be shared by {self.world_size} processes; give a multiple of that")
+            raise ValueError(
+                f"a batch of {whole} cannot be shared by {self.world_size} processes; give a multiple of that"
+            )
         return whole // self.world_size
 
     def rows(self, whole: Tensor) -> Tensor:
