@@ -20,7 +20,7 @@ import torch
 
 from sds3d.config import load as configs
 from sds3d.config.load import DistillConfig
-from sds3d.runs import build as make
+from sds3d.runs import build
 from sds3d.runtime.machine import machine
 from sds3d.train import train
 
@@ -63,10 +63,10 @@ def measure(method: str, batch: int, repeats: int) -> dict[str, float]:
     """Median milliseconds of a step, of its passes, and their ratio."""
     layer = {"method": method, "generator.batch": batch, "steps": repeats + 3, "log.picture_every": 0}
     settings = configs.load(None, layer, kind=DistillConfig)
-    teacher = make.teacher(settings)
-    student = make.student(settings, teacher)
-    critic = make.critic(settings, teacher)
-    goals = make.objectives(make.objective(settings, teacher, critic), settings, student)
+    teacher = build.build_teacher(settings)
+    student = build.build_student(settings, teacher)
+    critic = build.build_critic(settings, teacher)
+    goals = build.build_objectives(build.build_objective(settings, teacher, critic), settings, student)
     alone, needed = passes(teacher, batch, student.prompts), counts(method, settings.critic.steps)
     steps, sums = [], []
     loop = train(student, goals, settings.plan(), critic=critic)

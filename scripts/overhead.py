@@ -23,7 +23,7 @@ from sds3d.config import load as config
 from sds3d.distill.score import METHODS
 from sds3d.networks.text import TextEncoder
 from sds3d.networks.unet import UNet
-from sds3d.runs import build as make
+from sds3d.runs import build
 from sds3d.runtime.machine import machine
 from sds3d.train import train
 
@@ -66,9 +66,9 @@ def step_shares(method: str, steps: int, prompt: str) -> dict[str, float]:
     """Milliseconds a step, by part, of a scene after ``steps`` steps of warming up."""
     layer = {"method": method, "steps": 2 * steps, "log.picture_every": 0}
     settings = config.load(prompt, layer)
-    teacher, student = make.teacher(settings), make.student(settings)
-    critic = make.critic(settings, teacher)
-    objective, watch = make.objective(settings, teacher, critic), Stopwatch()
+    teacher, student = build.build_teacher(settings), build.build_student(settings)
+    critic = build.build_critic(settings, teacher)
+    objective, watch = build.build_objective(settings, teacher, critic), Stopwatch()
     with (
         watch.watch(student, "draw", "student"),
         watch.watch(student, "regularisers", "student"),

@@ -34,7 +34,7 @@ def stepper(work: str, precision: str) -> Callable[[], object]:
 
     from sds3d.config import load as config
     from sds3d.config.load import Config, DistillConfig
-    from sds3d.runs import build as make
+    from sds3d.runs import build
     from sds3d.teachers.training import fit, sources
     from sds3d.train import train
 
@@ -48,9 +48,9 @@ def stepper(work: str, precision: str) -> Callable[[], object]:
         settings = config.load("a red mug", layer, kind=Config)
     else:
         settings = config.load(None, {**layer, "method": "diffinstruct"}, kind=DistillConfig)
-    teacher = make.teacher(settings)
-    student, critic = make.student(settings, teacher), make.critic(settings, teacher)
-    objectives = make.objectives(make.objective(settings, teacher, critic), settings, student)
+    teacher = build.build_teacher(settings)
+    student, critic = build.build_student(settings, teacher), build.build_critic(settings, teacher)
+    objectives = build.build_objectives(build.build_objective(settings, teacher, critic), settings, student)
     loop = train(student, objectives, settings.plan(), critic=critic)
     return lambda: next(loop)
 

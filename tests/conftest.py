@@ -101,7 +101,7 @@ def ball_teacher(monkeypatch) -> BallTeacher:
         teacher.check(config.prompt)
         return teacher
 
-    monkeypatch.setattr("sds3d.runs.build.teacher", make)
+    monkeypatch.setattr("sds3d.runs.build.build_teacher", make)
     return teacher
 
 
@@ -121,7 +121,7 @@ def settings() -> dict:
 def finished(tmp_path_factory):
     """A finished run, made once."""
     patch, folder = pytest.MonkeyPatch(), tmp_path_factory.mktemp("finished")
-    patch.setattr("sds3d.runs.build.teacher", lambda config: BallTeacher())
+    patch.setattr("sds3d.runs.build.build_teacher", lambda config: BallTeacher())
     patch.chdir(folder)
     sds3d.generate("a red ball", **settings())
     patch.undo()

@@ -222,6 +222,16 @@ def test_the_top_of_the_package_fits_a_screen():
     assert len(there) <= MOST_AT_THE_TOP, there
 
 
+@pytest.mark.parametrize("path", [p for p in FILES if name_of(p) != "runs/kinds.py"], ids=name_of)
+def test_the_kind_of_a_run_is_asked_of_its_record(path):
+    kinds = {"Config", "PaintConfig", "DistillConfig", "Asset", "Painting", "Generated"}
+    for node, what in calls(path):
+        if what in ("isinstance", "issubclass"):
+            named = {n.id for n in ast.walk(node.args[1]) if isinstance(n, ast.Name)}
+            named |= {n.attr for n in ast.walk(node.args[1]) if isinstance(n, ast.Attribute)}
+            assert not named & kinds, f"{name_of(path)}:{node.lineno}: ask runs/kinds.py what differs between runs"
+
+
 @pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_heavy_packages_load_lazily_and_have_one_home(path):
     name = name_of(path)

@@ -22,7 +22,7 @@ def program(*arguments: str, cwd: Path) -> subprocess.Popen:
     """The command line with the ball teacher, as a process of its own."""
     script = (
         "import sys; sys.path[:0] = [sys.argv.pop(1), sys.argv.pop(1)]; import conftest; from sds3d.runs import build; "
-        "build.teacher = lambda c: conftest.BallTeacher(); from sds3d.cli import main; main()"
+        "build.build_teacher = lambda c: conftest.BallTeacher(); from sds3d.cli import main; main()"
     )
     command = [sys.executable, "-c", script, str(ROOT), str(ROOT / "tests"), *arguments]
     return subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

@@ -15,7 +15,7 @@ from sds3d.config.typed import build, keys, merge, nearest, plain
 from sds3d.diffusion.noise import WEIGHTS
 from sds3d.distill.score import METHODS
 from sds3d.prompts import COLOURS
-from sds3d.runs import build as make
+from sds3d.runs.build import build_student, build_teacher
 from sds3d.runtime.device import pick_device
 from sds3d.runtime.ramp import Ramp
 from sds3d.teachers.training.fit import FitConfig
@@ -237,7 +237,7 @@ def test_devices_and_teachers_that_are_not_here(tmp_path):
         with pytest.raises(ValueError, match="device 'cuda' is not usable here"):
             pick_device("cuda")
     with pytest.raises(ValueError, match="teacher 'smal' is neither packaged .small, toybox, digits., a file"):
-        make.teacher(load("a ball", {"teacher.name": "smal"}))
+        build_teacher(load("a ball", {"teacher.name": "smal"}))
 
 
 def test_a_file_of_weights_is_found_again_from_any_folder(in_folder):
@@ -269,7 +269,7 @@ def test_what_may_change_on_resume():
 
 
 def test_prompts_of_a_scene_name_unusual_backgrounds():
-    student = make.student(load("a ball", {"render.resolution": 8, "backend": "torch"}))
+    student = build_student(load("a ball", {"render.resolution": 8, "backend": "torch"}))
     cameras = student.config.camera.sample(2, torch.Generator().manual_seed(0))
     assert student.prompts(cameras, "white") == ["a ball"] * 2
     assert student.prompts(cameras, "grey") == ["a ball on a grey background"] * 2
@@ -277,7 +277,7 @@ def test_prompts_of_a_scene_name_unusual_backgrounds():
 
 
 def test_a_background_in_the_prompt_is_the_scene_s():
-    student = make.student(load("a red ball on a black background", {"render.resolution": 8, "backend": "torch"}))
+    student = build_student(load("a red ball on a black background", {"render.resolution": 8, "backend": "torch"}))
     draw = student.draw(0, torch.Generator().manual_seed(0))
     assert draw.prompts == ["a red ball on a black background"] * 4
     corner = draw.images[0, :, 0, 0].tolist()
@@ -285,22 +285,22 @@ def test_a_background_in_the_prompt_is_the_scene_s():
     recipe = {"teacher.name": "a/b", "render.resolution": 8, "field.log2_table": 8, "field.finest": 16, "device": "cpu"}
     by_pipeline = load("a red ball on a black background", recipe)
     assert by_pipeline.render.background == "learned"  # which the recipe says, and no user
-    corner = make.student(by_pipeline).draw(0, torch.Generator().manual_seed(0)).images[0, :, 0, 0]
+    corner = build_student(by_pipeline).draw(0, torch.Generator().manual_seed(0)).images[0, :, 0, 0]
     assert corner.tolist() == pytest.approx(COLOURS["black"], abs=0.02)
     with pytest.raises(ValueError, match="names a black background and render.background is grey"):
-        make.student(load("a red ball on a black background", {"render.background": "grey"}))
+        build_student(load("a red ball on a black background", {"render.background": "grey"}))
 
 
 def test_view_words_in_the_middle_of_a_prompt_name_no_view():
     with pytest.raises(ValueError, match="does not know 'mirrors'"):  # not that it names a view
-        make.teacher(load("a car with side view mirrors"))
+        build_teacher(load("a car with side view mirrors"))
 
 
 def test_a_scene_s_prompt_says_no_view():
     with pytest.raises(ValueError, match="says 'side view', but a scene is seen from all sides"):
-        make.teacher(load("a red mug, side view"))
+        build_teacher(load("a red mug, side view"))
     with pytest.raises(ValueError, match="negative: .*'uglyy' \\(nearest: ugly"):
-        make.teacher(load("a red mug", {"negative": "uglyy"}))
+        build_teacher(load("a red mug", {"negative": "uglyy"}))
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from sds3d.config import load as configs
 from sds3d.live import stage as stages
 from sds3d.live.address import Address
 from sds3d.live.studio import Finished, card, earlier
-from sds3d.runs import report
+from sds3d.runs import kinds
 from sds3d.runs.folder import Run
 from sds3d.runtime.files import DEEPEST, from_json
 from sds3d.students.generator import GeneratorConfig
@@ -142,7 +142,7 @@ def test_pages_show_no_file_of_another_folder(call, two, tmp_path):
     (tmp_path / "facts.json").write_text('{"iou": 0.123456, "note": "confidential"}')
     (run / "eval.json").symlink_to(tmp_path / "facts.json")
     (run / "turntable-3.mp4").symlink_to("turntable.mp4")
-    report.write_page(Run.open(run))
+    kinds.write_page(Run.open(run))
     code, _, err = call("gallery", "outputs")
     assert code == 0, err
     for page in ((run / "index.html").read_text(), Path("outputs/index.html").read_text()):

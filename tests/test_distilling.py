@@ -11,9 +11,8 @@ from sds3d.config import load as configs
 from sds3d.config.load import DistillConfig, load, recipes_folder
 from sds3d.distill.score import METHODS
 from sds3d.evaluate import generator as evaluation
-from sds3d.runs import build as make
 from sds3d.runs import generator as generated
-from sds3d.runs import launch
+from sds3d.runs import generator_parts, launch
 from sds3d.teachers import small
 from sds3d.teachers.load import load_teacher
 
@@ -88,7 +87,7 @@ def test_a_checkpoint_of_another_teacher_is_refused_with_both_named(in_folder, t
 
 def test_real_images_are_told_as_the_generator_is(in_folder, teacher):
     def draw(**layer):
-        return make.real(load(None, {"method": "dmd2", **layer}, kind=DistillConfig), teacher)
+        return generator_parts.real(load(None, {"method": "dmd2", **layer}, kind=DistillConfig), teacher)
 
     x, told = draw()(64, torch.Generator().manual_seed(0))
     assert set(told) == set(teacher.prompts) and x.shape == (64, 1, 8, 8)
@@ -105,12 +104,12 @@ def test_real_images_are_told_as_the_generator_is(in_folder, teacher):
 
 def test_pairs_of_other_settings_have_folders_of_their_own(teacher):
     def place(**layer):
-        return make.pairs_folder(load(None, {"method": "dmd", **layer}, kind=DistillConfig), teacher)
+        return generator_parts.pairs_folder(load(None, {"method": "dmd", **layer}, kind=DistillConfig), teacher)
 
     assert place() == place(seed=3)
     half = small.load(small.packaged("digits"), "words", dtype=torch.bfloat16)
     layer = {"method": "dmd", "teacher.dtype": "bfloat16"}
-    other = make.pairs_folder(load(None, layer, kind=DistillConfig), half)
+    other = generator_parts.pairs_folder(load(None, layer, kind=DistillConfig), half)
     others = [place(), place(prompt="four"), place(**{"method.scale": 2}), place(**{"pairs.steps": 9}), other]
     assert len(set(others)) == 5
     assert other != place(
@@ -231,7 +230,7 @@ def test_impossible_settings_are_refused(bad, said):
 
 def test_prompts_come_from_the_teacher_a_file_or_the_user(in_folder, teacher):
     def prompts(**layer):
-        return make.prompts(load(None, layer, kind=DistillConfig), teacher)
+        return generator_parts.prompts(load(None, layer, kind=DistillConfig), teacher)
 
     assert prompts() == [f"a handwritten {name}" for name in evaluation.digits.NAMES]
     assert prompts(prompt="a seven") == ["a seven"]

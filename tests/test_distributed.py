@@ -13,7 +13,7 @@ from sds3d.config.load import DistillConfig, load
 from sds3d.data import digits
 from sds3d.networks.text import TextEncoder
 from sds3d.networks.unet import UNet, UNetConfig
-from sds3d.runs import build as make
+from sds3d.runs import build
 from sds3d.runs.folder import Run
 from sds3d.runtime import distributed as shares
 from sds3d.runtime.distributed import Processes
@@ -43,9 +43,9 @@ def distil(folder: Path, method: str, processes: Processes = Processes()) -> dic
     half.safetensors, the weights as end.pt."""
     run, teacher = Run(folder), small_teacher()
     config = load(None, {**SETTINGS, "method": method}, kind=DistillConfig)
-    student = make.student(config, teacher, processes)
-    critic = make.critic(config, teacher, processes)
-    goals = make.objectives(make.objective(config, teacher, critic), config, student, processes)
+    student = build.build_student(config, teacher, processes)
+    critic = build.build_critic(config, teacher, processes)
+    goals = build.build_objectives(build.build_objective(config, teacher, critic), config, student, processes)
     resume, losses = run.checkpoint.is_file(), []
     for step in train(student, goals, config.plan(), run, resume, critic=critic, processes=processes):
         losses.append(step.loss)

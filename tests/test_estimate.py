@@ -16,7 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from sds3d.config import load as configs
 from sds3d.config.load import Config
-from sds3d.runs import build as make
+from sds3d.runs import build
 from sds3d.runs import memory_estimate as estimate
 from sds3d.runs.memory_estimate import Place
 from sds3d.runtime.memory import Meter, held, hollow
@@ -194,12 +194,12 @@ def told(folder, *texts: str) -> Config:
 
 def measured(config: Config) -> int:
     """Bytes at the peak of two real steps: weights, and what torch's profiler sees allocated."""
-    teacher = make.teacher(config)
-    critic, student = make.critic(config, teacher), make.student(config, teacher)
+    teacher = build.build_teacher(config)
+    critic, student = build.build_critic(config, teacher), build.build_student(config, teacher)
     teacher.words(["a red mug"])
     there = held(teacher.family.network, teacher.family.vae, student)
     there += 0 if critic is None else sum(p.numel() * p.element_size() for p in critic.parameters())
-    steps = train(student, {"score": make.objective(config, teacher, critic)}, config.plan(), critic=critic)
+    steps = train(student, {"score": build.build_objective(config, teacher, critic)}, config.plan(), critic=critic)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         next(steps), next(steps)
     now = most = 0

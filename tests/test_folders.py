@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from sds3d.config import load as configs
+from sds3d.runs import generator_parts
 from sds3d.runs.folder import STEMS, Run
 from sds3d.runtime import files
 from sds3d.runtime.files import replacing, replacing_folder, sweep
@@ -193,7 +194,8 @@ def test_a_run_is_one_processs_at_a_time(call, made, elsewhere):
 def test_two_resumes_at_once_give_one_run(made, tmp_path):
     """The command line of the issue: without a lock both end with code 0 and every row is there twice."""
     program = (
-        "from sds3d.runs import build; from conftest import BallTeacher; build.teacher = lambda config: BallTeacher();"
+        "from sds3d.runs import build; from conftest import BallTeacher;"
+        "build.build_teacher = lambda config: BallTeacher();"
         f"from sds3d.cli import main; main(['resume', {made!r}, 'steps=60', '--quiet'])"
     )
     environment = os.environ | {
@@ -312,7 +314,7 @@ class Fails:
 @pytest.mark.parametrize("after, saved", [(2, False), (5, True)])
 def test_a_run_that_diverges_says_what_it_has_left_and_resumes(call, tiny, ball_teacher, monkeypatch, after, saved):
     calls = Fails(ball_teacher, after)
-    monkeypatch.setattr("sds3d.runs.build.teacher", lambda config: calls)
+    monkeypatch.setattr("sds3d.runs.build.build_teacher", lambda config: calls)
     code, _, err = call("generate", "a red ball", *tiny, "log.save_every=2" if saved else "log.save_every=6")
     assert code == 1 and "non-finite" in err
     assert ("checkpoint.safetensors is from before, and good" in err) == saved
@@ -373,14 +375,16 @@ def test_a_strangers_config_has_nothing_written_into_other_folders(in_folder, tm
     """pairs.folder and teacher.hf.cache of a run's config.yaml, on resume."""
     from dataclasses import replace
 
-    from sds3d.runs import build as make
-    from sds3d.runs import launch
+    from sds3d.runs import build, launch
+    from sds3d.teachers.base import TeacherConfig
 
-    teacher = load_teacher(make.TeacherConfig("digits"))
+    teacher = load_teacher(TeacherConfig("digits"))
     config = configs.load(None, {"method": "dmd", "teacher.name": "digits"}, kind=configs.DistillConfig)
     home, private = tmp_path / "outputs", tmp_path / "private"
-    monkeypatch.setattr(make, "teacher", lambda config: teacher)
-    monkeypatch.setattr(make, "make_pairs", lambda config, teacher: iter([make.pairs_folder(config, teacher)]))
+    monkeypatch.setattr(build, "build_teacher", lambda config: teacher)
+    monkeypatch.setattr(
+        generator_parts, "make_pairs", lambda config, teacher: iter([generator_parts.pairs_folder(config, teacher)])
+    )
     for folder, fine in ((private, False), (home / "pairs" / "x", True), (tmp_path / "kept", True)):
         if folder.name == "kept":
             folder.mkdir()

@@ -16,8 +16,7 @@ from sds3d.config.load import DistillConfig, load, to_yaml
 from sds3d.data import digits
 from sds3d.networks.text import TextEncoder
 from sds3d.networks.unet import UNet, UNetConfig
-from sds3d.runs import build as make
-from sds3d.runs import launch
+from sds3d.runs import build, generator_parts, launch
 from sds3d.runs.folder import Run
 from sds3d.runs.generator import Generated
 from sds3d.teachers.small import SmallTeacher
@@ -50,13 +49,13 @@ def distil(folder: Path, method: str, last: int, resume: bool) -> None:
     share = launch.share_of(config)
     if method == "dmd":
         if share.rank == 0:
-            list(make.make_pairs(config, teacher))
+            list(generator_parts.make_pairs(config, teacher))
         share.wait()
-    student, critic = make.student(config, teacher, share), make.critic(config, teacher, share)
+    student, critic = build.build_student(config, teacher, share), build.build_critic(config, teacher, share)
     if share.world_size > 1:
         kept = sum(weights.to_local().numel() for weights in student.network.parameters())
         assert kept < 0.7 * sum(weights.numel() for weights in teacher.network.parameters()), kept
-    goals = make.objectives(make.objective(config, teacher, critic), config, student, share)
+    goals = build.build_objectives(build.build_objective(config, teacher, critic), config, student, share)
     run = Run(folder)
     run.path.mkdir(exist_ok=True)
     if share.rank == 0:

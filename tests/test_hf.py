@@ -25,7 +25,7 @@ from sds3d.diffusion.samplers import ddim
 from sds3d.distill.critics import CriticConfig, TrainedCritic
 from sds3d.distill.query import Query
 from sds3d.prompts import VIEW_WORDS, with_view
-from sds3d.runs import build as make
+from sds3d.runs import build
 from sds3d.teachers.base import HFConfig, TeacherConfig
 from sds3d.teachers.drawing import sample
 from sds3d.teachers.hf.words import _relatives
@@ -426,9 +426,9 @@ def test_view_words_in_the_middle_of_a_prompt_are_part_of_the_object(pipelines):
     assert _relatives("a car, side view") == _relatives("a car") and _relatives("side view") == ["side view"]
     told = config.load(mirrors, {"teacher.name": str(pipelines("sd")), "device": "cpu"})
     with pytest.warns(UserWarning, match="the words 'side view', taken as part of the object"):
-        make.teacher(told)
+        build.build_teacher(told)
     with pytest.raises(ValueError, match="says 'side view', but a scene is seen from all sides"):
-        make.teacher(config.load("a car, side view", {"teacher.name": str(pipelines("sd")), "device": "cpu"}))
+        build.build_teacher(config.load("a car, side view", {"teacher.name": str(pipelines("sd")), "device": "cpu"}))
 
 
 # runs
@@ -444,10 +444,10 @@ def test_three_steps_of_a_scene(name, method, load):
         "a red mug", layer, {"critic.rank": 2, "critic.kind": "lora" if name in ("sd", "sd3") else "copy"}
     )
     teacher = load(name, dtype=TEST_DTYPE)
-    before, critic, student = weights(teacher), make.critic(told, teacher), make.student(told, teacher)
+    before, critic, student = weights(teacher), build.build_critic(told, teacher), build.build_student(told, teacher)
     started = [p.clone() for group in make_optimiser(student, told.optim).param_groups for p in group["params"]]
     learnt = [p.clone() for p in critic.parameters()] if critic else []
-    steps = list(train(student, {"score": make.objective(told, teacher, critic)}, told.plan(), critic=critic))
+    steps = list(train(student, {"score": build.build_objective(told, teacher, critic)}, told.plan(), critic=critic))
     assert len(steps) == 3
     now = [p for group in make_optimiser(student, told.optim).param_groups for p in group["params"]]
     assert any(not torch.equal(p, q) for p, q in zip(started, now, strict=True))
@@ -491,10 +491,10 @@ def test_text_encoders_are_loaded_once(background, pipelines, monkeypatch, tmp_p
     told = config.parse_overrides([*TINY, "device=cpu", f"teacher.hf.cache={tmp_path}", "negative=low quality"])
     layer = {"teacher.name": str(pipelines("sd")), "render.background": background}
     made = config.load("a red mug", told, layer)
-    teacher, loads = make.teacher(made), []
+    teacher, loads = build.build_teacher(made), []
     embed = teacher.words.embed
     monkeypatch.setattr(teacher.words, "embed", lambda prompts: loads.append(len(prompts)) or embed(prompts))
-    student, generator = make.student(made, teacher), torch.Generator().manual_seed(0)
+    student, generator = build.build_student(made, teacher), torch.Generator().manual_seed(0)
     asked = {prompt for step in range(12) for prompt in student.draw(step, generator).prompts}
     assert len(asked) == (3 if background == "random" else 1)
     for prompt in sorted(asked):

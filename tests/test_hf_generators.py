@@ -15,8 +15,7 @@ import sds3d
 from sds3d.config.load import DistillConfig, load
 from sds3d.diffusion.draws import ImageNoise
 from sds3d.diffusion.noise import Prediction
-from sds3d.runs import build as make
-from sds3d.runs import launch
+from sds3d.runs import build, launch
 from sds3d.students.generator import GeneratorConfig, begun_at, paint
 from sds3d.teachers import small
 from sds3d.teachers.hf import families, generator_scheduler
@@ -69,8 +68,8 @@ def start(told):
 
     def begin(name, **more):
         config = load(None, told(name, **more), kind=DistillConfig)
-        teacher = make.teacher(config)
-        return config, teacher, make.student(config, teacher)
+        teacher = build.build_teacher(config)
+        return config, teacher, build.build_student(config, teacher)
 
     return begin
 
@@ -287,12 +286,12 @@ def test_one_pass_whatever_the_guidance_scale_is(told):
 @pytest.mark.parametrize("kind", ["lora", "copy"])
 def test_the_teacher_stays_as_it_was_and_only_its_network_is_copied(kind, start, in_folder):
     config, teacher, student = start("sd", **{"critic.kind": kind, "method": "vsd", "teacher.dtype": TEST_DTYPE})
-    before, critic = weights(teacher), make.critic(config, teacher)
+    before, critic = weights(teacher), build.build_critic(config, teacher)
     own = {id(p) for p in student.network.parameters()} | {id(p) for m in student.means for p in m.module.parameters()}
     assert not own & {id(p) for p in (*teacher.family.network.parameters(), *teacher.family.vae.parameters())}
     count = sum(p.numel() for p in teacher.family.network.parameters())
     assert sum(p.numel() for p in student.network.parameters()) == count
-    steps = train(student, {"score": make.objective(config, teacher, critic)}, config.plan(), critic=critic)
+    steps = train(student, {"score": build.build_objective(config, teacher, critic)}, config.plan(), critic=critic)
     assert len(list(steps)) == 3
     launch.Generated(None, config, student).save()
     assert all(torch.equal(value, before[key]) for key, value in weights(teacher).items())

@@ -18,7 +18,7 @@ from sds3d.config import load as configs
 from sds3d.config import plain_yaml
 from sds3d.config.load import load, of_run, parse_overrides, to_yaml
 from sds3d.media import picture
-from sds3d.runs import build as make
+from sds3d.runs import generator_parts
 from sds3d.runtime import files
 
 ROOT = Path(__file__).parents[1]
@@ -202,7 +202,7 @@ def test_a_path_that_can_be_none_is_a_value_error_in_python_too(text, said):
 
     config = load(None, {"teacher.name": "digits"}, kind=DistillConfig)
     config = dataclasses.replace(config, generator=dataclasses.replace(config.generator, prompts=text))
-    for read in (lambda: make.prompts(config, None), lambda: folder.read(text, 8, 9)):
+    for read in (lambda: generator_parts.prompts(config, None), lambda: folder.read(text, 8, 9)):
         with pytest.raises(ValueError, match=said) as caught:
             read()
         assert len(str(caught.value)) < 300

@@ -16,9 +16,7 @@ from sds3d.distill.score import METHODS
 from sds3d.evaluate import methods as comparing
 from sds3d.evaluate.truth import silhouette_iou, unseen_views
 from sds3d.pages import comparison as page
-from sds3d.runs import build as make
-from sds3d.runs import launch
-from sds3d.runs import memory_advice as savings
+from sds3d.runs import build, kinds, launch
 from sds3d.runs.scene import Asset
 from sds3d.runtime.ramp import Ramp
 from sds3d.students.base import Particles
@@ -51,7 +49,7 @@ PROMPTS = {"a disc": [1.0, 1, 0, 0], "a square": [0, 0, 1.0, 1], "ugly": [1.0, 1
 def oracle(monkeypatch, tmp_path) -> MixtureTeacher:
     """An exact teacher of four pictures, in the place of every teacher."""
     teacher = MixtureTeacher.of_images(pictures(), 0.02, PROMPTS)
-    monkeypatch.setattr("sds3d.runs.build.teacher", lambda config: teacher)
+    monkeypatch.setattr("sds3d.runs.build.build_teacher", lambda config: teacher)
     monkeypatch.chdir(tmp_path)
     return teacher
 
@@ -158,7 +156,7 @@ def test_particles_share_a_critic_and_keep_to_themselves():
 def test_vsd_makes_as_many_assets_as_particles(ball_teacher, in_folder, monkeypatch):
     ball = BallTeacher()
     monkeypatch.setattr(
-        "sds3d.runs.build.critic",
+        "sds3d.runs.build.build_critic",
         lambda config, teacher, share: type(
             "C",
             (),
@@ -287,7 +285,7 @@ def test_a_scene_and_an_image_are_told_apart_by_their_config():
     assert isinstance(scene, Config) and isinstance(image, PaintConfig)
     assert "pixels" in image.optim.lr and "grid" in scene.optim.lr
     assert image.time == configs.load("a mug", {"steps": image.steps}).time  # the recipe's
-    assert make.student(image).images().shape == (4, 3, 64, 64)
+    assert build.build_student(image).images().shape == (4, 3, 64, 64)
 
 
 @pytest.mark.parametrize("name", ["sds", "sdi"])
@@ -297,7 +295,7 @@ def test_a_method_makes_the_scene_whose_views_the_oracle_knows(name, monkeypatch
     cameras = cam.cat([cam.orbit(24, elevation=elevation) for elevation in (0, 20, 40)])
     views, _ = toy.render(cameras, 24)
     teacher = MixtureTeacher.of_images(views, 0.02, {"a mug": [1.0] * 72}, cameras)
-    monkeypatch.setattr("sds3d.runs.build.teacher", lambda config: teacher)
+    monkeypatch.setattr("sds3d.runs.build.build_teacher", lambda config: teacher)
     monkeypatch.chdir(tmp_path)
     config = configs.load(
         "a mug",
@@ -354,7 +352,7 @@ def test_out_of_memory_names_the_settings_to_lower(oracle, monkeypatch, kind, er
 )
 def test_what_a_generator_from_a_pipeline_can_save(told, settings):
     config = configs.load(None, {"teacher.name": "a/b", "generator.batch": 64, **told}, kind=DistillConfig)
-    assert [saving.setting for saving in savings.open_to(config)] == settings
+    assert [saving.setting for saving in kinds.of(config).savings(config, 0)] == settings
 
 
 class Greedy(BallTeacher):
@@ -370,8 +368,8 @@ class Greedy(BallTeacher):
 def test_out_of_memory_leaves_a_checkpoint_and_the_command_that_goes_on(pipeline, monkeypatch, tmp_path):
     """From the checkpoint of the step before, with those of the settings that leave the run what it is."""
     teacher = Greedy(image_size=512) if pipeline else Greedy()
-    monkeypatch.setattr("sds3d.runs.build.teacher", lambda config: teacher)
-    monkeypatch.setattr("sds3d.runs.memory_advice.is_pipeline", lambda teacher: pipeline)
+    monkeypatch.setattr("sds3d.runs.build.build_teacher", lambda config: teacher)
+    monkeypatch.setattr("sds3d.runs.savings.is_pipeline", lambda teacher: pipeline)
     monkeypatch.chdir(tmp_path)
     settings = {"log.save_every": 1, "log.picture_every": 0, "device": "cpu", "method": "sds", "steps": 4}
     settings |= {"teacher.name": "somebody/model", "teacher.hf.checkpointing": False} if pipeline else {}
@@ -392,7 +390,7 @@ def test_out_of_memory_leaves_a_checkpoint_and_the_command_that_goes_on(pipeline
 
 
 def test_out_of_memory_before_anything_was_saved_says_so(monkeypatch, tmp_path):
-    monkeypatch.setattr("sds3d.runs.build.teacher", lambda config: Greedy(asked=[[], []]))
+    monkeypatch.setattr("sds3d.runs.build.build_teacher", lambda config: Greedy(asked=[[], []]))
     monkeypatch.chdir(tmp_path)
     _, steps = launch.start(configs.load("a ball", tiny(), {"device": "cpu", "method": "sds"}))
     with pytest.raises(ValueError, match="Nothing was saved yet"):

@@ -513,7 +513,7 @@ def test_what_each_method_of_the_studio_makes_is_a_scene(studio, tiny, monkeypat
     monkeypatch.undo()  # the packaged teacher, since some methods train a copy of it
     offered = studio.make().stage.gui.named("method").given[1]
     taught = load_teacher(TeacherConfig("small"))
-    monkeypatch.setattr("sds3d.runs.build.teacher", lambda config: taught)
+    monkeypatch.setattr("sds3d.runs.build.build_teacher", lambda config: taught)
     fails = []
     for method in METHODS:
         settings = configs.parse_overrides([*tiny, f"method={method}"])

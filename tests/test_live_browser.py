@@ -27,7 +27,7 @@ class Ball(conftest.BallTeacher):  # red in front, blue behind, so that turning 
         return torch.where(front[:, None, None, None], image, image.flip(1))
 
 ball = Ball()
-build.teacher = lambda config: ball.check(config.prompt) or ball
+build.build_teacher = lambda config: ball.check(config.prompt) or ball
 from sds3d.cli import main
 main()
 """

@@ -14,7 +14,7 @@ from sds3d.cli.machine_report import examine_memory
 from sds3d.config.load import load as load_config
 from sds3d.distill.critics import CriticConfig, TrainedCritic
 from sds3d.distill.query import Query
-from sds3d.runs.memory_advice import open_to
+from sds3d.runs import kinds
 from sds3d.runs.memory_estimate import place
 from sds3d.students.base import Draw
 from sds3d.teachers.base import HFConfig, TeacherConfig
@@ -163,6 +163,6 @@ def test_doctor_keeps_rings_whole(folder):
     report = examine_memory(ringed, place("cuda", 0.7))
     assert not report["fits"] and "render.views=4" in [one["setting"] for one in report["settings"]]
     packaged = load_config("a mug", {"camera.ring": 4, "render.views": 12})
-    assert "render.views=4" in [one.setting for one in open_to(packaged)]
+    assert "render.views=4" in [one.setting for one in kinds.of(packaged).savings(packaged, 0)]
     with pytest.raises(ValueError, match="give camera.ring=4 and render.views=4, or a multiple"):
         examine_memory(load_config("a mug", {"teacher.name": str(folder)}), place("cuda", 12))

@@ -14,7 +14,7 @@ from PIL import Image
 
 from sds3d.media import chart
 from sds3d.pages import gallery
-from sds3d.runs import report
+from sds3d.runs import kinds, report
 from sds3d.runs.folder import Run
 from sds3d.runs.scene import Asset
 
@@ -70,7 +70,7 @@ def opened(page, path: Path):
 
 def test_the_model_is_seen_from_its_front_in_its_colours_and_turns(browser_page, page_run):
     write_box(page_run / "mesh.glb")
-    canvas = opened(browser_page, report.write_page(Run.open(page_run)))
+    canvas = opened(browser_page, kinds.write_page(Run.open(page_run)))
     view = pixels(canvas)
     height, width, _ = view.shape
     assert height > 300 and abs(height - width) <= 1
@@ -98,7 +98,7 @@ def test_the_model_is_seen_from_its_front_in_its_colours_and_turns(browser_page,
 def test_the_page_of_a_run_shows_all_there_is_of_it(browser_page, page_run):
     (page_run / "mesh.json").write_text(json.dumps({"vertices": 1234, "watertight": True, "check": {"iou": 0.98765}}))
     assert (page_run / "index.html").is_file()  # the run wrote one
-    canvas = opened(browser_page, report.write_page(Run.open(page_run)))
+    canvas = opened(browser_page, kinds.write_page(Run.open(page_run)))
     assert pixels(canvas).std() > 5
     assert browser_page.title() == browser_page.inner_text("h1") == "a red ball"
     text = browser_page.inner_text("body")
@@ -118,7 +118,7 @@ def test_the_page_of_a_run_shows_all_there_is_of_it(browser_page, page_run):
 
 
 def test_the_film_is_shown_at_most_twice_as_large_as_it_is(browser_page, page_run):
-    opened(browser_page, report.write_page(Run.open(page_run)))
+    opened(browser_page, kinds.write_page(Run.open(page_run)))
     browser_page.wait_for_function("document.querySelector('video').readyState >= 2")
     film = "v => [v.clientWidth, v.clientHeight, v.videoWidth]"
     assert browser_page.locator("video").evaluate(film) == [64, 64, 32]
@@ -134,7 +134,7 @@ def test_a_mesh_is_told_once_and_in_words_and_a_scene_can_be_judged(browser_page
     told = {"prompt": "p", "version": "9.9", "light_baked": True, "mesh": mesh}
     told["files"] = {"mesh.glb": found, "my mesh.obj": other, "mesh.ply": found}
     (page_run / "mesh.json").write_text(json.dumps(told))
-    browser_page.goto(report.write_page(Run.open(page_run)).as_uri())
+    browser_page.goto(kinds.write_page(Run.open(page_run)).as_uri())
     cells = browser_page.locator(".facts th, .facts td").all_inner_texts()
     assert dict(zip(cells[::2], cells[1::2], strict=True)) == {
         "made by sds3d": "9.9",
@@ -156,7 +156,7 @@ def test_hostile_text_is_shown_and_does_nothing(browser_page, call, tiny):
     made = Path(json.loads(out)["run"]).resolve()
     (made / "mesh.json").write_text(json.dumps({EVIL: EVIL, "list": [1], "none": None}))
     Run.open(made).append({"step": 7, "g_norm/t0.0-0.2</script>": 1.0, EVIL: EVIL, "opacity": 0.5})
-    opened(browser_page, report.write_page(Run.open(made), note=EVIL))  # browser_page fails on a message of EVIL's
+    opened(browser_page, kinds.write_page(Run.open(made), note=EVIL))  # browser_page fails on a message of EVIL's
     assert browser_page.title() == " ".join(EVIL.split()) and browser_page.text_content("h1") == EVIL
     assert browser_page.text_content("p.bad") == EVIL
     assert browser_page.text_content(".facts th") == EVIL and browser_page.text_content(".facts td") == EVIL
@@ -198,7 +198,7 @@ def test_a_run_that_ends_without_a_surface_has_a_page_that_says_so(browser_page,
 
 def test_a_damaged_model_is_said_and_not_an_error(browser_page, page_run):
     (page_run / "mesh.glb").write_bytes(b"no model")
-    browser_page.goto(report.write_page(Run.open(page_run)).as_uri())
+    browser_page.goto(kinds.write_page(Run.open(page_run)).as_uri())
     browser_page.wait_for_selector("[data-state=failed]")
     assert "cannot show the model in 3D" in browser_page.inner_text("[data-state]")
 
@@ -208,7 +208,7 @@ def test_particles_stand_side_by_side_and_images_have_a_page(browser_page, page_
         stem, suffix = name.split(".")
         shutil.copy(page_run / name, page_run / f"{stem}-2.{suffix}")
         shutil.copy(page_run / name, page_run / f"{stem}-old.{suffix}")  # somebody's own copy
-    opened(browser_page, report.write_page(Run.open(page_run)))
+    opened(browser_page, kinds.write_page(Run.open(page_run)))
     assert browser_page.locator("canvas").count() == 2 and browser_page.locator("video").count() == 2
     code, out, err = call("paint", "a ball, side view", "-n", "3", "--method", "csd", "steps=2", "image.size=8", "-q")
     assert code == 0, err

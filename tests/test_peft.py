@@ -349,9 +349,10 @@ def test_a_run_goes_on_with_its_adapter_and_leaves_it_to_diffusers(pipelines, tm
 
 def test_the_packaged_teacher_needs_no_peft():
     program = (
-        "import sys; from sds3d.config import load as config; from sds3d.runs import build as make;"
+        "import sys; from sds3d.config import load as config; from sds3d.runs import build;"
         "told = config.load('a red mug', {'method': 'vsd', 'device': 'cpu'});"
-        "make.critic(told, make.teacher(told)); print(*{'peft', 'transformers', 'diffusers'} & set(sys.modules))"
+        "build.build_critic(told, build.build_teacher(told));"
+        "print(*{'peft', 'transformers', 'diffusers'} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert not done.stdout.split()

@@ -10,7 +10,7 @@ from conftest import TINY, BallTeacher
 from sds3d.cameras import orbit
 from sds3d.config import load as configs
 from sds3d.distill.core import NonFiniteGradient
-from sds3d.runs import build as make
+from sds3d.runs import build
 from sds3d.runs.folder import Run
 from sds3d.runtime.ramp import Ramp
 from sds3d.students.base import Draw
@@ -188,8 +188,8 @@ def test_what_is_not_finite_stops_the_run_before_it_reaches_the_parameters(tmp_p
 def scene(*overrides: str) -> tuple:
     """A tiny scene, its objective and its plan, with a teacher that sees a ball."""
     config = configs.load("a ball", configs.parse_overrides([*TINY, *overrides]))
-    objective = make.objective(config, BallTeacher())
-    return make.student(config), {"sds": objective}, config.plan()
+    objective = build.build_objective(config, BallTeacher())
+    return build.build_student(config), {"sds": objective}, config.plan()
 
 
 def run_scene(*overrides: str, run=None, stop=None, resume=False) -> dict:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sds3d.config.load import load
-from sds3d.runs import build as make
+from sds3d.runs import build
 from sds3d.runtime.transfer import Figures, onto
 from sds3d.teachers import small
 from sds3d.train import _one_step, _State, make_optimiser
@@ -48,11 +48,11 @@ def test_a_step_on_a_gpu_waits_for_nothing(method: str):
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     config = load("a red mug", {"method": method, "device": "cuda", "steps": 40})
-    teacher, student = make.teacher(config), make.student(config)
-    critic = make.critic(config, teacher)
+    teacher, student = build.build_teacher(config), build.build_student(config)
+    critic = build.build_critic(config, teacher)
     optimiser = make_optimiser(student, config.optim)
     state = _State(student, optimiser, torch.Generator().manual_seed(0), 0, 0.0, critic)
-    objectives, plan = {"score": make.objective(config, teacher, critic)}, config.plan()
+    objectives, plan = {"score": build.build_objective(config, teacher, critic)}, config.plan()
     for _ in range(20):
         _one_step(state, objectives, plan).read()
     torch.cuda.set_sync_debug_mode("error")

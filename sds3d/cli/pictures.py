@@ -65,7 +65,6 @@ def render(
       sds3d render outputs/00001-a-red-mug -f png --frames 24 --elevation 40 -o sheets
     """
     from sds3d.media import video
-    from sds3d.runs import report
     from sds3d.runs.scene import Asset
     from sds3d.students.scene import layers
 
@@ -89,7 +88,7 @@ def render(
                 name = one.file(f"{'sheet' if suffix == SHEET else 'turntable'}{tag}.{suffix}").name
                 files.append(str(_draw(one, names, (out or one.path) / name, options, quiet or json)))
     if (out or asset.path).resolve() == asset.path.resolve():
-        report.write_page(asset.run)
+        asset.write_page()
     print_result({"run": str(asset.path), "files": files}, files, json)
 
 

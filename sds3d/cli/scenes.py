@@ -111,7 +111,7 @@ def resume(
     begun, quiet, json = time.perf_counter(), options.quiet, options.json
     layer = configs.parse_overrides(overrides or []) | ({configs.PICKLE: True} if options.allow_pickle else {})
     options.require()
-    if options.live and not isinstance(configs.of_run(Run.open(run).config), configs.Config):
+    if options.live and configs.of_run(Run.open(run).config).MAKES != "scene":
         raise ValueError(f"--live shows scenes, and {run} is none; leave it out")
     made, steps = launch.resume(run, layer)
     display = make_display(quiet or distributed.join().rank > 0, json)
@@ -181,8 +181,7 @@ def export(
 
       sds3d export outputs/00001-a-red-mug -f stl --height 80      [dim]# 80 mm high, to print[/dim]
     """
-    from sds3d.runs import progress, report
-    from sds3d.runs.folder import Run
+    from sds3d.runs import progress
     from sds3d.runs.scene import FORMATS, Asset
     from sds3d.runtime.files import require_folder
 
@@ -211,7 +210,7 @@ def export(
                     reports[str(path)] = one.write_mesh(exporter, path)
             lines += [f"warning: {text}" for text in exporter.shortfalls()] if quiet or json else exporter.lines()
     if (out or run).resolve() == run.resolve():
-        report.write_page(Run.open(run))
+        asset.write_page()
     for line in lines:
         print(line, file=sys.stderr)
     print_result({"run": str(run), "files": files, "meshes": reports}, files, json)

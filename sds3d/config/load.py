@@ -356,7 +356,7 @@ def changed(config: RunConfig, layer: Mapping[str, Any]) -> Any:
     values = {f.name: plain(getattr(config, f.name)) for f in dataclasses.fields(config) if f.name in layer}
     fresh = build(type(config), {"prompt": config.prompt, **merge(values, layer)})
     steps = fresh.steps if "steps" in layer else config.steps
-    if isinstance(config, DistillConfig) and steps > config.steps:
+    if steps > config.steps:
         ends = [name for name, ramp in config.optim.lr.items() if ramp(config.steps) == 0]
         if ends:
             raise ValueError(

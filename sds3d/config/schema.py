@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from sds3d import ops
 from sds3d.cameras import CameraRanges
@@ -132,6 +132,9 @@ class RunConfig:
         ValueError: an empty prompt or a number that makes no sense.
     """
 
+    MAKES: ClassVar[str]  # what a run of it makes, in a word
+    NEEDS_PROMPT: ClassVar[bool] = True
+
     prompt: str
     negative: str = ""
     seed: Annotated[int, Within(0, 2**62 - 1)] = 0
@@ -154,7 +157,7 @@ class RunConfig:
     log: LogConfig = LogConfig()
 
     def __post_init__(self):
-        if not self.prompt.strip() and not isinstance(self, DistillConfig):
+        if not self.prompt.strip() and self.NEEDS_PROMPT:
             raise ValueError('the prompt is empty; say what to make, as in: sds3d generate "a red mug"')
         if not 0 <= self.seed < 2**62:
             raise ValueError(f"seed is {shown(self.seed)}; give 0 or more, below 2^62")
@@ -178,6 +181,8 @@ class Config(RunConfig):
     Args:
         backend: of the hot kernels; one of ops.BACKENDS.
     """
+
+    MAKES: ClassVar[str] = "scene"
 
     backend: str = "auto"
     field: FieldConfig = FieldConfig()
@@ -203,6 +208,8 @@ class Config(RunConfig):
 @dataclass(frozen=True)
 class PaintConfig(RunConfig):
     """Everything that makes images without a scene."""
+
+    MAKES: ClassVar[str] = "images"
 
     steps: Annotated[int, Within(1, STEPS)] = 200
     optim: OptimConfig = dataclasses.field(
@@ -231,6 +238,9 @@ class DistillConfig(RunConfig):
         fsdp: of several processes (torchrun), let each keep a part of the trained weights, their gradients and Adam's
             moments (torch's fully_shard); false keeps all in each. One process alone is not changed by it.
     """
+
+    MAKES: ClassVar[str] = "generator"
+    NEEDS_PROMPT: ClassVar[bool] = False  # "" stands for all that the teacher knows
 
     prompt: str = ""
     steps: Annotated[int, Within(1, STEPS)] = 1000

@@ -32,10 +32,9 @@ from sds3d.evaluate import features
 from sds3d.evaluate.inception import Inception
 from sds3d.evaluate.judge import DigitJudge, ToyJudge
 from sds3d.media import sheet
-from sds3d.runs import build as make
+from sds3d.runs import generator_parts, kinds
 from sds3d.runs.folder import Run
 from sds3d.runs.generator import CARD, LoadedGenerator, a_few, find, load_generator, rows_of, write_card
-from sds3d.runs.report import write_page
 from sds3d.runtime.files import replacing
 from sds3d.runtime.machine import machine
 from sds3d.teachers.base import Teacher
@@ -301,9 +300,9 @@ def judge_generator(
     painter = load_generator(file, dtype=settings.dtype)
     real = real_for(painter.prompts, number, painter.image_size)
     teacher = load_teacher(settings)
-    if make.identity(config, teacher) != painter.told["teacher"]:
+    if generator_parts.identity(config, teacher) != painter.told["teacher"]:
         raise ValueError(
-            f"{path} was distilled from {painter.told['teacher']}; this is {make.identity(config, teacher)}"
+            f"{path} was distilled from {painter.told['teacher']}; this is {generator_parts.identity(config, teacher)}"
         )
     inception, found = Inception(painter.device) if fid else None, {}
     guided = by_teacher(teacher, *BEST, scale_of(config.method.scale, 0))
@@ -329,5 +328,5 @@ def judge_generator(
     shown = painter(told * 16, seed=1)
     grid = sheet.contact_sheet(rows_of(shown, len(told)), file.parent / "eval.png", told, sheet.seen(shown))
     write_card(file.parent, config, painter.told["teacher"], table(rows))
-    write_page(Run(file.parent))
+    kinds.write_page(Run(file.parent))
     return Report(rows["generator"], rows, [str(file.parent / "eval.json"), str(grid), str(file.parent / CARD)])

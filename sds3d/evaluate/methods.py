@@ -28,14 +28,12 @@ from torch import Tensor
 
 from sds3d.cameras import orbit
 from sds3d.config import load as configs
-from sds3d.config.load import Config, PaintConfig, RunConfig
+from sds3d.config.load import RunConfig
 from sds3d.config.typed import nearest, plain
 from sds3d.distill.core import NonFiniteGradient
 from sds3d.distill.score import METHODS
 from sds3d.pages import comparison as page
-from sds3d.runs import build as make
-from sds3d.runs import launch
-from sds3d.runs.folder import Run
+from sds3d.runs import build, kinds, launch
 from sds3d.runs.image import Painting
 from sds3d.runs.scene import Asset
 from sds3d.runtime import memory
@@ -58,7 +56,7 @@ COLUMNS = {
     "memory": page.Column("peak memory, MB", 0, False),
     "diverged": page.Column("diverged", 2, False),
 }
-KINDS = {"scene": Config, "image": PaintConfig}
+STUDENTS = ("scene", "image")  # of `sds3d.runs.kinds.KINDS`
 VIEWS = 6  # of a scene, in the pictures
 SAMPLES = 6  # of the teacher
 NOTHING = torch.zeros(0, 3, 1, 1)  # the pictures of a run that diverged
@@ -101,13 +99,13 @@ class Comparison:
             method = self.layer[key] if key == "method" else None
             if not isinstance(method, Mapping) or "name" in method:  # method.scale= is a setting of all its runs
                 raise ValueError(f"{key}= has no part in a comparison: give prompts, --methods, --seeds and --out")
-        if self.student not in KINDS:
-            raise ValueError(f"student is {self.student!r}; give {' or '.join(KINDS)}")
+        if self.student not in STUDENTS:
+            raise ValueError(f"student is {self.student!r}; give {' or '.join(STUDENTS)}")
 
     def config(self, prompt: str, method: str, seed: int, out: Path) -> RunConfig:
         """The settings of one run."""
         own = {"method": method, "seed": seed, "out": str(out)}
-        return configs.load(prompt, {"method": method}, self.layer, own, kind=KINDS[self.student])
+        return configs.load(prompt, {"method": method}, self.layer, own, kind=kinds.KINDS[self.student].config)
 
     def settings(self) -> dict[str, Any]:
         """Plain values, to recognise a comparison by."""
@@ -173,8 +171,8 @@ def teacher_samples(config: RunConfig) -> Tensor:
     """What the teacher itself draws for a prompt, (SAMPLES, 3, H, W) in [0, 1]; for a scene from cameras around it."""
     from sds3d.teachers.drawing import sample
 
-    teacher = make.teacher(config)
-    cameras = orbit(SAMPLES) if isinstance(config, Config) and teacher.views == "camera" else None
+    teacher = build.build_teacher(config)
+    cameras = orbit(SAMPLES) if kinds.of(config).seen_by_cameras and teacher.views == "camera" else None
     return sample(teacher, [config.prompt] * SAMPLES, seed=1, guidance=2.0, cameras=cameras).cpu()
 
 
@@ -206,8 +204,7 @@ def _carry_out(
         "asked": sum(row.get("asked", 0) for row in made.run.rows()),
         "memory": memory.peak(pick_device(config.device)),
     }
-    pictures = made.views(orbit(VIEWS), samples.shape[-1]) if isinstance(made, Asset) else made.images
-    pictures = pictures.cpu()
+    pictures = made.pictures(VIEWS, samples.shape[-1]).cpu()
     figures |= against_truth(made) | against_samples(pictures, samples)
     return made, figures, pictures
 
@@ -215,18 +212,12 @@ def _carry_out(
 def against_truth(made: Asset | Painting) -> dict[str, float | None]:
     """Figures against the toybox's object of the prompt; none where it has no such object."""
     from sds3d.data import toybox
-    from sds3d.evaluate import truth
 
     try:
-        toy = toybox.parse(made.config.prompt)
+        toybox.parse(made.config.prompt)
     except ValueError:
         return {}
-    if isinstance(made, Asset):
-        scores = made.evaluate()
-        return {"iou": scores.iou, "psnr": scores.psnr, "chamfer": scores.chamfer, "fscore": scores.fscore}
-    views, _ = toy.render(truth.unseen_views(), made.images.shape[-1])
-    error = (made.images.cpu()[:, None] - views).square().flatten(2).mean(-1).amin(1)  # (N,)
-    return {"psnr": float((-10 * error.clamp_min(1e-6).log10()).mean())}
+    return made.against_truth()
 
 
 def against_samples(pictures: Tensor, samples: Tensor) -> dict[str, float]:
@@ -346,9 +337,5 @@ def _load(comparison: Comparison, out: Path) -> dict[tuple[str, str, int], Entry
 
 def _pictures(path: Path) -> Tensor:
     """The pictures of a finished run."""
-    config = configs.of_run(path / "config.yaml")
-    if isinstance(config, PaintConfig):
-        student = make.student(config)
-        student.load_state_dict(Run.open(path).load_checkpoint()["student"])
-        return student.images().cpu()
-    return Asset.open(path).views(orbit(VIEWS), make.teacher(config).image_size).cpu()
+    made = kinds.open_run(path)
+    return made.pictures(VIEWS, build.build_teacher(made.config).image_size).cpu()

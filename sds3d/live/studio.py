@@ -21,8 +21,7 @@ from sds3d.live.hints import TITLE, Hints, without_commands
 from sds3d.live.jobs import Job, Queue
 from sds3d.live.stage import PROBLEMS, text
 from sds3d.live.watch import Watch
-from sds3d.runs import build as make
-from sds3d.runs import launch
+from sds3d.runs import build, launch
 from sds3d.runs.folder import Run, open_picture
 from sds3d.runtime.ranges import STEPS
 from sds3d.teachers.base import PACKAGED
@@ -167,7 +166,7 @@ class Studio:
                 if (
                     config.teacher.name in PACKAGED
                 ):  # any other would have to be loaded, beside the one that teaches now
-                    make.teacher(config)
+                    build.build_teacher(config)
                 self.queue.move(job.number, "waiting")
             except PROBLEMS as error:  # of one prompt; the next may do better
                 self._fail(job, error)

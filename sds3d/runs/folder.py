@@ -28,7 +28,7 @@ import shutil
 import time
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
 import torch
 from torch import Tensor
@@ -56,6 +56,12 @@ def slug(prompt: str) -> str:
         cut = words[:41].rpartition("-")[0]  # at a word's end where there is one
         words = cut or words[:40]
     return words or "run"
+
+
+class Restorable(Protocol):
+    """What a checkpoint can be loaded into; see `sds3d.students.base.Student`."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> Any: ...
 
 
 class Run:
@@ -198,6 +204,14 @@ class Run:
         """A file of this run by name; None where there is none, or where it is a link that leads out of the run."""
         path = self.path / name
         return path if path.is_file() and files.is_own(path, self.path) else None
+
+    def load_student(self, student: Restorable) -> None:
+        """Give a student the weights of the last checkpoint. Raises ValueError where they are not of such a student."""
+        state = self.load_checkpoint()
+        try:
+            student.load_state_dict(state["student"])
+        except (KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(f"{self.checkpoint} does not fit {self.config}; was one of them edited?") from error
 
     def append(self, row: dict) -> None:
         """Add a row to metrics.jsonl. Raises ValueError when the disk says no."""

@@ -7,17 +7,18 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from sds3d.config.load import DistillConfig, name_of, of_run
+from sds3d.config.load import DistillConfig, changed, name_of, of_run
 from sds3d.config.typed import build, convert, plain
 from sds3d.diffusion.draws import in_order
 from sds3d.media import sheet
-from sds3d.runs import report
+from sds3d.runs import generator_parts, report
 from sds3d.runs.folder import Run
+from sds3d.runtime.distributed import Processes
 from sds3d.runtime.files import from_json, replacing
 from sds3d.runtime.modes import training
 from sds3d.runtime.ramp import Ramp
@@ -29,6 +30,7 @@ from sds3d.teachers.base import DTYPES, HFConfig, TeacherConfig
 from sds3d.teachers.hf import generator as hf
 from sds3d.teachers.hf import generator_scheduler
 from sds3d.teachers.hf.teacher import DiffusersTeacher
+from sds3d.teachers.load import load_teacher
 from sds3d.teachers.small import SmallTeacher
 
 FILE = "generator.safetensors"
@@ -49,8 +51,33 @@ class Generated:
         student: the generator.
     """
 
+    PAGE: ClassVar[report.PageFacts] = report.PageFacts(
+        pictures={"What it paints": "grid.png", "Beside real images and its teacher": "eval.png"},
+        commands=("sds3d sample {run}", "sds3d eval {run}"),
+    )
+
     def __init__(self, run: Run | None, config: DistillConfig, student: FewStepGenerator):
         self.run, self.config, self.student = run, config, student
+
+    @classmethod
+    @training()
+    def open(cls, path: str | Path, device: str = "auto") -> Generated:
+        """The generator of a run folder, as its last checkpoint has it: one that can go on learning. `load_generator`
+        gives one that only paints.
+
+        Raises:
+            ValueError: no such run, no checkpoint, a damaged one, a run of another kind, or its teacher is gone.
+        """
+        run = Run.open(path)
+        config = of_run(run.config)
+        if config.MAKES != "generator":
+            raise ValueError(f"{run.path} makes {config.MAKES}, not a generator")
+        config = changed(config, {"device": device})
+        teacher = load_teacher(config.teacher, config.device)
+        generator_parts.check_teacher(config, teacher)
+        student = generator_parts.build_student(config, teacher, Processes())
+        run.load_student(student)
+        return cls(run, config, student)
 
     @property
     def path(self) -> Path:
@@ -105,7 +132,7 @@ class Generated:
         strip = self.path / "progress" / "strip.png"
         if strip.is_file():
             yield strip
-        yield report.write_page(self.run, doubt)
+        yield report.write_page(self.run, self.PAGE, doubt)
 
     def save(self) -> Path:
         """Write the first running mean as what `load_generator` reads."""
@@ -302,7 +329,7 @@ def _how_to_get_one(path: Path) -> str:
     """What a user can do about a folder without a generator."""
     if not (path / "config.yaml").is_file():
         return "train one with sds3d distill"
-    if not isinstance(of_run(path / "config.yaml"), DistillConfig):
+    if of_run(path / "config.yaml").MAKES != "generator":
         return "it is no generator's run; train one with sds3d distill"
     rows = Run.open(path).rows()
     early = f", or have it written as it is: sds3d resume {path} steps={rows[-1]['step']}" if rows else ""

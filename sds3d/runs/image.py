@@ -5,13 +5,17 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import ClassVar
 
 from torch import Tensor
 
-from sds3d.config.load import PaintConfig
+from sds3d.config import load as configs
+from sds3d.config.schema import PaintConfig
 from sds3d.media import sheet
-from sds3d.runs import report
+from sds3d.runs import image_parts, report
 from sds3d.runs.folder import Run, save_png
+from sds3d.runtime.distributed import Processes
+from sds3d.runtime.modes import training
 from sds3d.students.base import outsized
 from sds3d.students.image import ImageStudent
 
@@ -27,8 +31,29 @@ class Painting:
         student: their pixels.
     """
 
+    PAGE: ClassVar[report.PageFacts] = report.PageFacts(
+        pictures={"Images": "image.png"}, commands=("sds3d resume {run} steps={twice}",)
+    )
+
     def __init__(self, run: Run, config: PaintConfig, student: ImageStudent):
         self.run, self.config, self.student = run, config, student
+
+    @classmethod
+    @training()
+    def open(cls, path: str | Path, device: str = "auto") -> Painting:
+        """The images of a run folder, as its last checkpoint has them, on any device.
+
+        Raises:
+            ValueError: no such run, no checkpoint, a damaged one, or a run of another kind.
+        """
+        run = Run.open(path)
+        config = configs.of_run(run.config)
+        if config.MAKES != "images":
+            raise ValueError(f"{run.path} makes a {config.MAKES}, not images")
+        config = configs.changed(config, {"device": device})
+        student = image_parts.build_student(config, None, Processes())
+        run.load_student(student)
+        return cls(run, config, student)
 
     @property
     def path(self) -> Path:
@@ -43,6 +68,20 @@ class Painting:
     def images(self) -> Tensor:
         """(N, 3, H, W) in [0, 1]."""
         return self.student.images()
+
+    def pictures(self, count: int, resolution: int) -> Tensor:
+        """All its images, whatever their number and size, (N, 3, H, W) in [0, 1]."""
+        return self.images
+
+    def against_truth(self) -> dict[str, float | None]:
+        """Figures against the toybox's object of its prompt. Raises ValueError where there is none."""
+        from sds3d.data import toybox
+        from sds3d.evaluate import truth
+
+        images = self.images
+        views, _ = toybox.parse(self.config.prompt).render(truth.unseen_views(), images.shape[-1])
+        error = (images.cpu()[:, None] - views).square().flatten(2).mean(-1).amin(1)  # (N,)
+        return {"psnr": float((-10 * error.clamp_min(1e-6).log10()).mean())}
 
     def picture(self) -> Tensor:
         """The first images, for a progress picture."""
@@ -66,4 +105,4 @@ class Painting:
             strip = self.path / "progress" / "strip.png"
             if strip.is_file():
                 yield strip
-            yield report.write_page(self.run, doubt)
+            yield report.write_page(self.run, self.PAGE, doubt)

@@ -14,14 +14,11 @@ from typing import Any, TextIO
 import torch
 
 from sds3d.config import load as configs
-from sds3d.config.load import Config, DistillConfig, PaintConfig, RunConfig
+from sds3d.config.load import RunConfig
 from sds3d.distill.core import NonFiniteGradient
 from sds3d.distill.critics import TrainedCritic
-from sds3d.runs import build as make
-from sds3d.runs import memory_advice as savings
+from sds3d.runs import build, generator_parts, kinds, savings
 from sds3d.runs.folder import Run
-from sds3d.runs.generator import Generated
-from sds3d.runs.image import Painting
 from sds3d.runs.scene import Asset
 from sds3d.runtime.device import pick_device
 from sds3d.runtime.distributed import Processes, join
@@ -43,7 +40,7 @@ def check(config: RunConfig) -> None:
 
 
 @training()
-def start(config: RunConfig) -> tuple[Asset | Painting | Generated, Iterator[Step]]:
+def start(config: RunConfig) -> tuple[kinds.Made, Iterator[Step]]:
     """A new run: its folder, and the loop, not yet begun. The folder is made once everything else is in order.
 
     Raises:
@@ -52,7 +49,8 @@ def start(config: RunConfig) -> tuple[Asset | Painting | Generated, Iterator[Ste
     """
     parts = _Parts(config, processes_of(config))
     parts.begin_from_source()
-    run = Run.create(config.out, parts.title, configs.to_yaml(config)) if parts.processes.rank == 0 else None
+    title, first = parts.kind.title(config), parts.processes.rank == 0
+    run = Run.create(config.out, title, configs.to_yaml(config)) if first else None
     made = parts.made(run)
     try:
         steps = parts.steps(made)
@@ -64,9 +62,7 @@ def start(config: RunConfig) -> tuple[Asset | Painting | Generated, Iterator[Ste
 
 
 @training()
-def resume(
-    path: str | Path, layer: Mapping[str, Any] | None = None
-) -> tuple[Asset | Painting | Generated, Iterator[Step]]:
+def resume(path: str | Path, layer: Mapping[str, Any] | None = None) -> tuple[kinds.Made, Iterator[Step]]:
     """A run, and the loop from its checkpoint on; from the beginning, where it ended before it had one.
 
     One that was made on a GPU goes on without, with a warning, where there is none; its config.yaml keeps what it says.
@@ -83,7 +79,7 @@ def resume(
     """
     run = Run.open(path)
     config = configs.changed(configs.of_run(run.config), layer or {})
-    here = make.usable_here(config, layer or {})
+    here = build.usable_here(config, layer or {})
     processes = processes_of(here)
     with ExitStack() as stack:
         held = stack.enter_context(run.lock()) if processes.rank == 0 else None
@@ -158,26 +154,16 @@ class _Parts:
     """What a run consists of, made from its config. Raises ValueError where something is missing."""
 
     def __init__(self, config: RunConfig, processes: Processes = Processes()):
-        self.config, self.processes = config, processes
-        self.teacher = make.teacher(config)
-        self.student = make.student(config, self.teacher, processes)
-        self.critic = make.critic(config, self.teacher, processes)
-        self.objective = make.objective(config, self.teacher, self.critic)
+        self.config, self.processes, self.kind = config, processes, kinds.of(config)
+        self.teacher = build.build_teacher(config)
+        self.student = build.build_student(config, self.teacher, processes)
+        self.critic = build.build_critic(config, self.teacher, processes)
+        self.objective = build.build_objective(config, self.teacher, self.critic)
         self.source: SceneStudent | None = None
-        if isinstance(config, Config) and config.source.run:
-            self.source = Asset.open(config.source.run, config.device, config.backend).scene
-        has_source = self.source is not None or (isinstance(config, PaintConfig) and config.image.start)
-        if "source" in config.method.NEEDS and not has_source:
-            where = "image.start=picture.png" if isinstance(config, PaintConfig) else "source.run=outputs/00001-..."
-            raise ValueError(f"{self.objective.name} edits, and needs what: give {where} and source.prompt")
-
-    @property
-    def title(self) -> str:
-        """What the run folder is named after."""
-        config = self.config
-        if isinstance(config, DistillConfig):
-            return f"{Path(config.teacher.name).stem} {configs.name_of(config.method)} {config.prompt}"
-        return config.prompt
+        if config.source.run:
+            self.source = Asset.open(config.source.run, config.device, getattr(config, "backend", "auto")).scene
+        if "source" in config.method.NEEDS and not self.kind.has_source(config):
+            raise ValueError(f"{self.objective.name} edits, and needs what: give {self.kind.source} and source.prompt")
 
     def begin_from_source(self) -> None:
         """An edited scene begins as its source."""
@@ -191,19 +177,15 @@ class _Parts:
                 "render.background as it has, and leave method.particles at 1"
             ) from error
 
-    def made(self, run: Run | None) -> Asset | Painting | Generated:
+    def made(self, run: Run | None) -> kinds.Made:
         """What the run will have made."""
-        if isinstance(self.config, DistillConfig):
-            return Generated(run, self.config, self.student)
-        if isinstance(self.config, PaintConfig):
-            return Painting(run, self.config, self.student)
-        return Asset(run, self.config, self.student)
+        return self.kind.result(run, self.config, self.student)
 
-    def steps(self, made: Asset | Painting | Generated, resume: bool = False) -> Iterator[Step]:
+    def steps(self, made: kinds.Made, resume: bool = False) -> Iterator[Step]:
         """The loop."""
         steps = train(
             self.student if self.source is None else EditedScene(self.student, self.source),
-            make.objectives(self.objective, self.config, self.student, self.processes),
+            build.build_objectives(self.objective, self.config, self.student, self.processes),
             self.config.plan(),
             made.run,
             resume=resume,
@@ -249,15 +231,11 @@ def _guarded(steps: Iterator[Step], config: RunConfig, run: Run | None, teacher:
 
 def _sparing(config: RunConfig, teacher: Teacher) -> tuple[list[str], str]:
     """Those of the three most effective settings that a run can take up where it stopped, and all three in words."""
+    kind = kinds.of(config)
     if savings.is_pipeline(config.teacher):
-        found = savings.open_to(config, teacher.image_size)[:3]
+        found = kind.savings(config, teacher.image_size)[:3]
         return [one.setting for one in found if one.resumable], f"set {', '.join(map(str, found))}"
-    if isinstance(config, PaintConfig):
-        return [], "lower image.count"
-    if isinstance(config, DistillConfig):
-        return [], "lower generator.batch, pairs.batch"
-    chunk = "render.chunk (rays at a time, 65536 or less), render.views, render.resolution"
-    return ["render.chunk=4096"] if config.render.chunk != 4096 else [], f"lower {chunk}"
+    return kind.usual_savings(config)
 
 
 def _saved(run: Run | None, settings: list[str]) -> str:
@@ -273,8 +251,9 @@ def _saved(run: Run | None, settings: list[str]) -> str:
 
 def processes_of(config: RunConfig) -> Processes:
     """This process's share of a run that torchrun started. Raises ValueError where a run cannot be shared."""
-    processes = join(isinstance(config, DistillConfig) and config.fsdp)
-    if processes.world_size > 1 and not isinstance(config, DistillConfig):
+    many = kinds.of(config).many_processes
+    processes = join(many and getattr(config, "fsdp", False))
+    if processes.world_size > 1 and not many:
         raise ValueError("torchrun starts several processes, which only sds3d distill can share; start it without")
     return processes
 
@@ -288,14 +267,14 @@ def prepare(config: RunConfig, home: Path | None = None) -> Iterator[int]:
     Raises:
         ValueError: see `sds3d.distill.pairs.make`; or they would be made elsewhere.
     """
-    if isinstance(config, DistillConfig) and "pairs" in config.method.NEEDS:
+    if "pairs" in config.method.NEEDS and "pairs" in kinds.of(config).gives:
         processes = processes_of(config)
         if processes.rank == 0:
-            teacher = make.teacher(config)
-            folder = make.pairs_folder(config, teacher)
+            teacher = build.build_teacher(config)
+            folder = generator_parts.pairs_folder(config, teacher)
             if home is not None and not (is_own(folder, home) or (folder / "pairs.json").is_file()):
                 raise ValueError(
                     f"the run's pairs are gone from {folder}, and resume makes new ones in {home} only: bring them back"
                 )
-            yield from make.make_pairs(config, teacher)
+            yield from generator_parts.make_pairs(config, teacher)
         processes.wait()

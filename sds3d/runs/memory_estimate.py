@@ -22,7 +22,8 @@ from sds3d.config.load import Config
 from sds3d.diffusion.noise import Prediction, Schedule
 from sds3d.distill.core import surrogate
 from sds3d.distill.critics import CriticConfig, Trainable, TrainedCritic
-from sds3d.runs import build as make
+from sds3d.runs import build, scene_parts
+from sds3d.runs.savings import is_pipeline
 from sds3d.runtime.device import pick_device
 from sds3d.runtime.memory import Meter, held, hollow
 from sds3d.students.base import Draw
@@ -131,7 +132,7 @@ def estimate(config: Config, where: Place) -> Estimate:
     Raises:
         ValueError: the teacher cannot be found, or is not for this method.
     """
-    make.require_kind(config)
+    build.require_kind(config)
     teacher, dtype = config.teacher, dtype_of(config.teacher, where)
     bare, painter = teacher, teacher  # without settings that the network's, or the VAE's, memory does not depend on
     if is_pipeline(teacher):
@@ -139,10 +140,9 @@ def estimate(config: Config, where: Place) -> Estimate:
         bare = _with(teacher, checkpointing=True, slicing=False, tiling=False, offload=False, cache="")
     judge, views = _judge(bare, dtype), config.render.views
     try:
-        make.require_views(config, judge.teacher)
+        scene_parts.check_teacher(config, judge.teacher)
     except ValueError as error:
         raise ValueError(f"the memory that is estimated is a scene's, and {error}") from error
-    make.require_ring(config, judge.teacher)
     resolution = config.render.resolution_at(math.inf)  # the largest, usually
     kept, backward, forward = _encoding(painter, dtype, views, resolution)
     render, render_back = _render(config, where)
@@ -190,13 +190,6 @@ def dtype_of(teacher: TeacherConfig, where: Place) -> torch.dtype:
 def image_size(teacher: TeacherConfig, where: Place) -> int:
     """What a teacher sees, pixels a side."""
     return _judge(teacher, dtype_of(teacher, where)).teacher.image_size
-
-
-def is_pipeline(teacher: TeacherConfig) -> bool:
-    """Whether a teacher is a diffusers pipeline."""
-    from sds3d.teachers.hf import loading
-
-    return loading.is_pipeline(teacher.name)
 
 
 def _with(teacher: TeacherConfig, **changed) -> TeacherConfig:
@@ -304,7 +297,7 @@ def images_asked(config: Config) -> int:
         ValueError: the method lacks what it needs.
     """
     mute, rng = _Silent(config.teacher.views), torch.Generator().manual_seed(0)
-    objective, views, asked = make.objective(config, mute, mute), config.render.views, []
+    objective, views, asked = build.build_objective(config, mute, mute), config.render.views, []
     for step in (0, config.steps - 1):
         cameras = config.camera.sample(views, rng)
         images = torch.full((views, *mute.shape), 0.5)
@@ -337,7 +330,7 @@ def _probe(grid: FieldConfig, samples: int, shading: str, normals: bool, share: 
     """What a small render takes per sample, kept and at most, where so large a share of its rays goes at a time."""
     small_grid, rng = dataclasses.replace(grid, log2_table=10), torch.Generator().manual_seed(0)
     config = Config(PROMPT, device="cpu", field=small_grid, render=RenderConfig(samples=samples))
-    scene, cameras = make.scene(config, rng), config.camera.sample(1, rng)
+    scene, cameras = scene_parts.build_scene(config, rng), config.camera.sample(1, rng)
     kind = Shading("lambertian" if shading == "mixed" else shading)
     options = RenderOptions(2 / samples, kind, normals, chunk=max(1, int(share * PROBE**2)))
     with Meter() as meter:

@@ -7,12 +7,13 @@ import math
 import re
 import textwrap
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sds3d.config import load as configs
-from sds3d.config.load import Config, DistillConfig, RunConfig
+from sds3d.config.schema import RunConfig
 from sds3d.pages import gallery
 from sds3d.pages import run as run_page
 from sds3d.runs.folder import Run, open_picture
@@ -63,10 +64,26 @@ COLUMNS = {  # the figures of a gallery: of the run, of eval.json, of mesh.json
 }
 
 
-def write_page(run: Run, note: str = "") -> Path:
+@dataclass(frozen=True)
+class PageFacts:
+    """What the pages of one kind of run show.
+
+    Args:
+        pictures: caption -> file in the run folder, of those that may be there.
+        commands: what can be done next; {run} is the folder, {twice} two times the run's steps.
+        film_size: (config) -> pixels a side of its films; 0 where it has none.
+    """
+
+    pictures: Mapping[str, str]
+    commands: tuple[str, ...]
+    film_size: Callable[[Any], int] = lambda config: 0
+
+
+def write_page(run: Run, content: PageFacts, note: str = "") -> Path:
     """Write the run's index.html, from what is in its folder.
 
     Args:
+        content: of its kind.
         note: what went wrong at the run's end, if anything.
 
     Raises:
@@ -81,13 +98,13 @@ def write_page(run: Run, note: str = "") -> Path:
         note=note,
         models=_numbered(run, "mesh", ".glb"),
         films=_numbered(run, "turntable", ".mp4"),
-        film_size=config.export.size if isinstance(config, Config) else 0,
-        pictures=_pictures(run, config),
+        film_size=content.film_size(config),
+        pictures={text: path for text, name in content.pictures.items() if (path := run.own(name)) is not None},
         growth={int(path.stem): path for path in run.spread(8)},
         tables=tables,
         rows=rows,
         config=run.config.read_text(encoding="utf-8"),
-        commands=_commands(run.path, config),
+        commands=[text.format(run=run.path, twice=2 * config.steps) for text in content.commands],
     )
     return run_page.write(run.path / PAGE, page)
 
@@ -125,7 +142,7 @@ def _entry(run: Run, folder: Path) -> gallery.Entry:
         status = f"broken: {textwrap.shorten(str(error), 200)}"
     else:
         title = config.prompt or run.path.name
-        words |= {"method": configs.name_of(config.method), "made": kind_of(config)}
+        words |= {"method": configs.name_of(config.method), "made": config.MAKES}
         if rows:
             found = {key: rows[-1][key] for key in ("step", "seconds", "memory") if key in rows[-1]}
         if found.get("step", 0) < config.steps:
@@ -165,15 +182,10 @@ def _is_number(value: Any) -> bool:
         return False
 
 
-def kind_of(config: RunConfig) -> str:
-    """scene, images or generator."""
-    return "scene" if isinstance(config, Config) else "generator" if isinstance(config, DistillConfig) else "images"
-
-
 def summary(config: RunConfig, rows: list[dict[str, float]]) -> str:
     """As in "scene by sds from teacher small, seed 0, 400 steps in 4 min 20 s"."""
     method = configs.name_of(config.method)
-    text = f"{kind_of(config)} by {method} from teacher {Path(config.teacher.name).stem}, seed {config.seed}"
+    text = f"{config.MAKES} by {method} from teacher {Path(config.teacher.name).stem}, seed {config.seed}"
     if rows:
         text += f", {rows[-1]['step']} steps in {duration(rows[-1].get('seconds', 0))}"
     return text
@@ -245,26 +257,3 @@ def _numbered(run: Run, stem: str, suffix: str) -> list[Path]:
         if number := re.fullmatch(rf"{stem}-(\d+)", path.stem):
             found[int(number[1])] = path.name
     return [path for _, name in sorted(found.items()) if (path := run.own(name)) is not None]
-
-
-def _pictures(run: Run, config: RunConfig) -> dict[str, Path]:
-    """Large pictures by caption, those that are there."""
-    shown = {"Images": "image.png"}
-    if isinstance(config, Config):
-        shown = {"The true shape and ours": "eval.png"}
-    if isinstance(config, DistillConfig):
-        shown = {"What it paints": "grid.png", "Beside real images and its teacher": "eval.png"}
-    return {caption: path for caption, name in shown.items() if (path := run.own(name)) is not None}
-
-
-def _commands(folder: Path, config: RunConfig) -> list[str]:
-    if isinstance(config, DistillConfig):
-        return [f"sds3d sample {folder}", f"sds3d eval {folder}"]
-    if isinstance(config, Config):
-        return [
-            f"sds3d export {folder} --format glb,obj,ply",
-            f"sds3d render {folder} --size 512 --what rgb,depth,normals",
-            f"sds3d eval {folder}      # beside the true shape, where the toybox has one",
-            f"sds3d resume {folder} steps={2 * config.steps}",
-        ]
-    return [f"sds3d resume {folder} steps={2 * config.steps}"]

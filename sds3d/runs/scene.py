@@ -8,23 +8,23 @@ import warnings
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from sds3d.cameras import Cameras, orbit
 from sds3d.config import load as configs
-from sds3d.config.load import Config, DistillConfig
+from sds3d.config.load import Config
 from sds3d.config.typed import check
 from sds3d.export import formats
 from sds3d.export.model import stand
 from sds3d.export.pipeline import Export
 from sds3d.export.source import Source, Tell, silent
 from sds3d.media import sheet, video
-from sds3d.runs import build as make
-from sds3d.runs import report
+from sds3d.runs import report, scene_parts
 from sds3d.runs.folder import Run
+from sds3d.runtime.distributed import Processes
 from sds3d.runtime.files import user_path
 from sds3d.runtime.modes import require_own_process, training
 from sds3d.students.base import Particles, outsized
@@ -53,6 +53,17 @@ class Asset:
         scene: it.
     """
 
+    PAGE: ClassVar[report.PageFacts] = report.PageFacts(
+        pictures={"The true shape and ours": "eval.png"},
+        commands=(
+            "sds3d export {run} --format glb,obj,ply",
+            "sds3d render {run} --size 512 --what rgb,depth,normals",
+            "sds3d eval {run}      # beside the true shape, where the toybox has one",
+            "sds3d resume {run} steps={twice}",
+        ),
+        film_size=lambda config: config.export.size,
+    )
+
     def __init__(self, run: Run, config: Config, student: SceneStudent | Particles, particle: int = 0):
         self.run, self.config, self.student, self.particle = run, config, student, particle
         self.scene: SceneStudent = student.students[particle] if isinstance(student, Particles) else student
@@ -68,17 +79,13 @@ class Asset:
         """
         run = Run.open(path)
         config = configs.of_run(run.config)
-        if not isinstance(config, Config):
-            if isinstance(config, DistillConfig):
-                raise ValueError(f"{run.path} trains a generator and is not finished; sds3d resume {run.path}")
-            raise ValueError(f"{run.path} holds images, not a scene; look at its image.png")
+        if config.MAKES == "generator":
+            raise ValueError(f"{run.path} trains a generator and is not finished; sds3d resume {run.path}")
+        if config.MAKES != "scene":
+            raise ValueError(f"{run.path} holds {config.MAKES}, not a scene; look at its image.png")
         config = configs.changed(config, {"device": device, "backend": backend})
-        state = run.load_checkpoint()
-        student = make.student(config)
-        try:
-            student.load_state_dict(state["student"])
-        except (KeyError, RuntimeError, TypeError, ValueError) as error:
-            raise ValueError(f"{run.checkpoint} does not fit {run.config}; was one of them edited?") from error
+        student = scene_parts.build_student(config, None, Processes())
+        run.load_student(student)
         return cls(run, config, student)
 
     @property
@@ -105,6 +112,15 @@ class Asset:
         """Images (B, 3, H, W) in [0, 1], no gradient; H = W = the training resolution by default."""
         with training():
             return self.scene.render_view(cameras, resolution).rgb
+
+    def pictures(self, count: int, resolution: int) -> Tensor:
+        """As many views of it from all sides, (count, 3, resolution, resolution) in [0, 1]."""
+        return self.views(orbit(count), resolution)
+
+    def against_truth(self) -> dict[str, float | None]:
+        """Figures against the toybox's object of its prompt. Raises ValueError where there is none."""
+        scores = self.evaluate()
+        return {"iou": scores.iou, "psnr": scores.psnr, "chamfer": scores.chamfer, "fscore": scores.fscore}
 
     def render(
         self,
@@ -238,9 +254,13 @@ class Asset:
                     for name in ("preview.png", "turntable.mp4", "mesh.glb"):
                         yield asset.export(asset.file(name))
             except ValueError as error:
-                report.write_page(self.run, " ".join([*doubts, f"The run ended with an error: {error}"]))
+                self.write_page(" ".join([*doubts, f"The run ended with an error: {error}"]))
                 raise
-            yield report.write_page(self.run, " ".join(doubts))
+            yield self.write_page(" ".join(doubts))
+
+    def write_page(self, note: str = "") -> Path:
+        """Write index.html, the run's page. Raises ValueError; see `report.write_page`."""
+        return report.write_page(self.run, self.PAGE, note)
 
     def doubt(self) -> str:
         """What says that training diverged, though its figures stayed finite; "" where nothing does.
@@ -284,5 +304,5 @@ class Asset:
         scores = truth.evaluate(render, mesh, toy)
         sheet.side_by_side(scores.truth, scores.ours, self.file("eval.png"))
         self.run.write_text(self.file("eval.json"), json.dumps(scores.numbers(), indent=1) + "\n")
-        report.write_page(self.run)
+        self.write_page()
         return scores

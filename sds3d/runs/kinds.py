@@ -1,0 +1,149 @@
+"""The kinds of runs: a scene, images, a generator. What differs between them stands in this table, and nowhere else.
+
+A further kind is a further `Kind` in ``KINDS``: a config class, what its run is built of, and what its result is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sds3d.config import load as configs
+from sds3d.config.schema import Config, DistillConfig, PaintConfig, RunConfig
+from sds3d.distill.core import ScoreObjective
+from sds3d.distill.critics import TrainedCritic
+from sds3d.runs import generator_parts, image_parts, report, scene_parts
+from sds3d.runs.folder import Run
+from sds3d.runs.generator import Generated
+from sds3d.runs.image import Painting
+from sds3d.runs.savings import Saving
+from sds3d.runs.scene import Asset
+from sds3d.runtime.distributed import Processes
+from sds3d.students.base import Student
+from sds3d.teachers.base import Teacher
+from sds3d.train import Objective
+
+Made = Asset | Painting | Generated
+
+
+def _title(config: Any) -> str:
+    return config.prompt
+
+
+def _nothing(*_: Any) -> None:
+    pass
+
+
+def _no_prompts(config: Any) -> list[tuple[str, str]]:
+    return []
+
+
+def _critic(config: Any, teacher: Teacher, rng: torch.Generator, processes: Processes) -> TrainedCritic:
+    return TrainedCritic(teacher, config.critic, rng, processes)
+
+
+def _no_objectives(score: ScoreObjective, config: Any, student: Student, processes: Processes) -> dict[str, Objective]:
+    return {}
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What is particular to one kind of run. A function's config is of the kind's config class.
+
+    Args:
+        config: the class of its config.
+        result: the class of what it makes; ``result(run, config, student)``, and ``result.open(folder)``.
+        build_student: (config, teacher, processes) -> what is trained.
+        savings: (config, the teacher's pixels a side) -> settings that save memory, the most effective first.
+        usual_savings: (config) -> for a packaged teacher out of memory, those that a run can take up where it stopped,
+            and all of them in words.
+        title: (config) -> what the run folder is named after.
+        check: (config) -> None; raises ValueError before a teacher is loaded.
+        check_teacher: (config, teacher) -> None; raises ValueError where it cannot teach this kind.
+        further_prompts: (config) -> what the teacher must know beside the prompt, each with what it is for.
+        build_critic: (config, teacher, rng, processes) -> a critic, for methods that need one.
+        further_objectives: (score, config, student, processes) -> objectives beside the score, by name.
+        source: where an edit's source comes from, as it is typed.
+        has_source: (config) -> whether there is one.
+        gives: what it can give to methods that need it: "pairs", "real".
+        seen_by_cameras: whether the student is rendered from cameras.
+        many_prompts: whether an empty prompt stands for all that the teacher was trained on.
+        many_processes: whether torchrun's processes can share a run.
+    """
+
+    config: type[RunConfig]
+    result: type[Asset] | type[Painting] | type[Generated]
+    build_student: Callable[[Any, Teacher | None, Processes], Student]
+    savings: Callable[[Any, int], list[Saving]]
+    usual_savings: Callable[[Any], tuple[list[str], str]]
+    title: Callable[[Any], str] = _title
+    check: Callable[[Any], None] = _nothing
+    check_teacher: Callable[[Any, Teacher], None] = _nothing
+    further_prompts: Callable[[Any], list[tuple[str, str]]] = _no_prompts
+    build_critic: Callable[[Any, Teacher, torch.Generator, Processes], TrainedCritic] = _critic
+    further_objectives: Callable[[ScoreObjective, Any, Student, Processes], dict[str, Objective]] = _no_objectives
+    source: str = ""
+    has_source: Callable[[Any], bool] = bool
+    gives: frozenset[str] = frozenset()
+    seen_by_cameras: bool = False
+    many_prompts: bool = False
+    many_processes: bool = False
+
+
+KINDS = {
+    "scene": Kind(
+        config=Config,
+        result=Asset,
+        build_student=scene_parts.build_student,
+        savings=scene_parts.savings,
+        usual_savings=scene_parts.usual_savings,
+        check=scene_parts.check,
+        check_teacher=scene_parts.check_teacher,
+        further_prompts=scene_parts.further_prompts,
+        source="source.run=outputs/00001-...",
+        has_source=lambda config: bool(config.source.run),
+        seen_by_cameras=True,
+    ),
+    "image": Kind(
+        config=PaintConfig,
+        result=Painting,
+        build_student=image_parts.build_student,
+        savings=image_parts.savings,
+        usual_savings=image_parts.usual_savings,
+        source="image.start=picture.png",
+        has_source=lambda config: bool(config.image.start),
+    ),
+    "generator": Kind(
+        config=DistillConfig,
+        result=Generated,
+        build_student=generator_parts.build_student,
+        savings=generator_parts.savings,
+        usual_savings=generator_parts.usual_savings,
+        title=generator_parts.title,
+        check_teacher=generator_parts.check_teacher,
+        build_critic=generator_parts.build_critic,
+        further_objectives=generator_parts.further_objectives,
+        gives=frozenset({"pairs", "real"}),
+        many_prompts=True,
+        many_processes=True,
+    ),
+}
+
+
+def of(config: RunConfig) -> Kind:
+    """The kind of a run."""
+    return next(kind for kind in KINDS.values() if isinstance(config, kind.config))
+
+
+def open_run(path: str | Path, device: str = "auto") -> Made:
+    """What a run folder holds, as its last checkpoint has it. Raises ValueError; see `Asset.open`."""
+    return of(configs.of_run(Run.open(path).config)).result.open(path, device)
+
+
+def write_page(run: Run, note: str = "") -> Path:
+    """Write a run's index.html, from what is in its folder. Raises ValueError; see `report.write_page`."""
+    return report.write_page(run, of(configs.of_run(run.config)).result.PAGE, note)

@@ -1,0 +1,109 @@
+"""What a run of a scene is built of, where it differs from other runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import warnings
+
+import torch
+
+from sds3d import ops
+from sds3d.cameras import Cameras
+from sds3d.config.schema import Config
+from sds3d.prompts import COLOURS, VIEW_WORDS, named_background, named_view, words
+from sds3d.runs.savings import Saving, of_pipeline
+from sds3d.runtime.device import pick_device
+from sds3d.runtime.distributed import Processes
+from sds3d.students.base import Particles, Student
+from sds3d.students.scene.student import BACKGROUNDS, SceneConfig, SceneStudent
+from sds3d.teachers.base import Teacher
+from sds3d.teachers.hf import loading
+
+
+def check(config: Config) -> None:
+    """Raises ValueError where a scene's prompt names a view. Warns where view words may mean something else, which only
+    a pipeline's text encoder can tell."""
+    if view := named_view(config.prompt):
+        raise ValueError(f"the prompt says {view!r}, but a scene is seen from all sides; leave it out")
+    said = [view for view in VIEW_WORDS if view in " ".join(words(config.prompt))]
+    if said and loading.is_pipeline(config.teacher.name):
+        warnings.warn(
+            f"the prompt has the words {said[0]!r}, taken as part of the object; if they mean where it is seen from, "
+            "leave them out: a scene is seen from all sides",
+            stacklevel=3,
+        )
+
+
+def check_teacher(config: Config, teacher: Teacher) -> None:
+    """Raises ValueError where a teacher cannot know from where a scene is seen, or judges several views of a scene at
+    once and the scene's do not stand so."""
+    known = getattr(teacher, "vocabulary", None)
+    if teacher.views == "words" and known is not None and not {"front", "back", "view"} <= set(known):
+        raise ValueError(
+            f"the teacher {config.teacher.name} knows neither cameras nor view words, which a scene needs; it can "
+            "paint (sds3d paint) and teach a generator (sds3d distill)"
+        )
+    views_per_set = getattr(teacher, "views_per_set", 1)
+    if teacher.views == "camera" and config.camera.ring % views_per_set:
+        raise ValueError(
+            f"the teacher {config.teacher.name} judges {views_per_set} views of a scene at once: give "
+            f"camera.ring={views_per_set} and render.views={views_per_set}, or a multiple"
+        )
+
+
+def further_prompts(config: Config) -> list[tuple[str, str]]:
+    """What a teacher must know beside the prompt, each with what it is for: its words on drawn backgrounds."""
+    if config.render.background != "random" or named_background(config.prompt):
+        return []
+    return [(f"on {name}: ", f"{config.prompt} on a {name} background") for name in list(BACKGROUNDS)[1:]]
+
+
+def build_student(config: Config, teacher: Teacher | None, processes: Processes) -> Student:
+    """A new scene, or as many as the method has particles; the same seed gives the same."""
+    rng = torch.Generator().manual_seed(2 * config.seed + 1)  # the loop's own stream is 2 * seed
+    if config.particles == 1:
+        return build_scene(config, rng)
+    seeds = torch.randint(2**62, (config.particles,), generator=rng).tolist()
+    return Particles([build_scene(config, torch.Generator().manual_seed(seed)) for seed in seeds])
+
+
+def build_scene(config: Config, rng: torch.Generator) -> SceneStudent:
+    """A new scene. A background that its prompt names is its usual one."""
+    device, render, named = pick_device(config.device), config.render, named_background(config.prompt)
+    usual = named or "white"
+    if named:
+        if render.background not in ("white", "learned", named):
+            raise ValueError(f"the prompt names a {named} background and render.background is {render.background}")
+        render = dataclasses.replace(render, background=named)
+    settings = SceneConfig(config.field, config.occupancy, render, config.camera, config.regularise)
+
+    def prompts(cameras: Cameras, background: str) -> list[str]:
+        plain_name = background.isalpha() and background not in (usual, "learned")
+        return [f"{config.prompt} on a {background} background" if plain_name else config.prompt] * len(cameras)
+
+    backgrounds = {named: COLOURS[named]} if named else None
+    return SceneStudent(settings, rng, prompts, backgrounds, ops.choose(device, config.backend), device)
+
+
+def savings(config: Config, image_size: int) -> list[Saving]:
+    """What can be set to save memory, in the usual order of effect; see `Kind.savings`."""
+    teacher = of_pipeline(config, image_size)
+    render, ring, found = config.render, config.camera.ring, []
+    if teacher and render.views > ring:
+        found.append(Saving(f"render.views={ring}", "a noisier gradient"))
+    chunk = Saving("render.chunk=4096", "rays at a time: a quarter slower", True)
+    found += [] if 0 < render.chunk <= 4096 else [chunk]
+    if not teacher and render.views > ring:
+        half = max(1, render.views // ring // 2) * ring
+        found.append(Saving(f"render.views={half}", "a noisier gradient"))
+    pixels = render.resolution_at(math.inf)
+    if pixels >= (128 if teacher else 8):
+        found.append(Saving(f"render.resolution={pixels // 2}", "coarser views"))
+    return [*teacher, *found]
+
+
+def usual_savings(config: Config) -> tuple[list[str], str]:
+    """Of a packaged teacher's run that is out of memory: what it can take up where it stopped, and all in words."""
+    chunk = "render.chunk (rays at a time, 65536 or less), render.views, render.resolution"
+    return ["render.chunk=4096"] if config.render.chunk != 4096 else [], f"lower {chunk}"
