@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sds3d.config import load as configs
-from sds3d.live.stage import text
+from sds3d.live.stage import icon, text
 from sds3d.runs.progress import Clock, figures
 
 if TYPE_CHECKING:
@@ -38,11 +38,12 @@ class Watch:
         self._prompt, self._details = gui.add_html(""), gui.add_html("")
         self._bar = gui.add_progress_bar(0.0, visible=False)
         self._status = gui.add_html("")
-        self._pause = gui.add_button("Pause", icon="player-pause", visible=False)
-        self._stop = gui.add_button("Stop and export", icon="player-stop", color="gray", visible=False)
-        self._particle = gui.add_dropdown("scene", ("1",), visible=False)
+        self._pause = gui.add_button("Pause", icon=icon("player-pause"), visible=False)
+        self._stop = gui.add_button("Stop and export", icon=icon("player-stop"), color="gray", visible=False)
+        scenes: tuple[str, ...] = ("1",)
+        self._particle = gui.add_dropdown("scene", scenes, visible=False)
         self._show = gui.add_button_group("show", ("mesh", "rendered scene"), visible=False)
-        self._download = gui.add_button("Download GLB", icon="download", visible=False)
+        self._download = gui.add_button("Download GLB", icon=icon("download"), visible=False)
         self._pause.on_click(lambda event: self._toggle())
         self._stop.on_click(lambda event: self._end())
         self._particle.on_update(lambda event: stage.ask(self._choose))
@@ -127,6 +128,7 @@ class Watch:
 
     def _describe(self) -> None:
         """The prompt and what else there is to say beforehand."""
+        assert self.asset is not None, "there is a run by now"
         asset, config = self.asset, self.asset.config
         self._prompt.content = text(config.prompt, strong=True)
         told = f"{configs.name_of(config.method)}, teacher {Path(config.teacher.name).name}, seed {config.seed}"
