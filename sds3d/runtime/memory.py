@@ -85,12 +85,14 @@ def hollow(module: nn.Module) -> nn.Module:
     """The module itself, with fake tensors in place of its own: to be called inside a FakeTensorMode."""
     twins: dict[Tensor, Tensor] = {}  # weights that two modules share stay one
     for part in module.modules():
-        for name, tensor in [*part._parameters.items(), *part._buffers.items()]:
-            if tensor is None:
-                continue
-            if tensor not in twins:
-                empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
-                twin = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
-                twins[tensor] = twin
-            (part._parameters if name in part._parameters else part._buffers)[name] = twins[tensor]
+        own: tuple[dict[str, Any], ...] = (part._parameters, part._buffers)
+        for slots in own:
+            for name, tensor in slots.items():
+                if tensor is None:
+                    continue
+                if tensor not in twins:
+                    empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
+                    twin = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+                    twins[tensor] = twin
+                slots[name] = twins[tensor]
     return module
