@@ -85,14 +85,12 @@ def hollow(module: nn.Module) -> nn.Module:
     """The module itself, with fake tensors in place of its own: to be called inside a FakeTensorMode."""
     twins: dict[Tensor, Tensor] = {}  # weights that two modules share stay one
     for part in module.modules():
-        own: tuple[dict[str, Any], ...] = (part._parameters, part._buffers)
-        for slots in own:
-            for name, tensor in slots.items():
-                if tensor is None:
-                    continue
-                if tensor not in twins:
-                    empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
-                    twin = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
-                    twins[tensor] = twin
-                slots[name] = twins[tensor]
+        for name, tensor in [*part._parameters.items(), *part._buffers.items()]:
+            if tensor is None:
+                continue
+            if tensor not in twins:
+                empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
+                twin = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+                twins[tensor] = twin
+            setattr(part, name, twins[tensor])  # which keeps a parameter a parameter, and a buffer a buffer
     return module
