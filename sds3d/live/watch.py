@@ -40,8 +40,7 @@ class Watch:
         self._status = gui.add_html("")
         self._pause = gui.add_button("Pause", icon=icon("player-pause"), visible=False)
         self._stop = gui.add_button("Stop and export", icon=icon("player-stop"), color="gray", visible=False)
-        scenes: tuple[str, ...] = ("1",)
-        self._particle = gui.add_dropdown("scene", scenes, visible=False)
+        self._particle = gui.add_dropdown("scene", _numbers(1), visible=False)
         self._show = gui.add_button_group("show", ("mesh", "rendered scene"), visible=False)
         self._download = gui.add_button("Download GLB", icon=icon("download"), visible=False)
         self._pause.on_click(lambda event: self._toggle())
@@ -134,7 +133,7 @@ class Watch:
         told = f"{configs.name_of(config.method)}, teacher {Path(config.teacher.name).name}, seed {config.seed}"
         self._details.content = text(f"{asset.path.name}: {told}", muted=True)
         count = len(asset.particles)
-        self._particle.options = tuple(str(i + 1) for i in range(count))
+        self._particle.options = _numbers(count)
         self._particle.visible = count > 1
 
     def _tell(self, step: Step) -> None:
@@ -163,3 +162,8 @@ class Watch:
     def _index(self, several: Sequence) -> int:
         """Which of several is chosen."""
         return min(int(self._particle.value) - 1, len(several) - 1)
+
+
+def _numbers(count: int) -> tuple[str, ...]:
+    """What particles are called, from "1"."""
+    return tuple(str(i + 1) for i in range(count))
