@@ -46,14 +46,16 @@ class Cameras:
     def __len__(self) -> int:
         return self.azimuth.shape[0]
 
-    def __getitem__(self, index) -> Cameras:
+    def __getitem__(self, index: int | slice | Tensor) -> Cameras:
         """Select cameras by slice, index tensor or mask; an int keeps the batch axis."""
         if isinstance(index, int):
             index = slice(index, index + 1) if index != -1 else slice(-1, None)
         return Cameras(self.azimuth[index], self.elevation[index], self.distance[index], self.fov[index])
 
     def to(self, device: torch.device | str) -> Cameras:
-        return Cameras(*(onto(x, device) for x in (self.azimuth, self.elevation, self.distance, self.fov)))
+        """The same cameras on a device."""
+        azimuth, elevation = onto(self.azimuth, device), onto(self.elevation, device)
+        return Cameras(azimuth, elevation, onto(self.distance, device), onto(self.fov, device))
 
     def positions(self) -> Tensor:
         """World positions, (B, 3)."""
@@ -101,7 +103,8 @@ class Poses:
         return self.position.shape[0]
 
     def to(self, device: torch.device | str) -> Poses:
-        return Poses(*(onto(x, device) for x in (self.position, self.rotation, self.fov)), self.aspect)
+        """The same poses on a device."""
+        return Poses(onto(self.position, device), onto(self.rotation, device), onto(self.fov, device), self.aspect)
 
     def positions(self) -> Tensor:
         """World positions, (B, 3)."""

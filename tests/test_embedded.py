@@ -96,7 +96,7 @@ def test_in_a_thread_and_beside_an_event_loop(plain, tmp_path):
 
 FORK = """
 import os, signal, sys, sds3d
-from sds3d import modes
+from sds3d.runtime import modes
 if sys.argv[1] == "used":
     with modes.training():
         pass

@@ -7,7 +7,7 @@ import pytest
 
 PROGRAM = """
 import torch
-from sds3d import memory
+from sds3d.runtime import memory
 cpu = torch.device("cpu")
 small = memory.peak(cpu)
 block = torch.ones(64 * 2**20)  # 256 MB

@@ -26,6 +26,7 @@ class DistillOptions(RunOptions):
     fsdp: Annotated[bool, Option("--fsdp", help="share the weights, too, between torchrun's processes")] = False
 
     def own(self) -> dict[str, Any]:
+        """See `sds3d.cli.shared.RunOptions.own`."""
         own = {"prompt": self.prompt, "generator.prompts": self.prompts, "fsdp": self.fsdp or None}
         return own | {"generator.steps": self.steps_of_generator}
 

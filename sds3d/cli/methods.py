@@ -23,6 +23,7 @@ class PaintOptions(RunOptions):
     start: Annotated[str | None, Option(help="a picture to begin from; grey without one")] = None
 
     def own(self) -> dict[str, Any]:
+        """See `sds3d.cli.shared.RunOptions.own`."""
         return {"image.count": self.number, "image.start": self.start}
 
 

@@ -43,9 +43,11 @@ class GenerateOptions(LiveOptions, RunOptions):
     backend: Annotated[str | None, Option(help="kernels: auto, numba, torch ... (see sds3d doctor)")] = None
 
     def own(self) -> dict[str, Any]:
+        """See `sds3d.cli.shared.RunOptions.own`."""
         return {"teacher.views": self.teacher_views, "backend": self.backend}
 
     def watched(self) -> AbstractContextManager[Watch | None]:
+        """See `sds3d.cli.shared.RunOptions.watched`."""
         return self.page(silent=self.quiet or self.json)
 
 

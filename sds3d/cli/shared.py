@@ -252,8 +252,10 @@ def interruption(busy: Callable[[], bool] = lambda: True) -> Iterator[list[int]]
 
 
 def print_result(result: dict[str, Any], lines: list[str], as_json: bool) -> None:
+    """Print a result: its lines, or itself as JSON."""
     print(dump(result) if as_json else "\n".join(lines))
 
 
 def dump(value: Any) -> str:
+    """A value as JSON, in one line."""
     return json.dumps(value)

@@ -202,6 +202,7 @@ class Config(RunConfig):
             )
 
     def plan(self) -> Plan:
+        """See `RunConfig.plan`; with the weights of the scene's regularisers."""
         return dataclasses.replace(super().plan(), lambdas=self.regularise.ramps())
 
 

@@ -1,0 +1,1 @@
+"""Pictures with captions to train on: drawn ones, digits, a folder of your own."""

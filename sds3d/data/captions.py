@@ -6,13 +6,17 @@ unsaid, otherwise nearly always named, so an unsaid second colour is the default
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
 from sds3d.data.kinds import KINDS, STACKS
 from sds3d.data.toybox import QUALITIES, is_held_out
 from sds3d.prompts import COLOURS
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -47,9 +51,11 @@ class CaptionDraw:
         self.degraded_share = degraded_share
 
     def chance(self, p: float) -> bool:
+        """True with probability ``p``."""
         return torch.rand((), generator=self.rng).item() < p
 
-    def choose(self, options):
+    def choose(self, options: Sequence[T]) -> T:
+        """One of the options, each as likely."""
         return options[int(torch.randint(len(options), (), generator=self.rng))]
 
     def colours(self, name: str) -> tuple[str, str]:

@@ -33,9 +33,9 @@ def _all() -> tuple[Tensor, Tensor]:
     """Images (N, 1, 8, 8) uint8, 255 is ink; their digits (N,)."""
     from sklearn.datasets import load_digits
 
-    found = load_digits()
-    images = torch.from_numpy(found.images).mul(255 / 16).round().to(torch.uint8)[:, None]
-    return images, torch.from_numpy(found.target).long()
+    pixels, digits = load_digits(return_X_y=True)  # (N, 64) in [0, 16], (N,)
+    images = torch.from_numpy(pixels.reshape(-1, 8, 8)).mul(255 / 16).round().to(torch.uint8)[:, None]
+    return images, torch.from_numpy(digits).long()
 
 
 def labels(part: str = "train") -> Tensor:

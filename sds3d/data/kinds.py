@@ -7,6 +7,7 @@ origin and faces +z.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from sds3d.data.shapes import (
@@ -45,7 +46,7 @@ class Kind:
     front: bool = False
 
 
-def _four(make, x: float, z: float) -> Solid:
+def _four(make: Callable[[float, float], Solid], x: float, z: float) -> Solid:
     """Four copies at (+-x, +-z)."""
     return union(*(make(sx * x, sz * z) for sx in (-1, 1) for sz in (-1, 1)))
 

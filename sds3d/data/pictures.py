@@ -41,6 +41,7 @@ class Pictures:
 
     @property
     def channels(self) -> int:
+        """1 or 3."""
         return self.images.shape[1]
 
     def vocabulary(self) -> tuple[str, ...]:

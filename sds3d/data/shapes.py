@@ -26,10 +26,13 @@ def _box_distance(excess: Tensor) -> Tensor:
 
 
 def sphere(centre: Triple, radius: float) -> Solid:
+    """A ball."""
     return lambda p: _shift(p, centre).norm(dim=-1) - radius
 
 
 def ellipsoid(centre: Triple, radii: Triple) -> Solid:
+    """An ellipsoid with half-axes ``radii``."""
+
     def distance(p: Tensor) -> Tensor:
         q, r = _shift(p, centre), p.new_tensor(radii)
         k0, k1 = (q / r).norm(dim=-1), (q / (r * r)).norm(dim=-1)
@@ -44,6 +47,7 @@ def box(centre: Triple, half: Triple, rounding: float = 0.03) -> Solid:
 
 
 def cylinder(centre: Triple, radius: float, half_height: float, axis: str = "y", rounding: float = 0.02) -> Solid:
+    """A cylinder along an axis, its edges rounded inside it."""
     a, b, c = _AXES[axis]
 
     def distance(p: Tensor) -> Tensor:
@@ -75,6 +79,7 @@ def frustum(centre: Triple, bottom: float, top: float, half_height: float) -> So
 
 
 def torus(centre: Triple, major: float, minor: float, axis: str = "y") -> Solid:
+    """A ring round an axis: ``major`` is its radius, ``minor`` that of its tube."""
     a, b, c = _AXES[axis]
 
     def distance(p: Tensor) -> Tensor:
@@ -85,6 +90,8 @@ def torus(centre: Triple, major: float, minor: float, axis: str = "y") -> Solid:
 
 
 def capsule(start: Triple, end: Triple, radius: float) -> Solid:
+    """A rod with round ends, whose middles are ``start`` and ``end``."""
+
     def distance(p: Tensor) -> Tensor:
         a, b = p.new_tensor(start), p.new_tensor(end)
         along = (((p - a) @ (b - a)) / (b - a).dot(b - a)).clamp(0, 1)
@@ -106,14 +113,17 @@ def roof(centre: Triple, half_width: float, height: float, half_depth: float) ->
 
 
 def subtract(solid: Solid, hole: Solid) -> Solid:
+    """The solid without the hole."""
     return lambda p: torch.maximum(solid(p), -hole(p))
 
 
 def intersect(*solids: Solid) -> Solid:
+    """What is inside all solids."""
     return lambda p: torch.stack([s(p) for s in solids], -1).amax(-1)
 
 
 def union(*solids: Solid) -> Solid:
+    """What is inside any of the solids."""
     return lambda p: torch.stack([s(p) for s in solids], -1).amin(-1)
 
 

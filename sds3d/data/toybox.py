@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -22,6 +23,9 @@ from sds3d.cameras import Cameras
 from sds3d.data.kinds import KINDS, STACKS, Kind
 from sds3d.data.tracing import normals, paint, part_distances, shade, trace
 from sds3d.prompts import COLOURS, VIEW_WORDS, named_background, unknown_words, words
+
+if TYPE_CHECKING:
+    import trimesh
 
 SIZES = {"small": 0.75, "": 1.0, "large": 1.1}
 QUALITIES: dict[str, tuple[str, ...]] = {  # what was done to the image -> words a caption may use for it
@@ -97,6 +101,7 @@ class Toy:
 
     @property
     def kind(self) -> Kind:
+        """Its kind, or stack of two."""
         return KINDS[self.name] if self.name in KINDS else STACKS[self.name]
 
     def sdf(self, points: Tensor) -> Tensor:
@@ -124,7 +129,7 @@ class Toy:
         behind = background_colour(self.background).view(1, 3, 1, 1)
         return rgb + (1 - coverage) * behind, coverage
 
-    def mesh(self, resolution: int = 96):
+    def mesh(self, resolution: int = 96) -> trimesh.Trimesh:
         """The true surface as a trimesh.Trimesh in world coordinates, with lit vertex colours."""
         import trimesh
         from skimage.measure import marching_cubes

@@ -60,6 +60,7 @@ class ImageNoise:
         self.streams = [torch.Generator().manual_seed(image_seed(seed, index)) for index in indices]
 
     def __call__(self) -> Tensor:
+        """The next noise."""
         rows = torch.stack([torch.randn(self.shape, generator=stream) for stream in self.streams])
         return onto(rows.to(self.dtype), self.device)
 

@@ -248,22 +248,27 @@ class Prediction:
 
     @property
     def eps(self) -> Tensor:
+        """The noise."""
         return self._as("eps")
 
     @property
     def x0(self) -> Tensor:
+        """The clean images."""
         return self._as("x0")
 
     @property
     def v(self) -> Tensor:
+        """The velocity, alpha eps - sigma x0."""
         return self._as("v")
 
     @property
     def flow(self) -> Tensor:
+        """dx_t/dt: alpha' x0 + sigma' eps."""
         return self._as("flow")
 
     @property
     def score(self) -> Tensor:
+        """The gradient of log p(x_t), -eps / sigma."""
         return self._as("score")
 
     def _as(self, wanted: str) -> Tensor:

@@ -20,6 +20,7 @@ from torch import Tensor
 from sds3d.diffusion.noise import Prediction, Schedule, noised
 from sds3d.runtime.transfer import onto
 
+Curve = Callable[[Tensor], Tensor]  # how places between two ends are spread
 Predict = Callable[[Tensor, Tensor], Prediction]  # (x_t (B, C, H, W), t (B,)) -> Prediction
 Fresh = torch.Generator | Callable[[], Tensor]  # where fresh noise comes from: one stream, or each image's own
 Steps = Iterator[tuple[Tensor, Tensor, Tensor]]  # t (B,) reached, the x0 predicted on the way there, x_t there
@@ -91,16 +92,17 @@ def log_times(schedule: Schedule, steps: int) -> Tensor:
 def even_times(schedule: Schedule, steps: int) -> Tensor:
     """As ``edm_times``, but t falls evenly, and would arrive at sigma = 0 with the last step."""
     ends = torch.tensor([schedule.t_noisiest, schedule.t_clean], dtype=torch.float64)
-    return torch.lerp(*ends, torch.arange(steps, dtype=torch.float64) / steps).clamp_min(0)
+    return torch.lerp(ends[0], ends[1], torch.arange(steps, dtype=torch.float64) / steps).clamp_min(0)
 
 
-def _times(schedule: Schedule, steps: int, scale: Callable, back: Callable) -> Tensor:
+def _times(schedule: Schedule, steps: int, scale: Curve, back: Curve) -> Tensor:
     """Times between the ends, even in scale(r)."""
     alpha, sigma = schedule.alpha_sigma(torch.tensor([0.0, schedule.t_noisiest], dtype=torch.float64))
     low, high = sigma / alpha.clamp_min(1e-12)
     ends = torch.stack([high.clamp_max(R_MAX), low.clamp_min(R_MIN)])
     places = torch.arange(steps, dtype=torch.float64) / max(steps - 1, 1)
-    return schedule.t_of_ratio(back(torch.lerp(*scale(ends), places)).clamp(ends[1], ends[0]))
+    first, last = scale(ends)
+    return schedule.t_of_ratio(back(torch.lerp(first, last, places)).clamp(ends[1], ends[0]))
 
 
 @dataclass(frozen=True)
@@ -121,7 +123,11 @@ def _levels(schedule: Schedule, times: Tensor, like: Tensor, clean: bool = False
         rows = torch.cat([rows, rows.new_tensor([[0.0, 1.0, 0.0]])])
     ends = (rows[:, 2] == 0).tolist()
     rows = onto(rows.to(dtype), like.device)
-    return [_Level(*(value.expand(len(like)) for value in row), end) for row, end in zip(rows, ends)]
+    count = len(like)
+    return [
+        _Level(t.expand(count), alpha.expand(count), sigma.expand(count), end)
+        for (t, alpha, sigma), end in zip(rows, ends)
+    ]
 
 
 def heun(predict: Predict, x_t: Tensor, schedule: Schedule, times: Tensor) -> Steps:
@@ -161,17 +167,17 @@ def dpm_solver(predict: Predict, x_t: Tensor, schedule: Schedule, times: Tensor)
 
 def _dpm_solver(predict: Predict, x_t: Tensor, levels: list[_Level]) -> Steps:
     """``dpm_solver`` over these levels."""
-    before, length = None, None
+    before: tuple[Tensor, Tensor] | None = None  # x0 and h of the step before
     for at, to in zip(levels[:-1], levels[1:]):
         x0 = predict(x_t, at.t).x0
         if to.clean:
             x_t = to.alpha.view(-1, *[1] * (x0.dim() - 1)) * x0
         else:
             h = torch.log(to.alpha / to.sigma * at.sigma / at.alpha)
-            share = torch.zeros_like(h) if before is None else h / (2 * length)
-            straight = x0 if before is None else noised(x0, before, 1 + share, -share)
+            share = torch.zeros_like(h) if before is None else h / (2 * before[1])
+            straight = x0 if before is None else noised(x0, before[0], 1 + share, -share)
             x_t = noised(x_t, straight, to.sigma / at.sigma, -to.alpha * torch.expm1(-h))
-            before, length = x0, h
+            before = x0, h
         yield to.t, x0, x_t
 
 

@@ -70,6 +70,7 @@ class ScoreDifference(Method):
         require_scale(self, "scale")
 
     def __call__(self, q: Query) -> Tensor:  # (B, C, H, W), eps units
+        """See `Method`."""
         return q.guided(scale_of(self.scale, q.step)) - q.critic_eps()
 
 
@@ -190,6 +191,7 @@ class ScoreObjective:
 
     @property
     def name(self) -> str:
+        """Of the method's class."""
         return type(self.method).__name__
 
     def __call__(self, draw: Draw, step: int, rng: torch.Generator) -> Distilled:

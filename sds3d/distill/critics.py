@@ -143,15 +143,19 @@ class Exact:
     def predict(
         self, x_t: Tensor, t: Tensor, prompts: list[str], cameras: Cameras | None, camera_mask: Tensor | None
     ) -> Prediction:
+        """See `sds3d.distill.core.Critic.predict`."""
         return self.score.predict(x_t, t, prompts, cameras if self.score.views == "camera" else None, camera_mask)
 
     def fit(self, draw: Draw, rng: torch.Generator) -> Tensor:
+        """Nobody calls it: an exact critic is not trained."""
         raise AssertionError("an exact critic is not trained")
 
     def state_dict(self) -> dict[str, Any]:
+        """Nothing."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take nothing."""
         assert not state, state
 
 
@@ -198,6 +202,7 @@ class TrainedCritic:
         return [self.network] if self.camera is None else [self.network, self.camera]
 
     def parameters(self) -> list[nn.Parameter]:
+        """Everything that is trained."""
         return [p for part in self.parts() for p in part.parameters()]
 
     def predict(
@@ -257,6 +262,7 @@ class TrainedCritic:
         return {"network": self.network.state_dict(), "camera": camera, "optimiser": self.optimiser.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up what `state_dict` gave."""
         self.network.load_state_dict(state["network"])
         if self.camera is not None:
             self.camera.load_state_dict(state["camera"])

@@ -52,6 +52,7 @@ class TrainedDiscriminator(TrainedCritic):
         super().__init__(teacher, config, rng, processes)
 
     def parts(self) -> list[nn.Module]:
+        """See `TrainedCritic.parts`; and the head."""
         return [*super().parts(), self.head]
 
     def verdict(self, x: Tensor, prompts: list[str], rng: torch.Generator) -> Tensor:
@@ -62,14 +63,17 @@ class TrainedDiscriminator(TrainedCritic):
         return self.head(self.teacher.features(self.network, x_t, t, prompts)[-1])
 
     def loss(self, draw: Draw, x: Tensor, rng: torch.Generator) -> Tensor:
+        """See `TrainedCritic.loss`; and the head's, on real and drawn images."""
         real, prompts = self.real(len(x), rng)
         told = F.softplus(-self.verdict(real, prompts, rng)).mean()
         missed = F.softplus(self.verdict(x, draw.prompts, rng)).mean()
         return super().loss(draw, x, rng) + self.weight * (told + missed)
 
     def state_dict(self) -> dict[str, Any]:
+        """See `TrainedCritic.state_dict`; and the head's."""
         return {**super().state_dict(), "head": self.head.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up what `state_dict` gave."""
         super().load_state_dict(state)
         self.head.load_state_dict(state["head"])

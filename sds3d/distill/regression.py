@@ -44,6 +44,7 @@ class Regression:
         self.processes.of(self.batch)
 
     def __call__(self, draw: Draw, step: int, rng: torch.Generator) -> Judgement:
+        """The loss on some of the pairs, whatever was drawn; see `sds3d.train.Objective`."""
         index = self.processes.randint(len(self.pairs.prompts), self.processes.of(self.batch), rng)
         chosen = self.pairs[index]
         apart = self.distance(self.paint(chosen.noise, chosen.prompts), chosen.x).mean()

@@ -76,7 +76,9 @@ class Real(Protocol):
     prompts: tuple[str, ...]
 
     @property
-    def held_out(self) -> Tensor: ...
+    def held_out(self) -> Tensor:
+        """Images that nobody trained on."""
+        ...
 
     def wanted(self, number: int) -> Tensor:
         """What ``number`` images of the prompts, each in its turn, should show, (number, ...)."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from sds3d.networks.classifier import Classifier, ToyClassifier
 DIGITS = Path(__file__).with_name("digits.safetensors")
 TOYS = Path(__file__).with_name("toybox.safetensors")
 CHUNK = 1024  # images at a time
+N = TypeVar("N", bound=nn.Module)
 
 
 class DigitJudge:
@@ -67,7 +69,7 @@ class ToyJudge:
         return [part.to(self.device) * 2 - 1 for part in images.split(CHUNK)]
 
 
-def _load(net: nn.Module, path: Path, device: torch.device | str) -> nn.Module:
+def _load(net: N, path: Path, device: torch.device | str) -> N:
     """A network with the weights of a file, frozen."""
     from safetensors.torch import load_file
 

@@ -130,6 +130,7 @@ class Entry:
 
     @property
     def key(self) -> tuple[str, str, int]:
+        """What tells it from other entries: prompt, method and seed."""
         return self.prompt, self.method, self.seed
 
 

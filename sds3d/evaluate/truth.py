@@ -47,9 +47,11 @@ class Truth(Protocol):
 
     def render(self, cameras: Cameras, resolution: int) -> tuple[Tensor, Tensor]:
         """Images (B, 3, H, W) and coverage (B, 1, H, W), both in [0, 1]."""
+        ...
 
     def mesh(self) -> trimesh.Trimesh:
         """The true surface in world coordinates."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -144,11 +146,11 @@ def distances_to(mesh: trimesh.Trimesh, points: np.ndarray, rng: np.random.Gener
     middle. The answer is never too small. It can be too large where none of them lies on the nearest triangle, by less
     than the anchors' spacing.
     """
-    from scipy.spatial import cKDTree
+    from scipy.spatial import KDTree
 
     corners = np.asarray(mesh.vertices)[np.asarray(mesh.faces)]  # (F, 3, 3)
     anchors, face = _points_on(corners, ANCHORS, rng)
-    tree = cKDTree(np.concatenate([anchors, corners.mean(1)]))
+    tree = KDTree(np.concatenate([anchors, corners.mean(1)]))
     face = np.concatenate([face, np.arange(len(corners))])
     near = face[tree.query(points, NEAR)[1].clip(max=len(face) - 1)]  # (N, NEAR)
     apart = [distance_to_triangles(points, corners[near[:, i]]) for i in range(NEAR)]

@@ -75,9 +75,9 @@ def read(path: str | Path) -> Model:
     if path.suffix.lower() not in FORMATS or not path.is_file():
         raise ValueError(f"'{path}' is no mesh file; give an existing {', '.join(FORMATS)}")
     try:
-        mesh = trimesh.load(path, process=False, force="mesh")
+        mesh = trimesh.load_mesh(path, process=False)
         if path.suffix.lower() == ".glb" and getattr(mesh.visual, "uv", None) is None:
-            mesh = trimesh.load(path, process=False, force="mesh", skip_materials=True)  # or it drops vertex colours
+            mesh = trimesh.load_mesh(path, process=False, skip_materials=True)  # or it drops vertex colours
         model = _of_trimesh(mesh)
     except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
         raise ValueError(f"'{path}' is damaged ({error}); export it again") from error
@@ -89,12 +89,14 @@ def read(path: str | Path) -> Model:
 def to_trimesh(model: Model) -> trimesh.Trimesh:
     """The same mesh as a trimesh.Trimesh, with vertex colours or a texture, sRGB."""
     import trimesh
-    from trimesh.visual import TextureVisuals
+    from trimesh.visual import ColorVisuals, TextureVisuals
     from trimesh.visual.material import PBRMaterial
 
     mesh = trimesh.Trimesh(model.vertices, model.faces, vertex_normals=model.normals, process=False)
     if model.texture is not None:
         from PIL import Image
+
+        assert model.uv is not None, "a texture has places for the vertices"
 
         material = PBRMaterial(
             name="asset", baseColorTexture=Image.fromarray(model.texture), metallicFactor=0.0, roughnessFactor=1.0
@@ -102,19 +104,23 @@ def to_trimesh(model: Model) -> trimesh.Trimesh:
         uv = np.stack([model.uv[:, 0], 1 - model.uv[:, 1]], -1)  # trimesh's v goes up
         mesh.visual = TextureVisuals(uv=uv, material=material)
     elif model.colours is not None:
+        assert isinstance(mesh.visual, ColorVisuals), "as of a new mesh"
         mesh.visual.vertex_colors = np.concatenate([model.colours, np.full_like(model.colours[:, :1], 255)], -1)
     return mesh
 
 
 def _of_trimesh(mesh: trimesh.Trimesh) -> Model:
     """Back again."""
+    from trimesh.visual import ColorVisuals, TextureVisuals
+
     visual, colours, uv, texture = mesh.visual, None, None, None
-    material = getattr(visual, "material", None)
-    image = getattr(material, "baseColorTexture", None) or getattr(material, "image", None)
-    if image is not None and visual.uv is not None:
-        uv = np.stack([visual.uv[:, 0], 1 - visual.uv[:, 1]], -1)
-        texture = np.asarray(image.convert("RGB"))
-    elif visual.kind == "vertex":
+    if isinstance(visual, TextureVisuals) and visual.uv is not None:
+        material = visual.material
+        image = getattr(material, "baseColorTexture", None) or getattr(material, "image", None)
+        if image is not None:
+            uv = np.stack([visual.uv[:, 0], 1 - visual.uv[:, 1]], -1)
+            texture = np.asarray(image.convert("RGB"))
+    elif isinstance(visual, ColorVisuals) and visual.kind == "vertex":
         colours = np.asarray(visual.vertex_colors)[:, :3]
     return Model(
         np.asarray(mesh.vertices), np.asarray(mesh.faces), np.asarray(mesh.vertex_normals), colours, uv, texture
@@ -138,11 +144,17 @@ def _encoded(model: Model, stem: str, kind: str, unlit: bool) -> tuple[bytes, di
         if model.colours is not None and model.texture is None:
             model = replace(model, colours=_recode(model.colours, _to_linear))
         finish = partial(_finish_tree, unlit=unlit)
-        return to_trimesh(model).export(file_type="glb", include_normals=True, tree_postprocessor=finish), {}
+        return _exported(model, "glb", include_normals=True, tree_postprocessor=finish), {}
     if kind == ".obj" and model.texture is not None:
         return _textured_obj(model, stem)
-    content = to_trimesh(model).export(file_type=kind[1:])
-    return content.encode() if isinstance(content, str) else content, {}
+    return _exported(model, kind[1:]), {}
+
+
+def _exported(model: Model, kind: str, **options: Any) -> bytes:
+    """What trimesh makes of it, which is text of some formats."""
+    content = to_trimesh(model).export(file_type=kind, **options)
+    assert isinstance(content, bytes | str), type(content)
+    return content.encode() if isinstance(content, str) else content
 
 
 def _check_apart(model: Model, path: Path, check: Check, unlit: bool) -> None:
@@ -157,6 +169,7 @@ def _textured_obj(model: Model, stem: str) -> tuple[bytes, dict[str, bytes]]:
 
     from PIL import Image
 
+    assert model.texture is not None and model.uv is not None
     picture = BytesIO()
     Image.fromarray(model.texture).save(picture, "png")
     lines = [f"mtllib {stem}.mtl", "usemtl asset"]

@@ -27,6 +27,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from sds3d.cameras import Cameras
 from sds3d.export import raster
 from sds3d.export.source import CHUNK, Source, Tell, choosing_views, silent
 
@@ -204,7 +205,7 @@ def _choose_level(
         for power, found in zip(new, pool.map(agreement, new)):
             tried[power] = found
             tell("level", min(0.9, 0.3 + len(tried) / 25))
-        return max(tried, key=tried.get)
+        return max(tried, key=tried.__getitem__)
 
     with ThreadPoolExecutor(THREADS) as pool:  # numpy and scipy leave Python to the others meanwhile
         best = try_all(range(1, POWERS + 1))  # all of them: a dense speck makes a hill of its own
@@ -221,7 +222,7 @@ def _choose_level(
     return float(density.max()) * 2**-best, tried[best]
 
 
-def _silhouette_iou(mesh: tuple[np.ndarray, np.ndarray], wanted: torch.Tensor, cameras) -> float:
+def _silhouette_iou(mesh: tuple[np.ndarray, np.ndarray], wanted: torch.Tensor, cameras: Cameras) -> float:
     """Mean IoU of a mesh's silhouettes with those wanted, (B, H, H) bool."""
     shown = raster.silhouettes(*mesh, cameras, wanted.shape[-1])
     both, either = (shown & wanted).flatten(1).sum(1), (shown | wanted).flatten(1).sum(1)
@@ -286,7 +287,7 @@ def _smooth(vertices: np.ndarray, faces: np.ndarray, rounds: int) -> np.ndarray:
 
     edges = faces[:, [0, 1, 1, 2, 2, 0]].reshape(-1, 2)  # each twice, once a face, in both directions
     links = coo_matrix((np.ones(len(edges)), edges.T), shape=(len(vertices),) * 2).tocsr()
-    mean = diags(1 / np.maximum(links.sum(1).A1, 1)) @ links
+    mean = diags(1 / np.maximum(np.asarray(links.sum(1)).ravel(), 1)) @ links
     for _ in range(rounds):
         for share in TAUBIN:
             vertices = vertices + share * (mean @ vertices - vertices)
@@ -300,6 +301,8 @@ def _thinned(vertices: np.ndarray, faces: np.ndarray, most: int) -> tuple[np.nda
     for haste in HASTE:
         if len(faces) <= most:
             break
-        thin = fast_simplification.simplify(vertices.astype(np.float32), faces, target_count=most, agg=haste)
+        small = vertices.astype(np.float32)
+        # it takes both precisions, though its types name one
+        thin = fast_simplification.simplify(small, faces, target_count=most, agg=haste)  # pyright: ignore[reportArgumentType]
         vertices, faces = thin[0].astype(np.float64).clip(-1, 1), thin[1].astype(np.int64)
     return vertices, faces

@@ -99,10 +99,12 @@ class Placement:
         return cls(stands.height / float(high[1] - low[1]), origin, stands.up)
 
     def to_file(self, model: Model) -> Model:
+        """A model in world coordinates, in the file's."""
         vertices = self.scale * (model.vertices - np.array(self.origin))
         return replace(model, vertices=self._turned(vertices, 1), normals=self._turned(model.normals, 1))
 
     def to_world(self, model: Model) -> Model:
+        """A model in the file's coordinates, in the world's."""
         vertices = self._turned(model.vertices, -1) / self.scale + np.array(self.origin)
         return replace(model, vertices=vertices, normals=self._turned(model.normals, -1))
 

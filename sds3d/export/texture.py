@@ -47,6 +47,7 @@ def with_texture(skin: Skin, source: Source, size: int, tell: Tell = silent) -> 
     tell("texture map", 0.0)
     model = unwrapped(skin, size)
     tell("texture map", 1.0)
+    assert model.uv is not None, "unwrapped gives every vertex its place"
     place = torch.from_numpy(model.uv.astype(np.float32)) * size - 0.5
     flat = torch.cat([place, torch.ones(len(place), 1)], -1)
     face, weights = raster.nearest(flat, torch.from_numpy(model.faces), size)
@@ -141,5 +142,5 @@ def _dilated(image: np.ndarray, covered: np.ndarray) -> np.ndarray:
 
     if not covered.any():
         return image
-    row, column = distance_transform_edt(~covered, return_distances=False, return_indices=True)
+    row, column = np.asarray(distance_transform_edt(~covered, return_distances=False, return_indices=True))
     return image[row, column]

@@ -48,6 +48,7 @@ class Address:
 
     @property
     def url(self) -> str:
+        """What to open in a browser."""
         return f"http://[{self.host}]:{self.port}" if ":" in self.host else f"http://{self.host}:{self.port}"
 
     @property

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from sds3d.data.kinds import KINDS, STACKS
 from sds3d.data.toybox import SIZES
 from sds3d.prompts import COLOURS
-from sds3d.teachers.base import TeacherConfig
+from sds3d.teachers.base import HasVocabulary, TeacherConfig
 from sds3d.teachers.hf import loading
 from sds3d.teachers.load import load_teacher
 
@@ -45,7 +45,8 @@ class Hints:
             found = load_teacher(TeacherConfig(teacher), "cpu")
         except ValueError:  # the queue says what is wrong, should it be asked for something
             return cls()
-        return cls(found.prompts[:3], {"words": ", ".join(sorted(found.vocabulary))})
+        known = {"words": ", ".join(sorted(found.vocabulary))} if isinstance(found, HasVocabulary) else {}
+        return cls(found.prompts[:3], known)
 
 
 def without_commands(problem: str) -> str:

@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -31,7 +31,7 @@ from sds3d.media.sheet import to_bytes
 from sds3d.runtime.files import from_json
 
 if TYPE_CHECKING:
-    from viser import CameraHandle, ClientHandle, GuiEvent
+    from viser import CameraHandle, ClientHandle, GuiEvent, IconName
 
     from sds3d.runs.scene import Asset
 
@@ -123,6 +123,7 @@ class Stage:
             return
         begun = time.perf_counter()
         image = to_bytes(asset.views(wanted.pose, wanted.height))[0]
+        assert isinstance(wanted.key, int), "a client's number, as `_welcome` notes it"
         client = self._server.get_clients().get(wanted.key)
         if client is None:
             self.eyes.forget(wanted.key)
@@ -152,6 +153,7 @@ class Stage:
 
     def offer(self, event: GuiEvent, path: Path) -> None:
         """Have the browser of somebody who clicked download a file, under its run's name."""
+        assert event.client is not None, "somebody clicked"
         try:
             data = path.read_bytes()
         except OSError as error:
@@ -271,6 +273,11 @@ def bounds(glb: bytes) -> tuple[np.ndarray, np.ndarray]:
     if boxes.ndim != 3 or boxes.shape[1:] != (2, 3) or not np.isfinite(boxes).all():
         raise ValueError("its header says not where its vertices are")
     return boxes[:, 0].min(0), boxes[:, 1].max(0)
+
+
+def icon(name: str) -> IconName:
+    """A symbol of tabler.io/icons by its name, as "download"."""
+    return cast("IconName", name)  # a str, which viser's types set apart
 
 
 def text(*lines: str, muted: bool = False, strong: bool = False) -> str:

@@ -19,7 +19,7 @@ from sds3d.config import load as configs
 from sds3d.distill.score import METHODS
 from sds3d.live.hints import TITLE, Hints, without_commands
 from sds3d.live.jobs import Job, Queue
-from sds3d.live.stage import PROBLEMS, text
+from sds3d.live.stage import PROBLEMS, icon, text
 from sds3d.live.watch import Watch
 from sds3d.runs import build, launch
 from sds3d.runs.folder import Run, open_picture
@@ -71,7 +71,7 @@ class Studio:
         with gui.add_folder("Now"):
             self.watch = Watch(stage)
             self._empty = gui.add_html(text("nothing yet: type a prompt above", muted=True))
-            self._back = gui.add_button("Back to this one", icon="arrow-back", color="gray", visible=False)
+            self._back = gui.add_button("Back to this one", icon=icon("arrow-back"), color="gray", visible=False)
             self._back.on_click(lambda event: stage.ask(self._return))
         self._waiting = gui.add_folder("Queue", visible=False)
         self._shelf = gui.add_folder("Finished", visible=False)
@@ -108,7 +108,7 @@ class Studio:
             # Floats: a page may send any number, and viser cannot pass a whole one beyond 64 bits on to other pages.
             steps = gui.add_number("steps", float(base.steps), min=1, max=STEPS, step=1)
             seed = gui.add_number("seed", float(base.seed), min=0, max=2**53, step=1)
-            send = gui.add_button("Make it", icon="sparkles")
+            send = gui.add_button("Make it", icon=icon("sparkles"))
         with gui.add_folder(TITLE, expand_by_default=False) as folder:
             words = gui.add_html("")
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sds3d.config import load as configs
-from sds3d.live.stage import text
+from sds3d.live.stage import icon, text
 from sds3d.runs.progress import Clock, figures
 
 if TYPE_CHECKING:
@@ -38,11 +38,11 @@ class Watch:
         self._prompt, self._details = gui.add_html(""), gui.add_html("")
         self._bar = gui.add_progress_bar(0.0, visible=False)
         self._status = gui.add_html("")
-        self._pause = gui.add_button("Pause", icon="player-pause", visible=False)
-        self._stop = gui.add_button("Stop and export", icon="player-stop", color="gray", visible=False)
-        self._particle = gui.add_dropdown("scene", ("1",), visible=False)
+        self._pause = gui.add_button("Pause", icon=icon("player-pause"), visible=False)
+        self._stop = gui.add_button("Stop and export", icon=icon("player-stop"), color="gray", visible=False)
+        self._particle = gui.add_dropdown("scene", _numbers(1), visible=False)
         self._show = gui.add_button_group("show", ("mesh", "rendered scene"), visible=False)
-        self._download = gui.add_button("Download GLB", icon="download", visible=False)
+        self._download = gui.add_button("Download GLB", icon=icon("download"), visible=False)
         self._pause.on_click(lambda event: self._toggle())
         self._stop.on_click(lambda event: self._end())
         self._particle.on_update(lambda event: stage.ask(self._choose))
@@ -127,12 +127,13 @@ class Watch:
 
     def _describe(self) -> None:
         """The prompt and what else there is to say beforehand."""
+        assert self.asset is not None, "there is a run by now"
         asset, config = self.asset, self.asset.config
         self._prompt.content = text(config.prompt, strong=True)
         told = f"{configs.name_of(config.method)}, teacher {Path(config.teacher.name).name}, seed {config.seed}"
         self._details.content = text(f"{asset.path.name}: {told}", muted=True)
         count = len(asset.particles)
-        self._particle.options = tuple(str(i + 1) for i in range(count))
+        self._particle.options = _numbers(count)
         self._particle.visible = count > 1
 
     def _tell(self, step: Step) -> None:
@@ -161,3 +162,8 @@ class Watch:
     def _index(self, several: Sequence) -> int:
         """Which of several is chosen."""
         return min(int(self._particle.value) - 1, len(several) - 1)
+
+
+def _numbers(count: int) -> tuple[str, ...]:
+    """What particles are called, from "1"."""
+    return tuple(str(i + 1) for i in range(count))

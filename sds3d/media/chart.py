@@ -80,7 +80,7 @@ def svg(lines: Mapping[str, Curve], y: str, log: bool = False, low: float | None
         low: where the y axis begins.
     """
     if log:
-        lines = {name: [[v[i] for i, up in enumerate(c[1]) if up > 0] for v in c] for name, c in lines.items()}
+        lines = {name: _positive(curve) for name, curve in lines.items()}
     lines = {name: curve for name, curve in lines.items() if len(curve[0]) > 0}
     if not lines:
         return ""
@@ -130,3 +130,10 @@ def rate(rows: Sequence[Mapping[str, float]]) -> Curve:
         [(a["step"] + b["step"]) / 2 for a, b in pairs],
         [(b["step"] - a["step"]) / (b["seconds"] - a["seconds"]) for a, b in pairs],
     )
+
+
+def _positive(curve: Curve) -> Curve:
+    """The part of a curve that a logarithmic axis can show."""
+    x, y = curve
+    kept = [i for i, up in enumerate(y) if up > 0]
+    return [x[i] for i in kept], [y[i] for i in kept]

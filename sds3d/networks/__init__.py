@@ -1,0 +1,1 @@
+"""Small networks, and what is done to networks: averages, adapters, an optimiser."""

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+from typing import Generic, TypeVar
 
 import torch
 from torch import nn
 
+M = TypeVar("M", bound=nn.Module)
 
-class EMA:
+
+class EMA(Generic[M]):
     """Exponential moving average of parameters; the first steps count more, so that it never lags at the start.
 
     Args:
@@ -16,8 +19,8 @@ class EMA:
         decay: of the average in the long run.
     """
 
-    def __init__(self, module: nn.Module, decay: float = 0.998):
-        self.module = copy.deepcopy(module).requires_grad_(False).eval()
+    def __init__(self, module: M, decay: float = 0.998):
+        self.module: M = copy.deepcopy(module).requires_grad_(False).eval()
         self.decay = decay
 
     @torch.no_grad()

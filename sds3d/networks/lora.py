@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -50,5 +51,6 @@ class LoRA(nn.Module):
             for name, up, down in zip(self.names, self.up, self.down, strict=True)
         }
 
-    def forward(self, *arguments, **named):
+    def forward(self, *arguments: Any, **named: Any) -> Any:
+        """What the network answers with the changed weights."""
         return functional_call(self._network[0], self.weights(), arguments, named)

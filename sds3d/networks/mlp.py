@@ -18,15 +18,10 @@ class PointNet(nn.Module):
 
     def __init__(self, dimensions: int, width: int = 128):
         super().__init__()
-        self.layers = nn.Sequential(
-            nn.Linear(dimensions + 8, width),
-            nn.SiLU(),
-            nn.Linear(width, width),
-            nn.SiLU(),
-            nn.Linear(width, dimensions),
-        )
-        nn.init.zeros_(self.layers[-1].weight)
-        nn.init.zeros_(self.layers[-1].bias)
+        first, second, last = nn.Linear(dimensions + 8, width), nn.Linear(width, width), nn.Linear(width, dimensions)
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+        self.layers = nn.Sequential(first, nn.SiLU(), second, nn.SiLU(), last)
 
     def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
         """(B, D, ...) and (B,) in [0, 1] -> v, shape of x_t."""

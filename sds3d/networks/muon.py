@@ -23,12 +23,14 @@ def orthogonal(x: Tensor, steps: int = 5) -> Tensor:
     a, b, c = COEFFICIENTS
     gram = x @ x.mT
     norm = gram.diagonal(dim1=-2, dim2=-1).sum(-1).sqrt()[:, None, None] + 1e-12
-    gram, product = gram / norm**2, None
+    gram = gram / norm**2
+    product: Tensor | None = None
     for _ in range(steps):
         factor = b * gram + c * gram @ gram
         factor.diagonal(dim1=-2, dim2=-1).add_(a)
         product = factor if product is None else factor @ product
         gram = factor @ gram @ factor
+    assert product is not None, "at least one step"
     return product / norm @ x
 
 
@@ -54,17 +56,17 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure: None = None) -> None:
         """Take one step along the gradients of the parameters that have one."""
         for group in self.param_groups:
-            shapes: dict[torch.Size, list[Tensor]] = {}
+            shapes: dict[torch.Size, list[tuple[Tensor, Tensor]]] = {}  # weights and their gradients
             for p in group["params"]:
                 if p.grad is not None:
-                    shapes.setdefault(matrix(p).shape, []).append(p)
+                    shapes.setdefault(matrix(p).shape, []).append((p, p.grad))
             for shape, weights in shapes.items():
                 rows = []
-                for p in weights:
+                for p, grad in weights:
                     if "sum" not in self.state[p]:
                         self.state[p]["sum"] = torch.zeros_like(p)
-                    total = self.state[p]["sum"].mul_(group["momentum"]).add_(p.grad)
-                    rows.append(matrix(p.grad).add(matrix(total), alpha=group["momentum"]))
+                    total = self.state[p]["sum"].mul_(group["momentum"]).add_(grad)
+                    rows.append(matrix(grad).add(matrix(total), alpha=group["momentum"]))
                 steps = orthogonal(torch.stack(rows)) * (-0.2 * group["lr"] * max(shape) ** 0.5)
-                for p, step in zip(weights, steps):
+                for (p, _), step in zip(weights, steps):
                     matrix(p).add_(step)

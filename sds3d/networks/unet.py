@@ -88,6 +88,7 @@ class Block(nn.Module):
         nn.init.zeros_(self.conv2.weight)
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        """Features (B, inputs, h, w) and conditions (B, condition) -> (B, outputs, h, w)."""
         h = self.conv1(F.silu(self.norm1(x)))
         scale, shift = self.film(condition)[:, :, None, None].chunk(2, 1)
         h = self.conv2(self.dropout(F.silu(self.norm2(h) * (1 + scale) + shift)))
@@ -107,6 +108,7 @@ class Attention(nn.Module):
         nn.init.zeros_(self.out.weight)
 
     def forward(self, x: Tensor, words: Tensor, mask: Tensor) -> Tensor:
+        """Features (B, width, h, w), words (B, L, text) and which of them count (B, L) bool -> (B, width, h, w)."""
         b, c, h, w = x.shape
         q, k, v = self.qkv(self.norm(x)).flatten(2).transpose(1, 2).chunk(3, -1)  # (B, HW, C)
         wk, wv = self.words(words).chunk(2, -1)  # (B, L, C)
@@ -172,7 +174,9 @@ class UNet(nn.Module):
         kept: list[Tensor] = []
         h = self._descend(x, condition, text, rays, kept)
         for level in reversed(range(len(self.up))):
-            for block in self.up[level]:
+            blocks = self.up[level]
+            assert isinstance(blocks, nn.ModuleList)
+            for block in blocks:
                 h = block(torch.cat([h, kept.pop()], 1), condition)
             h = self._look(self.look_up, level, h, text)
             if level:
@@ -222,6 +226,7 @@ class UNet(nn.Module):
                 h = self.shrink[level - 1](h)
             if level < len(rays):
                 h = h + rays[level]
+            assert isinstance(blocks, nn.ModuleList)
             for block in blocks:
                 h = self._look(self.look_down, level, block(h, condition), text)
                 kept.append(h)

@@ -7,7 +7,7 @@ backward loop. A `Loops` holds them.
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -59,13 +59,13 @@ class _HashEncode(torch.autograd.Function):
     """Features of points, twice differentiable except twice in the points."""
 
     @staticmethod
-    def forward(ctx, points: Tensor, table: Tensor, spec: GridSpec, loops: Loops) -> Tensor:
+    def forward(ctx: Any, points: Tensor, table: Tensor, spec: GridSpec, loops: Loops) -> Tensor:
         ctx.save_for_backward(points, table)
         ctx.rest = spec, loops
         return loops.gather(_plain(points), None, _plain(table), spec)
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (points, table), rest = ctx.saved_tensors, ctx.rest
         in_points = None
         if ctx.needs_input_grad[0]:
@@ -79,14 +79,14 @@ class _TableGradient(torch.autograd.Function):
     """The gradient in the table (entries, F), linear in the incoming gradient."""
 
     @staticmethod
-    def forward(ctx, points: Tensor, grad: Tensor, spec: GridSpec, loops: Loops) -> Tensor:
+    def forward(ctx: Any, points: Tensor, grad: Tensor, spec: GridSpec, loops: Loops) -> Tensor:
         ctx.save_for_backward(points)
         ctx.rest = spec, loops
         return loops.scatter(_plain(points), None, _plain(grad), spec)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (points,), (spec, loops) = ctx.saved_tensors, ctx.rest
         return None, loops.gather(_plain(points), None, _plain(grad), spec), None, None
 
@@ -95,14 +95,14 @@ class _PointGradient(torch.autograd.Function):
     """The gradient in the points (N, 3), differentiable in the table and the incoming gradient only."""
 
     @staticmethod
-    def forward(ctx, points: Tensor, table: Tensor, grad: Tensor, spec: GridSpec, loops: Loops) -> Tensor:
+    def forward(ctx: Any, points: Tensor, table: Tensor, grad: Tensor, spec: GridSpec, loops: Loops) -> Tensor:
         ctx.save_for_backward(points, table, grad)
         ctx.rest = spec, loops
         return loops.point_gradient(_plain(points), _plain(table), _plain(grad), spec)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, along: Tensor):
+    def backward(ctx: Any, along: Tensor) -> tuple[Tensor | None, ...]:
         (points, table, grad, along), (spec, loops) = map(_plain, (*ctx.saved_tensors, along)), ctx.rest
         in_table = loops.scatter(points, along, grad, spec) if ctx.needs_input_grad[1] else None
         in_grad = loops.gather(points, along, table, spec) if ctx.needs_input_grad[2] else None
@@ -111,7 +111,9 @@ class _PointGradient(torch.autograd.Function):
 
 class _Composite(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, sigma: Tensor, dt: Tensor, values: Tensor, offsets: Tensor, threshold: float, loops: Loops):
+    def forward(
+        ctx: Any, sigma: Tensor, dt: Tensor, values: Tensor, offsets: Tensor, threshold: float, loops: Loops
+    ) -> tuple[Tensor, Tensor, Tensor]:
         sigma, dt, values, offsets = map(_plain, (sigma, dt, values, offsets))
         weights, light, opacity, accumulated = loops.blend(sigma, dt, values, offsets, threshold)
         ctx.save_for_backward(dt, values, offsets, weights, light)
@@ -120,7 +122,7 @@ class _Composite(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, *grads: Tensor):
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         in_sigma, in_values = ctx.loops.blend_backward(*ctx.saved_tensors, tuple(map(_plain, grads)))
         return in_sigma, None, in_values, None, None, None
 

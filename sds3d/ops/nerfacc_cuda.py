@@ -61,6 +61,7 @@ def march(
             t_indices=torch.arange(2, device=device).repeat(rays, 1),
             hits=hit[:, None],
         )
+        assert found.ray_indices is not None, "nerfacc gives packed samples their rays"
         index = found.ray_indices
         steps = ((found.vals.to(origins.dtype) - start[index]) / step - jitter[index]).round()
         place = (steps + jitter[index]) * step  # as the definition rounds it

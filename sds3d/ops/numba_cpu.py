@@ -46,7 +46,8 @@ def _flat(tensor: Tensor) -> np.ndarray:
 def _share_threads() -> int:
     """Let numba use as many threads as torch does; returns how many."""
     threads = torch.get_num_threads()
-    numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
+    most = numba.config.NUMBA_NUM_THREADS  # pyright: ignore[reportAttributeAccessIssue]  # set when numba is imported
+    numba.set_num_threads(min(threads, most))
     if torch.get_num_threads() != threads:  # numba starts its OpenMP pool, which is torch's too, at full size
         torch.set_num_threads(threads)
     return threads
@@ -57,7 +58,7 @@ def _nesting_limit() -> Callable[[int], None] | None:
     """OpenMP's omp_set_max_active_levels, of the library that runs numba's loops; None where no such library does."""
     if numba.threading_layer() != "omp":
         return None
-    from numba.np.ufunc import omppool
+    from numba.np.ufunc import omppool  # pyright: ignore[reportAttributeAccessIssue]  # compiled, without a stub
 
     return getattr(ctypes.CDLL(omppool.__file__), "omp_set_max_active_levels", None)
 
@@ -129,7 +130,8 @@ class Loops:
     ) -> tuple[Tensor, Tensor]:
         """See `autograd.Loops.blend_backward`."""
         g_sigma, g_values, used = torch.empty_like(weights), torch.empty_like(values), int(offsets[-1])
-        g_sigma[used:].zero_(), g_values[used:].zero_()
+        g_sigma[used:].zero_()
+        g_values[used:].zero_()
         inputs, outputs = (dt, values, offsets, weights, light), (*grads, g_sigma, g_values)
         lanes = (0,) * values.shape[1]
         _launch(numba_kernels.composite_backward, *map(_flat, inputs), lanes, *map(_flat, outputs))

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Callable
 
 import numpy as np
 from numba import njit, prange, types
@@ -20,7 +21,7 @@ RAYS = 64  # a task of compositing
 CHUNK = 256  # points; a constant of the compiled code, so planes of the scratch are a known distance apart
 
 
-def can_be_kept(function) -> bool:
+def can_be_kept(function: Callable) -> bool:
     """Whether numba finds a folder in which to keep what it compiles of a function; warns where it finds none."""
     try:
         njit(cache=True)(function)

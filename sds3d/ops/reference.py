@@ -117,8 +117,11 @@ def fitted(samples: Samples, room: int | None) -> Samples:
         return samples
     ray_index, points, t, dt, offsets = samples
     more = max(room - t.shape[0], 0)
-    whole = [torch.cat([x[:room], x.new_zeros(more, *x.shape[1:])]) for x in (ray_index, points, t, dt)]
-    return Samples(*whole, offsets.clamp(max=room))
+
+    def rows(x: Tensor) -> Tensor:
+        return torch.cat([x[:room], x.new_zeros(more, *x.shape[1:])])
+
+    return Samples(rows(ray_index), rows(points), rows(t), rows(dt), offsets.clamp(max=room))
 
 
 class Composite(NamedTuple):

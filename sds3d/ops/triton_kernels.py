@@ -3,6 +3,9 @@
 Names in capitals are constants of the compiled code; everything is computed in the points' or the rays' own dtype.
 """
 
+# Triton's language only looks like Python: constants are plain numbers, and loops over static_range are unrolled.
+# pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportPossiblyUnboundVariable=false
+
 from __future__ import annotations
 
 import triton

@@ -81,6 +81,7 @@ class Generated:
 
     @property
     def path(self) -> Path:
+        """The run folder; of a generator without one, what its config names."""
         return Path(self.config.out) if self.run is None else self.run.path
 
     @property

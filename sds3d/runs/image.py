@@ -57,6 +57,7 @@ class Painting:
 
     @property
     def path(self) -> Path:
+        """The run folder."""
         return self.run.path
 
     @property

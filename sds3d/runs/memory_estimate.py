@@ -75,6 +75,7 @@ class Estimate:
 
     @property
     def peak(self) -> int:
+        """The most at once."""
         return max(self.before, sum(self.held.values()) + max(self.moments.values()))
 
 

@@ -63,9 +63,11 @@ class Silent:
         pass
 
     def show(self, step: Step) -> None:
+        """Show a step."""
         pass
 
     def note(self, text: str) -> None:
+        """Say a line."""
         pass
 
 
@@ -77,11 +79,13 @@ class Lines(Silent):
         return self
 
     def show(self, step: Step) -> None:
+        """Print every so many steps, ten lines in all."""
         line = self._clock.line(step.step, step.total, step.seconds)
         if step.step % -(-step.total // LINES) == 0 or step.step == step.total:
             self.note(f"{line}  {figures(step)}")
 
     def note(self, text: str) -> None:
+        """Print a line to stderr."""
         print(text, file=sys.stderr, flush=True)
 
 
@@ -115,6 +119,7 @@ class Live(Silent):
         self._live.__exit__(kind, error, trace)
 
     def show(self, step: Step) -> None:
+        """Move the bar, and show the newest views."""
         if self._task is None:
             self._task = self._bar.add_task("", total=step.total, rate="", figures="")
         rate = f"{self._clock.rate(step.step, step.seconds):.1f} steps/s"
@@ -124,6 +129,7 @@ class Live(Silent):
             self._live.update(self._layout())
 
     def note(self, text: str) -> None:
+        """Print a line above the bar."""
         self._console.print(text, highlight=False, markup=False)
 
     def _layout(self) -> RenderableType:

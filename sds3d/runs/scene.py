@@ -90,6 +90,7 @@ class Asset:
 
     @property
     def path(self) -> Path:
+        """The run folder."""
         return self.run.path
 
     @property

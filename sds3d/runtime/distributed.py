@@ -99,13 +99,14 @@ class Processes:
 
         device = next(module.parameters()).device.type
         mesh = init_device_mesh(device, (self.world_size,))
-        module.to(memory_format=torch.contiguous_format)  # FSDP takes no other
+        # FSDP takes no other memory format, which torch's own types of Module.to leave out
+        module.to(memory_format=torch.contiguous_format)  # pyright: ignore[reportCallIssue]
         lists = [part for part in module.modules() if isinstance(part, nn.ModuleList)]
         blocks = [part for parts in reversed(lists) for part in parts if not isinstance(part, nn.ModuleList)]
         for part in (*(block for block in blocks if any(block.children())), module):
             # freed after every pass, or a pass after the next step would find the weights of the one before
-            fully_shard(part, mesh=mesh, reshard_after_forward=True)
-            part.set_force_sum_reduction_for_comms(device == "cpu")  # gloo knows no mean
+            sharded = fully_shard(part, mesh=mesh, reshard_after_forward=True)
+            sharded.set_force_sum_reduction_for_comms(device == "cpu")  # gloo knows no mean
         if hasattr(module, "features"):
             register_fsdp_forward_method(module, "features")
         module.register_state_dict_post_hook(lambda _, state, *rest: state.update(self._gathered(state)))
@@ -151,10 +152,11 @@ class Processes:
 
 def _part(value: Any, like: Tensor) -> Any:
     """This process's part of a whole tensor, sharded as a parameter of the same shape is; anything else as it is."""
-    from torch.distributed.tensor import distribute_tensor
+    from torch.distributed.tensor import DTensor, distribute_tensor
 
     if not isinstance(value, Tensor) or value.shape != like.shape:
         return value
+    assert isinstance(like, DTensor), type(like)
     return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 

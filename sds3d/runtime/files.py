@@ -63,7 +63,7 @@ def replacing(path: str | Path, accepted: tuple[str, ...] = ()) -> Iterator[Path
     except OSError as error:
         raise ValueError(unwritable(path, error)) from error
     finally:
-        if temporary is not None:
+        if temporary is not None and handle is not None:
             temporary.unlink(missing_ok=True)
             os.close(handle)
 

@@ -92,5 +92,5 @@ def hollow(module: nn.Module) -> nn.Module:
                 empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
                 twin = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
                 twins[tensor] = twin
-            (part._parameters if name in part._parameters else part._buffers)[name] = twins[tensor]
+            setattr(part, name, twins[tensor])  # which keeps a parameter a parameter, and a buffer a buffer
     return module

@@ -47,11 +47,11 @@ def training() -> Iterator[None]:
         yield
 
 
-def stepwise_training(function: Callable[P, Generator[T]]) -> Callable[P, Iterator[T]]:
+def stepwise_training(function: Callable[P, Generator[T]]) -> Callable[P, Generator[T]]:
     """Decorate a generator: each of its steps is made in ``training``; between two the modes are the caller's."""
 
     @wraps(function)
-    def steps_of(*arguments: P.args, **named: P.kwargs) -> Iterator[T]:
+    def steps_of(*arguments: P.args, **named: P.kwargs) -> Generator[T]:
         steps = function(*arguments, **named)
         try:
             while True:

@@ -32,6 +32,7 @@ class Ramp:
             raise ValueError(f"a ramp (start, v0, v1, end) must end after it starts, got {values}")
 
     def __call__(self, step: float) -> float:
+        """The value at a step."""
         if step >= self.end:
             return self.v1
         if step <= self.start:
@@ -40,6 +41,7 @@ class Ramp:
 
     @classmethod
     def constant(cls, value: float) -> Ramp:
+        """A ramp that keeps one value."""
         return cls(0.0, float(value), float(value), 0.0)
 
     @classmethod

@@ -59,7 +59,7 @@ def digest(tensors: Mapping[str, Tensor], header: object) -> str:
     for name in sorted(tensors):
         value = tensors[name].detach().cpu().contiguous()
         mark.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        mark.update(value.reshape(-1).view(torch.uint8).numpy())
+        mark.update(value.reshape(-1).view(torch.uint8).numpy().data)
     mark.update(json.dumps(header, sort_keys=True).encode())
     return mark.hexdigest()
 

@@ -64,9 +64,13 @@ class Student(Protocol):
         """What is not learnt by gradient, such as the occupancy grid."""
         ...
 
-    def state_dict(self) -> dict[str, Any]: ...
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        ...
 
-    def load_state_dict(self, state: dict[str, Any]) -> Any: ...
+    def load_state_dict(self, state: dict[str, Any]) -> Any:
+        """Take up what `state_dict` gave."""
+        ...
 
 
 class Particles:
@@ -105,9 +109,11 @@ class Particles:
             student.after_step(step, rng)
 
     def state_dict(self) -> dict[str, Any]:
+        """Every particle's."""
         return {"particles": [student.state_dict() for student in self.students]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up what `state_dict` gave."""
         for student, own in zip(self.students, state["particles"], strict=True):
             student.load_state_dict(own)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Protocol
+from typing import Annotated, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -97,10 +97,8 @@ class Teacher(Protocol):
             "words" (the prompts carry view words, cameras are not passed).
         dtype: what its network computes in.
 
-    A teacher may have ``views_per_set``, how many views of one scene it judges in one forward (4 of MVDream's kind):
-    rows that come with cameras then are sets of so many neighbours, whose cameras stand evenly around the scene
-    (`sds3d.cameras.CameraRanges.ring`). One that knows a picture of the object takes it when it is made, and leaves it
-    out where the prompt is "".
+    What some have beside that are protocols of their own: `SeesSets`, `HasVocabulary`, `OnDevice`. One that knows a
+    picture of the object takes it when it is made, and leaves it out where the prompt is "".
     """
 
     schedule: Schedule
@@ -136,6 +134,39 @@ class Teacher(Protocol):
             ValueError: names the words it does not know and the nearest it does.
         """
         ...
+
+
+@runtime_checkable
+class SeesSets(Protocol):
+    """A teacher that judges several views of one scene in one forward, as MVDream's kind does (4).
+
+    Rows that come with cameras are sets of ``views_per_set`` neighbours, whose cameras stand evenly around the scene
+    (`sds3d.cameras.CameraRanges.ring`).
+    """
+
+    views_per_set: int
+
+
+@runtime_checkable
+class HasVocabulary(Protocol):
+    """A teacher that reads these words and no others."""
+
+    vocabulary: tuple[str, ...]
+
+
+@runtime_checkable
+class OnDevice(Protocol):
+    """A teacher that says where its network is."""
+
+    @property
+    def device(self) -> torch.device:
+        """The device of what it is given."""
+        ...
+
+
+def views_per_set(teacher: Teacher) -> int:
+    """How many views of one scene a teacher judges in one forward; 1 of most."""
+    return teacher.views_per_set if isinstance(teacher, SeesSets) else 1
 
 
 def encode_pixels(images: Tensor, image_size: int, channels: int = 3) -> Tensor:

@@ -15,7 +15,7 @@ from sds3d.diffusion.noise import Prediction
 from sds3d.diffusion.samplers import Fresh, Sampler
 from sds3d.runtime.modes import require_own_process
 from sds3d.runtime.transfer import onto
-from sds3d.teachers.base import Teacher
+from sds3d.teachers.base import OnDevice, Teacher, views_per_set
 
 
 def guided(
@@ -83,7 +83,7 @@ def drawn(
             see `sds3d.runtime.modes.require_own_process`.
     """
     require_own_process()
-    device, views = torch.device(device), getattr(teacher, "views_per_set", 1) if cameras is not None else 1
+    device, views = torch.device(device), views_per_set(teacher) if cameras is not None else 1
     if len(prompts) % views:
         raise ValueError(f"this teacher sees {views} views of a scene at once and got {len(prompts)}; give a multiple")
     cameras = cameras.to(device) if cameras is not None else None
@@ -116,7 +116,8 @@ def sample(
     """
     if not prompts:
         return torch.zeros(0, 3, teacher.image_size, teacher.image_size)
-    where = torch.device(device if device is not None else getattr(teacher, "device", "cpu"))
+    own = teacher.device if isinstance(teacher, OnDevice) else "cpu"
+    where = torch.device(own if device is None else device)
     made = drawn(teacher, prompts, seed, Sampler(sampler, steps), guidance, cameras, device=where)
     rows, images = zip(*((rows, teacher.decode(x)[: len(rows)]) for rows, _, x in made))
     return in_order(sum(rows, []), images)

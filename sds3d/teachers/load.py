@@ -8,12 +8,13 @@ import torch
 
 from sds3d.runtime.device import pick_device
 from sds3d.teachers import small
-from sds3d.teachers.base import PACKAGED, HFConfig, Teacher, TeacherConfig
+from sds3d.teachers.base import PACKAGED, HFConfig, TeacherConfig
 from sds3d.teachers.hf import loading
 from sds3d.teachers.hf.generator import CARD
+from sds3d.teachers.hf.teacher import DiffusersTeacher
 
 
-def load_teacher(settings: TeacherConfig, device: str = "auto") -> Teacher:
+def load_teacher(settings: TeacherConfig, device: str = "auto") -> small.SmallTeacher | DiffusersTeacher:
     """A frozen teacher. Raises ValueError where there is none of that name, or its weights are damaged."""
     if loading.is_pipeline(settings.name):
         if (Path(settings.name).expanduser() / CARD).is_file():

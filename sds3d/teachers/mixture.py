@@ -86,7 +86,7 @@ class Mixture:
         """n samples, (n, D, ...) float64; ``weights`` (K,) in place of the mixture's own."""
         which = torch.multinomial(self.weights if weights is None else weights, n, True, generator=rng)
         noise = torch.randn((n, *self.means.shape[1:]), generator=rng, dtype=torch.float64)
-        return self.means[which] + self.stds[which] * noise
+        return self.means[which] + torch.as_tensor(self.stds)[which] * noise
 
     def _off(self, x_t: Tensor, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
         """x_t - alpha m_k and V_k, each (B, K, D, ...)."""
@@ -153,9 +153,11 @@ class MixtureTeacher:
         return cls(mixture, classes, schedule, cameras=cameras, pixels=True)
 
     def encode(self, images: Tensor) -> Tensor:
+        """See `sds3d.teachers.base.Teacher.encode`."""
         return encode_pixels(images, self.image_size) if self.pixels else images
 
     def decode(self, x: Tensor) -> Tensor:
+        """See `sds3d.teachers.base.Teacher.decode`."""
         return decode_pixels(x) if self.pixels else x
 
     def check(self, prompt: str) -> None:
@@ -173,6 +175,7 @@ class MixtureTeacher:
         found = self._class_of(prompt)
         if found is None:
             self.check(prompt)
+        assert found is not None, "check refuses what is no class"
         return found
 
     @torch.no_grad()
@@ -191,7 +194,7 @@ class MixtureTeacher:
         dtype = torch.promote_types(x_t.dtype, torch.float32)
         output = target(self.kind, x0, eps, alpha, sigma, rates)
         levels = (alpha.to(dtype), sigma.to(dtype))
-        return Prediction(output.to(dtype), x_t, *levels, self.kind, tuple(r.to(dtype) for r in rates))
+        return Prediction(output.to(dtype), x_t, *levels, self.kind, (rates[0].to(dtype), rates[1].to(dtype)))
 
     @cached_property
     def network(self) -> PointNet:

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -71,7 +72,9 @@ class SmallTeacher:
         self.views = views if unet.config.cameras else "words"
         self.image_size = unet.config.size
         self.shape = (unet.config.channels, unet.config.size, unet.config.size)
-        self._judge = torch.compile(unet, mode="reduce-overhead") if compiled else unet
+        # torch's types leave out that of a module it makes a module
+        judge = cast(nn.Module, torch.compile(unet, mode="reduce-overhead")) if compiled else unet
+        self._judge: nn.Module = judge
         self._embedded: dict[str, tuple[Tensor, Tensor]] = {}
         self.fingerprint = ""
         self.prompts: tuple[str, ...] = ()
@@ -79,6 +82,7 @@ class SmallTeacher:
 
     @property
     def device(self) -> torch.device:
+        """The device of its networks."""
         return self.unet.last.weight.device
 
     def check(self, prompt: str) -> None:
@@ -105,17 +109,21 @@ class SmallTeacher:
         warn_of_weights(prompt)
 
     def encode(self, images: Tensor) -> Tensor:
+        """See `sds3d.teachers.base.Teacher.encode`."""
         return encode_pixels(images, self.image_size, self.shape[0])
 
     def decode(self, x: Tensor) -> Tensor:
+        """See `sds3d.teachers.base.Teacher.decode`."""
         return decode_pixels(x)
 
     @property
     def network(self) -> UNet:
+        """See `sds3d.distill.critics.Trainable`."""
         return self.unet
 
     @property
     def feature_width(self) -> int:
+        """See `sds3d.distill.critics.Featured`."""
         return self.unet.config.widths[-1]
 
     def asked_at(self, times: Tensor) -> tuple[Tensor, float]:
@@ -124,6 +132,7 @@ class SmallTeacher:
 
     @property
     def extra_width(self) -> int:
+        """See `sds3d.distill.critics.Trainable`."""
         return self.unet.config.condition if self.unet.config.cameras else 0
 
     @torch.inference_mode()
@@ -161,6 +170,7 @@ class SmallTeacher:
 
     def features(self, network: nn.Module, x_t: Tensor, t: Tensor, prompts: list[str]) -> list[Tensor]:
         """See `sds3d.distill.critics.Featured.features`: the maps of the network's way down."""
+        assert isinstance(network, UNet), type(network)
         exact, text = self.unet.last.weight.dtype, self._embed(prompts)
         with torch.autocast(x_t.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
             found = network.features(x_t.to(exact), t.to(exact), text)
@@ -261,7 +271,8 @@ def load(
         vocabulary = tuple(from_json(tensor_files.read_header(path)["vocabulary"]))  # before any tensor is read
         tensors, header = tensor_files.read(path)
         tensors = {k: v.float() for k, v in tensors.items()}
-        config = {k: tuple(v) if isinstance(v, list) else v for k, v in from_json(header["unet"]).items()}
+        sizes = from_json(header["unet"])
+        config: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in sizes.items()}
         prompts = from_json(header.get("prompts", "[]"))
         if not (isinstance(prompts, list) and all(isinstance(prompt, str) for prompt in (*prompts, *vocabulary))):
             raise ValueError("its header lists no words")
@@ -271,7 +282,8 @@ def load(
     except (LookupError, TypeError, AttributeError, RuntimeError, ValueError) as error:
         raise ValueError(f"{path} is damaged or no teacher of this project ({error}); restore or retrain it") from error
     for module in (unet, text):
-        module.requires_grad_(False).eval().to(device, memory_format=torch.channels_last)
+        # torch's types of Module.to leave out memory_format
+        module.requires_grad_(False).eval().to(device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     teacher = SmallTeacher(unet, text, vocabulary, views, pick_dtype(device, dtype), compiled)
     teacher.fingerprint, teacher.told = _fingerprint(tensors, header), header
     teacher.prompts = tuple(prompts)

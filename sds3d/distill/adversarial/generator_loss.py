@@ -16,7 +16,9 @@ from sds3d.students.base import Draw
 class Discriminator(Protocol):
     """See `sds3d.distill.discriminators.TrainedDiscriminator`."""
 
-    def verdict(self, x: Tensor, prompts: list[str], rng: torch.Generator) -> Tensor: ...
+    def verdict(self, x: Tensor, prompts: list[str], rng: torch.Generator) -> Tensor:
+        """How real clean x (B, C, h, w) look, (B,); differentiable in x."""
+        ...
 
 
 @dataclass
@@ -33,6 +35,7 @@ class Adversarial:
     weight: float
 
     def __call__(self, draw: Draw, step: int, rng: torch.Generator) -> Judgement:
+        """The loss on a draw; see `sds3d.train.Objective`."""
         x = draw.images
         assert draw.encoded, "an adversarial objective takes a generator's x"
         with torch.enable_grad():

@@ -33,16 +33,21 @@ class EditedScene:
         return draw
 
     def regularisers(self) -> dict[str, Tensor]:
+        """The scene's."""
         return self.scene.regularisers()
 
     def param_groups(self) -> dict[str, list[Parameter]]:
+        """The scene's: the source is not trained."""
         return self.scene.param_groups()
 
     def after_step(self, step: int, rng: torch.Generator) -> None:
+        """What the scene does then."""
         self.scene.after_step(step, rng)
 
     def state_dict(self) -> dict[str, Any]:
+        """The scene's."""
         return self.scene.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> Any:
+        """Load the scene's."""
         return self.scene.load_state_dict(state)

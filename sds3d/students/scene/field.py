@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
@@ -76,6 +76,7 @@ class FieldConfig:
             )
 
     def grid(self) -> GridSpec:
+        """The hash grid of these sizes."""
         return GridSpec(self.levels, self.features, self.log2_table, self.base, self.finest)
 
 
@@ -83,7 +84,9 @@ class _Head(Function):
     """(density, colour) of features (N, I) and blob (N,). By hand: autograd's slices cost half as much again."""
 
     @staticmethod
-    def forward(ctx, features: Tensor, blob: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor):
+    def forward(
+        ctx: Any, features: Tensor, blob: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor
+    ) -> tuple[Tensor, Tensor]:
         hidden = F.linear(features, w1, b1).relu_()
         out = F.linear(hidden, w2, b2)
         sigma, rgb = F.softplus(out[:, 0] + blob), out[:, 1:].sigmoid()
@@ -92,7 +95,7 @@ class _Head(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_sigma: Tensor, grad_rgb: Tensor):
+    def backward(ctx: Any, grad_sigma: Tensor, grad_rgb: Tensor) -> tuple[Tensor, ...]:
         features, hidden, w1, w2, sigma, rgb = ctx.saved_tensors
         grad = torch.empty(len(features), 4, dtype=features.dtype, device=features.device)
         torch.mul(grad_sigma, -torch.expm1(-sigma), out=grad[:, 0])  # softplus' = sigmoid = 1 - exp(-softplus)
@@ -110,6 +113,10 @@ class Field(nn.Module):
         backend: kernels (ops.choose); not part of the state, so a checkpoint loads in every backend.
         rng: CPU generator for the initial values.
     """
+
+    mask: Tensor  # (inputs,) how far each feature's level is open
+    corners: Tensor  # (4, 3) of the tetrahedron
+    gain: Tensor  # (4,) of the outputs
 
     def __init__(self, config: FieldConfig, backend: Backend, rng: torch.Generator):
         super().__init__()

@@ -68,13 +68,16 @@ class Occupancy(nn.Module):
         step_size: length of one sample step, scene units, which turns ``opacity`` into a density.
     """
 
+    ema: Tensor  # (G, G, G), indexed x, y, z
+    cells: Tensor  # (G, G, G) bool
+
     def __init__(self, config: OccupancyConfig, step_size: float):
         super().__init__()
         self.config = config
         self.threshold = -math.log1p(-config.opacity) / step_size
         shape = (config.resolution,) * 3
-        self.register_buffer("ema", torch.zeros(shape))  # (G, G, G), indexed x, y, z
-        self.register_buffer("cells", torch.ones(shape, dtype=torch.bool))  # (G, G, G)
+        self.register_buffer("ema", torch.zeros(shape))
+        self.register_buffer("cells", torch.ones(shape, dtype=torch.bool))
 
     @torch.no_grad()
     def update(self, field: Field, step: int, rng: torch.Generator) -> bool:

@@ -175,21 +175,22 @@ def render(
 
 def _joined(traces: list[Trace | None]) -> Trace | None:
     """The traces of chunks of rays as one."""
-    if traces[0] is None:
+    known = [trace for trace in traces if trace is not None]  # all, or none without gradients
+    if not known:
         return None
     samples, first_ray, first_sample = [], 0, 0
-    for trace in traces:
+    for trace in known:
         s = trace.samples
         samples.append(s._replace(ray_index=s.ray_index + first_ray, offsets=s.offsets[1:] + first_sample))
         first_ray, first_sample = first_ray + len(trace.opacity), first_sample + len(s.t)
-    start = traces[0].samples.offsets[:1]
+    start = known[0].samples.offsets[:1]
     parts = [torch.cat(columns) for columns in zip(*samples, strict=True)]
     parts[-1] = torch.cat([start, parts[-1]])
 
     def joined(name: str) -> Tensor:
-        return torch.cat([getattr(trace, name) for trace in traces])
+        return torch.cat([getattr(trace, name) for trace in known])
 
-    normals = None if traces[0].normals is None else joined("normals")
+    normals = None if known[0].normals is None else joined("normals")
     return Trace(Samples(*parts), joined("sigma"), joined("weights"), joined("opacity"), normals, joined("directions"))
 
 
@@ -210,6 +211,7 @@ def _shoot(
     shading, sigma, values = options.shading, *field(samples.points)
     normals = field.normals(samples.points) if light is not None or options.normals else None
     if light is not None:
+        assert normals is not None
         facing = (normals * light).sum(-1, keepdim=True).clamp_min(0)
         shade = shading.ambient + (1 - shading.ambient) * facing
         values = values * shade if shading.kind == "lambertian" else shade.expand(-1, 3)

@@ -45,7 +45,7 @@ class SampleBudget:
 
     def rows(self) -> int | None:
         """What `ops.reference.march` wants as its room; None the first time, where it has to ask."""
-        if self._count is not None and (self._arrived is None or self._arrived.query()):
+        if self._rows is not None and self._count is not None and (self._arrived is None or self._arrived.query()):
             count, self._count = int(self._count), None
             self._rows = 2 * self._rows if count >= self._rows else _rounded(count)
         return self._rows

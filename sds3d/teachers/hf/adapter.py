@@ -55,15 +55,15 @@ class Adapter(nn.Module):
         checkpointing: bool = False,
     ):
         super().__init__()
-        self._network = [network]  # in a list: not a submodule, so not in this module's state or parameters
+        self._network: list[Any] = [network]  # in a list: not a submodule, so not in this module's state or parameters
         self.names, self.checkpointing = layers_called(network, targets), checkpointing
         self._layers = _inject(network, self.names, rank)
         self.down = nn.ModuleList(layer.lora_A[NAME].to(dtype) for layer in self._layers)
         self.up = nn.ModuleList(layer.lora_B[NAME].to(dtype) for layer in self._layers)
         for down, up in zip(self.down, self.up, strict=True):
-            a = torch.randn(down.weight.shape, generator=rng) / math.sqrt(down.weight[0].numel())
-            down.weight.data.copy_(a)
-            nn.init.zeros_(up.weight)
+            weight = down.get_parameter("weight")
+            weight.data.copy_(torch.randn(weight.shape, generator=rng) / math.sqrt(weight[0].numel()))
+            nn.init.zeros_(up.get_parameter("weight"))
 
     @contextmanager
     def changed(self) -> Iterator[None]:
@@ -82,7 +82,7 @@ class Adapter(nn.Module):
     def forward(self, *arguments: Any, **named: Any) -> Any:
         """As the network's. In its own precision, as it answers without changes; these compute in theirs."""
         network = self._network[0]
-        plain = torch.autocast(self.down[0].weight.device.type, enabled=False)
+        plain = torch.autocast(next(self.down.parameters()).device.type, enabled=False)
         with self.changed(), plain, self._recomputing() if torch.is_grad_enabled() else nullcontext():
             return network(*arguments, **named)
 
@@ -102,8 +102,8 @@ class Adapter(nn.Module):
     def named_weights(self) -> dict[str, Tensor]:
         """The changes as peft names them, on the CPU."""
         parts = zip(self.names, self.down, self.up, strict=True)
-        named = {f"{n}.lora_{k}.weight": p for n, a, b in parts for k, p in (("A", a.weight), ("B", b.weight))}
-        return {name: weight.detach().cpu().contiguous() for name, weight in named.items()}
+        named = {f"{n}.lora_{k}.weight": layer for n, a, b in parts for k, layer in (("A", a), ("B", b))}
+        return {name: layer.get_parameter("weight").detach().cpu().contiguous() for name, layer in named.items()}
 
 
 def layers_called(network: nn.Module, targets: tuple[str, ...]) -> list[str]:
@@ -120,7 +120,7 @@ def layers_called(network: nn.Module, targets: tuple[str, ...]) -> list[str]:
     missing = [end for end, names in found.items() if not names] if targets else []
     if missing or not any(found.values()):
         said = ", ".join(missing) or "left out, which is attention's projections"
-        ends = dict.fromkeys(re.search(r"[^.]+(\.\d+)*$", name)[0] for name in there)
+        ends = dict.fromkeys(end for name in there for end in re.findall(r"[^.]+(?:\.\d+)*$", name))
         raise ValueError(
             f"critic.targets is {said}; no layer of this {type(network).__name__} is called that: give the ends of "
             f"names, such as {', '.join(ends)}, or a whole name, such as {there[len(there) // 2]}"
@@ -129,8 +129,8 @@ def layers_called(network: nn.Module, targets: tuple[str, ...]) -> list[str]:
     return [name for name in there if name in wanted]
 
 
-def _inject(network: nn.Module, names: list[str], rank: int) -> list[nn.Module]:
-    """peft's layers around those of these names, taken out of the network again."""
+def _inject(network: nn.Module, names: list[str], rank: int) -> list[Any]:
+    """peft's layers around those of these names, taken out of the network again; lora_A and lora_B hold the changes."""
     from peft import LoraConfig, inject_adapter_in_model
 
     before = {name: network.get_submodule(name) for name in names}

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from sds3d.cameras import Cameras
 from sds3d.teachers.base import HFConfig
 from sds3d.teachers.hf import fields
+from sds3d.teachers.hf.guidance import guidance_embedding
 from sds3d.teachers.hf.levels import Levels, levels
 
 
@@ -69,12 +70,13 @@ class Family:
         """Change the network, once, where it has to be."""
 
     @property
-    def network(self) -> nn.Module:
+    def network(self) -> Any:
+        """An nn.Module of a diffusers class of its own, whose ``config`` and parts torch's types do not know."""
         return getattr(self.pipe, self.PART)
 
     @property
-    def vae(self) -> nn.Module | None:
-        """None in a family of pixels."""
+    def vae(self) -> Any:
+        """A diffusers module like ``network``; None in a family of pixels."""
         return self.pipe.components.get("vae")
 
     @property
@@ -172,7 +174,7 @@ class Family:
         """Channels of the last of ``features``. Raises ValueError where there are none."""
         return self.network.config.block_out_channels[-1]
 
-    def features(self, network: nn.Module, x_t: Tensor, told: Tensor, condition: dict[str, Tensor]) -> list[Tensor]:
+    def features(self, network: Any, x_t: Tensor, told: Tensor, condition: dict[str, Tensor]) -> list[Tensor]:
         """The maps of a U-Net's way down and of its middle while it answers, highest resolution first."""
         found: list[Tensor] = []
 
@@ -212,16 +214,9 @@ class Family:
         return f'"a prompt", num_inference_steps={steps}'
 
 
-def guidance_embedding(scale: float, width: int) -> Tensor:
-    """What diffusers tells a U-Net of a guidance, (width,): sines, then cosines, of 1000 (scale - 1) times frequencies
-    that fall from 1 to 1e-4, and a zero where the width is odd. In float32, as there: angles are as large as 7,500."""
-    half = width // 2
-    frequencies = torch.exp(torch.arange(half) * -(torch.tensor(1e4).log() / (half - 1)))
-    angles = torch.tensor(scale - 1.0) * 1000 * frequencies
-    return torch.cat([angles.sin(), angles.cos(), angles.new_zeros(width % 2)])
-
-
 class XL(Family):
+    """SDXL."""
+
     PIPELINES = ("StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline", "StableDiffusionXLInpaintPipeline")
     FIELDS = fields.UNET.with_values(addition_embed_type=("text_time",))
     ENCODERS = ("text_encoder", "text_encoder_2")
@@ -249,6 +244,8 @@ class XL(Family):
 
 
 class IF(Family):
+    """DeepFloyd IF's first stage."""
+
     PIPELINES = ("IFPipeline", "IFImg2ImgPipeline", "IFInpaintingPipeline")
     FIELDS = fields.UNET.with_values(time_cond_proj_dim=(None,))  # its pipelines would tell it nothing
     TOKENIZERS = {"tokenizer": 77}
@@ -293,6 +290,8 @@ class Transformer(Family):
 
 
 class SD3(Transformer):
+    """SD3 and SD3.5."""
+
     PIPELINES = ("StableDiffusion3Pipeline", "StableDiffusion3Img2ImgPipeline", "StableDiffusion3InpaintPipeline")
     FIELDS = fields.SD3
     ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")

@@ -31,11 +31,11 @@ def scheduler(family: Family, levels: Levels, first: float, steps: int) -> Any:
     import diffusers
 
     if levels.flow:
-        shift = levels.schedule.shift
+        shift = levels.shift
+        assert shift is not None, "a flow has one"
         last = shift / (steps + shift - 1) if steps > 1 else None  # sigma at t = 1 / steps
-        return diffusers.FlowMatchEulerDiscreteScheduler(
-            levels.count, shift, shift_terminal=last, stochastic_sampling=True
-        )
+        more: dict[str, Any] = {"shift_terminal": last, "stochastic_sampling": True}  # its types miss that None is none
+        return diffusers.FlowMatchEulerDiscreteScheduler(levels.count, shift, **more)
     most = levels.count // steps
     each = min(max(round((first * levels.count + 1) / steps), 2), most)  # levels a step; LCM has none at level 0
     alpha, _ = levels.schedule.alpha_sigma(torch.arange(each * steps, dtype=torch.float64) / levels.count)

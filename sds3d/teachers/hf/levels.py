@@ -49,12 +49,14 @@ class Levels:
         kind: of the network's output, one of `sds3d.diffusion.noise.KINDS`.
         count: of the levels; the network is told numbers from 0 to this.
         flow: whether it is told count * sigma, else count * t.
+        shift: of a flow's schedule; None of other schedules.
     """
 
     schedule: Schedule
     kind: str
     count: int
     flow: bool = False
+    shift: float | None = None
 
     def told(self, t: Tensor) -> Tensor:
         """What the network is told at t (B,), (B,)."""
@@ -73,7 +75,8 @@ def levels(scheduler: Any, patches: int) -> Levels:
     config = scheduler.config
     if "FlowMatch" in type(scheduler).__name__:
         refuse_unknown(scheduler, "the pipeline's scheduler", FLOW)
-        return Levels(Schedule.flow(_shift(config, patches)), "flow", config.num_train_timesteps, flow=True)
+        shift = _shift(config, patches)
+        return Levels(Schedule.flow(shift), "flow", config.num_train_timesteps, flow=True, shift=shift)
     kind = config.get("prediction_type", "epsilon")
     if not hasattr(scheduler, "alphas_cumprod") or kind not in KINDS:
         raise ValueError(

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -48,7 +48,8 @@ def load(settings: TeacherConfig, device: torch.device) -> DiffusersTeacher:
     require_own_process()
     folder = find(settings.name, settings.hf)
     kind, wanted = kind_of(folder, settings.name), None if settings.dtype == "auto" else getattr(torch, settings.dtype)
-    dtype = wanted if wanted == torch.float16 else pick_dtype(device, wanted)  # float16 is for GPUs without bfloat16
+    # float16 is for GPUs without bfloat16
+    dtype = torch.float16 if wanted == torch.float16 else pick_dtype(device, wanted)
     refuse_pickles(kind, folder, settings.hf)
     variants = variants_of(folder, parts_of(kind, folder), settings.hf)
     family = family_of(kind, _pipeline(kind, folder, settings.hf, variants, dtype), settings.hf)
@@ -87,13 +88,15 @@ def find(name: str, settings: HFConfig) -> Path:
 def asking_hub(name: str) -> Iterator[None]:
     """The hub's errors, as what a user can do about them."""
     from diffusers.utils import logging
-    from huggingface_hub import errors  # the bases of its own are those of what it talks through: a proxy's, a timeout
+    from huggingface_hub import errors
 
+    # of what it talks through: a proxy's, a timeout
+    theirs = cast("tuple[type[Exception], ...]", errors.HfHubHTTPError.__bases__)  # an error's bases are errors
     spoken = logging.get_verbosity()
     logging.set_verbosity_error()  # what went wrong is told below, once
     try:
         yield
-    except (OSError, ValueError, errors.OfflineModeIsEnabled, *errors.HfHubHTTPError.__bases__) as error:
+    except (OSError, ValueError, errors.OfflineModeIsEnabled, *theirs) as error:
         raise ValueError(_refusal(name, error)) from error
     finally:
         logging.set_verbosity(spoken)
@@ -257,7 +260,7 @@ def _pipeline(
         if not (folder / INDEX).is_file():
             return diffusers.DDPMPipeline(
                 diffusers.UNet2DModel.from_pretrained(folder, dtype=dtype, **files(settings, variants[""])),
-                diffusers.DDPMScheduler.from_pretrained(folder),
+                diffusers.DDPMScheduler.from_pretrained(folder),  # pyright: ignore[reportArgumentType]  # no tuple unless asked
             )
         precision: Any = {"default": dtype, "vae": torch.float32} if kind.UPCAST else dtype
         parts = {name: torch.float32 if kind.UPCAST and name == "vae" else dtype for name in (kind.PART, "vae")}

@@ -33,13 +33,16 @@ class MultiView(Family):
     views_per_set = 4
 
     def prepare(self) -> None:
+        """See `Family.prepare`."""
         join(self.network)
 
     def sees(self, cameras: Cameras, told: Tensor | None) -> dict[str, Tensor]:
+        """See `Family.sees`."""
         numbers = camera_numbers(cameras)
         return {"cameras": numbers if told is None else numbers * told.cpu()[:, None]}
 
     def answer(self, network: nn.Module, x_t: Tensor, told: Tensor, condition: dict[str, Tensor]) -> Tensor:
+        """See `Family.answer`."""
         numbers, views = condition.get("cameras"), self.views_per_set
         if numbers is None:
             numbers, views = x_t.new_zeros(len(x_t), NUMBERS), 1
@@ -74,7 +77,7 @@ def camera_numbers(cameras: Cameras) -> Tensor:
     return matrices.flatten(1)
 
 
-def join(network: nn.Module) -> None:
+def join(network: Any) -> None:
     """Let the self-attentions of a diffusers U-Net look at all views of a set, where they are told how many."""
     kept = network.attn_processors
     network.set_attn_processor({name: Joined(one, "attn1" in name) for name, one in kept.items()})
@@ -92,6 +95,7 @@ class Joined:
         self.inner, self.joins = inner, joins
 
     def __call__(self, attention: nn.Module, hidden_states: Tensor, *rest: Any, views: int = 1, **named: Any) -> Tensor:
+        """Answer as ``inner`` does, over the pixels of ``views`` views."""
         if not self.joins or views == 1:
             return self.inner(attention, hidden_states, *rest, **named)
         count, pixels, width = hidden_states.shape

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,15 +44,18 @@ def draw(settings: TeacherConfig, dtype: torch.dtype) -> tuple[DiffusersTeacher,
 class _Words:
     """Stands in for `sds3d.teachers.hf.words.Words`: conditions of the right shape."""
 
-    device = torch.device("cpu")
+    device, sided = torch.device("cpu"), True
 
     def __init__(self, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype):
         self.shapes, self.dtype = shapes, dtype
 
-    def __call__(self, prompts: list[str]) -> Condition:
+    def expect(self, prompt: str) -> None:
+        """Nothing: nothing is embedded."""
+
+    def __call__(self, prompts: Sequence[str]) -> Condition:
         return {name: torch.zeros(len(prompts), *shape, dtype=self.dtype) for name, shape in self.shapes.items()}
 
-    def seen(self, prompts: list[str], cameras: Cameras, told: Tensor | None = None) -> Condition:
+    def seen(self, prompts: Sequence[str], cameras: Cameras, told: Tensor | None = None) -> Condition:
         return self(prompts)
 
 
@@ -71,13 +75,13 @@ def _pipeline(kind: type[Family], folder: Path, dtype: torch.dtype) -> tuple[Any
     import diffusers
     import transformers
 
-    def part(name: str, cls: str, exact: torch.dtype) -> nn.Module:
+    def part(name: str, cls: str, exact: torch.dtype) -> Any:
         told = json.loads((folder / name / "config.json").read_text(encoding="utf-8"))
         with torch.device("meta"):
             return getattr(diffusers, cls).from_config(told).to(exact)
 
     if not (folder / INDEX).is_file():
-        scheduler = diffusers.DDPMScheduler.from_pretrained(folder)
+        scheduler: Any = diffusers.DDPMScheduler.from_pretrained(folder)
         return diffusers.DDPMPipeline(part("", "UNet2DModel", dtype), scheduler), [], 0
     index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
     classes = {name: what[1] for name, what in index.items() if isinstance(what, list) and what[1]}

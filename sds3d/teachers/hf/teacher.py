@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from sds3d.teachers.base import decode_pixels, encode_pixels
 from sds3d.teachers.hf import generator_scheduler
 from sds3d.teachers.hf.adapter import Adapter, save
 from sds3d.teachers.hf.families import Family
-from sds3d.teachers.hf.words import Condition, Words, warn_of_cut
+from sds3d.teachers.hf.words import Condition, Embedder, warn_of_cut
 
 
 class DiffusersTeacher:
@@ -40,14 +40,14 @@ class DiffusersTeacher:
     fingerprint = ""
     whole: Callable[[], contextlib.AbstractContextManager[Any]]
 
-    def __init__(self, family: Family, words: Words, views: str, dtype: torch.dtype, compiled: bool = False):
+    def __init__(self, family: Family, words: Embedder, views: str, dtype: torch.dtype, compiled: bool = False):
         self.family, self.words, self.views, self.dtype, self.device = family, words, views, dtype, words.device
         side = (family.settings.size or family.side * family.cell) // family.cell
         self.image_size, self.shape = side * family.cell, (family.channels, side, side)
         self.levels = family.levels(side)
         self.schedule: Schedule = self.levels.schedule
         self.views_per_set = family.views_per_set
-        self._judge = torch.compile(family.network) if compiled else family.network
+        self._judge: nn.Module = cast(nn.Module, torch.compile(family.network)) if compiled else family.network
         self._shift, self._scale = (value.to(self.device) for value in _latent_scale(family.vae))
 
     def check(self, prompt: str) -> None:
@@ -78,6 +78,7 @@ class DiffusersTeacher:
         return (latents - self._shift) * self._scale
 
     def decode(self, x: Tensor) -> Tensor:
+        """See `sds3d.teachers.base.Teacher.decode`."""
         vae = self.family.vae
         return decode_pixels(
             x if vae is None else vae.decode((x / self._scale + self._shift).to(vae.dtype)).sample.float()

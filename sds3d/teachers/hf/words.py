@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -39,6 +39,30 @@ def _plain(method: Callable[..., Condition]) -> Callable[..., Condition]:
                 return method(self, *arguments)
 
     return run
+
+
+class Embedder(Protocol):
+    """What gives a teacher the conditions of prompts: `Words`, or what stands in for it.
+
+    Attributes:
+        device: where the conditions are.
+        sided: whether a prompt is expected to be asked for from all sides, too.
+    """
+
+    device: torch.device
+    sided: bool
+
+    def expect(self, prompt: str) -> None:
+        """Say that a prompt will be asked for."""
+        ...
+
+    def __call__(self, prompts: Sequence[str]) -> Condition:
+        """The condition of B prompts, (B, ...) each."""
+        ...
+
+    def seen(self, prompts: Sequence[str], cameras: Cameras, told: Tensor | None = None) -> Condition:
+        """The condition of B prompts, each seen from its camera."""
+        ...
 
 
 class Words:

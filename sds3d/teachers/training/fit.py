@@ -11,7 +11,7 @@ import math
 import pickle
 import struct
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -138,7 +138,8 @@ class Fit:
             torch.manual_seed(config.seed)
             text = TextEncoder(source.vocabulary, source.network.text)
             self.nets = nn.ModuleDict({"unet": UNet(source.network), "text": text})
-        self.nets.to(self.device, memory_format=torch.channels_last)
+        # torch's types of Module.to leave out memory_format
+        self.nets.to(self.device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         self.ema = EMA(self.nets, config.ema)
         inner, outer = [], []
         for name, p in self.nets.named_parameters():
@@ -160,14 +161,15 @@ class Fit:
         eps = torch.randn(clean.shape, generator=self.rng)
         clean, eps, t, weight = (x.to(self.device) for x in (clean, eps, t, weight))
         alpha, sigma = small.SmallTeacher.schedule.alpha_sigma(t)
-        text: TextEncoder = self.nets["text"]
+        unet, text = _parts(self.nets)
         known = text(text.tokens(batch.captions).to(self.device))
-        told = () if batch.cameras is None else (batch.cameras.to(self.device), batch.seen.float().to(self.device))
+        cameras = None if batch.cameras is None else batch.cameras.to(self.device)
+        seen = None if batch.seen is None else batch.seen.float().to(self.device)
         with (
             self._noise_of_step(),
             torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16),
         ):
-            v = self.nets["unet"](noised(clean, eps, alpha, sigma), t, known, *told)
+            v = unet(noised(clean, eps, alpha, sigma), t, known, cameras, seen)
         return (weight * (v.float() - target("v", clean, eps, alpha, sigma)).square()).mean()
 
     @contextmanager
@@ -217,8 +219,7 @@ class Fit:
         torch.save(state, data)
         with replacing(out / "state.pt") as part:
             part.write_bytes(data.getbuffer())
-        nets = self.ema.module
-        small.save(out / small.FILE, nets["unet"], nets["text"], self.source.vocabulary, self.source.prompts)
+        small.save(out / small.FILE, *_parts(self.ema.module), self.source.vocabulary, self.source.prompts)
         with replacing(out / "fit.json") as part:
             part.write_text(json.dumps({"step": self.step, **asdict(self.config)}, indent=1))
 
@@ -259,6 +260,13 @@ class Fit:
             raise ValueError(f"{out} has done {self.step} of {self.config.steps} steps; give more, as in steps=20000")
 
 
+def _parts(nets: nn.ModuleDict) -> tuple[UNet, TextEncoder]:
+    """The networks that `Fit` trains."""
+    unet, text = nets["unet"], nets["text"]
+    assert isinstance(unet, UNet) and isinstance(text, TextEncoder)
+    return unet, text
+
+
 def _digest(state: dict[str, Any]) -> str:
     """Of all that a state holds."""
     tensors: dict[str, Tensor] = {}
@@ -288,7 +296,7 @@ def _undamaged(path: Path) -> Iterator[None]:
 @stepwise_training
 def train(
     out: Path, config: FitConfig, source: Source, resume: bool = False, device: torch.device | str = "cpu"
-) -> Iterator[FitStep]:
+) -> Generator[FitStep]:
     """Train a teacher into a folder: state.pt, teacher.safetensors, fit.json, loss.png, a sample grid at every save.
 
     Whoever stops iterating leaves a state to resume from.
@@ -373,7 +381,7 @@ def save_grid(teacher: small.SmallTeacher, prompts: Sequence[str], path: Path) -
     """Samples of a few prompts, one a row: four views each, or eight images where the teacher takes no camera."""
     from sds3d.media.sheet import contact_sheet, seen
 
-    told = {"cameras": cam.orbit(4, elevation=20, start=30)} if teacher.views == "camera" else {}
-    number = 4 if told else 8
-    rows = [sample(teacher, [p] * number, steps=16, guidance=2.0, **told) for p in prompts]
+    cameras = cam.orbit(4, elevation=20, start=30) if teacher.views == "camera" else None
+    number = 8 if cameras is None else 4
+    rows = [sample(teacher, [p] * number, steps=16, guidance=2.0, cameras=cameras) for p in prompts]
     contact_sheet(rows, path, list(prompts), seen(rows[0]))

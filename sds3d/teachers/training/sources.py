@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache
 from pathlib import Path
 from typing import Protocol
 
@@ -72,7 +72,11 @@ class Source(Protocol):
 
     vocabulary: tuple[str, ...]
     network: UNetConfig
-    prompts: tuple[str, ...]
+
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """See above."""
+        ...
 
     def size(self, count: int) -> int:
         """How many images there are, or will be where ``count`` are made."""
@@ -92,21 +96,30 @@ class Toybox:
 
     vocabulary, network = VOCABULARY, UNetConfig()
 
-    @cached_property
+    @property
     def prompts(self) -> tuple[str, ...]:
-        rng = torch.Generator().manual_seed(0)
-        draw, names = CaptionDraw(rng, 0, 0), list(KINDS)
-        drawn = (draw(names[i % len(names)], "").text for i in range(12 * len(names)))
-        return tuple(dict.fromkeys((*GRID_PROMPTS, *drawn)))
+        """Those of the sample grid, then captions."""
+        return _toy_prompts()
 
     def size(self, count: int) -> int:
+        """See `Source.size`."""
         return count
 
     def prepare(self, out: Path, count: int, seed: int) -> Iterator[int]:
+        """See `Source.prepare`."""
         return renders.build(out / "renders", count, seed)
 
     def batches(self, out: Path, rng: torch.Generator) -> Callable[[int], Batch]:
+        """See `Source.batches`."""
         return RenderBatches(renders.Renders(out / "renders"), rng)
+
+
+@cache
+def _toy_prompts() -> tuple[str, ...]:
+    rng = torch.Generator().manual_seed(0)
+    draw, names = CaptionDraw(rng, 0, 0), list(KINDS)
+    drawn = (draw(names[i % len(names)], "").text for i in range(12 * len(names)))
+    return tuple(dict.fromkeys((*GRID_PROMPTS, *drawn)))
 
 
 class Captioned:
@@ -123,12 +136,16 @@ class Captioned:
         self.prompts = tuple(dict.fromkeys(texts[0] for texts in pictures.captions))
 
     def size(self, count: int) -> int:
+        """See `Source.size`."""
         return len(self.pictures)
 
     def prepare(self, out: Path, count: int, seed: int) -> Iterator[int]:
+        """See `Source.prepare`."""
         yield len(self.pictures)
 
     def batches(self, out: Path, rng: torch.Generator) -> Callable[[int], Batch]:
+        """See `Source.batches`."""
+
         def draw(size: int) -> Batch:
             index = torch.randint(len(self.pictures), (size,), generator=rng)
             chosen = self.pictures[index.tolist()]
