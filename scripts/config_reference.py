@@ -2,7 +2,7 @@
 
     python scripts/config_reference.py > settings.md
 
-The site puts it in place of ``<!-- settings -->`` in docs/configuration.md (scripts/docs_site.py), so it is never stale.
+At every build of the site it takes the place of ``<!-- settings -->`` in docs/configuration.md (scripts/docs_site.py).
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def _arguments(docstring: str) -> dict[str, str]:
     section = re.search(r"^Args:\n(.*?)(?:\n\S|\Z)", docstring, re.S | re.M)
     found: dict[str, str] = {}
     for names, text in re.findall(r"^    (\w[\w, ]*): (.*?)(?=^    \w|\Z)", section[1] if section else "", re.S | re.M):
-        found |= {name: text for name in names.split(", ")}
+        found |= dict.fromkeys(names.split(", "), text)
     return found
 
 

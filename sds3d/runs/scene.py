@@ -65,6 +65,11 @@ class Asset:
         Raises:
             ValueError: no such run, no checkpoint, a damaged one, one that does not fit its config, or a run that
                 painted images.
+
+        Example:
+            >>> asset = Asset.open("outputs/00001-a-red-mug")
+            >>> asset.render(azimuth=30, resolution=64).size
+            (64, 64)
         """
         run = Run.open(path)
         config = configs.of_run(run.config)
