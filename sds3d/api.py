@@ -28,7 +28,7 @@ def generate(prompt: str, **overrides: Any) -> Asset:
     Raises:
         ValueError: a setting or a word that is not known, or a folder that cannot be written.
 
-    Example:
+    Examples:
         >>> # Not run as a test: it takes more than a minute.
         >>> asset = sds3d.generate("a red mug", seed=3)  # doctest: +SKIP
         >>> asset.export("mug.glb")  # doctest: +SKIP
@@ -50,7 +50,7 @@ def paint(prompt: str, **overrides: Any) -> Painting:
     Raises:
         ValueError: a setting or a word that is not known, or a folder that cannot be written.
 
-    Example:
+    Examples:
         >>> import sds3d
         >>> painting = sds3d.paint("a red mug, front view", steps=2, image={"count": 2})
         >>> painting.images.shape  # in [0, 1]
@@ -72,7 +72,7 @@ def train_generator(**overrides: Any) -> Generated:
     Raises:
         ValueError: a setting that is not known, or a folder that cannot be written.
 
-    Example:
+    Examples:
         >>> import sds3d
         >>> made = sds3d.train_generator(teacher="digits", steps=2, generator={"batch": 4})
         >>> generator = sds3d.load_generator(made.path)

@@ -133,7 +133,7 @@ def cat(parts: list[Cameras]) -> Cameras:
 def orbit(n: int, elevation: float = 15.0, distance: float = 3.0, fov: float = 40.0, start: float = 0.0) -> Cameras:
     """``n`` cameras evenly spaced in azimuth, counter-clockwise from ``start`` degrees.
 
-    Example:
+    Examples:
         >>> orbit(4).azimuth.tolist()
         [0.0, 90.0, 180.0, 270.0]
     """

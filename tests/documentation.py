@@ -16,7 +16,11 @@ PAGES = sorted(p for p in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.gl
 MARKS = ("slow", "gpu", "cluster", "exit 0 or 1")  # <!-- test: slow --> above a block
 
 # A scene, an image, a generator of a second or two. A command keeps its own settings, but for these.
-SCENE = [setting for setting in TINY if not setting.startswith("log.")] + ["steps=3", "render.fine_samples=24"]
+SMALLER = (
+    "steps=2 render.fine_samples=16 export.mesh_resolution=16 export.texture=64 export.frames=2 export.size=16 "
+    "log.save_every=100 log.picture_every=50"
+)
+SCENE = [f"{key}={value}" for key, value in dict(s.split("=") for s in (*TINY, *SMALLER.split())).items()]
 IMAGES = "steps=2 image.size=16".split()
 GENERATOR = "steps=2 generator.batch=4 pairs.count=4 pairs.batch=2 pairs.steps=2".split()
 SHORT: dict[str, tuple[list[str], dict[str, str]]] = {  # command -> settings, and flags with their values
@@ -69,8 +73,8 @@ def blocks(page: Path) -> Iterator[Block]:
 
 
 def commands(block: Block) -> list[list[str]]:
-    """The commands of a block, as arguments; comments are left out, and a line with && is two."""
-    found = [shlex.split(line, comments=True) for line in block.text.splitlines()]
+    """The commands of a block, as arguments, without comments; a line with && is two, two with a backslash are one."""
+    found = [shlex.split(line, comments=True) for line in block.text.replace("\\\n", " ").splitlines()]
     parts: list[list[str]] = []
     for arguments in filter(None, found):
         parts.append([])

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import pytest
 import tiny_pipelines
+import torch
 from documentation import GENERATOR, PAGES, ROOT, SCENE, SERVES, anchors, blocks, commands, python, shortened
 from PIL import Image
 
@@ -119,10 +120,10 @@ def test_the_reference_has_every_setting_and_says_what_it_means(monkeypatch):
 
 def test_blocks_are_found_with_their_marks(tmp_path):
     page = tmp_path / "page.md"
-    page.write_text("<!-- test: slow -->\n\n```bash\na && b 'c d'  # e\n```\ntext\n```python\nx = 1\n```\n")
+    page.write_text("<!-- test: slow -->\n\n```bash\na \\\n  x && b 'c d'  # e\n```\ntext\n```python\nx = 1\n```\n")
     first, second = blocks(page)
-    assert (first.mark, first.language, commands(first)) == ("slow", "bash", [["a"], ["b", "c d"]])
-    assert (second.mark, second.language, second.line) == ("", "python", 7)
+    assert (first.mark, first.language, commands(first)) == ("slow", "bash", [["a", "x"], ["b", "c d"]])
+    assert (second.mark, second.language, second.line) == ("", "python", 8)
     page.write_text("<!-- test: later -->\n```bash\na\n```\n")
     with pytest.raises(ValueError, match="the mark is 'later'"):
         list(blocks(page))
@@ -247,7 +248,7 @@ def test_the_example_is_short_and_paints(tmp_path, monkeypatch, capsys):
     assert len(text.splitlines()) < 80
     names: dict = {"__name__": "example"}
     exec(compile(text, "examples/sds.py", "exec"), names)
-    images = names["paint"]("a red mug", steps=60)
+    images = names["paint"]("a red mug", steps=30)
     assert images.shape == (4, 3, 64, 64) and 0 <= float(images.min()) and float(images.max()) <= 1
     middle = images[:, :, 24:40, 24:40].mean((0, 2, 3))
     assert middle[0] > middle[1] + 0.1 and middle[0] > middle[2] + 0.1  # red, where the mug is
@@ -299,3 +300,31 @@ def test_slow_commands_run(block, here, capfd):
                 text=True,
             )
             assert done.returncode == 0, f"{block.place}: {done.stdout}{done.stderr}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "command", sorted({b.text for b in SHELL if b.mark == "slow" and "pip install" in b.text}), ids=lambda text: text
+)
+def test_install_commands_run(command: str, tmp_path):
+    """As they stand, in a new environment and a copy of the tree; of pytest only that it finds its tests.
+
+    torch is there already, as the pages advise: where there is no GPU, its newest build would be gigabytes of CUDA.
+    """
+    unneeded = shutil.ignore_patterns(".git", ".venv", "outputs", "build", "node_modules", "__pycache__", ".*_cache")
+    shutil.copytree(ROOT, tmp_path / "clone", ignore=unneeded)
+    subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
+    bin_folder = tmp_path / "venv" / ("Scripts" if os.name == "nt" else "bin")
+    path = os.pathsep.join([str(bin_folder), os.environ["PATH"]])
+    kept = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV", "PYTEST_XDIST_WORKER")}
+    subprocess.run([bin_folder / "pip", "install", "--quiet", f"torch=={torch.__version__.split('+')[0]}"], check=True)
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", command],
+        cwd=tmp_path / "clone",
+        env=kept | {"PATH": path, "PYTEST_ADDOPTS": "--collect-only -q"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    made = tmp_path / "clone" / "outputs" / "00001-a-red-mug" / "mesh.glb"
+    assert made.is_file() or "sds3d generate" not in command

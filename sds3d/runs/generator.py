@@ -44,9 +44,9 @@ class Generated:
         run: its folder; None in a process that only helps another one.
 
     Attributes:
-        path: the run folder.
-        config: everything that made it.
-        student: the generator.
+        path (Path): the run folder.
+        config (DistillConfig): everything that made it.
+        student (nn.Module): the generator.
     """
 
     def __init__(self, run: Run | None, config: DistillConfig, student: FewStepGenerator):
@@ -320,7 +320,7 @@ def load_generator(path: str | Path, device: str = "auto", dtype: str = "auto") 
     Raises:
         ValueError: there is none, it is damaged, it is a teacher's file, or the dtype is not for it.
 
-    Example:
+    Examples:
         >>> generator = load_generator("outputs/00001-digits-diffinstruct", dtype="float32")
         >>> generator(["a handwritten seven"] * 4, seed=0).shape  # in [0, 1]
         torch.Size([4, 3, 8, 8])

@@ -22,9 +22,9 @@ class Painting:
     """The images of a run folder.
 
     Attributes:
-        path: the run folder.
-        config: everything that made them.
-        student: their pixels.
+        path (Path): the run folder.
+        config (PaintConfig): everything that made them.
+        student (ImageStudent): their pixels.
     """
 
     def __init__(self, run: Run, config: PaintConfig, student: ImageStudent):

@@ -18,7 +18,7 @@ class Ramp:
     Raises:
         ValueError: a value is not finite, or ``end`` comes before ``start``.
 
-    Example:
+    Examples:
         >>> ramp = Ramp(100, 1.0, 0.0, 200)
         >>> ramp(0), ramp(150), ramp(300)
         (1.0, 0.5, 0.0)
