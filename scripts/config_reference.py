@@ -20,6 +20,7 @@ from sds3d.config.schema import Config, DistillConfig, PaintConfig, RunConfig
 from sds3d.config.typed import plain
 from sds3d.distill.score import METHODS
 from sds3d.runtime.ramp import Ramp
+from sds3d.runtime.ranges import STEPS
 
 KINDS = {"scenes": Config, "images": PaintConfig, "generators": DistillConfig}
 WORDS = {bool: "true or false", int: "integer", float: "number", str: "text", Ramp: "number or ramp", Any: "a method"}
@@ -98,7 +99,8 @@ def _takes(kind: Any) -> str:
     """A type in words, with its range."""
     origin, parts = typing.get_origin(kind), typing.get_args(kind)
     if origin is typing.Annotated:
-        return f"{_takes(parts[0])}, {parts[1]}".replace("number, a number", "number")
+        text = f"{_takes(parts[0])}, {parts[1]}".replace("number, a number", "number")
+        return text.replace(str(2**62 - 1), "2^62 - 1").replace(str(STEPS), "10^7").replace(str(2**30), "2^30")
     if origin in (typing.Union, types.UnionType):
         kinds = [part for part in parts if part is not type(None) and not (part is float and Ramp in parts)]
         return " or ".join([*map(_takes, kinds), *(["null"] if type(None) in parts else [])])
