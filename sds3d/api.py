@@ -27,6 +27,11 @@ def generate(prompt: str, **overrides: Any) -> Asset:
 
     Raises:
         ValueError: a setting or a word that is not known, or a folder that cannot be written.
+
+    Examples:
+        >>> # Not run as a test: it takes more than a minute.
+        >>> asset = sds3d.generate("a red mug", seed=3)  # doctest: +SKIP
+        >>> asset.export("mug.glb")  # doctest: +SKIP
     """
     return _finished(configs.load(prompt, overrides, kind=Config))
 
@@ -44,6 +49,12 @@ def paint(prompt: str, **overrides: Any) -> Painting:
 
     Raises:
         ValueError: a setting or a word that is not known, or a folder that cannot be written.
+
+    Examples:
+        >>> import sds3d
+        >>> painting = sds3d.paint("a red mug, front view", steps=2, image={"count": 2})
+        >>> painting.images.shape  # in [0, 1]
+        torch.Size([2, 3, 64, 64])
     """
     return _finished(configs.load(prompt, overrides, kind=PaintConfig))
 
@@ -60,6 +71,13 @@ def train_generator(**overrides: Any) -> Generated:
 
     Raises:
         ValueError: a setting that is not known, or a folder that cannot be written.
+
+    Examples:
+        >>> import sds3d
+        >>> made = sds3d.train_generator(teacher="digits", steps=2, generator={"batch": 4})
+        >>> generator = sds3d.load_generator(made.path)
+        >>> generator(["a handwritten seven"] * 16, seed=0).shape  # in [0, 1]
+        torch.Size([16, 3, 8, 8])
     """
     if isinstance(overrides.get("teacher"), str):
         overrides["teacher"] = {"name": overrides["teacher"]}

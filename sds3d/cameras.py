@@ -134,7 +134,12 @@ def cat(parts: list[Cameras]) -> Cameras:
 
 
 def orbit(n: int, elevation: float = 15.0, distance: float = 3.0, fov: float = 40.0, start: float = 0.0) -> Cameras:
-    """``n`` cameras evenly spaced in azimuth, counter-clockwise from ``start`` degrees."""
+    """``n`` cameras evenly spaced in azimuth, counter-clockwise from ``start`` degrees.
+
+    Examples:
+        >>> orbit(4).azimuth.tolist()
+        [0.0, 90.0, 180.0, 270.0]
+    """
     if n < 1:
         raise ValueError(f"an orbit needs at least 1 camera, got {n}")
     azimuth = start + torch.arange(n, dtype=torch.float32) * (360.0 / n)
@@ -146,6 +151,9 @@ class CameraRanges:
     """Where training cameras stand: uniform in each range (degrees, scene units). All look at the origin.
 
     Args:
+        azimuth, elevation: lowest and highest, degrees; azimuth 0 looks at the front.
+        distance: nearest and farthest, from the origin.
+        fov: narrowest and widest, degrees.
         ring: views that stand evenly around the scene, at one elevation, distance and field of view; a step's views are
             so many or a multiple. 1: each stands by itself.
     """

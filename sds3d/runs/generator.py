@@ -46,9 +46,9 @@ class Generated:
         run: its folder; None in a process that only helps another one.
 
     Attributes:
-        path: the run folder.
-        config: everything that made it.
-        student: the generator.
+        path (Path): the run folder.
+        config (DistillConfig): everything that made it.
+        student (nn.Module): the generator.
     """
 
     PAGE: ClassVar[report.PageFacts] = report.PageFacts(
@@ -348,10 +348,10 @@ def load_generator(path: str | Path, device: str = "auto", dtype: str = "auto") 
     Raises:
         ValueError: there is none, it is damaged, it is a teacher's file, or the dtype is not for it.
 
-    Example::
-
-        gen = sds3d.load_generator("outputs/00001-digits-diffinstruct", dtype="float32")
-        images = gen(["a handwritten seven"] * 4, seed=0)  # (4, 3, 8, 8) in [0, 1]
+    Examples:
+        >>> generator = load_generator("outputs/00001-digits-diffinstruct", dtype="float32")
+        >>> generator(["a handwritten seven"] * 4, seed=0).shape  # in [0, 1]
+        torch.Size([4, 3, 8, 8])
     """
     from sds3d.runtime.device import pick_device
     from sds3d.teachers.hf import loading

@@ -26,9 +26,9 @@ class Painting:
     """The images of a run folder.
 
     Attributes:
-        path: the run folder.
-        config: everything that made them.
-        student: their pixels.
+        path (Path): the run folder.
+        config (PaintConfig): everything that made them.
+        student (ImageStudent): their pixels.
     """
 
     PAGE: ClassVar[report.PageFacts] = report.PageFacts(

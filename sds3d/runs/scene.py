@@ -46,11 +46,11 @@ class Asset:
     """The scene of a run folder, or one of its scenes, where several particles shared a critic.
 
     Attributes:
-        path: the run folder.
-        config: everything that made it.
-        student: what is trained: the scene, or all particles.
-        particle: which of them this is.
-        scene: it.
+        path (Path): the run folder.
+        config (Config): everything that made it.
+        student (SceneStudent | Particles): what is trained: the scene, or all particles.
+        particle (int): which of them this is.
+        scene (SceneStudent): it.
     """
 
     PAGE: ClassVar[report.PageFacts] = report.PageFacts(
@@ -76,6 +76,11 @@ class Asset:
         Raises:
             ValueError: no such run, no checkpoint, a damaged one, one that does not fit its config, or a run that
                 painted images.
+
+        Examples:
+            >>> asset = Asset.open("outputs/00001-a-red-mug")
+            >>> asset.render(azimuth=30, resolution=64).size
+            (64, 64)
         """
         run = Run.open(path)
         config = configs.of_run(run.config)

@@ -17,6 +17,11 @@ class Ramp:
 
     Raises:
         ValueError: a value is not finite, or ``end`` comes before ``start``.
+
+    Examples:
+        >>> ramp = Ramp(100, 1.0, 0.0, 200)
+        >>> ramp(0), ramp(150), ramp(300)
+        (1.0, 0.5, 0.0)
     """
 
     start: float
