@@ -51,7 +51,7 @@ def stepper(work: str, precision: str) -> Callable[[], object]:
     teacher = make.teacher(settings)
     student, critic = make.student(settings, teacher), make.critic(settings, teacher)
     objectives = make.objectives(make.objective(settings, teacher, critic), settings, student)
-    loop = train(student, objectives, settings.plan(), critic=critic)
+    loop = train(student, objectives, settings.plan(), companions={"critic": critic} if critic else {})
     return lambda: next(loop)
 
 

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
@@ -38,12 +39,18 @@ class Judged(Protocol):
 Objective = Callable[[Draw, int, torch.Generator], Judged]
 
 
-class Critic(Protocol):
-    """What the loop asks of a critic; see critics.py."""
+class Companion(Protocol):
+    """What is trained beside the student on what it draws, as a critic or a discriminator; see distill/critics.py.
+
+    Attributes:
+        steps: fits before each step of the student, 0 for none.
+    """
 
     steps: int
 
-    def fit(self, draw: Draw, rng: torch.Generator) -> Tensor: ...
+    def fit(self, draw: Draw, rng: torch.Generator) -> Tensor:
+        """One fit on a fresh draw, made without gradients; returns the loss, ()."""
+        ...
 
     def state_dict(self) -> dict[str, Any]: ...
 
@@ -125,7 +132,7 @@ def train(
     run: RunFolder | None = None,
     resume: bool = False,
     picture: Callable[[], Tensor] | None = None,
-    critic: Critic | None = None,
+    companions: Mapping[str, Companion] = MappingProxyType({}),
     processes: Processes = Processes(),
 ) -> Iterator[Step]:
     """Train ``student``; gives an iterator that yields after every step. A checkpoint is read at once. Each step has
@@ -138,7 +145,8 @@ def train(
         run: where checkpoints, metrics and pictures go; None writes nothing.
         resume: go on from the run's checkpoint.
         picture: makes the views (B, 3, H, W) of a progress picture.
-        critic: follows what the student draws: fitted ``critic.steps`` times on fresh draws before every step.
+        companions: name -> what is trained beside the student, in this order before every step: each is fitted
+            ``steps`` times, on fresh draws. The name is that of its loss among the metrics, and of its settings.
         processes: of every batch, where several processes train; the first of them writes.
 
     Raises:
@@ -152,14 +160,14 @@ def train(
     done, seconds = 0, 0.0
     if resume:
         assert run is not None, "resume needs a run"
-        done, seconds = _restore(run, student, optimiser, rng, critic)
+        done, seconds = _restore(run, student, optimiser, rng, companions)
         if done > plan.steps:
             raise ValueError(
                 f"{run.path} has done {done} steps; steps={plan.steps} is less: give steps={2 * done} or so"
             )
         if processes.rank == 0:
             run.rewind(done)
-    state = _State(student, optimiser, rng, done, seconds, critic, processes)
+    state = _State(student, optimiser, rng, done, seconds, companions, processes)
     return _loop(state, objectives, plan, run if processes.rank == 0 else None, picture)
 
 
@@ -172,7 +180,7 @@ class _State:
     rng: torch.Generator
     done: int
     seconds: float
-    critic: Critic | None
+    companions: Mapping[str, Companion]
     processes: Processes
 
     def row(self) -> dict[str, float]:
@@ -195,7 +203,7 @@ class _State:
             "student": self.student.state_dict(),
             "optimiser": self.optimiser.state_dict(),
             "generator": self.rng.get_state(),
-            "critic": None if self.critic is None else self.critic.state_dict(),
+            "companions": {name: companion.state_dict() for name, companion in self.companions.items()},
         }
         if run is not None:
             _require_sound(state, self.done)
@@ -243,8 +251,9 @@ def _one_step(state: _State, objectives: Mapping[str, Objective], plan: Plan) ->
     """Draw, judge, go backward, move; returns the step's figures, "loss" among them."""
     student, optimiser, step, rng = state.student, state.optimiser, state.done, state.rng
     figures = Figures()
-    if state.critic is not None and state.critic.steps:
-        _fit(state.critic, student, step, rng, figures)
+    for name, companion in state.companions.items():
+        if companion.steps:
+            _fit(name, companion, student, step, rng, figures)
     draw = student.draw(step, rng)
     total = draw.images.new_zeros(())
     for name, objective in objectives.items():
@@ -275,16 +284,18 @@ def _one_step(state: _State, objectives: Mapping[str, Objective], plan: Plan) ->
     return figures
 
 
-def _fit(critic: Critic, student: Student, step: int, rng: torch.Generator, figures: Figures) -> None:
-    """The critic's fits of one step; their mean loss is the figure "critic"."""
+def _fit(
+    name: str, companion: Companion, student: Student, step: int, rng: torch.Generator, figures: Figures
+) -> None:
+    """A companion's fits of one step; their mean loss is the figure of its name."""
     losses = []
-    for _ in range(critic.steps):
+    for _ in range(companion.steps):
         with torch.no_grad():
             draw = student.draw(step, rng)
-        losses.append(critic.fit(draw, rng))
+        losses.append(companion.fit(draw, rng))
     loss = torch.stack(losses).mean()
-    _require_finite(figures, loss, "the critic's loss", step)
-    figures.add("critic", loss)
+    _require_finite(figures, loss, f"the {name}'s loss", step)
+    figures.add(name, loss)
 
 
 def _require_finite(figures: Figures, value: Tensor, what: str, step: int) -> None:
@@ -293,13 +304,24 @@ def _require_finite(figures: Figures, value: Tensor, what: str, step: int) -> No
 
 
 def _require_sound(state: Mapping[str, Any], done: int) -> None:
-    """Raises Diverged where a weight of the student or of the critic is not finite: a last step can be too large for
+    """Raises Diverged where a weight of the student or of a companion is not finite: a last step can be too large for
     its number, though loss and gradient were finite."""
-    critic = (state["critic"] or {}).get("network", {})
-    for who, weights in (("student", state["student"]), ("critic", critic)):
-        for name, value in weights.items():
-            if torch.is_tensor(value) and value.is_floating_point() and not bool(torch.isfinite(value).all()):
-                raise Diverged(f"{name} of the {who} is not finite after step {done}: lower optim.lr or critic.lr")
+    parts = [("student", "optim.lr", state["student"])]
+    parts += [(name, f"{name}.lr", own) for name, own in state["companions"].items()]
+    for who, setting, own in parts:
+        for name, value in _weights(own):
+            if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+                raise Diverged(f"{name} of the {who} is not finite after step {done}: lower {setting}")
+
+
+def _weights(state: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a state by their dotted names; an optimiser's own are left out."""
+    if torch.is_tensor(state):
+        yield name, state
+    elif isinstance(state, Mapping | list):
+        for key, value in state.items() if isinstance(state, Mapping) else enumerate(state):
+            if key != "optimiser":
+                yield from _weights(value, f"{name}.{key}" if name else str(key))
 
 
 def _lay_out(optimiser: torch.optim.Optimizer) -> None:
@@ -316,7 +338,7 @@ def _restore(
     student: Student,
     optimiser: torch.optim.Optimizer,
     rng: torch.Generator,
-    critic: Critic | None,
+    companions: Mapping[str, Companion],
 ) -> tuple[int, float]:
     """Load everything from the run's checkpoint; returns the steps and seconds done."""
     state = run.load_checkpoint()
@@ -325,9 +347,23 @@ def _restore(
         optimiser.load_state_dict(state["optimiser"])
         _lay_out(optimiser)
         rng.set_state(state["generator"])
-        if critic is not None:
-            critic.load_state_dict(state["critic"])
+        states = _of_companions(state)
+        if states.keys() != companions.keys():
+            raise ValueError(f"it holds {_named(states)} beside the student, and the run has {_named(companions)}")
+        for name, companion in companions.items():
+            companion.load_state_dict(states[name])
         done, seconds = int(state["step"]), float(state["seconds"])
     except (KeyError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"{run.checkpoint} does not fit this run's config.yaml: {error}".splitlines()[0]) from error
     return done, seconds
+
+
+def _of_companions(state: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The companions' states by name. Older checkpoints know one companion, a critic, or None."""
+    if "companions" in state:
+        return state["companions"]
+    return {} if state["critic"] is None else {"critic": state["critic"]}
+
+
+def _named(companions: Mapping[str, Any]) -> str:
+    return ", ".join(companions) or "nothing"

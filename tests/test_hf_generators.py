@@ -292,7 +292,8 @@ def test_the_teacher_stays_as_it_was_and_only_its_network_is_copied(kind, start,
     assert not own & {id(p) for p in (*teacher.family.network.parameters(), *teacher.family.vae.parameters())}
     count = sum(p.numel() for p in teacher.family.network.parameters())
     assert sum(p.numel() for p in student.network.parameters()) == count
-    steps = train(student, {"score": make.objective(config, teacher, critic)}, config.plan(), critic=critic)
+    goals = {"score": make.objective(config, teacher, critic)}
+    steps = train(student, goals, config.plan(), companions={"critic": critic})
     assert len(list(steps)) == 3
     launch.Generated(None, config, student).save()
     assert all(torch.equal(value, before[key]) for key, value in weights(teacher).items())

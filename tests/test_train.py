@@ -234,3 +234,96 @@ def test_a_teacher_that_answers_nan_is_named_with_its_step():
     objectives["sds"].teacher.colour = (math.nan, 0.0, 0.0)
     with pytest.raises(NonFiniteGradient, match="SDS: non-finite gradient at step 0"):
         list(train(student, objectives, plan))
+
+
+class Follower:
+    """A companion with one weight, moved to half of what the student draws; counts its draws."""
+
+    def __init__(self, steps: int, weight: float = 0.0):
+        self.steps, self.weight, self.drawn = steps, torch.tensor(weight), 0
+
+    def fit(self, draw, rng):
+        self.drawn += 1
+        assert not draw.images.requires_grad
+        self.weight = self.weight + 0.5 * (draw.images.mean() - self.weight)
+        return self.weight + 0.1 * torch.randn((), generator=rng)
+
+    def state_dict(self):
+        return {"network": {"weight": self.weight}}
+
+    def load_state_dict(self, state):
+        self.weight = state["network"]["weight"]
+
+
+def followers() -> dict[str, Follower]:
+    return {"critic": Follower(2), "discriminator": Follower(1, 4.0), "resting": Follower(0)}
+
+
+def test_companions_are_fitted_on_fresh_draws_in_their_order_before_each_step():
+    student, companions = Pixels(), followers()
+    (step, *rest) = train(student, {"zero": to_zero}, replace(PLAN, steps=3), companions=companions)
+    assert [companion.drawn for companion in companions.values()] == [6, 3, 0]
+    twin, rng, weights = Pixels(), torch.Generator().manual_seed(3), {"critic": 0.0, "discriminator": 4.0}
+    for name, fits in (("critic", 2), ("discriminator", 1)):
+        losses = []
+        for _ in range(fits):
+            weights[name] += 0.5 * (twin.draw(0, rng).images.mean().item() - weights[name])
+            losses.append(weights[name] + 0.1 * torch.randn((), generator=rng).item())
+        assert step.metrics[name] == pytest.approx(sum(losses) / fits, rel=1e-5)
+    loss = twin.draw(0, rng).images.square().sum().item()  # lambda of "size" is 0 at step 0
+    assert step.loss == pytest.approx(loss, rel=1e-6)
+    assert "resting" not in step.metrics and len(rest) == 2
+
+
+def test_companions_resume_bit_for_bit_and_must_be_the_run_s(tmp_path):
+    whole, parted = (Run.create(tmp_path, "x", "") for _ in range(2))
+    straight, companions = Pixels(), followers()
+    list(train(straight, {"zero": to_zero}, PLAN, whole, companions=companions))
+    steps = train(Pixels(), {"zero": to_zero}, PLAN, parted, companions=followers())
+    assert [next(steps).step for _ in range(4)] == [1, 2, 3, 4]
+    steps.close()
+    resumed, again = Pixels(), followers()
+    list(train(resumed, {"zero": to_zero}, PLAN, parted, resume=True, companions=again))
+    assert torch.equal(resumed.upper, straight.upper)
+    assert all(torch.equal(again[name].weight, one.weight) for name, one in companions.items())
+    for wrong, has in (({}, "nothing"), ({"critic": Follower(1)}, "critic")):
+        said = f"holds critic, discriminator, resting beside the student, and the run has {has}"
+        with pytest.raises(ValueError, match=said):
+            train(Pixels(), {"zero": to_zero}, PLAN, parted, resume=True, companions=wrong)
+
+
+@pytest.mark.parametrize("companions", [{}, {"critic": Follower(1)}], ids=["none", "critic"])
+def test_a_checkpoint_of_when_there_was_one_critic_goes_on(tmp_path, companions):
+    run = Run.create(tmp_path, "x", "")
+    steps = train(Pixels(), {"zero": to_zero}, PLAN, run, companions=companions)
+    assert [next(steps).step for _ in range(3)] == [1, 2, 3]
+    steps.close()
+    state = run.load_checkpoint()
+    of_old = {"critic": None, **state.pop("companions")}  # what it was called, and None where there was none
+    run.save_checkpoint(state | of_old)
+    again = {name: Follower(1) for name in companions}
+    assert [s.step for s in train(Pixels(), {"zero": to_zero}, PLAN, run, resume=True, companions=again)][0] == 4
+    with pytest.raises(ValueError, match="beside the student, and the run has"):
+        run.save_checkpoint(state | of_old)
+        train(Pixels(), {"zero": to_zero}, PLAN, run, resume=True, companions={"other": Follower(1)})
+
+
+def test_a_companion_that_diverged_is_not_saved(tmp_path):
+    class Nested(Pixels):
+        def state_dict(self):
+            return {"particles": [super().state_dict()]}
+
+    run, companions = Run.create(tmp_path, "x", ""), {"discriminator": Follower(1)}
+    steps = train(Pixels(), {"zero": to_zero}, PLAN, run, companions=companions)
+    next(steps)
+    companions["discriminator"].weight = torch.tensor(math.nan)
+    with pytest.raises(Diverged, match="network.weight of the discriminator is not finite.*: lower discriminator.lr"):
+        steps.close()
+    student = Nested()
+    steps = train(student, {"zero": to_zero}, PLAN, run)
+    next(steps)
+    with torch.no_grad():
+        student.lower.fill_(math.inf)
+    with pytest.raises(Diverged, match="particles.0.lower of the student is not finite after step 1: lower optim.lr"):
+        steps.close()
+    assert not run.checkpoint.is_file()

@@ -208,7 +208,7 @@ class _Parts:
             made.run,
             resume=resume,
             picture=made.picture,
-            critic=self.critic,
+            companions={"critic": self.critic} if self.critic else {},
             processes=self.processes,
         )
         return _guarded(self._with_adapter(steps, made.run), self.config, made.run, self.teacher)
