@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ from sds3d.runtime.modes import stepwise_training, training
 from sds3d.runtime.ramp import Ramp
 from sds3d.runtime.transfer import Figures
 from sds3d.students.base import Draw, Student
+from sds3d.students.companions import Companion, DrawlessCompanion, DrawnCompanion
 from sds3d.students.optim import OptimConfig, make_optimiser
 
 
@@ -36,25 +37,17 @@ class Judged(Protocol):
     metrics: Mapping[str, float | Tensor]  # of one number each
 
 
-Objective = Callable[[Draw, int, torch.Generator], Judged]
+DrawnObjective = Callable[[Draw, int, torch.Generator], Judged]
 
 
-class Companion(Protocol):
-    """What is trained beside the student on what it draws, as a critic or a discriminator; see distill/critics.py.
+@runtime_checkable
+class DrawlessObjective(Protocol):
+    """An objective that needs no draw of the student, as a regression on pairs, which asks its network itself."""
 
-    Attributes:
-        steps: fits before each step of the student, 0 for none.
-    """
+    def judge_alone(self, step: int, rng: torch.Generator) -> Judged: ...
 
-    steps: int
 
-    def fit(self, draw: Draw, rng: torch.Generator) -> Tensor:
-        """One fit on a fresh draw, made without gradients; returns the loss, ()."""
-        ...
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+Objective = DrawnObjective | DrawlessObjective
 
 
 class RunFolder(Protocol):
@@ -140,13 +133,15 @@ def train(
 
     Args:
         student: what has the parameters.
-        objectives: name -> objective; their losses are summed.
+        objectives: name -> objective; their losses are summed. The student draws where one of them needs it, and its
+            regularisers, which are of a draw, count there alone.
         plan: steps, seed, weights, learning rates.
         run: where checkpoints, metrics and pictures go; None writes nothing.
         resume: go on from the run's checkpoint.
         picture: makes the views (B, 3, H, W) of a progress picture.
         companions: name -> what is trained beside the student, in this order before every step: each is fitted
-            ``steps`` times, on fresh draws. The name is that of its loss among the metrics, and of its settings.
+            ``steps`` times, on fresh draws, or updated without. The name is that of its loss among the metrics, and of
+            its settings.
         processes: of every batch, where several processes train; the first of them writes.
 
     Raises:
@@ -252,29 +247,18 @@ def _one_step(state: _State, objectives: Mapping[str, Objective], plan: Plan) ->
     student, optimiser, step, rng = state.student, state.optimiser, state.done, state.rng
     figures = Figures()
     for name, companion in state.companions.items():
-        if companion.steps:
+        if isinstance(companion, DrawlessCompanion):
+            companion.update(step)
+        elif companion.steps:
             _fit(name, companion, student, step, rng, figures)
-    draw = student.draw(step, rng)
-    total = draw.images.new_zeros(())
-    for name, objective in objectives.items():
-        judged = objective(draw, step, rng)
-        _require_finite(figures, judged.loss, f"the loss {name!r}", step)
-        total = total + judged.loss
-        for key, value in judged.metrics.items():
-            figures.add(key if len(objectives) == 1 else f"{name}/{key}", value)
-    for name, value in student.regularisers().items():
-        _require_finite(figures, value, f"the regulariser {name!r}", step)
-        weight = plan.lambdas[name](step) if name in plan.lambdas else 0.0
-        if weight and value.requires_grad:
-            total = total + weight * value
-        figures.add(name, value.detach())
+    total = _loss(state, objectives, plan, figures)
     optimiser.zero_grad(set_to_none=True)
     total.backward()
-    draw.processes.average([p for group in optimiser.param_groups for p in group["params"]])
+    state.processes.average([p for group in optimiser.param_groups for p in group["params"]])
     for group in optimiser.param_groups:
         group["lr"] = plan.optim.lr[group["name"]](step)
         limit = plan.optim.clip.get(group["name"], float("inf"))
-        norm = draw.processes.whole(torch.nn.utils.clip_grad_norm_(group["params"], limit))
+        norm = state.processes.whole(torch.nn.utils.clip_grad_norm_(group["params"], limit))
         _require_finite(figures, norm, f"the gradient of {group['name']!r}", step)
         figures.add(f"grad/{group['name']}", norm)
     optimiser.step()
@@ -284,8 +268,33 @@ def _one_step(state: _State, objectives: Mapping[str, Objective], plan: Plan) ->
     return figures
 
 
+def _loss(state: _State, objectives: Mapping[str, Objective], plan: Plan, figures: Figures) -> Tensor:
+    """The objectives' losses and the weighted regularisers, summed, (); their figures are added."""
+    student, step, rng = state.student, state.done, state.rng
+    drawn = not all(isinstance(objective, DrawlessObjective) for objective in objectives.values())
+    draw = student.draw(step, rng) if drawn else None
+    terms = []
+    for name, objective in objectives.items():
+        if isinstance(objective, DrawlessObjective):
+            judged = objective.judge_alone(step, rng)
+        else:
+            assert draw is not None, name
+            judged = objective(draw, step, rng)
+        _require_finite(figures, judged.loss, f"the loss {name!r}", step)
+        terms.append(judged.loss)
+        for key, value in judged.metrics.items():
+            figures.add(key if len(objectives) == 1 else f"{name}/{key}", value)
+    for name, value in student.regularisers().items() if drawn else ():
+        _require_finite(figures, value, f"the regulariser {name!r}", step)
+        weight = plan.lambdas[name](step) if name in plan.lambdas else 0.0
+        if weight and value.requires_grad:
+            terms.append(weight * value)
+        figures.add(name, value.detach())
+    return sum(terms[1:], terms[0])
+
+
 def _fit(
-    name: str, companion: Companion, student: Student, step: int, rng: torch.Generator, figures: Figures
+    name: str, companion: DrawnCompanion, student: Student, step: int, rng: torch.Generator, figures: Figures
 ) -> None:
     """A companion's fits of one step; their mean loss is the figure of its name."""
     losses = []

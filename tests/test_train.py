@@ -327,3 +327,62 @@ def test_a_companion_that_diverged_is_not_saved(tmp_path):
     with pytest.raises(Diverged, match="particles.0.lower of the student is not finite after step 1: lower optim.lr"):
         steps.close()
     assert not run.checkpoint.is_file()
+
+
+class Counting(Pixels):
+    """Counts its draws."""
+
+    draws = 0
+
+    def draw(self, step, generator):
+        self.draws += 1
+        return super().draw(step, generator)
+
+
+class ToZero:
+    """`to_zero` for a student's parameters, without a draw."""
+
+    def __init__(self, student):
+        self.student = student
+
+    def judge_alone(self, step, generator):
+        return Judged(self.student.upper.square().sum() + self.student.lower.square().sum(), {"step": step})
+
+
+class Target:
+    """A companion that remembers the student's weights of the step before."""
+
+    def __init__(self, student):
+        self.student, self.seen = student, []
+
+    def update(self, step):
+        self.seen.append((step, self.student.upper.detach().clone()))
+
+    def state_dict(self):
+        return {}
+
+    def load_state_dict(self, state):
+        pass
+
+
+def test_objectives_and_companions_that_need_no_draw_cause_none():
+    student = Counting()
+    target, start = Target(student), student.upper.detach().clone()
+    plan = replace(PLAN, steps=3)
+    steps = list(train(student, {"zero": ToZero(student)}, plan, companions={"target": target, "idle": Follower(0)}))
+    assert student.draws == 0 and student.after == [0, 1, 2]
+    assert [step.metrics["step"] for step in steps] == [0, 1, 2] and "size" not in steps[0].metrics
+    assert steps[0].loss == pytest.approx(2 * 2.2, rel=1e-6)  # of 0, 0.2 ... 1 twice, squared
+    assert [step for step, _ in target.seen] == [0, 1, 2]
+    assert torch.equal(target.seen[0][1], start) and not torch.equal(target.seen[1][1], start)
+
+
+@pytest.mark.parametrize("fits", [0, 2])
+def test_one_draw_serves_all_objectives_that_need_one(fits):
+    student = Counting()
+    goals = {"alone": ToZero(student), "a": to_zero, "b": to_zero}
+    (step,) = train(student, goals, replace(PLAN, steps=1), companions={"critic": Follower(fits)})
+    assert student.draws == 1 + fits and "size" in step.metrics
+    student = Counting()
+    list(train(student, {"alone": ToZero(student)}, replace(PLAN, steps=1), companions={"critic": Follower(fits)}))
+    assert student.draws == fits
