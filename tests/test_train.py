@@ -9,11 +9,13 @@ from conftest import TINY, BallTeacher
 
 from sds3d.cameras import orbit
 from sds3d.config import load as configs
+from sds3d.config.load import Config, DistillConfig, PaintConfig
 from sds3d.distill.core import NonFiniteGradient
 from sds3d.runs import build as make
 from sds3d.runs.folder import Run
 from sds3d.runtime.ramp import Ramp
 from sds3d.students.base import Draw
+from sds3d.teachers.load import load_teacher
 from sds3d.train import Diverged, OptimConfig, Plan, make_optimiser, train
 
 
@@ -386,3 +388,36 @@ def test_one_draw_serves_all_objectives_that_need_one(fits):
     student = Counting()
     list(train(student, {"alone": ToZero(student)}, replace(PLAN, steps=1), companions={"critic": Follower(fits)}))
     assert student.draws == fits
+
+
+@pytest.mark.parametrize(
+    ("kind", "groups"),
+    [(Config, "grid, mlp"), (PaintConfig, "pixels"), (DistillConfig, "generator")],
+    ids=["scene", "image", "generator"],
+)
+def test_each_kind_of_student_has_learning_rates_for_its_own_groups_and_no_others(kind, groups):
+    layer = {"generator.batch": 2} if kind is DistillConfig else {}
+    config = configs.load("" if kind is DistillConfig else "a red mug", layer, kind=kind)
+    student = make.student(config, load_teacher(config.teacher) if kind is DistillConfig else None)
+    assert ", ".join(group["name"] for group in make_optimiser(student, config.optim).param_groups) == groups
+    assert student.OPTIM.lr.keys() == student.param_groups().keys()
+    for name in {"grid", "pixels", "generator", "background"} - student.param_groups().keys():
+        stranger = configs.load(config.prompt, {f"optim.lr.{name}": 0.1}, layer, kind=kind)
+        with pytest.raises(ValueError, match=f"optim.lr.{name}: there is no such group; there are {groups}"):
+            make_optimiser(student, stranger.optim)
+
+
+def test_a_background_has_a_learning_rate_before_it_is_learned():
+    def groups(*overrides: str) -> dict[str, float]:
+        config = configs.load("a ball", configs.parse_overrides([*TINY, "optim.lr.background=0.5", *overrides]))
+        return {group["name"]: group["lr"] for group in make_optimiser(make.student(config), config.optim).param_groups}
+
+    assert "background" not in groups()
+    assert groups("render.background=learned")["background"] == 0.5
+
+
+@pytest.mark.parametrize("steps", [1, 7, 2000])
+def test_usual_learning_rates_follow_the_number_of_steps(steps):
+    half = round(steps / 2)
+    assert configs.load("x", {"steps": steps}, kind=PaintConfig).optim.lr == {"pixels": Ramp(half, 0.05, 0.005, steps)}
+    assert configs.load("", {"steps": steps}, kind=DistillConfig).optim.lr == {"generator": Ramp(half, 2e-4, 0, steps)}

@@ -20,12 +20,12 @@ from sds3d.export.mesh import Surface
 from sds3d.export.pipeline import Look
 from sds3d.runtime.ramp import Ramp
 from sds3d.runtime.ranges import STEPS, Within, shown
-from sds3d.students.generator import GeneratorConfig
-from sds3d.students.image import ImageConfig
+from sds3d.students.generator import FewStepGenerator, GeneratorConfig
+from sds3d.students.image import ImageConfig, ImageStudent
 from sds3d.students.scene.field import FieldConfig
 from sds3d.students.scene.occupancy import OccupancyConfig
 from sds3d.students.scene.regularisers import RegulariserConfig
-from sds3d.students.scene.student import RenderConfig
+from sds3d.students.scene.student import RenderConfig, SceneStudent
 from sds3d.teachers.base import TeacherConfig
 from sds3d.train import OptimConfig, Plan
 
@@ -179,6 +179,7 @@ class Config(RunConfig):
         backend: of the hot kernels; one of ops.BACKENDS.
     """
 
+    optim: OptimConfig = SceneStudent.OPTIM
     backend: str = "auto"
     field: FieldConfig = FieldConfig()
     occupancy: OccupancyConfig = OccupancyConfig()
@@ -205,9 +206,7 @@ class PaintConfig(RunConfig):
     """Everything that makes images without a scene."""
 
     steps: Annotated[int, Within(1, STEPS)] = 200
-    optim: OptimConfig = dataclasses.field(
-        default_factory=lambda: OptimConfig({"pixels": Ramp(100, 0.05, 0.005, 200)}, eps=1e-8)
-    )
+    optim: OptimConfig = ImageStudent.OPTIM
     log: LogConfig = LogConfig(picture_every=25)
     image: ImageConfig = ImageConfig()
 
@@ -240,9 +239,7 @@ class DistillConfig(RunConfig):
         default_factory=lambda: TimestepSampler(Ramp.constant(0.02), Ramp.constant(0.98))
     )
     critic: CriticConfig = CriticConfig(kind="copy", lr=5e-4, betas=(0.0, 0.999))
-    optim: OptimConfig = dataclasses.field(
-        default_factory=lambda: OptimConfig({"generator": Ramp(500, 2e-4, 0, 1000)}, betas=(0.0, 0.999), eps=1e-8)
-    )
+    optim: OptimConfig = FewStepGenerator.OPTIM
     log: LogConfig = LogConfig(save_every=500, picture_every=250)
     generator: GeneratorConfig = GeneratorConfig()
     pairs: PairsConfig = PairsConfig()

@@ -57,7 +57,8 @@ class Student(Protocol):
         ...
 
     def param_groups(self) -> dict[str, list[Parameter]]:
-        """Parameters by the group whose learning rate they follow, as "grid", "mlp", "background"."""
+        """Parameters by the group whose learning rate they follow, as "grid", "mlp", "background". A group that this
+        kind of student has, and this one has not, is empty."""
         ...
 
     def after_step(self, step: int, rng: torch.Generator) -> None:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -25,9 +25,11 @@ from sds3d.diffusion.draws import ImageNoise, in_order, piece_size, pieces
 from sds3d.diffusion.noise import Prediction, Schedule, noised
 from sds3d.networks.ema import EMA
 from sds3d.runtime.distributed import Processes
+from sds3d.runtime.ramp import Ramp
 from sds3d.runtime.ranges import Within
 from sds3d.runtime.transfer import onto
 from sds3d.students.base import Draw
+from sds3d.students.optim import OptimConfig
 
 
 @dataclass(frozen=True)
@@ -171,9 +173,14 @@ class FewStepGenerator:
         identity: the teacher's name and fingerprint, which a checkpoint remembers.
         processes: of the batch, where several processes train.
 
+    Attributes:
+        OPTIM: the usual learning rate.
+
     Raises:
         ValueError: no prompt, or a noise level that the teacher's schedule does not reach.
     """
+
+    OPTIM: ClassVar[OptimConfig] = OptimConfig({"generator": Ramp(500, 2e-4, 0, 1000)}, betas=(0.0, 0.999), eps=1e-8)
 
     def __init__(
         self,

@@ -17,21 +17,15 @@ class OptimConfig:
     """Adam, with a learning rate and a largest gradient norm for each named group of the student.
 
     Args:
-        lr: group -> learning rate, a Ramp over steps.
+        lr: group -> learning rate, a Ramp over steps. What is usual for a kind of student is that student's ``OPTIM``.
         clip: group -> largest gradient norm; groups that are not named are not clipped.
-        betas, eps: Adam's. The hash table wants a tiny eps: most of its gradients are tiny.
+        betas, eps: Adam's.
     """
 
-    lr: dict[str, Annotated[Ramp, Within(0, 1000)]] = field(
-        default_factory=lambda: {
-            "grid": Ramp.constant(1e-2),
-            "mlp": Ramp.constant(1e-3),
-            "background": Ramp.constant(1e-3),
-        }
-    )
+    lr: dict[str, Annotated[Ramp, Within(0, 1000)]] = field(default_factory=dict)
     clip: dict[str, Annotated[float, Within(0, 1e9, above=True)]] = field(default_factory=dict)
     betas: Annotated[tuple[float, float], Within(0, 1)] = (0.9, 0.99)
-    eps: Annotated[float, Within(0, 1, above=True)] = 1e-15
+    eps: Annotated[float, Within(0, 1, above=True)] = 1e-8
 
     def __post_init__(self):
         for name, ramp in self.lr.items():
@@ -50,14 +44,14 @@ def make_optimiser(student: Student, config: OptimConfig) -> torch.optim.Adam:
     """Adam over the student's named groups.
 
     Raises:
-        ValueError: a group has no learning rate, or optim.clip names a group that is not there.
+        ValueError: a group has no learning rate, or a learning rate or optim.clip names a group that is not there.
     """
-    groups = {name: list(params) for name, params in student.param_groups().items()}
-    groups = {name: params for name, params in groups.items() if params}
+    known = {name: list(params) for name, params in student.param_groups().items()}
+    groups = {name: params for name, params in known.items() if params}
     for name in groups:
         if name not in config.lr:
             raise ValueError(f"the parameters {name!r} have no learning rate; give optim.lr.{name}=1e-3 or so")
-    settings = [("lr", name) for name in config.lr if name not in OptimConfig().lr]
+    settings = [("lr", name) for name in config.lr if name not in known]  # one that is empty may have a learning rate
     for setting, name in settings + [("clip", name) for name in config.clip]:
         if name not in groups:
             raise ValueError(f"optim.{setting}.{name}: there is no such group; there are {', '.join(groups)}")
