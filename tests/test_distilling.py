@@ -2,6 +2,8 @@
 
 import json
 import math
+from dataclasses import dataclass
+from typing import ClassVar
 
 import pytest
 import torch
@@ -9,11 +11,13 @@ import torch
 import sds3d
 from sds3d.config import load as configs
 from sds3d.config.load import DistillConfig, load, recipes_folder
+from sds3d.distill.core import Method
 from sds3d.distill.score import METHODS
 from sds3d.evaluate import generator as evaluation
 from sds3d.runs import build as make
 from sds3d.runs import generator as generated
 from sds3d.runs import launch
+from sds3d.students.generator import FewStepGenerator
 from sds3d.teachers import small
 from sds3d.teachers.load import load_teacher
 
@@ -81,6 +85,31 @@ def test_a_checkpoint_of_another_teacher_is_refused_with_both_named(in_folder, t
         launch.resume(made.path)
     with pytest.raises(ValueError, match="was distilled from digits"):
         evaluation.judge_generator(made.path, 600, 1)
+
+
+@dataclass(frozen=True)
+class Direct(Method):
+    """A regression on pairs alone."""
+
+    NEEDS: ClassVar[tuple[str, ...]] = ("pairs",)
+
+    scale: float = 1.0
+    regression: float = 1.0
+
+
+@pytest.mark.network
+def test_a_method_without_a_score_or_a_critic_trains_by_its_regression_alone(in_folder, monkeypatch):
+    monkeypatch.setitem(METHODS, "direct", Direct)
+    monkeypatch.setattr(FewStepGenerator, "draw", lambda *_: pytest.fail("nobody needs a draw"))
+    layer = {**TINY, "steps": 24, "pairs.batch": 8, "pairs.steps": 8, "distance": "pixels", "optim.lr.generator": 1e-3}
+    made = sds3d.train_generator(method="direct", **layer)
+    rows, state = made.run.rows(), made.run.load_checkpoint()
+    assert set(rows[0]) - {"memory"} == {"step", "seconds", "loss", "distance", "grad/generator"}
+    distances = [row["distance"] for row in rows]
+    assert sum(distances[-6:]) < 0.7 * sum(distances[:6]), distances
+    assert state["companions"] == {}
+    with pytest.raises(ValueError, match="Direct needs pairs: it trains generators"):
+        make.critic(load("a red mug", {"method": "direct"}), None)
 
 
 # what it learns from

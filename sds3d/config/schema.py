@@ -11,6 +11,7 @@ from sds3d.cameras import CameraRanges
 from sds3d.config.typed import check, nearest
 from sds3d.diffusion.guidance import Guidance
 from sds3d.diffusion.timesteps import TimestepSampler
+from sds3d.distill.core import ScoreMethod
 from sds3d.distill.critics import CriticConfig
 from sds3d.distill.pairs import PairsConfig
 from sds3d.distill.perceptual import DISTANCES
@@ -249,7 +250,7 @@ class DistillConfig(RunConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if "critic" not in self.method.NEEDS:
+        if isinstance(self.method, ScoreMethod) and "critic" not in self.method.NEEDS:
             raise ValueError(
                 f"{type(self.method).__name__} knows nothing of what a generator draws, and would make it draw one "
                 "image a prompt; give diffinstruct, vsd, dmd or dmd2"
@@ -257,7 +258,8 @@ class DistillConfig(RunConfig):
         if "real" in self.method.NEEDS and self.critic.kind != "copy":
             raise ValueError(f"critic.kind is {self.critic.kind}; the discriminator of DMD2 wants copy")
         if "pairs" in self.method.NEEDS and self.negative:
-            raise ValueError("negative has no part in DMD's pairs; leave it out, or give dmd2 or diffinstruct")
+            name = type(self.method).__name__
+            raise ValueError(f"negative has no part in {name}'s pairs; leave it out, or give dmd2 or diffinstruct")
         if self.particles > 1:
             raise ValueError("method.particles counts scenes; a generator draws generator.batch images")
         if self.source != SourceConfig():

@@ -33,16 +33,25 @@ T_BINS = 5  # |g| is reported for this many equal parts of t in [0, 1]
 
 
 class Method:
-    """A score-distillation method: a frozen dataclass of hyper-parameters, and one call.
+    """A distillation method: a frozen dataclass of hyper-parameters. What it needs decides which objectives it has.
+
+    Attributes:
+        NEEDS: what it cannot do without, of "critic", "negative" (a negative prompt), "source" (what to edit), "pairs"
+            (noise and what the teacher makes of it: it has a ``scale`` for that, and a weight ``regression``) and
+            "real" (images that nobody drew).
+    """
+
+    NEEDS: ClassVar[tuple[str, ...]] = ()
+
+
+class ScoreMethod(Method):
+    """A score-distillation method: its call gives a direction, of which `ScoreObjective` makes a loss.
 
     Attributes:
         WEIGHT: W(t) where the run names none, one of ``noise.WEIGHTS``.
-        NEEDS: what it cannot do without, of "critic", "negative" (a negative prompt), "source" (what to edit), "pairs"
-            (noise and what the teacher makes of it) and "real" (images that nobody drew).
     """
 
     WEIGHT: ClassVar[str] = "sigma2"
-    NEEDS: ClassVar[tuple[str, ...]] = ()
 
     def __call__(self, q: Query) -> Tensor:
         """The direction d = eps_teacher - eps_reference, (B, C, H, W), in eps units."""
@@ -57,7 +66,7 @@ class Method:
         return ""
 
 
-class ScoreDifference(Method):
+class ScoreDifference(ScoreMethod):
     """d = eps_s - eps_phi: the teacher's guided score against the critic's, the gradient of a KL divergence.
 
     VSD, Diff-Instruct and DMD are this, and differ in W, in N and in the t they draw. A subclass has a ``scale``.
@@ -157,7 +166,7 @@ class ScoreObjective:
     """
 
     teacher: Teacher
-    method: Method
+    method: ScoreMethod
     time: TimestepSampler
     weight: str = "auto"
     negative: str = ""

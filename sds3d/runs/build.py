@@ -19,7 +19,7 @@ from sds3d.data import digits
 from sds3d.data.folder import read as read_folder
 from sds3d.distill import pairs, perceptual
 from sds3d.distill.adversarial.generator_loss import Adversarial
-from sds3d.distill.core import ScoreObjective, scale_of
+from sds3d.distill.core import ScoreMethod, ScoreObjective, scale_of
 from sds3d.distill.critics import TrainedCritic
 from sds3d.distill.discriminators import Real, TrainedDiscriminator
 from sds3d.distill.regression import Regression
@@ -276,13 +276,13 @@ def real(config: DistillConfig, teacher: Teacher, processes: Processes = Process
 
 
 def objectives(
-    score: ScoreObjective, config: RunConfig, student: Student, processes: Processes = Processes()
+    score: ScoreObjective | None, config: RunConfig, student: Student, processes: Processes = Processes()
 ) -> dict[str, Objective]:
-    """The method's objectives by name: its score, and beside it a regression or a discriminator's verdict."""
-    teacher = score.teacher
-    found: dict[str, Objective] = {score.name: score}
+    """The method's objectives by name: its score, where it has one, a regression, a discriminator's verdict."""
+    found: dict[str, Objective] = {} if score is None else {score.name: score}
     if "pairs" in config.method.NEEDS:
         assert isinstance(student, FewStepGenerator), student
+        teacher = student.teacher
         made = pairs.load(pairs_folder(config, teacher), config.pairs, pick_device(config.device))
 
         def draw(noise: Tensor, prompts: list[str]) -> Tensor:
@@ -291,7 +291,7 @@ def objectives(
         apart = perceptual.distance(config.distance, teacher, pick_device(config.device))
         found["regression"] = Regression(made, draw, apart, config.method.regression, config.pairs.batch, processes)
     if "real" in config.method.NEEDS:
-        assert isinstance(score.critic, TrainedDiscriminator), score.critic
+        assert score is not None and isinstance(score.critic, TrainedDiscriminator), score
         found["adversarial"] = Adversarial(score.critic, config.method.adversarial)
     return found
 
@@ -313,20 +313,23 @@ def make_pairs(config: DistillConfig, teacher: Teacher) -> Iterator[int]:
     return pairs.make(teacher, identity(config, teacher), config.pairs, told, folder, scale, device)
 
 
-def objective(config: RunConfig, teacher: Teacher, critic: TrainedCritic | None = None) -> ScoreObjective:
-    """The method, bound to its teacher and critic. Raises ValueError where it lacks what it needs."""
+def objective(config: RunConfig, teacher: Teacher, critic: TrainedCritic | None = None) -> ScoreObjective | None:
+    """A score method, bound to its teacher and critic; None for a method of another family. Raises ValueError where it
+    lacks what it needs."""
+    if not isinstance(config.method, ScoreMethod):
+        return None
     if config.guidance.perp_neg and (teacher.views != "words" or not isinstance(config, Config)):
         raise ValueError("guidance.perp_neg works through a scene's view words: set teacher.views=words, or leave it 0")
     return ScoreObjective(
         teacher,
         config.method,
         config.time,
-        config.weight,
-        config.negative,
-        config.uncond_camera,
-        config.noise,
-        config.guidance,
-        critic,
-        config.source.prompt,
-        config.seed,
+        weight=config.weight,
+        negative=config.negative,
+        uncond_camera=config.uncond_camera,
+        noise=config.noise,
+        guidance=config.guidance,
+        critic=critic,
+        source_prompt=config.source.prompt,
+        noise_seed=config.seed,
     )

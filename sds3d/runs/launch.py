@@ -169,7 +169,7 @@ class _Parts:
         has_source = self.source is not None or (isinstance(config, PaintConfig) and config.image.start)
         if "source" in config.method.NEEDS and not has_source:
             where = "image.start=picture.png" if isinstance(config, PaintConfig) else "source.run=outputs/00001-..."
-            raise ValueError(f"{self.objective.name} edits, and needs what: give {where} and source.prompt")
+            raise ValueError(f"{type(config.method).__name__} edits, and needs what: give {where} and source.prompt")
 
     @property
     def title(self) -> str:

@@ -8,14 +8,14 @@ from typing import Annotated, ClassVar
 from torch import Tensor
 
 from sds3d.diffusion.noise import noised
-from sds3d.distill.core import Method, Query, require_scale, scale_of
+from sds3d.distill.core import Query, ScoreMethod, require_scale, scale_of
 from sds3d.distill.query import T_CLEAN
 from sds3d.runtime.ramp import Ramp
 from sds3d.runtime.ranges import SCALES, Within
 
 
 @dataclass(frozen=True)
-class ISM(Method):
+class ISM(ScoreMethod):
     """Interval score matching (Liang et al., LucidDreamer, arXiv 2311.11284): d = eps_s(x_t) - eps_uncond(x_s).
 
     x_s, a little less noisy than x_t, comes from the image by DDIM inversion under the null prompt, and x_t from x_s

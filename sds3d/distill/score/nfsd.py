@@ -8,13 +8,13 @@ from typing import Annotated, ClassVar
 import torch
 from torch import Tensor
 
-from sds3d.distill.core import Method, Query, require_scale, scale_of
+from sds3d.distill.core import Query, ScoreMethod, require_scale, scale_of
 from sds3d.runtime.ramp import Ramp
 from sds3d.runtime.ranges import SCALES, Within
 
 
 @dataclass(frozen=True)
-class NFSD(Method):
+class NFSD(ScoreMethod):
     """Noise-free score distillation (Katzir et al., arXiv 2310.17590).
 
     d = delta_D + s delta_C with delta_C = eps_cond - eps_uncond; delta_D = eps_uncond at low noise, where the null

@@ -7,13 +7,13 @@ from typing import Annotated, ClassVar
 
 from torch import Tensor
 
-from sds3d.distill.core import Method, Query, require_scale, scale_of
+from sds3d.distill.core import Query, ScoreMethod, require_scale, scale_of
 from sds3d.runtime.ramp import Ramp
 from sds3d.runtime.ranges import SCALES, Within
 
 
 @dataclass(frozen=True)
-class SDI(Method):
+class SDI(ScoreMethod):
     """Score distillation via inversion (Lukoianov et al., arXiv 2405.15891): d = eps_s(x_t) - kappa(x).
 
     kappa is the noise that DDIM inversion finds for the image, x_t = alpha x + sigma kappa. With the weight "x0" the
