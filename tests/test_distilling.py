@@ -13,12 +13,15 @@ from sds3d.config import load as configs
 from sds3d.config.load import DistillConfig, load, recipes_folder
 from sds3d.distill.core import Method
 from sds3d.distill.score import METHODS
+from sds3d.distill.score.diffinstruct import DiffInstruct
 from sds3d.evaluate import generator as evaluation
 from sds3d.runs import build as make
 from sds3d.runs import generator as generated
 from sds3d.runs import launch
+from sds3d.runtime import tensor_files
 from sds3d.students.generator import FewStepGenerator
 from sds3d.teachers import small
+from sds3d.teachers.base import TeacherConfig
 from sds3d.teachers.load import load_teacher
 
 TINY = {
@@ -110,6 +113,36 @@ def test_a_method_without_a_score_or_a_critic_trains_by_its_regression_alone(in_
     assert state["companions"] == {}
     with pytest.raises(ValueError, match="Direct needs pairs: it trains generators"):
         make.critic(load("a red mug", {"method": "direct"}), None)
+
+
+class Denoising(DiffInstruct):
+    """As if what it trains were a denoiser still."""
+
+    DENOISER = True
+
+
+def test_a_generator_that_answers_as_a_denoiser_is_the_next_run_s_teacher(in_folder, monkeypatch):
+    monkeypatch.setitem(METHODS, "denoising", Denoising)
+    made = sds3d.train_generator(method="denoising", **TINY)
+    file = str(made.path / "generator.safetensors")
+    again = load_teacher(TeacherConfig(file))
+    trained = made.student.means[0].module.state_dict()
+    assert all(torch.allclose(again.network.state_dict()[k], v, atol=2e-3, rtol=1e-3) for k, v in trained.items())
+    after = sds3d.train_generator(**TINY, **{"teacher.name": file})
+    assert after.student.identity == f"generator.safetensors {again.fingerprint}" and after.student.prompts
+    for name in (str(after.path / "generator.safetensors"), str(unsaid(made.path))):
+        with pytest.raises(ValueError, match=f"{name} is a generator, which paints by itself"):
+            load_teacher(TeacherConfig(name))
+    assert sds3d.load_generator(unsaid(made.path))(["a handwritten two"]).shape == (1, 3, 8, 8)
+
+
+def unsaid(folder):
+    """A generator's file as older versions wrote it, without a word about denoising."""
+    tensors, header = tensor_files.read(folder / "generator.safetensors")
+    kept = {key: value for key, value in header.items() if key != "denoiser"}
+    assert json.loads(header["denoiser"]) is True
+    (folder / "older.safetensors").write_bytes(tensor_files.to_bytes(tensors, kept))
+    return folder / "older.safetensors"
 
 
 # what it learns from

@@ -39,9 +39,12 @@ class Method:
         NEEDS: what it cannot do without, of "critic", "negative" (a negative prompt), "source" (what to edit), "pairs"
             (noise and what the teacher makes of it: it has a ``scale`` for that, and a weight ``regression``) and
             "real" (images that nobody drew).
+        DENOISER: whether a generator that it trains still answers as a denoiser at every t, as the teacher that it
+            began as: then it can be the teacher of a next run.
     """
 
     NEEDS: ClassVar[tuple[str, ...]] = ()
+    DENOISER: ClassVar[bool] = False
 
 
 class ScoreMethod(Method):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -10,14 +12,16 @@ from sds3d.runtime.device import pick_device
 from sds3d.teachers import small
 from sds3d.teachers.base import PACKAGED, HFConfig, Teacher, TeacherConfig
 from sds3d.teachers.hf import loading
-from sds3d.teachers.hf.generator import CARD
+from sds3d.teachers.hf.generator import CARD, read
 
 
 def load_teacher(settings: TeacherConfig, device: str = "auto") -> Teacher:
-    """A frozen teacher. Raises ValueError where there is none of that name, or its weights are damaged."""
+    """A frozen teacher; a generator that answers as a denoiser is one. Raises ValueError where there is none of that
+    name, or its weights are damaged."""
     if loading.is_pipeline(settings.name):
-        if (Path(settings.name).expanduser() / CARD).is_file():
-            raise ValueError(f"{settings.name} is a generator, which paints by itself (sds3d sample); name its teacher")
+        folder = Path(settings.name).expanduser()
+        if (folder / CARD).is_file():
+            _require_denoiser(settings.name, read(folder))
         return loading.load(settings, pick_device(device))
     path = small.packaged(settings.name) if settings.name in PACKAGED else Path(settings.name).expanduser()
     if path.is_dir():
@@ -35,5 +39,15 @@ def load_teacher(settings: TeacherConfig, device: str = "auto") -> Teacher:
     dtype = None if settings.dtype == "auto" else getattr(torch, settings.dtype)
     found = small.load(path, settings.views, pick_device(device), dtype, settings.compile)
     if "generator" in found.told:
-        raise ValueError(f"{path} is a generator, which paints by itself (sds3d sample); name the teacher it came from")
+        _require_denoiser(str(path), found.told)
     return found
+
+
+def _require_denoiser(name: str, header: Mapping[str, Any]) -> None:
+    """Raises ValueError where a generator's header does not say that it answers as a denoiser; older ones say nothing,
+    and none of them does."""
+    if header.get("denoiser") != "true":
+        raise ValueError(
+            f"{name} is a generator, which paints by itself (sds3d sample) and is no denoiser any more: name the "
+            "teacher it came from"
+        )
