@@ -25,9 +25,9 @@ from sds3d.runtime.errors import Diverged
 from sds3d.runtime.modes import stepwise_training, training
 from sds3d.runtime.ramp import Ramp
 from sds3d.runtime.transfer import Figures
-from sds3d.students.base import Draw, Student
+from sds3d.students.base import Draw, Phased, Student
 from sds3d.students.companions import Companion, DrawlessCompanion, DrawnCompanion
-from sds3d.students.optim import OptimConfig, make_optimiser
+from sds3d.students.optim import OptimConfig, lay_out, make_optimiser
 
 
 class Judged(Protocol):
@@ -78,6 +78,9 @@ class Plan:
         optim: learning rates and clipping.
         save_every: steps between checkpoints (one is always written at the end).
         picture_every: steps between progress pictures; 0 for none.
+        phase_steps: steps of a phase; 0 for one phase in all. Each further phase is as a run of its own, whose teacher
+            and first weights are the student's running mean: the optimiser is new, and whatever follows the steps
+            counts from the phase's first. Companions go on as they are.
     """
 
     steps: int = 400
@@ -86,14 +89,21 @@ class Plan:
     optim: OptimConfig = field(default_factory=OptimConfig)
     save_every: int = 100
     picture_every: int = 50
+    phase_steps: int = 0
 
     def __post_init__(self):
+        if self.phase_steps < 0:
+            raise ValueError(f"phase_steps is {self.phase_steps}; give 0 (one phase in all) or more")
         if self.steps < 1:
             raise ValueError(f"steps is {self.steps}; give 1 or more")
         if self.save_every < 1:
             raise ValueError(f"log.save_every is {self.save_every}; give 1 or more")
         if self.picture_every < 0:
             raise ValueError(f"log.picture_every is {self.picture_every}; give 0 (no pictures) or more")
+
+    def step_in_phase(self, done: int) -> int:
+        """The step of its phase, from 0, that comes after ``done`` steps of the run."""
+        return done % self.phase_steps if self.phase_steps else done
 
 
 @dataclass(frozen=True)
@@ -146,9 +156,13 @@ def train(
 
     Raises:
         ValueError: the disk is full, a checkpoint is missing or damaged or does not fit the student, a group
-            of parameters has no learning rate, or the run has done more steps than the plan has.
+            of parameters has no learning rate, the run has done more steps than the plan has, or it has phases and the
+            student has none.
         Diverged: a loss, a regulariser or a gradient is not finite.
     """
+    if plan.phase_steps and (processes.sharded or not isinstance(student, Phased)):
+        what = "fsdp keeps in parts" if processes.sharded else f"a {type(student).__name__} does not have"
+        raise ValueError(f"a phase begins from a running mean of the weights, which {what}: leave phase_steps at 0")
     optimiser = make_optimiser(student, plan.optim)
     processes.shard_states(optimiser)
     rng = torch.Generator().manual_seed(plan.seed)
@@ -244,13 +258,17 @@ def _loop(
 
 def _one_step(state: _State, objectives: Mapping[str, Objective], plan: Plan) -> Figures:
     """Draw, judge, go backward, move; returns the step's figures, "loss" among them."""
-    student, optimiser, step, rng = state.student, state.optimiser, state.done, state.rng
-    figures = Figures()
+    student, step, rng, figures = state.student, plan.step_in_phase(state.done), state.rng, Figures()
+    if step == 0 and state.done:
+        assert isinstance(student, Phased), student
+        student.begin_phase()
+        state.optimiser = make_optimiser(student, plan.optim)
+    optimiser = state.optimiser
     for name, companion in state.companions.items():
         if isinstance(companion, DrawlessCompanion):
             companion.update(step)
         elif companion.steps:
-            _fit(name, companion, student, step, rng, figures)
+            figures.add(name, _fit(name, companion, state, step, figures))
     total = _loss(state, objectives, plan, figures)
     optimiser.zero_grad(set_to_none=True)
     total.backward()
@@ -259,7 +277,7 @@ def _one_step(state: _State, objectives: Mapping[str, Objective], plan: Plan) ->
         group["lr"] = plan.optim.lr[group["name"]](step)
         limit = plan.optim.clip.get(group["name"], float("inf"))
         norm = state.processes.whole(torch.nn.utils.clip_grad_norm_(group["params"], limit))
-        _require_finite(figures, norm, f"the gradient of {group['name']!r}", step)
+        _require_finite(figures, norm, f"the gradient of {group['name']!r}", state.done)
         figures.add(f"grad/{group['name']}", norm)
     optimiser.step()
     student.after_step(step, rng)
@@ -270,7 +288,7 @@ def _one_step(state: _State, objectives: Mapping[str, Objective], plan: Plan) ->
 
 def _loss(state: _State, objectives: Mapping[str, Objective], plan: Plan, figures: Figures) -> Tensor:
     """The objectives' losses and the weighted regularisers, summed, (); their figures are added."""
-    student, step, rng = state.student, state.done, state.rng
+    student, step, rng = state.student, plan.step_in_phase(state.done), state.rng
     drawn = not all(isinstance(objective, DrawlessObjective) for objective in objectives.values())
     draw = student.draw(step, rng) if drawn else None
     terms = []
@@ -280,12 +298,12 @@ def _loss(state: _State, objectives: Mapping[str, Objective], plan: Plan, figure
         else:
             assert draw is not None, name
             judged = objective(draw, step, rng)
-        _require_finite(figures, judged.loss, f"the loss {name!r}", step)
+        _require_finite(figures, judged.loss, f"the loss {name!r}", state.done)
         terms.append(judged.loss)
         for key, value in judged.metrics.items():
             figures.add(key if len(objectives) == 1 else f"{name}/{key}", value)
     for name, value in student.regularisers().items() if drawn else ():
-        _require_finite(figures, value, f"the regulariser {name!r}", step)
+        _require_finite(figures, value, f"the regulariser {name!r}", state.done)
         weight = plan.lambdas[name](step) if name in plan.lambdas else 0.0
         if weight and value.requires_grad:
             terms.append(weight * value)
@@ -293,18 +311,16 @@ def _loss(state: _State, objectives: Mapping[str, Objective], plan: Plan, figure
     return sum(terms[1:], terms[0])
 
 
-def _fit(
-    name: str, companion: DrawnCompanion, student: Student, step: int, rng: torch.Generator, figures: Figures
-) -> None:
-    """A companion's fits of one step; their mean loss is the figure of its name."""
+def _fit(name: str, companion: DrawnCompanion, state: _State, step: int, figures: Figures) -> Tensor:
+    """A companion's fits of one step; returns their mean loss, ()."""
     losses = []
     for _ in range(companion.steps):
         with torch.no_grad():
-            draw = student.draw(step, rng)
-        losses.append(companion.fit(draw, rng))
+            draw = state.student.draw(step, state.rng)
+        losses.append(companion.fit(draw, state.rng))
     loss = torch.stack(losses).mean()
-    _require_finite(figures, loss, f"the {name}'s loss", step)
-    figures.add(name, loss)
+    _require_finite(figures, loss, f"the {name}'s loss", state.done)
+    return loss
 
 
 def _require_finite(figures: Figures, value: Tensor, what: str, step: int) -> None:
@@ -333,15 +349,6 @@ def _weights(state: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
                 yield from _weights(value, f"{name}.{key}" if name else str(key))
 
 
-def _lay_out(optimiser: torch.optim.Optimizer) -> None:
-    """Give the optimiser's state the memory layout of its parameters, which a fused step takes for granted and a
-    checkpoint does not keep."""
-    for parameter, state in optimiser.state.items():
-        for name, value in state.items():
-            if torch.is_tensor(value) and value.shape == parameter.shape:
-                state[name] = torch.empty_like(parameter).copy_(value)
-
-
 def _restore(
     run: RunFolder,
     student: Student,
@@ -354,7 +361,7 @@ def _restore(
     try:
         student.load_state_dict(state["student"])
         optimiser.load_state_dict(state["optimiser"])
-        _lay_out(optimiser)
+        lay_out(optimiser)
         rng.set_state(state["generator"])
         states = _of_companions(state)
         if states.keys() != companions.keys():

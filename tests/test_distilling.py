@@ -2,7 +2,7 @@
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import pytest
@@ -18,11 +18,13 @@ from sds3d.evaluate import generator as evaluation
 from sds3d.runs import build as make
 from sds3d.runs import generator as generated
 from sds3d.runs import launch
+from sds3d.runs.folder import Run
 from sds3d.runtime import tensor_files
 from sds3d.students.generator import FewStepGenerator
 from sds3d.teachers import small
 from sds3d.teachers.base import TeacherConfig
 from sds3d.teachers.load import load_teacher
+from sds3d.train import train
 
 TINY = {
     "steps": 4,
@@ -113,6 +115,41 @@ def test_a_method_without_a_score_or_a_critic_trains_by_its_regression_alone(in_
     assert state["companions"] == {}
     with pytest.raises(ValueError, match="Direct needs pairs: it trains generators"):
         make.critic(load("a red mug", {"method": "direct"}), None)
+
+
+@pytest.mark.network
+def test_a_generator_that_becomes_its_own_teacher_resumes_bit_for_bit(tmp_path):
+    """In the middle of its second phase, with a LoRA, which is a change to the teacher's network."""
+    layer = {**TINY, "method": "vsd", "critic.kind": "lora", "generator.steps": 2, "steps": 6}
+    config = load(None, layer, kind=DistillConfig)
+
+    def begin(run, resume=False):
+        teacher = make.teacher(config)
+        student, critic = make.student(config, teacher), make.critic(config, teacher)
+        goals = make.objectives(make.objective(config, teacher, critic), config, student)
+        plan = replace(config.plan(), phase_steps=3, save_every=100)
+        return student, train(student, goals, plan, run, resume, companions={"critic": critic})
+
+    whole, parted = (Run.create(tmp_path, "x", "") for _ in range(2))
+    straight, steps = begin(whole)
+    list(steps)
+    _, steps = begin(parted)
+    assert [next(steps).step for _ in range(5)] == [1, 2, 3, 4, 5]
+    steps.close()
+    resumed, steps = begin(parted, resume=True)
+    assert [step.step for step in steps] == [6]
+    ours, theirs = (dict(leaves(run.load_checkpoint())) for run in (parted, whole))
+    assert ours.keys() == theirs.keys() and any("teacher_network" in name for name in ours)
+    assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
+    assert not torch.equal(straight.teacher.network.last.bias, make.teacher(config).network.last.bias)
+
+
+def leaves(state, name=""):
+    """The tensors of a state by their names."""
+    if torch.is_tensor(state):
+        yield name, state
+    for key, value in enumerate(state) if isinstance(state, list) else state.items() if isinstance(state, dict) else ():
+        yield from leaves(value, f"{name}.{key}")
 
 
 class Denoising(DiffInstruct):

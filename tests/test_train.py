@@ -13,6 +13,7 @@ from sds3d.config.load import Config, DistillConfig, PaintConfig
 from sds3d.distill.core import NonFiniteGradient
 from sds3d.runs import build as make
 from sds3d.runs.folder import Run
+from sds3d.runtime.distributed import Processes
 from sds3d.runtime.ramp import Ramp
 from sds3d.students.base import Draw
 from sds3d.teachers.load import load_teacher
@@ -421,3 +422,103 @@ def test_usual_learning_rates_follow_the_number_of_steps(steps):
     half = round(steps / 2)
     assert configs.load("x", {"steps": steps}, kind=PaintConfig).optim.lr == {"pixels": Ramp(half, 0.05, 0.005, steps)}
     assert configs.load("", {"steps": steps}, kind=DistillConfig).optim.lr == {"generator": Ramp(half, 2e-4, 0, steps)}
+
+
+class SelfTaught:
+    """Two numbers that are pulled to half of their teacher's, and at each phase become their own teacher."""
+
+    def __init__(self):
+        self.w, self.taught = torch.nn.Parameter(torch.zeros(2, dtype=torch.float64)), []
+        self.teacher, self.mean = torch.tensor([4.0, -2.0], dtype=torch.float64), self.w.detach().clone()
+
+    def draw(self, step, generator):
+        noise = 0.1 * torch.randn(2, generator=generator, dtype=torch.float64)
+        return Draw((self.w + noise).view(1, 2, 1, 1), ["x"], None, torch.zeros(1, dtype=torch.long))
+
+    def pull(self, draw, step, generator):
+        return Judged((draw.images.flatten() - self.teacher / 2).square().sum(), {"at": step})
+
+    def regularisers(self):
+        return {"size": self.w.square().sum()}
+
+    def param_groups(self):
+        return {"w": [self.w]}
+
+    def after_step(self, step, generator):
+        self.mean = 0.5 * (self.mean + self.w.detach())
+
+    def begin_phase(self):
+        self.teacher = self.mean.clone()
+        self.taught.append(self.teacher)
+        with torch.no_grad():
+            self.w.copy_(self.mean)
+
+    def state_dict(self):
+        return {"w": self.w.detach(), "mean": self.mean, "teacher": self.teacher}
+
+    def load_state_dict(self, state):
+        with torch.no_grad():
+            self.w.copy_(state["w"])
+        self.mean, self.teacher = state["mean"], state["teacher"]
+
+
+IN_PHASES = Plan(
+    steps=11,
+    seed=5,
+    lambdas={"size": Ramp(0, 0.0, 1.0, 3)},
+    optim=OptimConfig(lr={"w": Ramp(1, 0.2, 0.05, 3)}, eps=1e-8),
+    save_every=100,
+    phase_steps=4,
+)
+
+
+def phases_by_hand() -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
+    """Weights, running mean and teachers after three phases, with Adam written out anew for each."""
+    rng, mean = torch.Generator().manual_seed(5), torch.zeros(2, dtype=torch.float64)
+    teacher, teachers = torch.tensor([4.0, -2.0], dtype=torch.float64), []
+    for steps in (4, 4, 3):
+        w, m, v = mean.clone(), torch.zeros_like(mean), torch.zeros_like(mean)
+        for step in range(steps):
+            noise = 0.1 * torch.randn(2, generator=rng, dtype=torch.float64)
+            grad = 2 * (w + noise - teacher / 2) + 2 * min(step / 3, 1) * w
+            m, v = 0.9 * m + 0.1 * grad, 0.99 * v + 0.01 * grad**2
+            lr = 0.2 - 0.15 * min(max(step - 1, 0) / 2, 1)
+            w = w - lr * m / (1 - 0.9 ** (step + 1)) / ((v / (1 - 0.99 ** (step + 1))).sqrt() + 1e-8)
+            mean = 0.5 * (mean + w)
+        teacher = mean.clone()
+        teachers.append(teacher)
+    return w, mean, teachers[:2]
+
+
+def test_each_phase_is_a_run_from_the_running_mean_with_a_new_optimiser():
+    student = SelfTaught()
+    steps = list(train(student, {"pull": student.pull}, IN_PHASES))
+    w, mean, teachers = phases_by_hand()
+    assert len(student.taught) == 2
+    for found, expected in zip((student.w.detach(), student.mean, *student.taught), (w, mean, *teachers), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+    assert [step.step for step in steps] == list(range(1, 12))
+    assert [step.metrics["at"] for step in steps] == [0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2]
+
+
+@pytest.mark.parametrize("stop", [3, 4, 6, 8, 9])
+def test_a_run_of_several_phases_resumes_bit_for_bit(tmp_path, stop):
+    straight, first, second = SelfTaught(), SelfTaught(), SelfTaught()
+    list(train(straight, {"pull": straight.pull}, IN_PHASES))
+    run = Run.create(tmp_path, "x", "")
+    steps = train(first, {"pull": first.pull}, IN_PHASES, run)
+    for _ in range(stop):
+        next(steps)
+    steps.close()
+    list(train(second, {"pull": second.pull}, IN_PHASES, run, resume=True))
+    for name, value in straight.state_dict().items():
+        assert torch.equal(value, second.state_dict()[name]), name
+
+
+def test_phases_need_a_student_with_a_running_mean():
+    for bad, said in ((Processes(sharded=True), "which fsdp keeps in parts"), (Processes(), "a Pixels does not have")):
+        student = SelfTaught() if bad.sharded else Pixels()
+        with pytest.raises(ValueError, match=f"{said}: leave phase_steps at 0"):
+            train(student, {"zero": to_zero}, replace(PLAN, phase_steps=2), processes=bad)
+    with pytest.raises(ValueError, match="phase_steps is -1"):
+        replace(PLAN, phase_steps=-1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -68,6 +68,16 @@ class Student(Protocol):
     def state_dict(self) -> dict[str, Any]: ...
 
     def load_state_dict(self, state: dict[str, Any]) -> Any: ...
+
+
+@runtime_checkable
+class Phased(Protocol):
+    """A student that can be its own teacher from one phase of a run to the next, as progressive distillation has it."""
+
+    def begin_phase(self) -> None:
+        """Let the running mean of the weights be the teacher, in place, and the weights from which to go on. A state
+        that is saved from now on holds the teacher, too."""
+        ...
 
 
 class Particles:

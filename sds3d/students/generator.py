@@ -199,6 +199,7 @@ class FewStepGenerator:
         if next(self.network.parameters()).dtype in (torch.float16, torch.bfloat16):
             self.network.float()  # small steps are lost on weights in half precision
         self.means = [EMA(self.network, 0.5 ** (config.batch / half_life)) for half_life in config.half_lives]
+        self.taught_itself = False
         for module in (self.network, *(mean.module for mean in self.means)):
             processes.shard(module)
 
@@ -242,9 +243,17 @@ class FewStepGenerator:
         for mean in self.means:
             mean.update(self.network, step)
 
+    def begin_phase(self) -> None:
+        """See `sds3d.students.base.Phased`: the first running mean. The teacher's own weights are written over."""
+        weights = {name: value.clone() for name, value in self.means[0].module.state_dict().items()}
+        for module in (self.teacher.network, self.network, *(mean.module for mean in self.means)):
+            module.load_state_dict(weights)
+        self.taught_itself = True
+
     def state_dict(self) -> dict[str, Any]:
-        """The weights, their means, and whose they were at the start."""
-        return {
+        """The weights, their means, and whose they were at the start; the teacher's, where it is no longer that one."""
+        own = {"teacher_network": self.teacher.network.state_dict()} if self.taught_itself else {}
+        return own | {
             "teacher": self.identity,
             "prompts": self.prompts,
             "network": self.network.state_dict(),
@@ -257,6 +266,9 @@ class FewStepGenerator:
             raise ValueError(f"it was begun from the teacher {state['teacher']}, and this one is {self.identity}")
         if state["prompts"] != self.prompts:
             raise ValueError("it was learning other prompts; give the file of prompts as it was")
+        if "teacher_network" in state:
+            self.teacher.network.load_state_dict(state["teacher_network"])
+            self.taught_itself = True
         self.network.load_state_dict(state["network"])
         for mean, values in zip(self.means, state["means"], strict=True):
             mean.module.load_state_dict(values)

@@ -62,3 +62,12 @@ def make_optimiser(student: Student, config: OptimConfig) -> torch.optim.Adam:
         eps=config.eps,
         fused=devices <= {"cpu", "cuda"},
     )
+
+
+def lay_out(optimiser: torch.optim.Optimizer) -> None:
+    """Give the optimiser's state the memory layout of its parameters, which a fused step takes for granted and a
+    checkpoint does not keep."""
+    for parameter, state in optimiser.state.items():
+        for name, value in state.items():
+            if torch.is_tensor(value) and value.shape == parameter.shape:
+                state[name] = torch.empty_like(parameter).copy_(value)
