@@ -29,7 +29,7 @@ MUTANTS = (  # file under sds3d/, what stands there, what is put there
     ),
     ("distill/score/nfsd.py", "torch.where(low, 0.0, negative)", "torch.where(low, negative, 0.0)"),
     ("distill/score/nfsd.py", "(cond - uncond)", "(uncond - cond)"),
-    ("distill/score/nfsd.py", ".view(-1, *[1] * (q.x.dim() - 1))", ""),
+    ("distill/score/nfsd.py", "per_sample(q.sigma < self.switch * q.alpha, q.x)", "q.sigma < self.switch * q.alpha"),
     (
         "distill/score/nfsd.py",
         'cond, uncond, negative = q.eps("cond", "uncond", "negative")',
@@ -132,7 +132,7 @@ MUTANTS = (  # file under sds3d/, what stands there, what is put there
     ("diffusion/samplers.py", "torch.expm1(-h)", "torch.expm1(h)"),
     ("diffusion/samplers.py", "(1 - ratio**2)", "(1 - ratio)"),
     ("diffusion/samplers.py", "(to.sigma**2 - fresh**2)", "(to.sigma**2)"),
-    ("distill/core.py", "(w.view(-1, *[1] * (d.dim() - 1)) * d)", "d"),
+    ("distill/core.py", "(per_sample(w, d) * d)", "d"),
     ("distill/core.py", "(x - (x - g).detach())", "(x - (x + g).detach())"),
     ("distill/core.py", ".square().sum() / len(x)", ".square().sum()"),
     ("distill/query.py", '"negative" if self.negative else "uncond"', '"uncond"'),

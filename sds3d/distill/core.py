@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from sds3d.diffusion.guidance import Guidance
-from sds3d.diffusion.noise import Prediction, noised, weight
+from sds3d.diffusion.noise import Prediction, noised, per_sample, weight
 from sds3d.diffusion.timesteps import TimestepSampler
 from sds3d.distill.query import Critic, Query
 from sds3d.runtime.ramp import Ramp
@@ -272,7 +272,7 @@ class ScoreObjective:
             d = self.method(q)
             assert d.shape == q.x.shape, (d.shape, q.x.shape)
             w = weight(self.weight, q.alpha, q.sigma) * self.method.normaliser(q)  # (B,)
-            g = (w.view(-1, *[1] * (d.dim() - 1)) * d).to(q.x.dtype)
+            g = (per_sample(w, d) * d).to(q.x.dtype)
         if not g.is_cuda and not bool(g.isfinite().all()):
             bad = int((~g.isfinite()).flatten(1).any(1).nonzero()[0, 0])
             cause = "the teacher's answer or the weight is not finite"

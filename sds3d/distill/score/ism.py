@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
 from torch import Tensor
@@ -41,4 +41,4 @@ class ISM(ScoreMethod):
         x_s = q.inverted(s, self.steps, scale=0.0)
         (uncond,) = q.predict(x_s, s, "uncond")
         x_t = noised(uncond.x0, uncond.eps, q.alpha, q.sigma)
-        return replace(q, x_t=x_t, _answers={}).guided(scale_of(self.scale, q.step)) - uncond.eps
+        return q.at(x_t).guided(scale_of(self.scale, q.step)) - uncond.eps
