@@ -18,7 +18,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 TESTS = (  # the quickest first: a run stops at the first that fails
-    "guidance prompts times one_step adversary pairs methods distill answers samplers critics hf_generators"
+    "guidance prompts timesteps one_step discriminators pairs methods distill answers samplers critics hf_generators"
 ).split()
 MUTANTS = (  # file under sds3d/, what stands there, what is put there
     ("distill/score/sds.py", ") - q.noise", ") + q.noise"),
