@@ -69,7 +69,7 @@ def measure(method: str, batch: int, repeats: int) -> dict[str, float]:
     goals = build.build_objectives(build.build_objective(settings, teacher, critic), settings, student)
     alone, needed = passes(teacher, batch, student.prompts), counts(method, settings.critic.steps)
     steps, sums = [], []
-    loop = train(student, goals, settings.plan(), critic=critic)
+    loop = train(student, goals, settings.plan(), companions={"critic": critic} if critic else {})
     for i in range(repeats + 3):
         step = milliseconds(lambda: next(loop))
         total = sum(count * milliseconds(alone[name]) for name, count in needed.items())

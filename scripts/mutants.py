@@ -18,7 +18,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 TESTS = (  # the quickest first: a run stops at the first that fails
-    "guidance prompts times one_step adversary pairs methods distill answers samplers critics hf_generators"
+    "guidance prompts timesteps one_step discriminators pairs methods distill answers samplers critics hf_generators"
 ).split()
 MUTANTS = (  # file under sds3d/, what stands there, what is put there
     ("distill/score/sds.py", ") - q.noise", ") + q.noise"),
@@ -29,7 +29,7 @@ MUTANTS = (  # file under sds3d/, what stands there, what is put there
     ),
     ("distill/score/nfsd.py", "torch.where(low, 0.0, negative)", "torch.where(low, negative, 0.0)"),
     ("distill/score/nfsd.py", "(cond - uncond)", "(uncond - cond)"),
-    ("distill/score/nfsd.py", ".view(-1, *[1] * (q.x.dim() - 1))", ""),
+    ("distill/score/nfsd.py", "per_sample(q.sigma < self.switch * q.alpha, q.x)", "q.sigma < self.switch * q.alpha"),
     (
         "distill/score/nfsd.py",
         'cond, uncond, negative = q.eps("cond", "uncond", "negative")',
@@ -38,7 +38,7 @@ MUTANTS = (  # file under sds3d/, what stands there, what is put there
     ("distill/score/csd.py", "return cond - uncond", "return uncond - cond"),
     ("distill/score/csd.py", "share * (negative - uncond)", "share * (uncond - negative)"),
     ("distill/score/sdi.py", "- kappa", "+ kappa"),
-    ("distill/score/sdi.py", "alpha * q.x) / sigma", "q.x) / sigma"),
+    ("distill/score/sdi.py", "per_sample(q.alpha, q.x) * q.x", "q.x"),
     ("distill/score/sdi.py", 'WEIGHT: ClassVar[str] = "x0"', 'WEIGHT: ClassVar[str] = "sigma2"'),
     ("distill/score/sdi.py", "self.inversion_scale, self.eta", "-self.inversion_scale, self.eta"),
     ("distill/score/ism.py", "- uncond.eps", "+ uncond.eps"),
@@ -87,8 +87,8 @@ MUTANTS = (  # file under sds3d/, what stands there, what is put there
     ("distill/regression.py", "self.paint(chosen.noise,", "self.paint(chosen.x,"),
     ("distill/regression.py", "chosen.x).mean()", "chosen.x).sum()"),
     ("distill/regression.py", "chosen.prompts), chosen.x)", "chosen.prompts), chosen.noise)"),
-    ("distill/regression.py", "self.share.randint(len(self.pairs.prompts)", "self.share.randint(self.batch"),
-    ("distill/regression.py", "self.share.of(self.batch), generator", "self.batch, generator"),
+    ("distill/regression.py", "self.processes.randint(len(self.pairs.prompts)", "self.processes.randint(self.batch"),
+    ("distill/regression.py", "self.processes.of(self.batch), rng", "self.batch, rng"),
     ("distill/discriminators.py", "F.softplus(-self.verdict(real", "F.softplus(self.verdict(real"),
     ("distill/discriminators.py", "F.softplus(self.verdict(x", "F.softplus(-self.verdict(x"),
     ("distill/discriminators.py", "self.verdict(real, prompts", "self.verdict(real, draw.prompts"),
@@ -98,16 +98,16 @@ MUTANTS = (  # file under sds3d/, what stands there, what is put there
     ("distill/discriminators.py", "self.network, x_t, t", "self.network, x, t"),
     ("distill/discriminators.py", "self.teacher.features(self.network", "self.teacher.features(self.teacher.network"),
     ("distill/discriminators.py", 'self.head.load_state_dict(state["head"])', "pass"),
-    ("distill/discriminators.py", "torch.manual_seed(generator.initial_seed())", "pass"),
+    ("distill/discriminators.py", "torch.manual_seed(rng.initial_seed())", "pass"),
     ("students/generator.py", "(1 - torch.arange", "(1 + torch.arange"),
     ("students/generator.py", "/ config.steps)", "/ (config.steps + 1))"),
     ("students/generator.py", "noised(x, fresh, a, s)", "noised(torch.zeros_like(x), fresh, a, s)"),
     ("students/generator.py", "noised(x, fresh, a, s)", "noised(x, noise[0], a, s)"),
     ("students/generator.py", "when, prompts).x0", "when, prompts).eps"),
     ("students/generator.py", " and i == len(noise) - 1", ""),
-    ("students/generator.py", "torch.randint(self.config.steps, (), generator=generator)", "self.config.steps - 1"),
-    ("students/generator.py", "torch.randint(self.config.steps, (), generator=generator)", "0"),
-    ("students/generator.py", "self.share.randint(len(self.prompts)", "self.share.randint(1"),
+    ("students/generator.py", "torch.randint(self.config.steps, (), generator=rng)", "self.config.steps - 1"),
+    ("students/generator.py", "torch.randint(self.config.steps, (), generator=rng)", "0"),
+    ("students/generator.py", "self.processes.randint(len(self.prompts)", "self.processes.randint(1"),
     ("students/generator.py", "config.batch / half_life", "half_life / config.batch"),
     ("students/generator.py", "images(self.teacher, self.means[0].module", "images(self.teacher, self.network"),
     ("students/generator.py", "if size is not None:", "if False:"),
@@ -132,7 +132,7 @@ MUTANTS = (  # file under sds3d/, what stands there, what is put there
     ("diffusion/samplers.py", "torch.expm1(-h)", "torch.expm1(h)"),
     ("diffusion/samplers.py", "(1 - ratio**2)", "(1 - ratio)"),
     ("diffusion/samplers.py", "(to.sigma**2 - fresh**2)", "(to.sigma**2)"),
-    ("distill/core.py", "(w.view(-1, *[1] * (d.dim() - 1)) * d)", "d"),
+    ("distill/core.py", "(per_sample(w, d) * d)", "d"),
     ("distill/core.py", "(x - (x - g).detach())", "(x - (x + g).detach())"),
     ("distill/core.py", ".square().sum() / len(x)", ".square().sum()"),
     ("distill/query.py", '"negative" if self.negative else "uncond"', '"uncond"'),

@@ -81,7 +81,8 @@ def step_shares(method: str, steps: int, prompt: str) -> dict[str, float]:
     ):
         asked = {objective.name: watch.timed(objective, "core")}
         begun = 0.0
-        for step in train(student, asked, settings.plan(), critic=critic):
+        companions = {"critic": critic} if critic else {}
+        for step in train(student, asked, settings.plan(), companions=companions):
             if step.step == steps:
                 watch.seconds.clear()
                 begun = time.perf_counter()

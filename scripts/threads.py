@@ -51,7 +51,7 @@ def stepper(work: str, precision: str) -> Callable[[], object]:
     teacher = build.build_teacher(settings)
     student, critic = build.build_student(settings, teacher), build.build_critic(settings, teacher)
     objectives = build.build_objectives(build.build_objective(settings, teacher, critic), settings, student)
-    loop = train(student, objectives, settings.plan(), critic=critic)
+    loop = train(student, objectives, settings.plan(), companions={"critic": critic} if critic else {})
     return lambda: next(loop)
 
 

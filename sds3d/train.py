@@ -13,7 +13,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Protocol
+from types import MappingProxyType
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -23,9 +24,10 @@ from sds3d.runtime.distributed import Processes
 from sds3d.runtime.errors import Diverged
 from sds3d.runtime.modes import stepwise_training, training
 from sds3d.runtime.ramp import Ramp
-from sds3d.runtime.ranges import Within
 from sds3d.runtime.transfer import Figures
-from sds3d.students.base import Draw, Student
+from sds3d.students.base import Draw, Phased, Student
+from sds3d.students.companions import Companion, DrawlessCompanion, DrawnCompanion
+from sds3d.students.optim import OptimConfig, lay_out, make_optimiser
 
 
 class Judged(Protocol):
@@ -35,19 +37,17 @@ class Judged(Protocol):
     metrics: Mapping[str, float | Tensor]  # of one number each
 
 
-Objective = Callable[[Draw, int, torch.Generator], Judged]
+DrawnObjective = Callable[[Draw, int, torch.Generator], Judged]
 
 
-class Critic(Protocol):
-    """What the loop asks of a critic; see critics.py."""
+@runtime_checkable
+class DrawlessObjective(Protocol):
+    """An objective that needs no draw of the student, as a regression on pairs, which asks its network itself."""
 
-    steps: int
+    def judge_alone(self, step: int, rng: torch.Generator) -> Judged: ...
 
-    def fit(self, draw: Draw, rng: torch.Generator) -> Tensor: ...
 
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+Objective = DrawnObjective | DrawlessObjective
 
 
 class RunFolder(Protocol):
@@ -68,40 +68,6 @@ class RunFolder(Protocol):
 
 
 @dataclass(frozen=True)
-class OptimConfig:
-    """Adam, with a learning rate and a largest gradient norm for each named group of the student.
-
-    Args:
-        lr: group -> learning rate, a Ramp over steps.
-        clip: group -> largest gradient norm; groups that are not named are not clipped.
-        betas, eps: Adam's. The hash table wants a tiny eps: most of its gradients are tiny.
-    """
-
-    lr: dict[str, Annotated[Ramp, Within(0, 1000)]] = field(
-        default_factory=lambda: {
-            "grid": Ramp.constant(1e-2),
-            "mlp": Ramp.constant(1e-3),
-            "background": Ramp.constant(1e-3),
-        }
-    )
-    clip: dict[str, Annotated[float, Within(0, 1e9, above=True)]] = field(default_factory=dict)
-    betas: Annotated[tuple[float, float], Within(0, 1)] = (0.9, 0.99)
-    eps: Annotated[float, Within(0, 1, above=True)] = 1e-15
-
-    def __post_init__(self):
-        for name, ramp in self.lr.items():
-            if min(ramp.v0, ramp.v1) < 0:
-                raise ValueError(f"optim.lr.{name} is {ramp}; a learning rate is not negative")
-        for name, value in self.clip.items():
-            if not value > 0:
-                raise ValueError(f"optim.clip.{name} is {value}; give a positive gradient norm, or leave it out")
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"optim.betas is {self.betas}; give two numbers in [0, 1)")
-        if not self.eps > 0:
-            raise ValueError(f"optim.eps is {self.eps}; give a positive number")
-
-
-@dataclass(frozen=True)
 class Plan:
     """What the loop is told, beside student and objectives.
 
@@ -112,6 +78,9 @@ class Plan:
         optim: learning rates and clipping.
         save_every: steps between checkpoints (one is always written at the end).
         picture_every: steps between progress pictures; 0 for none.
+        phase_steps: steps of a phase; 0 for one phase in all. Each further phase is as a run of its own, whose teacher
+            and first weights are the student's running mean: the optimiser is new, and whatever follows the steps
+            counts from the phase's first. Companions go on as they are.
     """
 
     steps: int = 400
@@ -120,14 +89,21 @@ class Plan:
     optim: OptimConfig = field(default_factory=OptimConfig)
     save_every: int = 100
     picture_every: int = 50
+    phase_steps: int = 0
 
     def __post_init__(self):
+        if self.phase_steps < 0:
+            raise ValueError(f"phase_steps is {self.phase_steps}; give 0 (one phase in all) or more")
         if self.steps < 1:
             raise ValueError(f"steps is {self.steps}; give 1 or more")
         if self.save_every < 1:
             raise ValueError(f"log.save_every is {self.save_every}; give 1 or more")
         if self.picture_every < 0:
             raise ValueError(f"log.picture_every is {self.picture_every}; give 0 (no pictures) or more")
+
+    def step_in_phase(self, done: int) -> int:
+        """The step of its phase, from 0, that comes after ``done`` steps of the run."""
+        return done % self.phase_steps if self.phase_steps else done
 
 
 @dataclass(frozen=True)
@@ -159,7 +135,7 @@ def train(
     run: RunFolder | None = None,
     resume: bool = False,
     picture: Callable[[], Tensor] | None = None,
-    critic: Critic | None = None,
+    companions: Mapping[str, Companion] = MappingProxyType({}),
     processes: Processes = Processes(),
 ) -> Iterator[Step]:
     """Train ``student``; gives an iterator that yields after every step. A checkpoint is read at once. Each step has
@@ -167,33 +143,40 @@ def train(
 
     Args:
         student: what has the parameters.
-        objectives: name -> objective; their losses are summed.
+        objectives: name -> objective; their losses are summed. The student draws where one of them needs it, and its
+            regularisers, which are of a draw, count there alone.
         plan: steps, seed, weights, learning rates.
         run: where checkpoints, metrics and pictures go; None writes nothing.
         resume: go on from the run's checkpoint.
         picture: makes the views (B, 3, H, W) of a progress picture.
-        critic: follows what the student draws: fitted ``critic.steps`` times on fresh draws before every step.
+        companions: name -> what is trained beside the student, in this order before every step: each is fitted
+            ``steps`` times, on fresh draws, or updated without. The name is that of its loss among the metrics, and of
+            its settings.
         processes: of every batch, where several processes train; the first of them writes.
 
     Raises:
         ValueError: the disk is full, a checkpoint is missing or damaged or does not fit the student, a group
-            of parameters has no learning rate, or the run has done more steps than the plan has.
+            of parameters has no learning rate, the run has done more steps than the plan has, or it has phases and the
+            student has none.
         Diverged: a loss, a regulariser or a gradient is not finite.
     """
+    if plan.phase_steps and (processes.sharded or not isinstance(student, Phased)):
+        what = "fsdp keeps in parts" if processes.sharded else f"a {type(student).__name__} does not have"
+        raise ValueError(f"a phase begins from a running mean of the weights, which {what}: leave phase_steps at 0")
     optimiser = make_optimiser(student, plan.optim)
     processes.shard_states(optimiser)
     rng = torch.Generator().manual_seed(plan.seed)
     done, seconds = 0, 0.0
     if resume:
         assert run is not None, "resume needs a run"
-        done, seconds = _restore(run, student, optimiser, rng, critic)
+        done, seconds = _restore(run, student, optimiser, rng, companions)
         if done > plan.steps:
             raise ValueError(
                 f"{run.path} has done {done} steps; steps={plan.steps} is less: give steps={2 * done} or so"
             )
         if processes.rank == 0:
             run.rewind(done)
-    state = _State(student, optimiser, rng, done, seconds, critic, processes)
+    state = _State(student, optimiser, rng, done, seconds, companions, processes)
     return _loop(state, objectives, plan, run if processes.rank == 0 else None, picture)
 
 
@@ -206,7 +189,7 @@ class _State:
     rng: torch.Generator
     done: int
     seconds: float
-    critic: Critic | None
+    companions: Mapping[str, Companion]
     processes: Processes
 
     def row(self) -> dict[str, float]:
@@ -229,7 +212,7 @@ class _State:
             "student": self.student.state_dict(),
             "optimiser": self.optimiser.state_dict(),
             "generator": self.rng.get_state(),
-            "critic": None if self.critic is None else self.critic.state_dict(),
+            "companions": {name: companion.state_dict() for name, companion in self.companions.items()},
         }
         if run is not None:
             _require_sound(state, self.done)
@@ -273,58 +256,28 @@ def _loop(
         raise
 
 
-def make_optimiser(student: Student, config: OptimConfig) -> torch.optim.Adam:
-    """Adam over the student's named groups.
-
-    Raises:
-        ValueError: a group has no learning rate, or optim.clip names a group that is not there.
-    """
-    groups = {name: list(params) for name, params in student.param_groups().items()}
-    groups = {name: params for name, params in groups.items() if params}
-    for name in groups:
-        if name not in config.lr:
-            raise ValueError(f"the parameters {name!r} have no learning rate; give optim.lr.{name}=1e-3 or so")
-    settings = [("lr", name) for name in config.lr if name not in OptimConfig().lr]
-    for setting, name in settings + [("clip", name) for name in config.clip]:
-        if name not in groups:
-            raise ValueError(f"optim.{setting}.{name}: there is no such group; there are {', '.join(groups)}")
-    devices = {p.device.type for params in groups.values() for p in params}
-    return torch.optim.Adam(
-        [{"params": params, "name": name, "lr": config.lr[name](0)} for name, params in groups.items()],
-        betas=config.betas,
-        eps=config.eps,
-        fused=devices <= {"cpu", "cuda"},
-    )
-
-
 def _one_step(state: _State, objectives: Mapping[str, Objective], plan: Plan) -> Figures:
     """Draw, judge, go backward, move; returns the step's figures, "loss" among them."""
-    student, optimiser, step, rng = state.student, state.optimiser, state.done, state.rng
-    figures = Figures()
-    if state.critic is not None and state.critic.steps:
-        _fit(state.critic, student, step, rng, figures)
-    draw = student.draw(step, rng)
-    total = draw.images.new_zeros(())
-    for name, objective in objectives.items():
-        judged = objective(draw, step, rng)
-        _require_finite(figures, judged.loss, f"the loss {name!r}", step)
-        total = total + judged.loss
-        for key, value in judged.metrics.items():
-            figures.add(key if len(objectives) == 1 else f"{name}/{key}", value)
-    for name, value in student.regularisers().items():
-        _require_finite(figures, value, f"the regulariser {name!r}", step)
-        weight = plan.lambdas[name](step) if name in plan.lambdas else 0.0
-        if weight and value.requires_grad:
-            total = total + weight * value
-        figures.add(name, value.detach())
+    student, step, rng, figures = state.student, plan.step_in_phase(state.done), state.rng, Figures()
+    if step == 0 and state.done:
+        assert isinstance(student, Phased), student
+        student.begin_phase()
+        state.optimiser = make_optimiser(student, plan.optim)
+    optimiser = state.optimiser
+    for name, companion in state.companions.items():
+        if isinstance(companion, DrawlessCompanion):
+            companion.update(step)
+        elif companion.steps:
+            figures.add(name, _fit(name, companion, state, step, figures))
+    total = _loss(state, objectives, plan, figures)
     optimiser.zero_grad(set_to_none=True)
     total.backward()
-    draw.processes.average([p for group in optimiser.param_groups for p in group["params"]])
+    state.processes.average([p for group in optimiser.param_groups for p in group["params"]])
     for group in optimiser.param_groups:
         group["lr"] = plan.optim.lr[group["name"]](step)
         limit = plan.optim.clip.get(group["name"], float("inf"))
-        norm = draw.processes.whole(torch.nn.utils.clip_grad_norm_(group["params"], limit))
-        _require_finite(figures, norm, f"the gradient of {group['name']!r}", step)
+        norm = state.processes.whole(torch.nn.utils.clip_grad_norm_(group["params"], limit))
+        _require_finite(figures, norm, f"the gradient of {group['name']!r}", state.done)
         figures.add(f"grad/{group['name']}", norm)
     optimiser.step()
     student.after_step(step, rng)
@@ -333,16 +286,41 @@ def _one_step(state: _State, objectives: Mapping[str, Objective], plan: Plan) ->
     return figures
 
 
-def _fit(critic: Critic, student: Student, step: int, rng: torch.Generator, figures: Figures) -> None:
-    """The critic's fits of one step; their mean loss is the figure "critic"."""
+def _loss(state: _State, objectives: Mapping[str, Objective], plan: Plan, figures: Figures) -> Tensor:
+    """The objectives' losses and the weighted regularisers, summed, (); their figures are added."""
+    student, step, rng = state.student, plan.step_in_phase(state.done), state.rng
+    drawn = not all(isinstance(objective, DrawlessObjective) for objective in objectives.values())
+    draw = student.draw(step, rng) if drawn else None
+    terms = []
+    for name, objective in objectives.items():
+        if isinstance(objective, DrawlessObjective):
+            judged = objective.judge_alone(step, rng)
+        else:
+            assert draw is not None, name
+            judged = objective(draw, step, rng)
+        _require_finite(figures, judged.loss, f"the loss {name!r}", state.done)
+        terms.append(judged.loss)
+        for key, value in judged.metrics.items():
+            figures.add(key if len(objectives) == 1 else f"{name}/{key}", value)
+    for name, value in student.regularisers().items() if drawn else ():
+        _require_finite(figures, value, f"the regulariser {name!r}", state.done)
+        weight = plan.lambdas[name](step) if name in plan.lambdas else 0.0
+        if weight and value.requires_grad:
+            terms.append(weight * value)
+        figures.add(name, value.detach())
+    return sum(terms[1:], terms[0])
+
+
+def _fit(name: str, companion: DrawnCompanion, state: _State, step: int, figures: Figures) -> Tensor:
+    """A companion's fits of one step; returns their mean loss, ()."""
     losses = []
-    for _ in range(critic.steps):
+    for _ in range(companion.steps):
         with torch.no_grad():
-            draw = student.draw(step, rng)
-        losses.append(critic.fit(draw, rng))
+            draw = state.student.draw(step, state.rng)
+        losses.append(companion.fit(draw, state.rng))
     loss = torch.stack(losses).mean()
-    _require_finite(figures, loss, "the critic's loss", step)
-    figures.add("critic", loss)
+    _require_finite(figures, loss, f"the {name}'s loss", state.done)
+    return loss
 
 
 def _require_finite(figures: Figures, value: Tensor, what: str, step: int) -> None:
@@ -351,22 +329,24 @@ def _require_finite(figures: Figures, value: Tensor, what: str, step: int) -> No
 
 
 def _require_sound(state: Mapping[str, Any], done: int) -> None:
-    """Raises Diverged where a weight of the student or of the critic is not finite: a last step can be too large for
+    """Raises Diverged where a weight of the student or of a companion is not finite: a last step can be too large for
     its number, though loss and gradient were finite."""
-    critic = (state["critic"] or {}).get("network", {})
-    for who, weights in (("student", state["student"]), ("critic", critic)):
-        for name, value in weights.items():
-            if torch.is_tensor(value) and value.is_floating_point() and not bool(torch.isfinite(value).all()):
-                raise Diverged(f"{name} of the {who} is not finite after step {done}: lower optim.lr or critic.lr")
+    parts = [("student", "optim.lr", state["student"])]
+    parts += [(name, f"{name}.lr", own) for name, own in state["companions"].items()]
+    for who, setting, own in parts:
+        for name, value in _weights(own):
+            if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+                raise Diverged(f"{name} of the {who} is not finite after step {done}: lower {setting}")
 
 
-def _lay_out(optimiser: torch.optim.Optimizer) -> None:
-    """Give the optimiser's state the memory layout of its parameters, which a fused step takes for granted and a
-    checkpoint does not keep."""
-    for parameter, state in optimiser.state.items():
-        for name, value in state.items():
-            if torch.is_tensor(value) and value.shape == parameter.shape:
-                state[name] = torch.empty_like(parameter).copy_(value)
+def _weights(state: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a state by their dotted names; an optimiser's own are left out."""
+    if torch.is_tensor(state):
+        yield name, state
+    elif isinstance(state, Mapping | list):
+        for key, value in state.items() if isinstance(state, Mapping) else enumerate(state):
+            if key != "optimiser":
+                yield from _weights(value, f"{name}.{key}" if name else str(key))
 
 
 def _restore(
@@ -374,18 +354,32 @@ def _restore(
     student: Student,
     optimiser: torch.optim.Optimizer,
     rng: torch.Generator,
-    critic: Critic | None,
+    companions: Mapping[str, Companion],
 ) -> tuple[int, float]:
     """Load everything from the run's checkpoint; returns the steps and seconds done."""
     state = run.load_checkpoint()
     try:
         student.load_state_dict(state["student"])
         optimiser.load_state_dict(state["optimiser"])
-        _lay_out(optimiser)
+        lay_out(optimiser)
         rng.set_state(state["generator"])
-        if critic is not None:
-            critic.load_state_dict(state["critic"])
+        states = _of_companions(state)
+        if states.keys() != companions.keys():
+            raise ValueError(f"it holds {_named(states)} beside the student, and the run has {_named(companions)}")
+        for name, companion in companions.items():
+            companion.load_state_dict(states[name])
         done, seconds = int(state["step"]), float(state["seconds"])
     except (KeyError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"{run.checkpoint} does not fit this run's config.yaml: {error}".splitlines()[0]) from error
     return done, seconds
+
+
+def _of_companions(state: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The companions' states by name. Older checkpoints know one companion, a critic, or None."""
+    if "companions" in state:
+        return state["companions"]
+    return {} if state["critic"] is None else {"critic": state["critic"]}
+
+
+def _named(companions: Mapping[str, Any]) -> str:
+    return ", ".join(companions) or "nothing"

@@ -119,7 +119,7 @@ def run(student, teacher, method, critic, steps, lr, weight="sigma2"):
     goal = ScoreObjective(teacher, method, TimestepSampler(0.02, 0.98), weight, critic=critic)
     ramp = Ramp(steps // 2, lr, lr / 50, steps)
     plan = Plan(steps, optim=OptimConfig(lr={group: ramp}, eps=1e-8))
-    for _ in train(student, {"score": goal}, plan, critic=critic):
+    for _ in train(student, {"score": goal}, plan, companions={"critic": critic} if critic else {}):
         pass
 
 

@@ -257,6 +257,19 @@ def test_branches_share_one_forward_and_are_kept():
         assert torch.allclose(eps, torch.full_like(eps, s * (s - a * mean) / (a**2 * std**2 + s**2)), atol=1e-6)
 
 
+def test_a_query_at_another_x_t_asks_anew_and_counts_with_the_first():
+    teacher = Gaussian()
+    q = query(teacher)
+    (before,) = q.eps("cond")
+    other = q.at(q.x_t + 1)
+    (after,) = other.eps("cond")
+    a = s = math.cos(math.pi / 4)
+    assert torch.allclose(after - before, torch.full_like(after, s / (a**2 * COND[1] ** 2 + s**2)), atol=1e-6)
+    assert torch.equal(q.eps("cond")[0], before) and torch.equal(other.eps("cond")[0], after)
+    assert len(teacher.asked) == 2 and q.asked == other.asked == [3, 3]
+    assert torch.equal(other.x, q.x) and torch.equal(other.t, q.t)
+
+
 def test_guidance_one_asks_for_the_prompt_alone():
     teacher = Gaussian()
     objective(teacher, 1.0)(drawn(pictures(2, 3, 4, 4)), 0, torch.Generator().manual_seed(0))

@@ -2,6 +2,8 @@
 
 import json
 import math
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import pytest
 import torch
@@ -9,12 +11,19 @@ import torch
 import sds3d
 from sds3d.config import load as configs
 from sds3d.config.load import DistillConfig, load, recipes_folder
+from sds3d.distill.core import Method
 from sds3d.distill.score import METHODS
+from sds3d.distill.score.diffinstruct import DiffInstruct
 from sds3d.evaluate import generator as evaluation
+from sds3d.runs import build, generator_parts, launch
 from sds3d.runs import generator as generated
-from sds3d.runs import generator_parts, launch
+from sds3d.runs.folder import Run
+from sds3d.runtime import tensor_files
+from sds3d.students.generator import FewStepGenerator
 from sds3d.teachers import small
+from sds3d.teachers.base import TeacherConfig
 from sds3d.teachers.load import load_teacher
+from sds3d.train import train
 
 TINY = {
     "steps": 4,
@@ -80,6 +89,96 @@ def test_a_checkpoint_of_another_teacher_is_refused_with_both_named(in_folder, t
         launch.resume(made.path)
     with pytest.raises(ValueError, match="was distilled from digits"):
         evaluation.judge_generator(made.path, 600, 1)
+
+
+@dataclass(frozen=True)
+class Direct(Method):
+    """A regression on pairs alone."""
+
+    NEEDS: ClassVar[tuple[str, ...]] = ("pairs",)
+
+    scale: float = 1.0
+    regression: float = 1.0
+
+
+@pytest.mark.network
+def test_a_method_without_a_score_or_a_critic_trains_by_its_regression_alone(in_folder, monkeypatch):
+    monkeypatch.setitem(METHODS, "direct", Direct)
+    monkeypatch.setattr(FewStepGenerator, "draw", lambda *_: pytest.fail("nobody needs a draw"))
+    layer = {**TINY, "steps": 24, "pairs.batch": 8, "pairs.steps": 8, "distance": "pixels", "optim.lr.generator": 1e-3}
+    made = sds3d.train_generator(method="direct", **layer)
+    rows, state = made.run.rows(), made.run.load_checkpoint()
+    assert set(rows[0]) - {"memory"} == {"step", "seconds", "loss", "distance", "grad/generator"}
+    distances = [row["distance"] for row in rows]
+    assert sum(distances[-6:]) < 0.7 * sum(distances[:6]), distances
+    assert state["companions"] == {}
+    with pytest.raises(ValueError, match="Direct needs pairs: it trains generators"):
+        build.build_critic(load("a red mug", {"method": "direct"}), None)
+
+
+@pytest.mark.network
+def test_a_generator_that_becomes_its_own_teacher_resumes_bit_for_bit(tmp_path):
+    """In the middle of its second phase, with a LoRA, which is a change to the teacher's network."""
+    layer = {**TINY, "method": "vsd", "critic.kind": "lora", "generator.steps": 2, "steps": 6}
+    config = load(None, layer, kind=DistillConfig)
+
+    def begin(run, resume=False):
+        teacher = build.build_teacher(config)
+        student, critic = build.build_student(config, teacher), build.build_critic(config, teacher)
+        goals = build.build_objectives(build.build_objective(config, teacher, critic), config, student)
+        plan = replace(config.plan(), phase_steps=3, save_every=100)
+        return student, train(student, goals, plan, run, resume, companions={"critic": critic})
+
+    whole, parted = (Run.create(tmp_path, "x", "") for _ in range(2))
+    straight, steps = begin(whole)
+    list(steps)
+    _, steps = begin(parted)
+    assert [next(steps).step for _ in range(5)] == [1, 2, 3, 4, 5]
+    steps.close()
+    resumed, steps = begin(parted, resume=True)
+    assert [step.step for step in steps] == [6]
+    ours, theirs = (dict(leaves(run.load_checkpoint())) for run in (parted, whole))
+    assert ours.keys() == theirs.keys() and any("teacher_network" in name for name in ours)
+    assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
+    assert not torch.equal(straight.teacher.network.last.bias, build.build_teacher(config).network.last.bias)
+
+
+def leaves(state, name=""):
+    """The tensors of a state by their names."""
+    if torch.is_tensor(state):
+        yield name, state
+    for key, value in enumerate(state) if isinstance(state, list) else state.items() if isinstance(state, dict) else ():
+        yield from leaves(value, f"{name}.{key}")
+
+
+class Denoising(DiffInstruct):
+    """As if what it trains were a denoiser still."""
+
+    DENOISER = True
+
+
+def test_a_generator_that_answers_as_a_denoiser_is_the_next_run_s_teacher(in_folder, monkeypatch):
+    monkeypatch.setitem(METHODS, "denoising", Denoising)
+    made = sds3d.train_generator(method="denoising", **TINY)
+    file = str(made.path / "generator.safetensors")
+    again = load_teacher(TeacherConfig(file))
+    trained = made.student.means[0].module.state_dict()
+    assert all(torch.allclose(again.network.state_dict()[k], v, atol=2e-3, rtol=1e-3) for k, v in trained.items())
+    after = sds3d.train_generator(**TINY, **{"teacher.name": file})
+    assert after.student.identity == f"generator.safetensors {again.fingerprint}" and after.student.prompts
+    for name in (str(after.path / "generator.safetensors"), str(unsaid(made.path))):
+        with pytest.raises(ValueError, match=f"{name} is a generator, which paints by itself"):
+            load_teacher(TeacherConfig(name))
+    assert sds3d.load_generator(unsaid(made.path))(["a handwritten two"]).shape == (1, 3, 8, 8)
+
+
+def unsaid(folder):
+    """A generator's file as older versions wrote it, without a word about denoising."""
+    tensors, header = tensor_files.read(folder / "generator.safetensors")
+    kept = {key: value for key, value in header.items() if key != "denoiser"}
+    assert json.loads(header["denoiser"]) is True
+    (folder / "older.safetensors").write_bytes(tensor_files.to_bytes(tensors, kept))
+    return folder / "older.safetensors"
 
 
 # what it learns from

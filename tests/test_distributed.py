@@ -47,7 +47,8 @@ def distil(folder: Path, method: str, processes: Processes = Processes()) -> dic
     critic = build.build_critic(config, teacher, processes)
     goals = build.build_objectives(build.build_objective(config, teacher, critic), config, student, processes)
     resume, losses = run.checkpoint.is_file(), []
-    for step in train(student, goals, config.plan(), run, resume, critic=critic, processes=processes):
+    companions = {"critic": critic}
+    for step in train(student, goals, config.plan(), run, resume, companions=companions, processes=processes):
         losses.append(step.loss)
         if step.step == 10 and processes.rank == 0:
             shutil.copy(run.checkpoint, folder / "half.safetensors")

@@ -199,7 +199,8 @@ def measured(config: Config) -> int:
     teacher.words(["a red mug"])
     there = held(teacher.family.network, teacher.family.vae, student)
     there += 0 if critic is None else sum(p.numel() * p.element_size() for p in critic.parameters())
-    steps = train(student, {"score": build.build_objective(config, teacher, critic)}, config.plan(), critic=critic)
+    goals = {"score": build.build_objective(config, teacher, critic)}
+    steps = train(student, goals, config.plan(), companions={"critic": critic} if critic else {})
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         next(steps), next(steps)
     now = most = 0

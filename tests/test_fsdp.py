@@ -46,22 +46,23 @@ def distil(folder: Path, method: str, last: int, resume: bool) -> None:
     settings |= {"generator.batch": 8, "optim.clip.generator": 1e-3, "pairs.count": 8, "pairs.batch": 8}
     settings |= {"pairs.folder": str(folder.parent / "pairs"), "pairs.sampler": "ddim", "pairs.steps": 1}
     config = load(None, settings, kind=DistillConfig)
-    share = launch.share_of(config)
+    processes = launch.processes_of(config)
     if method == "dmd":
-        if share.rank == 0:
+        if processes.rank == 0:
             list(generator_parts.make_pairs(config, teacher))
-        share.wait()
-    student, critic = build.build_student(config, teacher, share), build.build_critic(config, teacher, share)
-    if share.world_size > 1:
+        processes.wait()
+    student, critic = build.build_student(config, teacher, processes), build.build_critic(config, teacher, processes)
+    if processes.world_size > 1:
         kept = sum(weights.to_local().numel() for weights in student.network.parameters())
         assert kept < 0.7 * sum(weights.numel() for weights in teacher.network.parameters()), kept
-    goals = build.build_objectives(build.build_objective(config, teacher, critic), config, student, share)
+    goals = build.build_objectives(build.build_objective(config, teacher, critic), config, student, processes)
     run = Run(folder)
     run.path.mkdir(exist_ok=True)
-    if share.rank == 0:
+    if processes.rank == 0:
         run.write_text(run.config, to_yaml(config))
-    made = Generated(run if share.rank == 0 else None, config, student)
-    loop = train(student, goals, replace(config.plan(), picture_every=2), run, resume, made.picture, critic, share)
+    made = Generated(run if processes.rank == 0 else None, config, student)
+    plan, companions = replace(config.plan(), picture_every=2), {"critic": critic}
+    loop = train(student, goals, plan, run, resume, made.picture, companions, processes)
     for step in loop:
         if step.step == last:
             break

@@ -66,7 +66,7 @@ def learnt(teacher: MixtureTeacher, **settings) -> TrainedCritic:
 def distil(painter, teacher, method, critic, steps, lr=0.02):
     goal = ScoreObjective(teacher, METHODS[method](scale=1.0), TimestepSampler(0.02, 0.98), critic=critic)
     plan = Plan(steps, optim=OptimConfig({"generator": Ramp(steps // 2, lr, lr / 50, steps)}, eps=1e-8))
-    for _ in train(painter, {"score": goal}, plan, critic=critic):
+    for _ in train(painter, {"score": goal}, plan, companions={"critic": critic} if critic else {}):
         pass
 
 

@@ -447,7 +447,8 @@ def test_three_steps_of_a_scene(name, method, load):
     before, critic, student = weights(teacher), build.build_critic(told, teacher), build.build_student(told, teacher)
     started = [p.clone() for group in make_optimiser(student, told.optim).param_groups for p in group["params"]]
     learnt = [p.clone() for p in critic.parameters()] if critic else []
-    steps = list(train(student, {"score": build.build_objective(told, teacher, critic)}, told.plan(), critic=critic))
+    goals = {"score": build.build_objective(told, teacher, critic)}
+    steps = list(train(student, goals, told.plan(), companions={"critic": critic} if critic else {}))
     assert len(steps) == 3
     now = [p for group in make_optimiser(student, told.optim).param_groups for p in group["params"]]
     assert any(not torch.equal(p, q) for p, q in zip(started, now, strict=True))

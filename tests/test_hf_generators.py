@@ -15,6 +15,8 @@ import sds3d
 from sds3d.config.load import DistillConfig, load
 from sds3d.diffusion.draws import ImageNoise
 from sds3d.diffusion.noise import Prediction
+from sds3d.distill.score import METHODS
+from sds3d.distill.score.diffinstruct import DiffInstruct
 from sds3d.runs import build, launch
 from sds3d.students.generator import GeneratorConfig, begun_at, paint
 from sds3d.teachers import small
@@ -291,7 +293,8 @@ def test_the_teacher_stays_as_it_was_and_only_its_network_is_copied(kind, start,
     assert not own & {id(p) for p in (*teacher.family.network.parameters(), *teacher.family.vae.parameters())}
     count = sum(p.numel() for p in teacher.family.network.parameters())
     assert sum(p.numel() for p in student.network.parameters()) == count
-    steps = train(student, {"score": build.build_objective(config, teacher, critic)}, config.plan(), critic=critic)
+    goals = {"score": build.build_objective(config, teacher, critic)}
+    steps = train(student, goals, config.plan(), companions={"critic": critic})
     assert len(list(steps)) == 3
     launch.Generated(None, config, student).save()
     assert all(torch.equal(value, before[key]) for key, value in weights(teacher).items())
@@ -335,6 +338,31 @@ def test_a_student_of_a_teacher_in_half_precision_learns_in_float32(start):
 
 
 # as a user types it
+
+
+class Denoising(DiffInstruct):
+    """As if what it trains were a denoiser still."""
+
+    DENOISER = True
+
+
+@pytest.mark.network
+@pytest.mark.parametrize("name", ["sd", "sd3"])
+def test_a_pipeline_that_answers_as_a_denoiser_is_the_next_run_s_teacher(name, told, in_folder, monkeypatch):
+    monkeypatch.setitem(METHODS, "denoising", Denoising)
+    settings = told(name, method="denoising", **{"teacher.dtype": TEST_DTYPE})
+    made = sds3d.train_generator(**settings)
+    config = load(None, settings, {"teacher.name": str(made.path / "pipeline")}, kind=DistillConfig)
+    first, teacher, network = made.student.teacher, build.build_teacher(config), made.student.means[0].module
+    x = torch.randn((2, *teacher.shape), generator=torch.Generator().manual_seed(0))
+    t = torch.tensor([0.3, 0.7]) * float(made.student.times[0])  # a pipeline has no levels above its generator's first
+    again = t if first.levels.flow else t * first.levels.count / teacher.levels.count
+    levels = zip(teacher.schedule.alpha_sigma(again), first.schedule.alpha_sigma(t))
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in levels)
+    with torch.no_grad():
+        ours = first.answer(network, x, t, ["a red mug"] * 2).x0
+    atol = EXACT if TEST_DTYPE == "float32" else 0.1
+    assert torch.allclose(teacher.predict(x, again, ["a red mug"] * 2).x0, ours, atol=atol)
 
 
 def test_distill_and_sample_as_a_user_types_them(call_packaged, told, in_folder):

@@ -142,7 +142,7 @@ def test_particles_share_a_critic_and_keep_to_themselves():
         return type("Judged", (), {"loss": draw.images.square().sum(), "metrics": {}})
 
     plan = Plan(12, optim=OptimConfig({"pixels": Ramp.constant(0.01)}))
-    for _ in train(student, {"o": objective}, plan, critic=critic):
+    for _ in train(student, {"o": objective}, plan, companions={"critic": critic}):
         now = [s.images() for s in students]
         changed = [i for i in range(3) if not torch.equal(before[i], now[i])]
         assert changed == [moved[-1]]

@@ -8,6 +8,8 @@ from sds3d.diffusion.noise import Schedule
 from sds3d.students.generator import FewStepGenerator, GeneratorConfig, paint, times
 from sds3d.teachers import small
 
+PROMPTS = ["a handwritten six"]
+
 
 @pytest.fixture(scope="module")
 def teacher():
@@ -113,3 +115,26 @@ def test_times_begin_at_sigma_init_and_leave_out_0(teacher):
         alpha, sigma = teacher.schedule.alpha_sigma(found)
         assert float(sigma[0] / alpha[0]) == pytest.approx(3.0)
         assert found.tolist() == pytest.approx([float(found[0]) * (steps - k) / steps for k in range(steps)])
+
+
+def test_a_phase_makes_the_first_running_mean_the_teacher_and_a_checkpoint_keeps_it():
+    def start() -> FewStepGenerator:
+        return FewStepGenerator(small.load(small.packaged("digits"), "words"), GeneratorConfig(), PROMPTS, "digits")
+
+    student, untouched = start(), start()
+    assert "teacher_network" not in student.state_dict()
+    with torch.no_grad():
+        for i, module in enumerate((student.means[0].module, student.network, student.means[1].module)):
+            module.last.bias += i + 1.0
+    mean = {name: value.clone() for name, value in student.means[0].module.state_dict().items()}
+    student.begin_phase()
+    for module in (student.teacher.network, student.network, *(mean.module for mean in student.means)):
+        assert all(torch.equal(value, mean[name]) for name, value in module.state_dict().items())
+    again = start()
+    again.load_state_dict(student.state_dict())
+    x, t = torch.ones(1, 1, 8, 8), torch.tensor([0.5])
+    ours, theirs, first = (one.teacher.predict(x, t, PROMPTS).v for one in (again, student, untouched))
+    assert torch.equal(ours, theirs) and torch.allclose(ours, first + 1, atol=1e-5)
+    assert "teacher_network" in again.state_dict()  # a run that is resumed twice
+    assert all(p.requires_grad for p in student.network.parameters())
+    assert not any(p.requires_grad for p in student.teacher.network.parameters())

@@ -332,7 +332,7 @@ def test_a_run_goes_on_with_its_adapter_and_leaves_it_to_diffusers(pipelines, tm
                 assert sum(1 for _ in steps) == 3
                 break
         ends.append(made.path)
-    one, two = (Run(path).load_checkpoint()["critic"] for path in ends)
+    one, two = (Run(path).load_checkpoint()["companions"]["critic"] for path in ends)
     assert one["network"].keys() == two["network"].keys()
     assert all(torch.equal(v, two["network"][k]) for k, v in one["network"].items())
     for i, moments in one["optimiser"]["state"].items():

@@ -79,13 +79,14 @@ def _loaded(prompt: str | None, layers: list[Mapping[str, Any]], kind: type[RunC
     name = method.get("name", default_method(kind)) if isinstance(method, Mapping) else method
     if not isinstance(name, str) or name not in METHODS:
         raise ValueError(f"method is {shown(name)}; {nearest(str(name), METHODS)} (there is {', '.join(METHODS)})")
-    defaults = plain(kind("a red mug"))  # whole, so that a recipe that sets optim.lr.grid keeps optim.lr.mlp
+    usual = kind("a red mug")
+    defaults = plain(usual)  # whole, so that a recipe that sets optim.lr.grid keeps optim.lr.mlp
     del defaults["prompt"], defaults["method"]
     defaults["time"]["steps"] = "${steps}"
-    if kind is PaintConfig:
-        defaults["optim"]["lr"]["pixels"] = ["${part:0.5}", 0.05, 0.005, "${steps}"]
-    if kind is DistillConfig:
-        defaults["optim"]["lr"]["generator"] = ["${part:0.5}", 2e-4, 0, "${steps}"]
+    for group, ramp in usual.optim.lr.items():
+        if ramp.end == usual.steps:  # it changes over the run, however long that is
+            part = f"${{part:{ramp.start / usual.steps}}}"
+            defaults["optim"]["lr"][group] = [part, ramp.v0, ramp.v1, "${steps}"]
     teacher = given.get("teacher")
     pipeline = isinstance(teacher, Mapping) and loading.is_pipeline(str(teacher.get("name") or ""))
     return _typed(_resolved(merge(merge(defaults, recipe(name, kind, pipeline)), given)), name, kind)

@@ -11,6 +11,7 @@ from sds3d.cameras import CameraRanges
 from sds3d.config.typed import check, nearest
 from sds3d.diffusion.guidance import Guidance
 from sds3d.diffusion.timesteps import TimestepSampler
+from sds3d.distill.core import ScoreMethod
 from sds3d.distill.critics import CriticConfig
 from sds3d.distill.pairs import PairsConfig
 from sds3d.distill.perceptual import DISTANCES
@@ -20,12 +21,12 @@ from sds3d.export.mesh import Surface
 from sds3d.export.pipeline import Look
 from sds3d.runtime.ramp import Ramp
 from sds3d.runtime.ranges import STEPS, Within, shown
-from sds3d.students.generator import GeneratorConfig
-from sds3d.students.image import ImageConfig
+from sds3d.students.generator import FewStepGenerator, GeneratorConfig
+from sds3d.students.image import ImageConfig, ImageStudent
 from sds3d.students.scene.field import FieldConfig
 from sds3d.students.scene.occupancy import OccupancyConfig
 from sds3d.students.scene.regularisers import RegulariserConfig
-from sds3d.students.scene.student import RenderConfig
+from sds3d.students.scene.student import RenderConfig, SceneStudent
 from sds3d.teachers.base import TeacherConfig
 from sds3d.train import OptimConfig, Plan
 
@@ -184,6 +185,7 @@ class Config(RunConfig):
 
     MAKES: ClassVar[str] = "scene"
 
+    optim: OptimConfig = SceneStudent.OPTIM
     backend: str = "auto"
     field: FieldConfig = FieldConfig()
     occupancy: OccupancyConfig = OccupancyConfig()
@@ -213,9 +215,7 @@ class PaintConfig(RunConfig):
     MAKES: ClassVar[str] = "images"
 
     steps: Annotated[int, Within(1, STEPS)] = 200
-    optim: OptimConfig = dataclasses.field(
-        default_factory=lambda: OptimConfig({"pixels": Ramp(100, 0.05, 0.005, 200)}, eps=1e-8)
-    )
+    optim: OptimConfig = ImageStudent.OPTIM
     log: LogConfig = LogConfig(picture_every=25)
     image: ImageConfig = ImageConfig()
 
@@ -251,9 +251,7 @@ class DistillConfig(RunConfig):
         default_factory=lambda: TimestepSampler(Ramp.constant(0.02), Ramp.constant(0.98))
     )
     critic: CriticConfig = CriticConfig(kind="copy", lr=5e-4, betas=(0.0, 0.999))
-    optim: OptimConfig = dataclasses.field(
-        default_factory=lambda: OptimConfig({"generator": Ramp(500, 2e-4, 0, 1000)}, betas=(0.0, 0.999), eps=1e-8)
-    )
+    optim: OptimConfig = FewStepGenerator.OPTIM
     log: LogConfig = LogConfig(save_every=500, picture_every=250)
     generator: GeneratorConfig = GeneratorConfig()
     pairs: PairsConfig = PairsConfig()
@@ -263,7 +261,7 @@ class DistillConfig(RunConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if "critic" not in self.method.NEEDS:
+        if isinstance(self.method, ScoreMethod) and "critic" not in self.method.NEEDS:
             raise ValueError(
                 f"{type(self.method).__name__} knows nothing of what a generator draws, and would make it draw one "
                 "image a prompt; give diffinstruct, vsd, dmd or dmd2"
@@ -271,7 +269,8 @@ class DistillConfig(RunConfig):
         if "real" in self.method.NEEDS and self.critic.kind != "copy":
             raise ValueError(f"critic.kind is {self.critic.kind}; the discriminator of DMD2 wants copy")
         if "pairs" in self.method.NEEDS and self.negative:
-            raise ValueError("negative has no part in DMD's pairs; leave it out, or give dmd2 or diffinstruct")
+            name = type(self.method).__name__
+            raise ValueError(f"negative has no part in {name}'s pairs; leave it out, or give dmd2 or diffinstruct")
         if self.particles > 1:
             raise ValueError("method.particles counts scenes; a generator draws generator.batch images")
         if self.source != SourceConfig():

@@ -17,6 +17,7 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
+from sds3d.diffusion.noise import per_sample
 from sds3d.runtime.ranges import Within
 
 RESCALED = ("x0", "output")
@@ -63,7 +64,7 @@ def rescaled(guided: Tensor, cond: Tensor, share: float) -> Tensor:
     Gives the guided one each sample's standard deviation under the prompt alone, and mixes ``share`` of that in.
     """
     assert guided.shape == cond.shape, (guided.shape, cond.shape)
-    wanted, has = (x.flatten(1).std(1).view(-1, *[1] * (guided.dim() - 1)) for x in (cond, guided))
+    wanted, has = (per_sample(x.flatten(1).std(1), guided) for x in (cond, guided))
     return guided * (1 - share + share * wanted / has.clamp_min(1e-12))
 
 

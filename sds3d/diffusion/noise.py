@@ -25,7 +25,7 @@ KINDS = ("eps", "x0", "v", "flow", "score")
 WEIGHTS = ("sigma2", "x0", "uniform", "flow")
 
 
-def _per_sample(value: Tensor, like: Tensor) -> Tensor:
+def per_sample(value: Tensor, like: Tensor) -> Tensor:
     """(B,) shaped to broadcast over the samples of ``like`` (B, C, H, W)."""
     return value.view(-1, *[1] * (like.dim() - 1))
 
@@ -277,7 +277,7 @@ class Prediction:
             return self.output.to(dtype)
         from_x_t, from_output = self._coefficients(wanted)
         x_t, output = self.x_t.double(), self.output.double()
-        return (_per_sample(from_x_t, x_t) * x_t + _per_sample(from_output, output) * output).to(dtype)
+        return (per_sample(from_x_t, x_t) * x_t + per_sample(from_output, output) * output).to(dtype)
 
     def _coefficients(self, wanted: str) -> tuple[Tensor, Tensor]:
         """(B,), (B,) float64: wanted = first * x_t + second * output."""
@@ -317,7 +317,7 @@ def _plain(kind: str, alpha: Tensor, sigma: Tensor, rates: tuple[Tensor, Tensor]
 
 def noised(x: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
     """x_t = alpha x + sigma eps; x and eps (B, C, H, W), alpha and sigma (B,)."""
-    return _per_sample(alpha, x) * x + _per_sample(sigma, x) * eps
+    return per_sample(alpha, x) * x + per_sample(sigma, x) * eps
 
 
 def target(
@@ -330,7 +330,7 @@ def target(
     """
     _check_kind(kind)
     from_x, from_eps = _plain(kind, alpha, sigma, rates)
-    return _per_sample(from_x, x) * x + _per_sample(from_eps, x) * eps
+    return per_sample(from_x, x) * x + per_sample(from_eps, x) * eps
 
 
 def weight(name: str, alpha: Tensor, sigma: Tensor) -> Tensor:

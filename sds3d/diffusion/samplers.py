@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sds3d.diffusion.noise import Prediction, Schedule, noised
+from sds3d.diffusion.noise import Prediction, Schedule, noised, per_sample
 from sds3d.runtime.transfer import onto
 
 Curve = Callable[[Tensor], Tensor]  # how places between two ends are spread
@@ -171,7 +171,7 @@ def _dpm_solver(predict: Predict, x_t: Tensor, levels: list[_Level]) -> Steps:
     for at, to in zip(levels[:-1], levels[1:]):
         x0 = predict(x_t, at.t).x0
         if to.clean:
-            x_t = to.alpha.view(-1, *[1] * (x0.dim() - 1)) * x0
+            x_t = per_sample(to.alpha, x0) * x0
         else:
             h = torch.log(to.alpha / to.sigma * at.sigma / at.alpha)
             share = torch.zeros_like(h) if before is None else h / (2 * before[1])

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from sds3d.diffusion.guidance import Guidance
-from sds3d.diffusion.noise import Prediction, noised, weight
+from sds3d.diffusion.noise import Prediction, noised, per_sample, weight
 from sds3d.diffusion.timesteps import TimestepSampler
 from sds3d.distill.query import Critic, Query
 from sds3d.runtime.ramp import Ramp
@@ -33,16 +33,28 @@ T_BINS = 5  # |g| is reported for this many equal parts of t in [0, 1]
 
 
 class Method:
-    """A score-distillation method: a frozen dataclass of hyper-parameters, and one call.
+    """A distillation method: a frozen dataclass of hyper-parameters. What it needs decides which objectives it has.
+
+    Attributes:
+        NEEDS: what it cannot do without, of "critic", "negative" (a negative prompt), "source" (what to edit), "pairs"
+            (noise and what the teacher makes of it: it has a ``scale`` for that, and a weight ``regression``) and
+            "real" (images that nobody drew).
+        DENOISER: whether a generator that it trains still answers as a denoiser at every t, as the teacher that it
+            began as: then it can be the teacher of a next run.
+    """
+
+    NEEDS: ClassVar[tuple[str, ...]] = ()
+    DENOISER: ClassVar[bool] = False
+
+
+class ScoreMethod(Method):
+    """A score-distillation method: its call gives a direction, of which `ScoreObjective` makes a loss.
 
     Attributes:
         WEIGHT: W(t) where the run names none, one of ``noise.WEIGHTS``.
-        NEEDS: what it cannot do without, of "critic", "negative" (a negative prompt), "source" (what to edit), "pairs"
-            (noise and what the teacher makes of it) and "real" (images that nobody drew).
     """
 
     WEIGHT: ClassVar[str] = "sigma2"
-    NEEDS: ClassVar[tuple[str, ...]] = ()
 
     def __call__(self, q: Query) -> Tensor:
         """The direction d = eps_teacher - eps_reference, (B, C, H, W), in eps units."""
@@ -57,7 +69,7 @@ class Method:
         return ""
 
 
-class ScoreDifference(Method):
+class ScoreDifference(ScoreMethod):
     """d = eps_s - eps_phi: the teacher's guided score against the critic's, the gradient of a KL divergence.
 
     VSD, Diff-Instruct and DMD are this, and differ in W, in N and in the t they draw. A subclass has a ``scale``.
@@ -158,7 +170,7 @@ class ScoreObjective:
     """
 
     teacher: Teacher
-    method: Method
+    method: ScoreMethod
     time: TimestepSampler
     weight: str = "auto"
     negative: str = ""
@@ -262,7 +274,7 @@ class ScoreObjective:
             d = self.method(q)
             assert d.shape == q.x.shape, (d.shape, q.x.shape)
             w = weight(self.weight, q.alpha, q.sigma) * self.method.normaliser(q)  # (B,)
-            g = (w.view(-1, *[1] * (d.dim() - 1)) * d).to(q.x.dtype)
+            g = (per_sample(w, d) * d).to(q.x.dtype)
         if not g.is_cuda and not bool(g.isfinite().all()):
             bad = int((~g.isfinite()).flatten(1).any(1).nonzero()[0, 0])
             cause = "the teacher's answer or the weight is not finite"

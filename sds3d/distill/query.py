@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from sds3d import cameras as cam
 from sds3d.cameras import Cameras
 from sds3d.diffusion.guidance import Guidance, cfg, perp_neg, rescaled
-from sds3d.diffusion.noise import Prediction
+from sds3d.diffusion.noise import Prediction, per_sample
 from sds3d.diffusion.samplers import ddim
 from sds3d.prompts import VIEW_WORDS, view_negatives, with_view
 from sds3d.runtime.transfer import onto
@@ -71,6 +71,10 @@ class Query:
     rng: torch.Generator | None = None
     asked: list[int] = field(default_factory=list, repr=False)
     _answers: dict[str, Prediction] = field(default_factory=dict, repr=False)
+
+    def at(self, x_t: Tensor) -> Query:
+        """The same question about another x_t (B, C, H, W) at the same t, of which nothing has been answered yet."""
+        return replace(self, x_t=x_t, _answers={})
 
     def eps(self, *branches: str) -> tuple[Tensor, ...]:
         """The teacher's eps at (x_t, t) for each branch, (B, C, H, W) each.
@@ -154,7 +158,7 @@ class Query:
 
         start = torch.full_like(t, T_CLEAN).minimum(t)
         alpha, _ = self.teacher.schedule.alpha_sigma(start)
-        clean = alpha.view(-1, *[1] * (self.x.dim() - 1)) * self.x
+        clean = per_sample(alpha, self.x) * self.x
         *_, (_, _, x_t) = ddim(predict, clean, self.teacher.schedule, steps, eta, self.rng, start, t)
         return x_t
 

@@ -11,7 +11,6 @@ from torch import Tensor
 from sds3d.distill.core import Judgement
 from sds3d.distill.pairs import Pairs
 from sds3d.runtime.distributed import Processes
-from sds3d.students.base import Draw
 
 Distance = Callable[[Tensor, Tensor], Tensor]  # x and what it should be, (B, C, h, w) each -> (B,)
 
@@ -43,8 +42,8 @@ class Regression:
     def __post_init__(self):
         self.processes.of(self.batch)
 
-    def __call__(self, draw: Draw, step: int, rng: torch.Generator) -> Judgement:
-        """The loss on some of the pairs, whatever was drawn; see `sds3d.train.Objective`."""
+    def judge_alone(self, step: int, rng: torch.Generator) -> Judgement:
+        """The loss on a batch of the pairs, which needs no draw."""
         index = self.processes.randint(len(self.pairs.prompts), self.processes.of(self.batch), rng)
         chosen = self.pairs[index]
         apart = self.distance(self.paint(chosen.noise, chosen.prompts), chosen.x).mean()

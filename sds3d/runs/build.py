@@ -11,7 +11,7 @@ import torch
 
 from sds3d import ops
 from sds3d.config.schema import RunConfig
-from sds3d.distill.core import ScoreObjective
+from sds3d.distill.core import ScoreMethod, ScoreObjective
 from sds3d.distill.critics import TrainedCritic
 from sds3d.distill.score.bridge import Bridge
 from sds3d.runs import kinds
@@ -109,8 +109,11 @@ def require_kind(config: RunConfig) -> None:
         raise ValueError(f"{type(config.method).__name__} needs {need}: it trains generators, with sds3d distill")
 
 
-def build_objective(config: RunConfig, teacher: Teacher, critic: TrainedCritic | None = None) -> ScoreObjective:
-    """The method, bound to its teacher and critic. Raises ValueError where it lacks what it needs."""
+def build_objective(config: RunConfig, teacher: Teacher, critic: TrainedCritic | None = None) -> ScoreObjective | None:
+    """A score method, bound to its teacher and critic; None for a method of another family. Raises ValueError where it
+    lacks what it needs."""
+    if not isinstance(config.method, ScoreMethod):
+        return None
     if config.guidance.perp_neg and (teacher.views != "words" or not kinds.of(config).seen_by_cameras):
         raise ValueError("guidance.perp_neg works through a scene's view words: set teacher.views=words, or leave it 0")
     return ScoreObjective(
@@ -129,7 +132,8 @@ def build_objective(config: RunConfig, teacher: Teacher, critic: TrainedCritic |
 
 
 def build_objectives(
-    score: ScoreObjective, config: RunConfig, student: Student, processes: Processes = Processes()
+    score: ScoreObjective | None, config: RunConfig, student: Student, processes: Processes = Processes()
 ) -> dict[str, Objective]:
-    """The method's objectives by name: its score, and what its kind of run has beside it."""
-    return {score.name: score, **kinds.of(config).further_objectives(score, config, student, processes)}
+    """The method's objectives by name: its score, where it has one, and what its kind of run has beside it."""
+    own = {} if score is None else {score.name: score}
+    return {**own, **kinds.of(config).further_objectives(score, config, student, processes)}

@@ -140,6 +140,7 @@ class Generated:
         student, teacher, network = self.student, self.student.teacher, self.student.means[0].module
         told = {"generator": json.dumps(asdict(self.config.generator)), "teacher": student.identity}
         told |= {"method": type(self.config.method).__name__, "steps": str(self.config.steps)}
+        told["denoiser"] = json.dumps(self.config.method.DENOISER)
         numbers = teacher.levels.told(student.times) if isinstance(teacher, DiffusersTeacher) else student.times
         told["times"] = json.dumps(numbers.tolist())
         if isinstance(teacher, DiffusersTeacher):

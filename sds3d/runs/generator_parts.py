@@ -122,14 +122,14 @@ def real(config: DistillConfig, teacher: Teacher, processes: Processes = Process
 
 
 def further_objectives(
-    score: ScoreObjective, config: DistillConfig, student: Student, processes: Processes
+    score: ScoreObjective | None, config: DistillConfig, student: Student, processes: Processes
 ) -> dict[str, Objective]:
     """What a method has beside its score: a regression on pairs, a discriminator's verdict."""
     found: dict[str, Objective] = {}
     if "pairs" in config.method.NEEDS:
         assert isinstance(student, FewStepGenerator), student
-        made = pairs.load(pairs_folder(config, score.teacher), config.pairs, pick_device(config.device))
-        teacher = score.teacher
+        teacher = student.teacher
+        made = pairs.load(pairs_folder(config, teacher), config.pairs, pick_device(config.device))
 
         def draw(noise: Tensor, prompts: list[str]) -> Tensor:
             return paint(teacher, student.network, student.times[:1], [noise], prompts, student.size)
@@ -137,7 +137,7 @@ def further_objectives(
         apart = perceptual.distance(config.distance, teacher, pick_device(config.device))
         found["regression"] = Regression(made, draw, apart, config.method.regression, config.pairs.batch, processes)
     if "real" in config.method.NEEDS:
-        assert isinstance(score.critic, TrainedDiscriminator), score.critic
+        assert score is not None and isinstance(score.critic, TrainedDiscriminator), score
         found["adversarial"] = Adversarial(score.critic, config.method.adversarial)
     return found
 

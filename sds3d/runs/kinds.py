@@ -46,7 +46,9 @@ def _critic(config: Any, teacher: Teacher, rng: torch.Generator, processes: Proc
     return TrainedCritic(teacher, config.critic, rng, processes)
 
 
-def _no_objectives(score: ScoreObjective, config: Any, student: Student, processes: Processes) -> dict[str, Objective]:
+def _no_objectives(
+    score: ScoreObjective | None, config: Any, student: Student, processes: Processes
+) -> dict[str, Objective]:
     return {}
 
 
@@ -85,7 +87,9 @@ class Kind:
     check_teacher: Callable[[Any, Teacher], None] = _nothing
     further_prompts: Callable[[Any], list[tuple[str, str]]] = _no_prompts
     build_critic: Callable[[Any, Teacher, torch.Generator, Processes], TrainedCritic] = _critic
-    further_objectives: Callable[[ScoreObjective, Any, Student, Processes], dict[str, Objective]] = _no_objectives
+    further_objectives: Callable[[ScoreObjective | None, Any, Student, Processes], dict[str, Objective]] = (
+        _no_objectives
+    )
     source: str = ""
     has_source: Callable[[Any], bool] = bool
     gives: frozenset[str] = frozenset()

@@ -160,10 +160,12 @@ class _Parts:
         self.critic = build.build_critic(config, self.teacher, processes)
         self.objective = build.build_objective(config, self.teacher, self.critic)
         self.source: SceneStudent | None = None
-        if config.source.run:
+        if self.kind.seen_by_cameras and config.source.run:
             self.source = Asset.open(config.source.run, config.device, getattr(config, "backend", "auto")).scene
         if "source" in config.method.NEEDS and not self.kind.has_source(config):
-            raise ValueError(f"{self.objective.name} edits, and needs what: give {self.kind.source} and source.prompt")
+            raise ValueError(
+                f"{type(config.method).__name__} edits, and needs what: give {self.kind.source} and source.prompt"
+            )
 
     def begin_from_source(self) -> None:
         """An edited scene begins as its source."""
@@ -190,7 +192,7 @@ class _Parts:
             made.run,
             resume=resume,
             picture=made.picture,
-            critic=self.critic,
+            companions={"critic": self.critic} if self.critic else {},
             processes=self.processes,
         )
         return _guarded(self._with_adapter(steps, made.run), self.config, made.run, self.teacher)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -57,7 +57,8 @@ class Student(Protocol):
         ...
 
     def param_groups(self) -> dict[str, list[Parameter]]:
-        """Parameters by the group whose learning rate they follow, as "grid", "mlp", "background"."""
+        """Parameters by the group whose learning rate they follow, as "grid", "mlp", "background". A group that this
+        kind of student has, and this one has not, is empty."""
         ...
 
     def after_step(self, step: int, rng: torch.Generator) -> None:
@@ -70,6 +71,16 @@ class Student(Protocol):
 
     def load_state_dict(self, state: dict[str, Any]) -> Any:
         """Take up what `state_dict` gave."""
+        ...
+
+
+@runtime_checkable
+class Phased(Protocol):
+    """A student that can be its own teacher from one phase of a run to the next, as progressive distillation has it."""
+
+    def begin_phase(self) -> None:
+        """Let the running mean of the weights be the teacher, in place, and the weights from which to go on. A state
+        that is saved from now on holds the teacher, too."""
         ...
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -25,9 +25,11 @@ from sds3d.diffusion.draws import ImageNoise, in_order, piece_size, pieces
 from sds3d.diffusion.noise import Prediction, Schedule, noised
 from sds3d.networks.ema import EMA
 from sds3d.runtime.distributed import Processes
+from sds3d.runtime.ramp import Ramp
 from sds3d.runtime.ranges import Within
 from sds3d.runtime.transfer import onto
 from sds3d.students.base import Draw
+from sds3d.students.optim import OptimConfig
 
 
 @dataclass(frozen=True)
@@ -175,9 +177,14 @@ class FewStepGenerator:
         identity: the teacher's name and fingerprint, which a checkpoint remembers.
         processes: of the batch, where several processes train.
 
+    Attributes:
+        OPTIM: the usual learning rate.
+
     Raises:
         ValueError: no prompt, or a noise level that the teacher's schedule does not reach.
     """
+
+    OPTIM: ClassVar[OptimConfig] = OptimConfig({"generator": Ramp(500, 2e-4, 0, 1000)}, betas=(0.0, 0.999), eps=1e-8)
 
     def __init__(
         self,
@@ -196,6 +203,7 @@ class FewStepGenerator:
         if next(self.network.parameters()).dtype in (torch.float16, torch.bfloat16):
             self.network.float()  # small steps are lost on weights in half precision
         self.means = [EMA(self.network, 0.5 ** (config.batch / half_life)) for half_life in config.half_lives]
+        self.taught_itself = False
         for module in (self.network, *(mean.module for mean in self.means)):
             processes.shard(module)
 
@@ -239,9 +247,17 @@ class FewStepGenerator:
         for mean in self.means:
             mean.update(self.network, step)
 
+    def begin_phase(self) -> None:
+        """See `sds3d.students.base.Phased`: the first running mean. The teacher's own weights are written over."""
+        weights = {name: value.clone() for name, value in self.means[0].module.state_dict().items()}
+        for module in (self.teacher.network, self.network, *(mean.module for mean in self.means)):
+            module.load_state_dict(weights)
+        self.taught_itself = True
+
     def state_dict(self) -> dict[str, Any]:
-        """The weights, their means, and whose they were at the start."""
-        return {
+        """The weights, their means, and whose they were at the start; the teacher's, where it is no longer that one."""
+        own = {"teacher_network": self.teacher.network.state_dict()} if self.taught_itself else {}
+        return own | {
             "teacher": self.identity,
             "prompts": self.prompts,
             "network": self.network.state_dict(),
@@ -254,6 +270,9 @@ class FewStepGenerator:
             raise ValueError(f"it was begun from the teacher {state['teacher']}, and this one is {self.identity}")
         if state["prompts"] != self.prompts:
             raise ValueError("it was learning other prompts; give the file of prompts as it was")
+        if "teacher_network" in state:
+            self.teacher.network.load_state_dict(state["teacher_network"])
+            self.taught_itself = True
         self.network.load_state_dict(state["network"])
         for mean, values in zip(self.means, state["means"], strict=True):
             mean.module.load_state_dict(values)

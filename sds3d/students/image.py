@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
 from sds3d.media import picture
+from sds3d.runtime.ramp import Ramp
 from sds3d.runtime.ranges import Within
 from sds3d.students.base import Draw
+from sds3d.students.optim import OptimConfig
 
 PIXELS = 2**26  # of all images, at most: 256 of 512 a side
 
@@ -57,9 +59,14 @@ class ImageStudent(nn.Module):
         rng: CPU generator of the starts.
         device: where the pixels live.
 
+    Attributes:
+        OPTIM: the usual learning rate.
+
     Raises:
         ValueError: the start is no picture.
     """
+
+    OPTIM: ClassVar[OptimConfig] = OptimConfig({"pixels": Ramp(100, 0.05, 0.005, 200)}, eps=1e-8)
 
     def __init__(self, config: ImageConfig, prompt: str, rng: torch.Generator, device: torch.device | str = "cpu"):
         super().__init__()

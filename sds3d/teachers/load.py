@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -10,15 +12,17 @@ from sds3d.runtime.device import pick_device
 from sds3d.teachers import small
 from sds3d.teachers.base import PACKAGED, HFConfig, TeacherConfig
 from sds3d.teachers.hf import loading
-from sds3d.teachers.hf.generator import CARD
+from sds3d.teachers.hf.generator import CARD, read
 from sds3d.teachers.hf.teacher import DiffusersTeacher
 
 
 def load_teacher(settings: TeacherConfig, device: str = "auto") -> small.SmallTeacher | DiffusersTeacher:
-    """A frozen teacher. Raises ValueError where there is none of that name, or its weights are damaged."""
+    """A frozen teacher; a generator that answers as a denoiser is one. Raises ValueError where there is none of that
+    name, or its weights are damaged."""
     if loading.is_pipeline(settings.name):
-        if (Path(settings.name).expanduser() / CARD).is_file():
-            raise ValueError(f"{settings.name} is a generator, which paints by itself (sds3d sample); name its teacher")
+        folder = Path(settings.name).expanduser()
+        if (folder / CARD).is_file():
+            _require_denoiser(settings.name, read(folder))
         return loading.load(settings, pick_device(device))
     path = small.packaged(settings.name) if settings.name in PACKAGED else Path(settings.name).expanduser()
     if path.is_dir():
@@ -36,5 +40,15 @@ def load_teacher(settings: TeacherConfig, device: str = "auto") -> small.SmallTe
     dtype = None if settings.dtype == "auto" else getattr(torch, settings.dtype)
     found = small.load(path, settings.views, pick_device(device), dtype, settings.compile)
     if "generator" in found.told:
-        raise ValueError(f"{path} is a generator, which paints by itself (sds3d sample); name the teacher it came from")
+        _require_denoiser(str(path), found.told)
     return found
+
+
+def _require_denoiser(name: str, header: Mapping[str, Any]) -> None:
+    """Raises ValueError where a generator's header does not say that it answers as a denoiser; older ones say nothing,
+    and none of them does."""
+    if header.get("denoiser") != "true":
+        raise ValueError(
+            f"{name} is a generator, which paints by itself (sds3d sample) and is no denoiser any more: name the "
+            "teacher it came from"
+        )

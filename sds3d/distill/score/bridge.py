@@ -7,13 +7,13 @@ from typing import Annotated, ClassVar
 
 from torch import Tensor
 
-from sds3d.distill.core import Method, Query, require_scale, scale_of
+from sds3d.distill.core import Query, ScoreMethod, require_scale, scale_of
 from sds3d.runtime.ramp import Ramp
 from sds3d.runtime.ranges import SCALES, STEPS, Within
 
 
 @dataclass(frozen=True)
-class Bridge(Method):
+class Bridge(ScoreMethod):
     """A bridge from the images there are to those there should be (McAllister et al., arXiv 2406.09417).
 
     First SDS, which makes the shape and leaves its artefacts; from step ``second`` on d = eps_cond - eps_spoilt, where

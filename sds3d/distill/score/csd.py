@@ -7,13 +7,13 @@ from typing import Annotated
 
 from torch import Tensor
 
-from sds3d.distill.core import Method, Query, require_scale, scale_of
+from sds3d.distill.core import Query, ScoreMethod, require_scale, scale_of
 from sds3d.runtime.ramp import Ramp
 from sds3d.runtime.ranges import Within
 
 
 @dataclass(frozen=True)
-class CSD(Method):
+class CSD(ScoreMethod):
     """Classifier score distillation (Yu et al., arXiv 2310.19415): d = eps_cond - eps_away.
 
     eps_away goes from the null prompt's answer (``negative_share`` 0) to the negative prompt's (1) and beyond.

@@ -8,13 +8,13 @@ from typing import Annotated, ClassVar
 from torch import Tensor
 
 from sds3d.diffusion.noise import noised
-from sds3d.distill.core import Method, Query, require_scale, scale_of
+from sds3d.distill.core import Query, ScoreMethod, require_scale, scale_of
 from sds3d.runtime.ramp import Ramp
 from sds3d.runtime.ranges import SCALES
 
 
 @dataclass(frozen=True)
-class DDS(Method):
+class DDS(ScoreMethod):
     """Delta denoising score, for edits (Hertz et al., arXiv 2304.07090): d = eps_s(x_t, y) - eps_s(x'_t, y').
 
     x' and y' are the source image and its prompt; t and noise are shared, so what is wrong with the teacher's answer

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
 from torch import Tensor
 
 from sds3d.diffusion.noise import noised
-from sds3d.distill.core import Method, Query, require_scale, scale_of
+from sds3d.distill.core import Query, ScoreMethod, require_scale, scale_of
 from sds3d.distill.query import T_CLEAN
 from sds3d.runtime.ramp import Ramp
 from sds3d.runtime.ranges import SCALES, Within
 
 
 @dataclass(frozen=True)
-class ISM(Method):
+class ISM(ScoreMethod):
     """Interval score matching (Liang et al., LucidDreamer, arXiv 2311.11284): d = eps_s(x_t) - eps_uncond(x_s).
 
     x_s, a little less noisy than x_t, comes from the image by DDIM inversion under the null prompt, and x_t from x_s
@@ -41,4 +41,4 @@ class ISM(Method):
         x_s = q.inverted(s, self.steps, scale=0.0)
         (uncond,) = q.predict(x_s, s, "uncond")
         x_t = noised(uncond.x0, uncond.eps, q.alpha, q.sigma)
-        return replace(q, x_t=x_t, _answers={}).guided(scale_of(self.scale, q.step)) - uncond.eps
+        return q.at(x_t).guided(scale_of(self.scale, q.step)) - uncond.eps

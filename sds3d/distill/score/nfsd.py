@@ -8,13 +8,14 @@ from typing import Annotated, ClassVar
 import torch
 from torch import Tensor
 
-from sds3d.distill.core import Method, Query, require_scale, scale_of
+from sds3d.diffusion.noise import per_sample
+from sds3d.distill.core import Query, ScoreMethod, require_scale, scale_of
 from sds3d.runtime.ramp import Ramp
 from sds3d.runtime.ranges import SCALES, Within
 
 
 @dataclass(frozen=True)
-class NFSD(Method):
+class NFSD(ScoreMethod):
     """Noise-free score distillation (Katzir et al., arXiv 2310.17590).
 
     d = delta_D + s delta_C with delta_C = eps_cond - eps_uncond; delta_D = eps_uncond at low noise, where the null
@@ -36,5 +37,5 @@ class NFSD(Method):
 
     def __call__(self, q: Query) -> Tensor:  # (B, C, H, W), eps units
         cond, uncond, negative = q.eps("cond", "uncond", "negative")
-        low = (q.sigma < self.switch * q.alpha).view(-1, *[1] * (q.x.dim() - 1))  # per sample
+        low = per_sample(q.sigma < self.switch * q.alpha, q.x)
         return uncond - torch.where(low, 0.0, negative) + scale_of(self.scale, q.step) * (cond - uncond)

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
 from torch import Tensor
 
-from sds3d.distill.core import Method, Query, require_scale, scale_of
+from sds3d.diffusion.noise import per_sample
+from sds3d.distill.core import Query, ScoreMethod, require_scale, scale_of
 from sds3d.runtime.ramp import Ramp
 from sds3d.runtime.ranges import SCALES, Within
 
 
 @dataclass(frozen=True)
-class SDI(Method):
+class SDI(ScoreMethod):
     """Score distillation via inversion (Lukoianov et al., arXiv 2405.15891): d = eps_s(x_t) - kappa(x).
 
     kappa is the noise that DDIM inversion finds for the image, x_t = alpha x + sigma kappa. With the weight "x0" the
@@ -37,6 +38,5 @@ class SDI(Method):
 
     def __call__(self, q: Query) -> Tensor:  # (B, C, H, W), eps units
         x_t = q.inverted(q.t, self.steps, self.inversion_scale, self.eta)
-        alpha, sigma = (v.view(-1, *[1] * (q.x.dim() - 1)) for v in (q.alpha, q.sigma))
-        kappa = (x_t - alpha * q.x) / sigma
-        return replace(q, x_t=x_t, _answers={}).guided(scale_of(self.scale, q.step)) - kappa
+        kappa = (x_t - per_sample(q.alpha, q.x) * q.x) / per_sample(q.sigma, q.x)
+        return q.at(x_t).guided(scale_of(self.scale, q.step)) - kappa

@@ -7,13 +7,13 @@ from typing import Annotated
 
 from torch import Tensor
 
-from sds3d.distill.core import Method, Query, require_scale, scale_of
+from sds3d.distill.core import Query, ScoreMethod, require_scale, scale_of
 from sds3d.runtime.ramp import Ramp
 from sds3d.runtime.ranges import SCALES
 
 
 @dataclass(frozen=True)
-class SDS(Method):
+class SDS(ScoreMethod):
     """Score distillation sampling (Poole et al., DreamFusion, arXiv 2209.14988, eq. 3): d = eps_s(x_t) - eps.
 
     A negative prompt, where the run has one, takes the null prompt's place in the guidance.

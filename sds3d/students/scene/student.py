@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from dataclasses import field as default
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -20,9 +20,11 @@ from torch.nn import Parameter
 from sds3d.cameras import CameraRanges, Cameras, Poses
 from sds3d.ops import Backend, choose
 from sds3d.prompts import COLOURS
+from sds3d.runtime.ramp import Ramp
 from sds3d.runtime.ranges import STEPS, Within, shown
 from sds3d.runtime.transfer import onto
 from sds3d.students.base import Draw
+from sds3d.students.optim import OptimConfig
 from sds3d.students.scene.field import Field, FieldConfig, LearnedBackground
 from sds3d.students.scene.occupancy import Occupancy, OccupancyConfig
 from sds3d.students.scene.regularisers import RegulariserConfig, measure
@@ -140,11 +142,16 @@ class SceneStudent(nn.Module):
         device: where parameters and images live.
 
     Attributes:
+        OPTIM: the usual learning rates. The hash table wants a tiny eps: most of its gradients are tiny.
         background_name: of the last draw's background: a key of ``backgrounds``, "#rrggbb" or "learned".
 
     Raises:
         ValueError: the background is not known.
     """
+
+    OPTIM: ClassVar[OptimConfig] = OptimConfig(
+        {"grid": Ramp.constant(1e-2), "mlp": Ramp.constant(1e-3), "background": Ramp.constant(1e-3)}, eps=1e-15
+    )
 
     def __init__(
         self,
@@ -215,10 +222,10 @@ class SceneStudent(nn.Module):
         return measured | {"opacity": self._trace.opacity.detach().mean()}
 
     def param_groups(self) -> dict[str, list[Parameter]]:
-        """Groups "grid", "mlp" and, where it is learned, "background"."""
+        """Groups "grid", "mlp" and "background", which is empty where it is not learned."""
         f = self.field
-        groups = {"grid": [f.table], "mlp": [f.w1, f.b1, f.w2, f.b2]}
-        return groups if self.learned is None else groups | {"background": list(self.learned.parameters())}
+        background = [] if self.learned is None else list(self.learned.parameters())
+        return {"grid": [f.table], "mlp": [f.w1, f.b1, f.w2, f.b2], "background": background}
 
     def after_step(self, step: int, rng: torch.Generator) -> None:
         """Bring the occupancy grid up to date when it is due."""
