@@ -105,7 +105,8 @@ class Direct(Method):
 def test_a_method_without_a_score_or_a_critic_trains_by_its_regression_alone(in_folder, monkeypatch):
     monkeypatch.setitem(METHODS, "direct", Direct)
     monkeypatch.setattr(FewStepGenerator, "draw", lambda *_: pytest.fail("nobody needs a draw"))
-    layer = {**TINY, "steps": 24, "pairs.batch": 8, "pairs.steps": 8, "distance": "pixels", "optim.lr.generator": 1e-3}
+    layer = {**TINY, "steps": 24, "pairs.batch": 8, "pairs.steps": 4, "distance": "pixels", "optim.lr.generator": 1e-3}
+    layer |= {"log.save_every": 24, "log.picture_every": 24, "pairs.sampler": "ddim"}
     made = sds3d.train_generator(method="direct", **layer)
     rows, state = made.run.rows(), made.run.load_checkpoint()
     assert set(rows[0]) - {"memory"} == {"step", "seconds", "loss", "distance", "grad/generator"}
