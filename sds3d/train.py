@@ -10,7 +10,7 @@ uninterrupted one does.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -34,7 +34,11 @@ class Judged(Protocol):
     """What an objective answers: a loss to go backward from, and named figures."""
 
     loss: Tensor
-    metrics: Mapping[str, float | Tensor]  # of one number each
+
+    @property
+    def metrics(self) -> Mapping[str, float | Tensor]:
+        """See above."""
+        ...
 
 
 DrawnObjective = Callable[[Draw, int, torch.Generator], Judged]
@@ -137,7 +141,7 @@ def train(
     picture: Callable[[], Tensor] | None = None,
     companions: Mapping[str, Companion] = MappingProxyType({}),
     processes: Processes = Processes(),
-) -> Iterator[Step]:
+) -> Generator[Step]:
     """Train ``student``; gives an iterator that yields after every step. A checkpoint is read at once. Each step has
     gradients, also where the caller turned them off; see `sds3d.runtime.modes`.
 
@@ -226,7 +230,7 @@ def _loop(
     plan: Plan,
     run: RunFolder | None,
     picture: Callable[[], Tensor] | None,
-) -> Iterator[Step]:
+) -> Generator[Step]:
     """The steps that are left; saves when it is closed between two of them."""
     memory.reset_peak()
     earlier, started = state.seconds, time.perf_counter()

@@ -12,7 +12,7 @@ import sys
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 from typer import Option
@@ -92,7 +92,7 @@ app.command(name="eval")(scenes.evaluate)
 app.add_typer(teacher.app, name="teacher")
 
 
-_UsageError = typer.BadParameter.__bases__[0]  # of the click that this typer carries
+_UsageError: Any = typer.BadParameter.__bases__[0]  # of the click that this typer carries
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:

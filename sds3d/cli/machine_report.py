@@ -18,8 +18,7 @@ from sds3d.runs.memory_estimate import Place, dtype_of, estimate, image_size
 from sds3d.runtime import threads
 from sds3d.runtime.device import pick_device
 from sds3d.teachers import small
-from sds3d.teachers.base import PACKAGED, TeacherConfig
-from sds3d.teachers.load import load_teacher
+from sds3d.teachers.base import PACKAGED
 
 PACKAGES = (
     "torch",
@@ -162,7 +161,7 @@ def _backend(device: torch.device, name: str) -> str:
 
 def _teacher(name: str) -> str:
     try:
-        teacher = load_teacher(TeacherConfig(name), "cpu")
+        teacher = small.load(small.packaged(name), device="cpu")
     except ValueError as error:
         return f"no: {error}"
     path = small.packaged(name)

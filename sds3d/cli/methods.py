@@ -142,8 +142,10 @@ def methods(json: Json = False) -> None:
     rows = []
     for name, kind in METHODS.items():
         line = (kind.__doc__ or "").partition("\n")[0]
-        title, paper = line.partition(" (")[0], re.search(r"arXiv (\d{4}\.\d{5})", line)[1]
-        own = {f.name: plain(getattr(kind(), f.name)) for f in fields(kind)} | recipe(name).get("method", {})
+        (paper,) = re.findall(r"arXiv (\d{4}\.\d{5})", line)[:1]
+        title = line.partition(" (")[0]
+        method: Any = kind()  # a dataclass, as every method is
+        own = {f.name: plain(getattr(method, f.name)) for f in fields(method)} | recipe(name).get("method", {})
         settings = {f"method.{key}": value for key, value in own.items() if key != "name"}
         rows.append({"name": name, "title": title, "paper": paper, "needs": list(kind.NEEDS), "settings": settings})
     if json:

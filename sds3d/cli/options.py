@@ -29,6 +29,6 @@ def spread(function: Callable) -> Callable:
         taken = {f.name: given.pop(f.name) for f in fields(cls)}
         return function(**given, **{last.name: cls(**taken)})
 
-    command.__signature__ = inspect.Signature(parameters)
+    vars(command)["__signature__"] = inspect.Signature(parameters)
     command.__annotations__ = {p.name: p.annotation for p in parameters}
     return command

@@ -8,7 +8,7 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -148,7 +148,7 @@ def make_display(quiet: bool, as_json: bool) -> Silent:
 
 def carry_out(
     made: Asset | Painting | Generated,
-    steps: Iterator[Step],
+    steps: Generator[Step],
     begun: float,
     display: Silent,
     as_json: bool,
@@ -158,6 +158,7 @@ def carry_out(
 
     Who watches the run on a page may stop it, too, and then has the files written.
     """
+    from sds3d.runs.scene import Asset
     from sds3d.runtime.distributed import join
 
     last, processes = None, join()
@@ -166,6 +167,7 @@ def carry_out(
         teacher = f"teacher {config.teacher.name} ({config.teacher.views})"
         display.note(f"{made.path}  {made.kernels}, {teacher}")
         if watch is not None:
+            assert isinstance(made, Asset), "only scenes are watched"
             watch.begin(made)
         with interruption() as stopped:
             for last in steps:
@@ -179,6 +181,7 @@ def carry_out(
         steps.close()
         if last is None:
             display.note(f"all {config.steps} steps were done before; writing the files")
+        done = config.steps if last is None else last.step
         early = last is not None and last.step < last.total
         unfinished = early and not (watch is not None and watch.stopped)
         if not unfinished:
@@ -189,11 +192,11 @@ def carry_out(
     if unfinished and processes.rank:
         raise typer.Exit(130)
     if unfinished:
-        print(f"stopped after step {last.step} of {last.total}; go on with: sds3d resume {made.path}", file=sys.stderr)
+        print(f"stopped after step {done} of {config.steps}; go on with: sds3d resume {made.path}", file=sys.stderr)
         raise typer.Exit(130)
     if not files:  # another process writes them
         return
-    done = last.step if early else config.steps
+    done = done if early else config.steps
     result = {"run": str(made.path), "files": files, "steps": done, "seconds": round(seconds, 2)}
     display.note(f"done in {seconds:.0f} s; next:\n  " + "\n  ".join(_hints(made, files, early)))
     print_result(result, files, as_json)

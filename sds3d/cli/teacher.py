@@ -100,13 +100,15 @@ def words(teacher: Teacher = "small") -> None:
 
       sds3d teacher words
     """
-    from sds3d.teachers.base import TeacherConfig
+    from sds3d.teachers.base import HasVocabulary, TeacherConfig
     from sds3d.teachers.hf import loading
     from sds3d.teachers.load import load_teacher
 
     if loading.is_pipeline(teacher):  # whose weights nobody has to read for that
         raise ValueError(f"the teacher {teacher} reads any words: it has no list of them")
-    print(" ".join(load_teacher(TeacherConfig(teacher)).vocabulary))
+    found = load_teacher(TeacherConfig(teacher))
+    assert isinstance(found, HasVocabulary), type(found)
+    print(" ".join(found.vocabulary))
 
 
 @app.command(name="train")

@@ -166,7 +166,7 @@ def text_keys() -> frozenset[str]:
     def of(cls: type, above: str = "") -> set[str]:
         found: set[str] = set()
         for name, kind in typing.get_type_hints(cls).items():
-            if dataclasses.is_dataclass(kind):
+            if isinstance(kind, type) and dataclasses.is_dataclass(kind):
                 found |= of(kind, f"{above}{name}.")
             elif kind is str:
                 found.add(above + name)
@@ -307,7 +307,10 @@ def _opened(layer: Mapping[str, Any]) -> Mapping[str, Any]:
         return layer
     from omegaconf import OmegaConf
 
-    return OmegaConf.to_container(layer, resolve=True) if OmegaConf.is_config(layer) else layer
+    if not OmegaConf.is_config(layer):
+        return layer
+    opened: Any = OmegaConf.to_container(layer, resolve=True)  # of a mapping a dict
+    return opened
 
 
 def _nested(layer: Mapping[str, Any]) -> dict[str, Any]:

@@ -77,7 +77,8 @@ class ExportConfig:
             raise ValueError(f"export.threshold is {self.threshold}; give a density above 0, or null")
         if not 0 <= self.keep <= 1:
             raise ValueError(f"export.keep is {self.keep}; give a share from 0 to 1")
-        self.surface(), self.look()
+        self.surface()
+        self.look()
         if not -90 <= self.elevation <= 90:
             raise ValueError(f"export.elevation is {self.elevation}; give degrees from -90 to 90")
         if not 2 <= self.frames <= 10_000:

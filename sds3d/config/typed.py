@@ -39,7 +39,8 @@ def build(cls: type[T], values: Mapping[str, Any], path: str = "", known: Iterab
     """
     known = tuple(keys(cls, path) if known is None else known)
     hints = _hints(cls)
-    fields = {f.name for f in dataclasses.fields(cls) if f.init}
+    kind: Any = cls
+    fields = {f.name for f in dataclasses.fields(kind) if f.init}
     arguments = {}
     for name, value in values.items():
         key = f"{path}.{name}" if path else str(name)
@@ -67,7 +68,7 @@ def convert(kind: Any, value: Any, key: str, known: tuple[str, ...] = ()) -> Any
             return Ramp.parse(value)
         except ValueError as error:
             raise ValueError(f"{key}: {error}") from error
-    if dataclasses.is_dataclass(kind):
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         if isinstance(value, kind):
             return value
         if not isinstance(value, Mapping):
@@ -126,9 +127,9 @@ def _convert_plain(kind: type, value: Any, key: str) -> Any:
         return int(value)
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         raise ValueError(f"{key} is {shown(value)}; give {_PLAIN[kind]}")
-    if kind is str and any(c == "\0" or 0xD800 <= ord(c) < 0xE000 for c in value):  # which no file can hold
+    if isinstance(value, str) and any(c == "\0" or 0xD800 <= ord(c) < 0xE000 for c in value):  # which no file can hold
         raise ValueError(f"{key} is {shown(value)}; give text without characters that are no characters")
-    if kind is str and len(value) > LONGEST:
+    if isinstance(value, str) and len(value) > LONGEST:
         raise ValueError(f"{key} has {len(value)} characters; give {LONGEST} at most")
     return value
 
@@ -138,13 +139,13 @@ def require_maps(cls: type, values: Mapping[str, Any], path: str = "") -> None:
     hints = _hints(cls)
     for name, value in values.items():
         kind = hints.get(name)
-        is_class = dataclasses.is_dataclass(kind) and kind is not Ramp
+        is_class = isinstance(kind, type) and dataclasses.is_dataclass(kind) and kind is not Ramp
         if not (is_class or typing.get_origin(kind) is dict):
             continue
         key = f"{path}.{name}" if path else name
         if not isinstance(value, Mapping):
             convert(kind, value, key)
-        elif is_class:
+        elif is_class and isinstance(kind, type):
             require_maps(kind, value, key)
 
 
@@ -222,7 +223,7 @@ def keys(cls: type, path: str = "") -> list[str]:
         key = f"{path}.{f.name}" if path else f.name
         found.append(key)
         kind = hints[f.name]
-        if dataclasses.is_dataclass(kind) and kind is not Ramp:
+        if isinstance(kind, type) and dataclasses.is_dataclass(kind) and kind is not Ramp:
             found += keys(kind, key)
     return found
 

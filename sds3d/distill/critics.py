@@ -12,7 +12,7 @@ import copy
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +27,7 @@ from sds3d.runtime.distributed import Processes
 from sds3d.runtime.ranges import Within
 from sds3d.runtime.transfer import onto
 from sds3d.students.base import Draw
-from sds3d.teachers.base import Teacher
+from sds3d.teachers.base import Teacher, views_per_set
 
 CAMERA_WIDTH = 16  # what a camera becomes before it is widened to the network's condition
 
@@ -40,8 +40,15 @@ class Trainable(Teacher, Protocol):
         extra_width: size of an extra condition its network takes; 0 where it takes none.
     """
 
-    network: nn.Module
-    extra_width: int
+    @property
+    def network(self) -> nn.Module:
+        """See above."""
+        ...
+
+    @property
+    def extra_width(self) -> int:
+        """See above."""
+        ...
 
     def answer(
         self,
@@ -57,7 +64,8 @@ class Trainable(Teacher, Protocol):
         ...
 
 
-class Adaptable(Trainable, Protocol):
+@runtime_checkable
+class Adaptable(Protocol):
     """A teacher whose kind of network has LoRAs of its own, in a file that others read."""
 
     def adapter(
@@ -82,7 +90,10 @@ class Featured(Trainable, Protocol):
         feature_width: channels of the lowest.
     """
 
-    feature_width: int
+    @property
+    def feature_width(self) -> int:
+        """See above."""
+        ...
 
     def features(self, network: nn.Module, x_t: Tensor, t: Tensor, prompts: list[str]) -> list[Tensor]:
         """Maps (B, width, h, w) of what a network of the same form sees of x_t (B, C, h, w) at t (B,), with gradients,
@@ -172,11 +183,12 @@ class TrainedCritic:
     def __init__(
         self, teacher: Trainable, config: CriticConfig, rng: torch.Generator, processes: Processes = Processes()
     ):
-        self.adapted = config.kind == "lora" and hasattr(teacher, "adapter")
+        self.adapted = config.kind == "lora" and isinstance(teacher, Adaptable)
         processes = (
             replace(processes, sharded=False) if self.adapted else processes
         )  # it is small: each process keeps all of it
-        self.teacher, self.config, self.steps, self.processes = teacher, config, config.steps, processes
+        self.teacher: Trainable = teacher  # declared: an isinstance above would narrow it
+        self.config, self.steps, self.processes = config, config.steps, processes
         self.network = _network(teacher, config, rng)
         # float16 knows nothing below 6e-8, and a mean over so many numbers has gradients that small
         self.coarse = next(teacher.network.parameters()).dtype == torch.float16
@@ -185,11 +197,10 @@ class TrainedCritic:
         if teacher.views == "words" and teacher.extra_width:
             with torch.random.fork_rng(devices=[]):  # modules draw their first weights from the global stream
                 torch.manual_seed(rng.initial_seed())
-                self.camera = nn.Sequential(
-                    nn.Linear(CAMERA_FEATURES, CAMERA_WIDTH), nn.SiLU(), nn.Linear(CAMERA_WIDTH, teacher.extra_width)
-                ).to(device)
-            nn.init.zeros_(self.camera[-1].weight)
-            nn.init.zeros_(self.camera[-1].bias)
+                first, last = nn.Linear(CAMERA_FEATURES, CAMERA_WIDTH), nn.Linear(CAMERA_WIDTH, teacher.extra_width)
+            nn.init.zeros_(last.weight)
+            nn.init.zeros_(last.bias)
+            self.camera = nn.Sequential(first, nn.SiLU(), last).to(device)
         for part in self.parts():
             processes.shard(part)
         self.optimiser = torch.optim.AdamW(
@@ -240,9 +251,9 @@ class TrainedCritic:
         """
         t, dropped = onto(self.processes.rand((len(x), 2), rng), x.device).to(x.dtype).unbind(1)
         seen = draw.cameras is not None and self.teacher.views == "camera"
-        views_per_set = getattr(self.teacher, "views_per_set", 1) if seen else 1
+        views = views_per_set(self.teacher) if seen else 1
         t = t * self.teacher.schedule.t_noisiest  # beyond is a level that its network does not know
-        t = t[::views_per_set].repeat_interleave(views_per_set)  # one for the views that are judged in one
+        t = t[::views].repeat_interleave(views)  # one for the views that are judged in one
         noise = onto(self.processes.randn(x.shape, rng, x.dtype), x.device)
         alpha, sigma = self.teacher.schedule.alpha_sigma(t)
         prompts, mask = draw.prompts, None
@@ -254,7 +265,9 @@ class TrainedCritic:
 
     def save_adapter(self, folder: Path) -> Path | None:
         """Write a diffusers pipeline's LoRA as such pipelines load it; None where it is none."""
-        return self.teacher.save_adapter(self.network, folder) if self.adapted else None
+        if self.adapted and isinstance(self.teacher, Adaptable):
+            return self.teacher.save_adapter(self.network, folder)
+        return None
 
     def state_dict(self) -> dict[str, Any]:
         """The critic's own weights and its optimiser; of a LoRA the changes alone."""
@@ -275,19 +288,18 @@ def _network(teacher: Trainable, config: CriticConfig, rng: torch.Generator) -> 
     Raises:
         ValueError: settings that are for diffusers pipelines, and the teacher is none.
     """
-    adaptable = hasattr(teacher, "adapter")
-    if not adaptable and (config.targets or config.dtype != "float32" or config.checkpointing):
+    if not isinstance(teacher, Adaptable) and (config.targets or config.dtype != "float32" or config.checkpointing):
         raise ValueError(
             "critic.targets, critic.dtype and critic.checkpointing are for diffusers pipelines, and the teacher is "
             "none: leave them out"
         )
     frozen = teacher.network.eval()  # dropout stays off, in the copy too: the student's step must not see it
-    if config.kind == "lora" and adaptable:
+    if config.kind == "lora" and isinstance(teacher, Adaptable):
         dtype = getattr(torch, config.dtype)
         return teacher.adapter(config.rank, rng, config.targets, dtype, config.checkpointing)
     if config.kind == "lora":
         return LoRA(frozen, config.rank, float(config.rank), rng)
-    own = copy.deepcopy(frozen).requires_grad_(True)
+    own: Any = copy.deepcopy(frozen).requires_grad_(True)
     if next(own.parameters()).dtype in (torch.float16, torch.bfloat16):
         own.float()  # steps of 1e-4 are lost on weights in half precision
     if config.checkpointing:

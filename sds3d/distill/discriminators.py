@@ -43,7 +43,7 @@ class TrainedDiscriminator(TrainedCritic):
         weight: float,
         processes: Processes = Processes(),
     ):
-        self.real, self.weight = real, weight
+        self.real, self.weight, self.shown = real, weight, teacher
         like = next(teacher.network.parameters())
         dtype = torch.promote_types(like.dtype, torch.float32)  # small steps are lost on weights in half precision
         with torch.random.fork_rng(devices=[]):  # modules draw their first weights from the global stream
@@ -60,7 +60,7 @@ class TrainedDiscriminator(TrainedCritic):
         t = onto(self.processes.rand((len(x),), rng), x.device).to(x.dtype) * self.teacher.schedule.t_noisiest
         noise = onto(self.processes.randn(x.shape, rng, x.dtype), x.device)
         x_t = noised(x, noise, *self.teacher.schedule.alpha_sigma(t))
-        return self.head(self.teacher.features(self.network, x_t, t, prompts)[-1])
+        return self.head(self.shown.features(self.network, x_t, t, prompts)[-1])
 
     def loss(self, draw: Draw, x: Tensor, rng: torch.Generator) -> Tensor:
         """See `TrainedCritic.loss`; and the head's, on real and drawn images."""

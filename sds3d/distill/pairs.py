@@ -146,10 +146,12 @@ def _make_part(
 ) -> None:
     """The PART pairs of a part."""
     chosen = torch.randint(len(prompts), (PART,), generator=torch.Generator().manual_seed(part))
-    told, sampler = [prompts[i] for i in chosen.tolist()], Sampler(config.sampler, config.steps)
-    rows, *made = zip(*drawn(teacher, told, SEED, sampler, guidance, first=part * PART, device=device))
-    made = ([piece[: len(found)] for found, piece in zip(rows, pieces)] for pieces in made)
-    noise, x = (in_order(sum(rows, []), pieces).cpu().float().contiguous() for pieces in made)
+    told = [prompts[int(i)] for i in chosen.tolist()]
+    sampler = Sampler(config.sampler, config.steps)
+    pieces = list(drawn(teacher, told, SEED, sampler, guidance, first=part * PART, device=device))
+    order = [row for rows, _, _ in pieces for row in rows]
+    noise = in_order(order, [noise[: len(rows)] for rows, noise, _ in pieces]).cpu().float().contiguous()
+    x = in_order(order, [x[: len(rows)] for rows, _, x in pieces]).cpu().float().contiguous()
     row = {"noise": noise, "x": x, "prompt": chosen}
     with replacing(path) as file:
         file.write_bytes(tensor_files.to_bytes(row))

@@ -128,6 +128,7 @@ class Query:
             return found[0].eps
         cond, uncond = found[0], found[1]
         if views:
+            assert self.cameras is not None, "who says views has cameras"
             places = zip(self.cameras.azimuth.tolist(), self.cameras.elevation.tolist(), strict=True)
             weights = [view_negatives(*place) for place in places]
             each = onto(torch.tensor([[w[v] for w in weights] for v in views], dtype=x_t.dtype), x_t.device)
@@ -188,5 +189,6 @@ class Query:
         if branch in ("uncond", "negative"):
             own = [self.negative if branch == "negative" else ""] * len(self.x)
         told = branch in ("cond", "spoilt") or self.uncond_camera
-        own = with_view(own, self.cameras) if self._says_views() and told else own
+        if self.cameras is not None and self._says_views() and told:
+            own = with_view(own, self.cameras)
         return [f"{p}, {self.negative}" for p in own] if branch == "spoilt" else own

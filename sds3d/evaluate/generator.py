@@ -61,8 +61,8 @@ class Measured:
     @staticmethod
     def of(values: list[float]) -> Measured:
         """Mean and standard deviation; the spread of one value is 0."""
-        values = torch.tensor(values, dtype=torch.float64)
-        return Measured(float(values.mean()), float(values.std()) if len(values) > 1 else 0.0)
+        rows = torch.tensor(values, dtype=torch.float64)
+        return Measured(float(rows.mean()), float(rows.std()) if len(values) > 1 else 0.0)
 
 
 class Real(Protocol):
@@ -111,11 +111,11 @@ class Digits:
 
     def figures(self, images: Tensor, wanted: Tensor) -> dict[str, float]:
         """What images (B, 3, 8, 8) of the digits (B,) are worth: FIGURES without the speed; see ``_distances``."""
-        flat = [x.mean(1).flatten(1) for x in (images.cpu(), self.train, self.held_out)]
+        drawn, train, held_out = (x.mean(1).flatten(1) for x in (images.cpu(), self.train, self.held_out))
         return {
             **_distances(self.judge.features(images).cpu(), self.real),
             "class_accuracy": float((self.judge.classify(images).cpu() == wanted).double().mean()),
-            "copy_rate": features.copy_rate(*flat),
+            "copy_rate": features.copy_rate(drawn, train, held_out),
         }
 
     def floor(self) -> dict[str, float]:
@@ -140,9 +140,13 @@ class Toys:
         self.judge, self.prompts, self.number = ToyJudge(device), tuple(prompts), number
         self.toys = [toybox.parse(prompt) for prompt in prompts]
 
-    @cached_property
+    @property
     def held_out(self) -> Tensor:
         """The renders, (number, 3, 64, 64)."""
+        return self._held_out
+
+    @cached_property
+    def _held_out(self) -> Tensor:
         return self.renders(0)
 
     @cached_property

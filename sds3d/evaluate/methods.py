@@ -195,6 +195,7 @@ def _carry_out(
     """One run, from nothing or from what a killed call left of it, to its figures and pictures (B, 3, H, W)."""
     memory.reset_peak()
     made, steps = launch.start(config) if left is None else launch.resume(left)
+    assert isinstance(made, Asset | Painting), "a comparison trains no generators"
     rows = made.run.rows()
     begun, earlier = time.perf_counter(), rows[-1].get("seconds", 0.0) if rows else 0.0
     for _ in steps:
@@ -338,5 +339,5 @@ def _load(comparison: Comparison, out: Path) -> dict[tuple[str, str, int], Entry
 
 def _pictures(path: Path) -> Tensor:
     """The pictures of a finished run."""
-    made = kinds.open_run(path)
+    made: Any = kinds.open_run(path)  # of one of STUDENTS, which have pictures
     return made.pictures(VIEWS, build.build_teacher(made.config).image_size).cpu()

@@ -19,7 +19,7 @@ from sds3d.runtime.device import pick_device
 from sds3d.runtime.distributed import Processes
 from sds3d.students.base import Student
 from sds3d.teachers.base import Teacher
-from sds3d.teachers.load import load_teacher
+from sds3d.teachers.load import Loaded, load_teacher
 from sds3d.train import Objective
 
 
@@ -44,13 +44,14 @@ def usable_here(config: RunConfig, given: Mapping[str, Any]) -> RunConfig:
             stacklevel=4,  # past the decorator of launch.resume
         )
         config = dataclasses.replace(config, device=str(device))
-    if kinds.of(config).seen_by_cameras and "backend" not in given:
+    backend = getattr(config, "backend", "auto")  # which runs without a scene do not have
+    if backend != "auto" and "backend" not in given:
         try:
-            ops.choose(device, config.backend)
+            ops.choose(device, backend)
         except ValueError:
             found = ops.choose(device).name
             warnings.warn(
-                f"the run was made with backend={config.backend}, which cannot run on {device} here: it goes on with "
+                f"the run was made with backend={backend}, which cannot run on {device} here: it goes on with "
                 f"backend={found}",
                 stacklevel=4,  # past the decorator of launch.resume
             )
@@ -58,7 +59,7 @@ def usable_here(config: RunConfig, given: Mapping[str, Any]) -> RunConfig:
     return config
 
 
-def build_teacher(config: RunConfig) -> Teacher:
+def build_teacher(config: RunConfig) -> Loaded:
     """The config's teacher, which must know its prompts. Raises ValueError."""
     kind = kinds.of(config)
     kind.check(config)
@@ -80,7 +81,7 @@ def build_teacher(config: RunConfig) -> Teacher:
     return teacher
 
 
-def build_student(config: RunConfig, teacher: Teacher | None = None, processes: Processes = Processes()) -> Student:
+def build_student(config: RunConfig, teacher: Loaded | None = None, processes: Processes = Processes()) -> Student:
     """What a run trains, new; the same seed gives the same one. A generator starts from its teacher.
 
     Raises:
@@ -89,7 +90,7 @@ def build_student(config: RunConfig, teacher: Teacher | None = None, processes: 
     return kinds.of(config).build_student(config, teacher, processes)
 
 
-def build_critic(config: RunConfig, teacher: Teacher, processes: Processes = Processes()) -> TrainedCritic | None:
+def build_critic(config: RunConfig, teacher: Loaded, processes: Processes = Processes()) -> TrainedCritic | None:
     """A critic that starts from the teacher, where the method needs one; a discriminator in it, where it needs that.
 
     Raises:
@@ -135,5 +136,5 @@ def build_objectives(
     score: ScoreObjective | None, config: RunConfig, student: Student, processes: Processes = Processes()
 ) -> dict[str, Objective]:
     """The method's objectives by name: its score, where it has one, and what its kind of run has beside it."""
-    own = {} if score is None else {score.name: score}
+    own: dict[str, Objective] = {} if score is None else {score.name: score}
     return {**own, **kinds.of(config).further_objectives(score, config, student, processes)}

@@ -61,7 +61,7 @@ def slug(prompt: str) -> str:
 class Restorable(Protocol):
     """What a checkpoint can be loaded into; see `sds3d.students.base.Student`."""
 
-    def load_state_dict(self, state: dict[str, Any]) -> Any:
+    def load_state_dict(self, state: dict[str, Any], /) -> Any:
         """As torch's modules do."""
         ...
 

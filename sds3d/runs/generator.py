@@ -120,6 +120,7 @@ class Generated:
         """Write them."""
         if doubt := "" if self.student.processes.sharded else outsized(self.student):
             warnings.warn(f"{self.path}: {doubt}", stacklevel=2)
+        assert self.run is not None, "the process that writes"
         judged = self.path / "eval.json"
         stale = judged.is_file() and judged.stat().st_mtime < self.run.checkpoint.stat().st_mtime
         for old in (judged, self.path / "eval.png") if stale else ():  # they were of other weights
@@ -137,7 +138,8 @@ class Generated:
 
     def save(self) -> Path:
         """Write the first running mean as what `load_generator` reads."""
-        student, teacher, network = self.student, self.student.teacher, self.student.means[0].module
+        student, teacher = self.student, self.student.teacher
+        network: Any = student.means[0].module  # of the teacher's form
         told = {"generator": json.dumps(asdict(self.config.generator)), "teacher": student.identity}
         told |= {"method": type(self.config.method).__name__, "steps": str(self.config.steps)}
         told["denoiser"] = json.dumps(self.config.method.DENOISER)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,8 +28,9 @@ from sds3d.runtime.files import read_text, user_path
 from sds3d.runtime.transfer import onto
 from sds3d.students.base import Student
 from sds3d.students.generator import FewStepGenerator, paint
-from sds3d.teachers.base import Teacher
+from sds3d.teachers.base import views_per_set
 from sds3d.teachers.hf.teacher import DiffusersTeacher
+from sds3d.teachers.load import Loaded
 from sds3d.teachers.training import sources
 from sds3d.train import Objective
 
@@ -38,9 +40,9 @@ def title(config: DistillConfig) -> str:
     return f"{Path(config.teacher.name).stem} {name_of(config.method)} {config.prompt}"
 
 
-def check_teacher(config: DistillConfig, teacher: Teacher) -> None:
+def check_teacher(config: DistillConfig, teacher: Loaded) -> None:
     """Raises ValueError where a teacher cannot teach a generator. A pipeline's prompts get no view words."""
-    if getattr(teacher, "views_per_set", 1) > 1:
+    if views_per_set(teacher) > 1:
         raise ValueError(f"the teacher {config.teacher.name} judges views of a scene, and a generator draws none")
     if isinstance(teacher, DiffusersTeacher):
         teacher.words.sided = False
@@ -48,18 +50,18 @@ def check_teacher(config: DistillConfig, teacher: Teacher) -> None:
         _ = teacher.feature_width  # which not every network has
 
 
-def identity(config: DistillConfig, teacher: Teacher) -> str:
+def identity(config: DistillConfig, teacher: Loaded) -> str:
     """A teacher's name and what its weights are, as in "digits 0123456789ab"."""
     return f"{Path(config.teacher.name).name} {teacher.fingerprint}"
 
 
-def build_student(config: DistillConfig, teacher: Teacher | None, processes: Processes) -> Student:
+def build_student(config: DistillConfig, teacher: Loaded | None, processes: Processes) -> FewStepGenerator:
     """A generator that starts from its teacher."""
     assert teacher is not None, "a generator starts from its teacher"
     return FewStepGenerator(teacher, config.generator, prompts(config, teacher), identity(config, teacher), processes)
 
 
-def prompts(config: DistillConfig, teacher: Teacher) -> list[str]:
+def prompts(config: DistillConfig, teacher: Loaded) -> list[str]:
     """What a generator learns to draw. Raises ValueError for a file that cannot be read or a word nobody knows."""
     if config.prompt and config.generator.prompts:
         raise ValueError("give either prompt or generator.prompts, not both")
@@ -83,7 +85,7 @@ def prompts(config: DistillConfig, teacher: Teacher) -> list[str]:
     return lines
 
 
-def build_critic(config: DistillConfig, teacher: Teacher, rng: torch.Generator, processes: Processes) -> TrainedCritic:
+def build_critic(config: DistillConfig, teacher: Loaded, rng: torch.Generator, processes: Processes) -> TrainedCritic:
     """A critic that starts from the teacher, with a discriminator in it where the method needs one.
 
     Raises:
@@ -95,7 +97,7 @@ def build_critic(config: DistillConfig, teacher: Teacher, rng: torch.Generator, 
     return TrainedDiscriminator(teacher, config.critic, rng, found, config.method.discriminator, processes)
 
 
-def real(config: DistillConfig, teacher: Teacher, processes: Processes = Processes()) -> Real:
+def real(config: DistillConfig, teacher: Loaded, processes: Processes = Processes()) -> Real:
     """What draws real images for a discriminator, told as the generator is told: by its own prompts.
 
     Raises:
@@ -128,7 +130,7 @@ def further_objectives(
     found: dict[str, Objective] = {}
     if "pairs" in config.method.NEEDS:
         assert isinstance(student, FewStepGenerator), student
-        teacher = student.teacher
+        teacher: Any = student.teacher  # one of those that are loaded
         made = pairs.load(pairs_folder(config, teacher), config.pairs, pick_device(config.device))
 
         def draw(noise: Tensor, prompts: list[str]) -> Tensor:
@@ -142,7 +144,7 @@ def further_objectives(
     return found
 
 
-def pairs_folder(config: DistillConfig, teacher: Teacher) -> Path:
+def pairs_folder(config: DistillConfig, teacher: Loaded) -> Path:
     """Where a run's pairs are."""
     if config.pairs.folder:
         return Path(config.pairs.folder).expanduser()
@@ -152,7 +154,7 @@ def pairs_folder(config: DistillConfig, teacher: Teacher) -> Path:
     return Path(config.out).expanduser() / "pairs" / f"{slug(identity(config, teacher))}-{mark}"
 
 
-def make_pairs(config: DistillConfig, teacher: Teacher) -> Iterator[int]:
+def make_pairs(config: DistillConfig, teacher: Loaded) -> Iterator[int]:
     """Make the pairs a run needs and does not have; yields how many are there. Raises ValueError."""
     scale, device = scale_of(config.method.scale, 0), pick_device(config.device)
     told, folder = prompts(config, teacher), pairs_folder(config, teacher)

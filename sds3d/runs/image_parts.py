@@ -8,12 +8,11 @@ from sds3d.config.schema import PaintConfig
 from sds3d.runs.savings import Saving, halved, of_pipeline
 from sds3d.runtime.device import pick_device
 from sds3d.runtime.distributed import Processes
-from sds3d.students.base import Student
 from sds3d.students.image import ImageStudent
 from sds3d.teachers.base import Teacher
 
 
-def build_student(config: PaintConfig, teacher: Teacher | None, processes: Processes) -> Student:
+def build_student(config: PaintConfig, teacher: Teacher | None, processes: Processes) -> ImageStudent:
     """New images. Raises ValueError for a picture to begin from that cannot be read."""
     rng = torch.Generator().manual_seed(2 * config.seed + 1)  # the loop's own stream is 2 * seed
     return ImageStudent(config.image, config.prompt, rng, pick_device(config.device))

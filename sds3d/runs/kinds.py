@@ -24,7 +24,7 @@ from sds3d.runs.savings import Saving
 from sds3d.runs.scene import Asset
 from sds3d.runtime.distributed import Processes
 from sds3d.students.base import Student
-from sds3d.teachers.base import Teacher
+from sds3d.teachers.load import Loaded
 from sds3d.train import Objective
 
 Made = Asset | Painting | Generated
@@ -42,7 +42,7 @@ def _no_prompts(config: Any) -> list[tuple[str, str]]:
     return []
 
 
-def _critic(config: Any, teacher: Teacher, rng: torch.Generator, processes: Processes) -> TrainedCritic:
+def _critic(config: Any, teacher: Loaded, rng: torch.Generator, processes: Processes) -> TrainedCritic:
     return TrainedCritic(teacher, config.critic, rng, processes)
 
 
@@ -79,14 +79,14 @@ class Kind:
 
     config: type[RunConfig]
     result: type[Asset] | type[Painting] | type[Generated]
-    build_student: Callable[[Any, Teacher | None, Processes], Student]
+    build_student: Callable[[Any, Any, Processes], Student]
     savings: Callable[[Any, int], list[Saving]]
     usual_savings: Callable[[Any], tuple[list[str], str]]
     title: Callable[[Any], str] = _title
     check: Callable[[Any], None] = _nothing
-    check_teacher: Callable[[Any, Teacher], None] = _nothing
+    check_teacher: Callable[[Any, Any], None] = _nothing
     further_prompts: Callable[[Any], list[tuple[str, str]]] = _no_prompts
-    build_critic: Callable[[Any, Teacher, torch.Generator, Processes], TrainedCritic] = _critic
+    build_critic: Callable[[Any, Any, torch.Generator, Processes], TrainedCritic] = _critic
     further_objectives: Callable[[ScoreObjective | None, Any, Student, Processes], dict[str, Objective]] = (
         _no_objectives
     )

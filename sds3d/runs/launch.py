@@ -5,16 +5,16 @@ from __future__ import annotations
 import os
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, overload
 
 import torch
 
 from sds3d.config import load as configs
-from sds3d.config.load import RunConfig
+from sds3d.config.load import Config, RunConfig
 from sds3d.distill.core import NonFiniteGradient
 from sds3d.distill.critics import TrainedCritic
 from sds3d.runs import build, generator_parts, kinds, savings
@@ -39,8 +39,12 @@ def check(config: RunConfig) -> None:
     make_optimiser(parts.student, config.optim)
 
 
+@overload
+def start(config: Config) -> tuple[Asset, Generator[Step]]: ...
+@overload
+def start(config: RunConfig) -> tuple[kinds.Made, Generator[Step]]: ...
 @training()
-def start(config: RunConfig) -> tuple[kinds.Made, Iterator[Step]]:
+def start(config: RunConfig) -> tuple[kinds.Made, Generator[Step]]:
     """A new run: its folder, and the loop, not yet begun. The folder is made once everything else is in order.
 
     Raises:
@@ -62,7 +66,7 @@ def start(config: RunConfig) -> tuple[kinds.Made, Iterator[Step]]:
 
 
 @training()
-def resume(path: str | Path, layer: Mapping[str, Any] | None = None) -> tuple[kinds.Made, Iterator[Step]]:
+def resume(path: str | Path, layer: Mapping[str, Any] | None = None) -> tuple[kinds.Made, Generator[Step]]:
     """A run, and the loop from its checkpoint on; from the beginning, where it ended before it had one.
 
     One that was made on a GPU goes on without, with a warning, where there is none; its config.yaml keeps what it says.
@@ -127,7 +131,7 @@ def _own_cache(config: RunConfig) -> RunConfig:
     return replace(config, teacher=replace(config.teacher, hf=replace(config.teacher.hf, cache="")))
 
 
-def _held(steps: Iterator[Step], run: Run, held: TextIO, fresh: bool = False) -> Iterator[Step]:
+def _held(steps: Generator[Step], run: Run, held: TextIO, fresh: bool = False) -> Generator[Step]:
     """The steps, while the run's lock is held. Where they end with an error, it says what is saved; a new run that
     ended in its first step leaves no folder."""
     try:
@@ -181,12 +185,17 @@ class _Parts:
 
     def made(self, run: Run | None) -> kinds.Made:
         """What the run will have made."""
-        return self.kind.result(run, self.config, self.student)
+        result: Any = self.kind.result  # whose config and student are of its kind
+        return result(run, self.config, self.student)
 
-    def steps(self, made: kinds.Made, resume: bool = False) -> Iterator[Step]:
+    def steps(self, made: kinds.Made, resume: bool = False) -> Generator[Step]:
         """The loop."""
+        student = self.student
+        if self.source is not None:
+            assert isinstance(student, SceneStudent), student
+            student = EditedScene(student, self.source)
         steps = train(
-            self.student if self.source is None else EditedScene(self.student, self.source),
+            student,
             build.build_objectives(self.objective, self.config, self.student, self.processes),
             self.config.plan(),
             made.run,
@@ -197,7 +206,7 @@ class _Parts:
         )
         return _guarded(self._with_adapter(steps, made.run), self.config, made.run, self.teacher)
 
-    def _with_adapter(self, steps: Iterator[Step], run: Run | None) -> Iterator[Step]:
+    def _with_adapter(self, steps: Generator[Step], run: Run | None) -> Generator[Step]:
         """The steps; after the last, a critic that diffusers can load by itself goes into the run folder."""
         yield from steps
         if isinstance(self.critic, TrainedCritic) and run is not None and self.processes.rank == 0:
@@ -217,7 +226,7 @@ def repeatable(device: torch.device) -> Iterator[None]:
         torch.use_deterministic_algorithms(before)
 
 
-def _guarded(steps: Iterator[Step], config: RunConfig, run: Run | None, teacher: Teacher) -> Iterator[Step]:
+def _guarded(steps: Generator[Step], config: RunConfig, run: Run | None, teacher: Teacher) -> Generator[Step]:
     """The steps; where memory ends, an error that names the settings to change, those that help most first, and says
     how to go on from the last checkpoint."""
     try:
@@ -273,10 +282,11 @@ def prepare(config: RunConfig, home: Path | None = None) -> Iterator[int]:
         processes = processes_of(config)
         if processes.rank == 0:
             teacher = build.build_teacher(config)
-            folder = generator_parts.pairs_folder(config, teacher)
+            own: Any = config  # of a kind that gives pairs
+            folder = generator_parts.pairs_folder(own, teacher)
             if home is not None and not (is_own(folder, home) or (folder / "pairs.json").is_file()):
                 raise ValueError(
                     f"the run's pairs are gone from {folder}, and resume makes new ones in {home} only: bring them back"
                 )
-            yield from generator_parts.make_pairs(config, teacher)
+            yield from generator_parts.make_pairs(own, teacher)
         processes.wait()

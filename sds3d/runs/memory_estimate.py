@@ -13,6 +13,7 @@ import math
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +35,7 @@ from sds3d.students.scene.student import RenderConfig
 from sds3d.teachers import small
 from sds3d.teachers.base import TeacherConfig
 from sds3d.teachers.load import load_teacher
+from sds3d.teachers.small import SmallTeacher
 
 GIB = 2**30
 RAY_SHARE = 0.25  # of render.samples that a ray keeps: a house half grown has 8 of 32, later 6
@@ -193,7 +195,7 @@ def image_size(teacher: TeacherConfig, where: Place) -> int:
     return _judge(teacher, dtype_of(teacher, where)).teacher.image_size
 
 
-def _with(teacher: TeacherConfig, **changed) -> TeacherConfig:
+def _with(teacher: TeacherConfig, **changed: Any) -> TeacherConfig:
     """With other settings of a pipeline's."""
     return dataclasses.replace(teacher, hf=dataclasses.replace(teacher.hf, **changed))
 
@@ -208,6 +210,7 @@ def _load(settings: TeacherConfig, dtype: torch.dtype) -> Judge:
         return Judge(drawn, {name: part for name, part in found.items() if part is not None}, held(*encoders))
     exact = dataclasses.replace(settings, dtype=str(dtype).removeprefix("torch."), compile=False)
     teacher = load_teacher(exact, "cpu")
+    assert isinstance(teacher, SmallTeacher), type(teacher)
     return Judge(teacher, {"network": teacher.unet, "text encoder": teacher.text}, 0)
 
 
@@ -287,7 +290,7 @@ class _Silent:
     def check(self, prompt: str) -> None:
         pass
 
-    def predict(self, x_t: Tensor, t: Tensor, *_) -> Prediction:
+    def predict(self, x_t: Tensor, t: Tensor, *_: Any) -> Prediction:
         return Prediction(torch.zeros_like(x_t), x_t, *self.schedule.alpha_sigma(t), "eps")
 
 
@@ -297,8 +300,10 @@ def images_asked(config: Config) -> int:
     Raises:
         ValueError: the method lacks what it needs.
     """
-    mute, rng = _Silent(config.teacher.views), torch.Generator().manual_seed(0)
+    mute: Any = _Silent(config.teacher.views)  # stands for both, as far as they are asked
+    rng = torch.Generator().manual_seed(0)
     objective, views, asked = build.build_objective(config, mute, mute), config.render.views, []
+    assert objective is not None, "a scene's methods have a score"
     for step in (0, config.steps - 1):
         cameras = config.camera.sample(views, rng)
         images = torch.full((views, *mute.shape), 0.5)
@@ -336,6 +341,7 @@ def _probe(grid: FieldConfig, samples: int, shading: str, normals: bool, share: 
     options = RenderOptions(2 / samples, kind, normals, chunk=max(1, int(share * PROBE**2)))
     with Meter() as meter:
         out = render(scene.field, scene.occupancy, cameras, PROBE, torch.ones(3), options, rng)
+        assert out.trace is not None, "gradients are on"
         kept, count = meter.live, len(out.trace.samples.t)
         out.rgb.sum().backward()
     return kept / count, (meter.peak - held(scene.field)) / count

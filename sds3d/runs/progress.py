@@ -19,6 +19,7 @@ from sds3d.train import Step
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+    from rich.progress import TaskID
     from rich.text import Text
 
 THUMBNAIL = 16  # characters a view is wide; half as many lines
@@ -108,7 +109,7 @@ class Live(Silent):
             TextColumn("{task.fields[figures]}"),
             console=self._console,
         )
-        self._task: int | None = None
+        self._task: TaskID | None = None
         self._views: Text | None = None
         self._clock = Clock()
         self._live = RichLive(self._layout(), console=self._console, refresh_per_second=4, transient=False)
@@ -178,7 +179,7 @@ def parts(quiet: bool) -> Iterator[Callable[[str, float], None]]:
         yield line
         return
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
     columns = TextColumn("{task.description}"), BarColumn(bar_width=24), TimeElapsedColumn()
     with Progress(*columns, console=Console(stderr=True)) as bars:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from sds3d.cameras import Cameras, orbit
+from sds3d.cameras import Cameras, Poses, orbit
 from sds3d.config import load as configs
 from sds3d.config.load import Config
 from sds3d.config.typed import check
@@ -66,7 +66,9 @@ class Asset:
 
     def __init__(self, run: Run, config: Config, student: SceneStudent | Particles, particle: int = 0):
         self.run, self.config, self.student, self.particle = run, config, student, particle
-        self.scene: SceneStudent = student.students[particle] if isinstance(student, Particles) else student
+        scene = student.students[particle] if isinstance(student, Particles) else student
+        assert isinstance(scene, SceneStudent), scene
+        self.scene = scene
 
     @classmethod
     @training()
@@ -114,7 +116,7 @@ class Asset:
         each = [orbit(4 if self.config.particles == 1 else 1, self.config.export.elevation)] * self.config.particles
         return torch.cat([asset.views(cameras) for asset, cameras in zip(self.particles, each, strict=True)])
 
-    def views(self, cameras: Cameras, resolution: int | None = None) -> Tensor:
+    def views(self, cameras: Cameras | Poses, resolution: int | None = None) -> Tensor:
         """Images (B, 3, H, W) in [0, 1], no gradient; H = W = the training resolution by default."""
         with training():
             return self.scene.render_view(cameras, resolution).rgb
@@ -193,7 +195,7 @@ class Asset:
         Raises:
             ValueError: nothing is dense enough to have a surface.
         """
-        changed = {} if resolution is None else {"mesh_resolution": resolution}
+        changed: dict[str, Any] = {} if resolution is None else {"mesh_resolution": resolution}
         return formats.to_trimesh(self.exporter(**changed).model("vertex"))
 
     def export(self, path: str | Path, up: str | None = None, height: float | None = None) -> Path:

@@ -15,9 +15,9 @@ from sds3d.prompts import COLOURS, VIEW_WORDS, named_background, named_view, wor
 from sds3d.runs.savings import Saving, of_pipeline
 from sds3d.runtime.device import pick_device
 from sds3d.runtime.distributed import Processes
-from sds3d.students.base import Particles, Student
+from sds3d.students.base import Particles
 from sds3d.students.scene.student import BACKGROUNDS, SceneConfig, SceneStudent
-from sds3d.teachers.base import Teacher
+from sds3d.teachers.base import HasVocabulary, Teacher, views_per_set
 from sds3d.teachers.hf import loading
 
 
@@ -38,17 +38,17 @@ def check(config: Config) -> None:
 def check_teacher(config: Config, teacher: Teacher) -> None:
     """Raises ValueError where a teacher cannot know from where a scene is seen, or judges several views of a scene at
     once and the scene's do not stand so."""
-    known = getattr(teacher, "vocabulary", None)
+    known = teacher.vocabulary if isinstance(teacher, HasVocabulary) else None
     if teacher.views == "words" and known is not None and not {"front", "back", "view"} <= set(known):
         raise ValueError(
             f"the teacher {config.teacher.name} knows neither cameras nor view words, which a scene needs; it can "
             "paint (sds3d paint) and teach a generator (sds3d distill)"
         )
-    views_per_set = getattr(teacher, "views_per_set", 1)
-    if teacher.views == "camera" and config.camera.ring % views_per_set:
+    views = views_per_set(teacher)
+    if teacher.views == "camera" and config.camera.ring % views:
         raise ValueError(
-            f"the teacher {config.teacher.name} judges {views_per_set} views of a scene at once: give "
-            f"camera.ring={views_per_set} and render.views={views_per_set}, or a multiple"
+            f"the teacher {config.teacher.name} judges {views} views of a scene at once: give "
+            f"camera.ring={views} and render.views={views}, or a multiple"
         )
 
 
@@ -59,7 +59,7 @@ def further_prompts(config: Config) -> list[tuple[str, str]]:
     return [(f"on {name}: ", f"{config.prompt} on a {name} background") for name in list(BACKGROUNDS)[1:]]
 
 
-def build_student(config: Config, teacher: Teacher | None, processes: Processes) -> Student:
+def build_student(config: Config, teacher: Teacher | None, processes: Processes) -> SceneStudent | Particles:
     """A new scene, or as many as the method has particles; the same seed gives the same."""
     rng = torch.Generator().manual_seed(2 * config.seed + 1)  # the loop's own stream is 2 * seed
     if config.particles == 1:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -69,7 +69,7 @@ class Student(Protocol):
         """What a checkpoint keeps."""
         ...
 
-    def load_state_dict(self, state: dict[str, Any]) -> Any:
+    def load_state_dict(self, state: dict[str, Any], /) -> Any:
         """Take up what `state_dict` gave."""
         ...
 
@@ -91,9 +91,9 @@ class Particles:
     gradient is passed over).
     """
 
-    def __init__(self, students: list[Student]):
+    def __init__(self, students: Sequence[Student]):
         assert len(students) > 1, students
-        self.students, self.drawn = students, 0
+        self.students, self.drawn = list(students), 0
 
     def draw(self, step: int, rng: torch.Generator) -> Draw:
         """Images of one particle."""

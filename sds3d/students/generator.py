@@ -77,7 +77,11 @@ class Network(Protocol):
     schedule: Schedule
     shape: tuple[int, int, int]
     image_size: int
-    network: nn.Module
+
+    @property
+    def network(self) -> nn.Module:
+        """See above."""
+        ...
 
     def asked_at(self, times: Tensor) -> tuple[Tensor, float]:
         """The times (K,) nearest to these at which a generator can be asked, and how large its first noise is."""

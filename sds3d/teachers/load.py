@@ -15,8 +15,10 @@ from sds3d.teachers.hf import loading
 from sds3d.teachers.hf.generator import CARD, read
 from sds3d.teachers.hf.teacher import DiffusersTeacher
 
+Loaded = small.SmallTeacher | DiffusersTeacher  # what `load_teacher` gives
 
-def load_teacher(settings: TeacherConfig, device: str = "auto") -> small.SmallTeacher | DiffusersTeacher:
+
+def load_teacher(settings: TeacherConfig, device: str = "auto") -> Loaded:
     """A frozen teacher; a generator that answers as a denoiser is one. Raises ValueError where there is none of that
     name, or its weights are damaged."""
     if loading.is_pipeline(settings.name):
