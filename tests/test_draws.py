@@ -138,7 +138,7 @@ def test_toys_are_the_same_beside_prompts_of_other_lengths(dtype):
 
 def test_a_teacher_of_several_views_at_once_is_given_whole_sets():
     teacher = MixtureTeacher(Mixture(torch.ones(1), torch.zeros(1, 3, 256, 256), 0.1), pixels=True)
-    teacher.together, asked, predict = 4, [], teacher.predict
+    teacher.views_per_set, asked, predict = 4, [], teacher.predict
 
     def note(x_t, t, prompts, cameras=None, mask=None):
         asked.append((len(x_t), cameras.azimuth.tolist()))

@@ -267,7 +267,7 @@ def test_diversity_is_the_mean_difference_of_pairs_and_coarse_without_what_is_fi
 
 
 def test_the_best_of_a_column_is_bold(tmp_path):
-    columns = {"a": page.Column("A", 1, True), "b": page.Column("B & C", 0, False), "c": page.Column("none", 0, True)}
+    columns = {"a": page.Figure("A", 1, True), "b": page.Figure("B & C", 0, False), "c": page.Figure("none", 0, True)}
     rows = [
         page.Row("x <1>", {"a": 1.26, "b": 3.0}),
         page.Row("y", {"a": 1.31, "b": None}, torch.rand((2, 3, 4, 4), generator=torch.Generator().manual_seed(0))),

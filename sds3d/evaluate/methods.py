@@ -43,18 +43,18 @@ from sds3d.runtime.machine import machine
 from sds3d.train import Diverged
 
 COLUMNS = {
-    "iou": page.Column("IoU", 3, True),
-    "psnr": page.Column("PSNR, dB", 1, True),
-    "chamfer": page.Column("Chamfer", 4, False),
-    "fscore": page.Column("F-score", 3, True),
-    "colour": page.Column("colour off", 3, False),
-    "saturation": page.Column("saturation off", 3),
-    "diversity": page.Column("diversity", 3, True),
-    "coarse": page.Column("diversity at 8 x 8", 3, True),
-    "seconds": page.Column("seconds", 0, False),
-    "asked": page.Column("teacher evaluations", 0, False),
-    "memory": page.Column("peak memory, MB", 0, False),
-    "diverged": page.Column("diverged", 2, False),
+    "iou": page.Figure("IoU", 3, True),
+    "psnr": page.Figure("PSNR, dB", 1, True),
+    "chamfer": page.Figure("Chamfer", 4, False),
+    "fscore": page.Figure("F-score", 3, True),
+    "colour": page.Figure("colour off", 3, False),
+    "saturation": page.Figure("saturation off", 3),
+    "diversity": page.Figure("diversity", 3, True),
+    "coarse": page.Figure("diversity at 8 x 8", 3, True),
+    "seconds": page.Figure("seconds", 0, False),
+    "asked": page.Figure("teacher evaluations", 0, False),
+    "memory": page.Figure("peak memory, MB", 0, False),
+    "diverged": page.Figure("diverged", 2, False),
 }
 STUDENTS = ("scene", "image")  # of `sds3d.runs.kinds.KINDS`
 VIEWS = 6  # of a scene, in the pictures

@@ -15,22 +15,22 @@ from pathlib import Path
 from torch import Tensor
 
 from sds3d.media import sheet
-from sds3d.runtime.files import replacing
+from sds3d.pages import html as web
 
 STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 84rem; padding: 0 1rem; color: #222 }
-table { border-collapse: collapse; margin: .5rem 0 2rem }
-td, th { padding: .3rem .7rem; text-align: right; border-bottom: 1px solid #ddd }
+body { max-width: 84rem }
+.card { overflow-x: auto; margin: .5rem 0 2rem }
+table { border-collapse: collapse; width: 100% }
+td, th { padding: .3rem .7rem; text-align: right; border-bottom: 1px solid var(--line) }
 td:first-child, th:first-child { text-align: left }
 td:last-child { text-align: left }
 img { height: 96px; display: block }
-b { color: #06623b }
-code { background: #f3f3f3; padding: .1rem .3rem }
+b { color: var(--accent) }
 """
 
 
 @dataclass(frozen=True)
-class Column:
+class Figure:
     """A figure: its heading, how many decimals, and whether more is better (None: neither)."""
 
     heading: str
@@ -59,7 +59,7 @@ class Section:
     rows: Sequence[Row]
 
 
-def write(path: Path, title: str, note: str, columns: Mapping[str, Column], sections: Sequence[Section]) -> Path:
+def write(path: Path, title: str, note: str, columns: Mapping[str, Figure], sections: Sequence[Section]) -> Path:
     """Write the page.
 
     Args:
@@ -71,13 +71,8 @@ def write(path: Path, title: str, note: str, columns: Mapping[str, Column], sect
         ValueError: a place that cannot be written.
     """
     body = "\n".join(_table(section, columns) for section in sections)
-    text = (
-        f'<!doctype html>\n<html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>'
-        f"<style>{STYLE}</style>\n<h1>{html.escape(title)}</h1>\n<p>{html.escape(note)}</p>\n{body}\n</html>\n"
-    )
-    with replacing(path, (".html",)) as part:
-        part.write_text(text, encoding="utf-8")
-    return path
+    top = f'<h1>{html.escape(title)}</h1>\n<p class="soft">{html.escape(note)}</p>\n'
+    return web.write(path, title, top + body, STYLE)
 
 
 def contact_sheet(path: Path, sections: Sequence[Section]) -> Path:
@@ -86,12 +81,12 @@ def contact_sheet(path: Path, sections: Sequence[Section]) -> Path:
     return sheet.contact_sheet([pictures for _, pictures in rows], path, [label for label, _ in rows])
 
 
-def shown(value: float | None, column: Column) -> str:
+def shown(value: float | None, column: Figure) -> str:
     """A figure as text; "" for None."""
     return "" if value is None else f"{value:.{column.decimals}f}"
 
 
-def best(rows: Sequence[Row], name: str, column: Column) -> str:
+def best(rows: Sequence[Row], name: str, column: Figure) -> str:
     """The best figure of a column as text, "" where there is none."""
     values = [value for row in rows if (value := row.figures.get(name)) is not None]
     if column.more is None or len(values) < 2:
@@ -99,7 +94,7 @@ def best(rows: Sequence[Row], name: str, column: Column) -> str:
     return shown(max(values) if column.more else min(values), column)
 
 
-def _table(section: Section, columns: Mapping[str, Column]) -> str:
+def _table(section: Section, columns: Mapping[str, Figure]) -> str:
     used = {n: c for n, c in columns.items() if any(row.figures.get(n) is not None for row in section.rows)}
     rivals = [row for row in section.rows if not row.reference]
     top = {name: best(rivals, name, column) for name, column in used.items()}
@@ -114,9 +109,9 @@ def _table(section: Section, columns: Mapping[str, Column]) -> str:
         cells.append(f"<td>{_picture(row)}</td>")
         lines.append(f"<tr>{''.join(cells)}</tr>")
     return (
-        f"<h2>{html.escape(section.heading)}</h2>\n<table><tr><th></th>{head}<th></th></tr>\n"
+        f"<h2>{html.escape(section.heading)}</h2>\n<div class="card"><table><tr><th></th>{head}<th></th></tr>\n"
         + "\n".join(lines)
-        + "\n</table>"
+        + "\n</table></div>"
     )
 
 
