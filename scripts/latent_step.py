@@ -22,7 +22,7 @@ from sds3d.diffusion.noise import Prediction, Schedule
 from sds3d.diffusion.timesteps import TimestepSampler
 from sds3d.distill.core import ScoreObjective
 from sds3d.distill.score import METHODS
-from sds3d.runs.build import scene
+from sds3d.runs.scene_parts import build_scene
 from sds3d.runtime.machine import machine
 from sds3d.train import train
 
@@ -128,7 +128,7 @@ def measure(tiny: bool, device: torch.device, rounds: int) -> dict[str, float]:
     teacher = Latent(tiny, device, dtype)
     layer = {"device": str(device), "render.resolution": teacher.image_size, "render.views": 1, "log.picture_every": 0}
     settings = load("a red mug", layer, {"steps": rounds + 3})
-    student = scene(settings, torch.Generator().manual_seed(0))
+    student = build_scene(settings, torch.Generator().manual_seed(0))
     objective = ScoreObjective(teacher, METHODS["sds"](scale=100.0), TimestepSampler(0.02, 0.98))
     loop, steps = train(student, {"sds": objective}, settings.plan()), []
     for _ in range(rounds + 3):

@@ -26,7 +26,7 @@ from sds3d import ops
 from sds3d.config.load import load
 from sds3d.media.chart import chart
 from sds3d.ops import GridSpec
-from sds3d.runs.build import scene
+from sds3d.runs.scene_parts import build_scene
 from sds3d.runtime.machine import machine
 from sds3d.train import make_optimiser
 
@@ -45,7 +45,7 @@ def scene_step(resolution: int, log2_table: int, device: torch.device) -> Callab
     """One step of a scene with a gradient of ones in the place of a teacher's."""
     layer = {"device": str(device), "render.resolution": resolution, "render.views": 1, "field.log2_table": log2_table}
     settings = load("a red mug", layer)
-    student, generator = scene(settings, torch.Generator().manual_seed(0)), torch.Generator().manual_seed(1)
+    student, generator = build_scene(settings, torch.Generator().manual_seed(0)), torch.Generator().manual_seed(1)
     optimiser, count = make_optimiser(student, settings.optim), iter(range(10**9))
 
     def step() -> None:

@@ -9,11 +9,11 @@ from torch import nn
 
 from sds3d.cameras import Cameras
 from sds3d.diffusion.guidance import Guidance
-from sds3d.diffusion.noise import WEIGHTS, weight
 from sds3d.diffusion.timesteps import TimestepSampler
 from sds3d.distill.core import ScoreObjective, surrogate
 from sds3d.distill.critics import CriticConfig, Exact, TrainedCritic
 from sds3d.distill.score import METHODS
+from sds3d.distill.weights import WEIGHTS, weight
 from sds3d.networks.mlp import PointNet
 from sds3d.prompts import VIEW_WORDS, view_negatives, with_view
 from sds3d.students.base import Draw

@@ -12,8 +12,8 @@ import torch
 from sds3d.config import load as configs
 from sds3d.config.load import Config, load, parse_overrides, recipes_folder, to_yaml
 from sds3d.config.typed import build, keys, merge, nearest, plain
-from sds3d.diffusion.noise import WEIGHTS
 from sds3d.distill.score import METHODS
+from sds3d.distill.weights import WEIGHTS
 from sds3d.prompts import COLOURS
 from sds3d.runs.build import build_student, build_teacher
 from sds3d.runtime.device import pick_device

@@ -9,11 +9,12 @@ from conftest import SCHEDULES, every_schedule
 from torch import Tensor
 
 from sds3d.cameras import orbit
-from sds3d.diffusion.noise import KINDS, WEIGHTS, Prediction, Schedule, target, weight
+from sds3d.diffusion.noise import KINDS, Prediction, Schedule, target
 from sds3d.diffusion.timesteps import TimestepSampler
 from sds3d.distill.core import NonFiniteGradient, Query, ScoreObjective, surrogate
 from sds3d.distill.score import METHODS
 from sds3d.distill.score.sds import SDS
+from sds3d.distill.weights import WEIGHTS, weight
 from sds3d.runtime.ramp import Ramp
 from sds3d.students.base import Draw
 

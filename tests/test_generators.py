@@ -6,11 +6,12 @@ import pytest
 import torch
 from torch import nn
 
-from sds3d.diffusion.noise import Schedule, weight
+from sds3d.diffusion.noise import Schedule
 from sds3d.diffusion.timesteps import TimestepSampler
 from sds3d.distill.core import ScoreObjective
 from sds3d.distill.critics import CriticConfig, Exact, TrainedCritic
 from sds3d.distill.score import METHODS
+from sds3d.distill.weights import weight
 from sds3d.runtime.ramp import Ramp
 from sds3d.students.base import Draw
 from sds3d.teachers.mixture import Mixture, MixtureTeacher

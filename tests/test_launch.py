@@ -369,7 +369,7 @@ def test_out_of_memory_leaves_a_checkpoint_and_the_command_that_goes_on(pipeline
     """From the checkpoint of the step before, with those of the settings that leave the run what it is."""
     teacher = Greedy(image_size=512) if pipeline else Greedy()
     monkeypatch.setattr("sds3d.runs.build.build_teacher", lambda config: teacher)
-    monkeypatch.setattr("sds3d.runs.savings.is_pipeline", lambda teacher: pipeline)
+    monkeypatch.setattr("sds3d.runs.memory_savings.is_pipeline", lambda teacher: pipeline)
     monkeypatch.chdir(tmp_path)
     settings = {"log.save_every": 1, "log.picture_every": 0, "device": "cpu", "method": "sds", "steps": 4}
     settings |= {"teacher.name": "somebody/model", "teacher.hf.checkpointing": False} if pipeline else {}

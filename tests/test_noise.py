@@ -8,7 +8,8 @@ import pytest
 import torch
 from conftest import SCHEDULES, every_schedule
 
-from sds3d.diffusion.noise import KINDS, WEIGHTS, Prediction, Schedule, noised, target, weight
+from sds3d.diffusion.noise import KINDS, Prediction, Schedule, noised, target
+from sds3d.distill.weights import WEIGHTS, weight
 
 LEVELS = torch.tensor([0.0371, 0.138, 0.572, 1.618, 13.04], dtype=torch.float64)  # sigma/alpha
 

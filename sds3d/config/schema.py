@@ -122,7 +122,7 @@ class RunConfig:
             be); on a CPU it always is.
         out: folder for run folders.
         method: a method of distill.METHODS; in YAML its name and its fields.
-        weight: W(t), one of noise.WEIGHTS; "auto" is the method's own.
+        weight: W(t), one of distill.weights.WEIGHTS; "auto" is the method's own.
         uncond_camera: whether the null and negative prompts are told the camera.
         noise: "fresh" every step, or "fixed", the same for every step (some methods find their own, by inversion).
         guidance: Perp-Neg and CFG rescale, beside the method's own scale.

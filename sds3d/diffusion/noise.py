@@ -1,4 +1,4 @@
-"""Noise levels, what a diffusion network's output means, and how much each level counts.
+"""Noise levels and what a diffusion network's output means.
 
 ``x_t = alpha_t x + sigma_t eps`` with eps ~ N(0, I) and t in [0, 1]. Levels are compared by sigma/alpha,
 never by t. A network may report
@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 
 KINDS = ("eps", "x0", "v", "flow", "score")
-WEIGHTS = ("sigma2", "x0", "uniform", "flow")
 
 
 def per_sample(value: Tensor, like: Tensor) -> Tensor:
@@ -331,24 +330,3 @@ def target(
     _check_kind(kind)
     from_x, from_eps = _plain(kind, alpha, sigma, rates)
     return per_sample(from_x, x) * x + per_sample(from_eps, x) * eps
-
-
-def weight(name: str, alpha: Tensor, sigma: Tensor) -> Tensor:
-    """How much a noise level counts, (B,); a function of sigma/alpha alone, so the same in every schedule.
-
-    ``sigma2``: sigma^2 / (alpha^2 + sigma^2), DreamFusion's 1 - alpha_bar (arXiv 2209.14988, eq. 3);
-    ``x0``: sigma/alpha, which makes an eps residual an x0 residual; ``uniform``: 1; ``flow``: 1 + sigma/alpha, which
-    makes it the residual of the velocity eps - x that flow models predict (RFDS, arXiv 2406.03293).
-
-    Raises:
-        ValueError: unknown name.
-    """
-    if name == "sigma2":
-        return sigma**2 / (alpha**2 + sigma**2)
-    if name == "x0":
-        return sigma / alpha
-    if name == "uniform":
-        return torch.ones_like(sigma)
-    if name == "flow":
-        return 1 + sigma / alpha
-    raise ValueError(f"unknown weight {name!r}; accepted: {', '.join(WEIGHTS)}")

@@ -20,9 +20,10 @@ import torch
 from torch import Tensor
 
 from sds3d.diffusion.guidance import Guidance
-from sds3d.diffusion.noise import Prediction, noised, per_sample, weight
+from sds3d.diffusion.noise import Prediction, noised, per_sample
 from sds3d.diffusion.timesteps import TimestepSampler
 from sds3d.distill.query import Critic, Query
+from sds3d.distill.weights import weight
 from sds3d.runtime.ramp import Ramp
 from sds3d.runtime.transfer import onto
 from sds3d.students.base import Draw
@@ -51,7 +52,7 @@ class ScoreMethod(Method):
     """A score-distillation method: its call gives a direction, of which `ScoreObjective` makes a loss.
 
     Attributes:
-        WEIGHT: W(t) where the run names none, one of ``noise.WEIGHTS``.
+        WEIGHT: W(t) where the run names none, one of ``distill.weights.WEIGHTS``.
     """
 
     WEIGHT: ClassVar[str] = "sigma2"
@@ -155,7 +156,7 @@ class ScoreObjective:
         teacher: the judge.
         method: gives the direction.
         time: where t comes from.
-        weight: name of W, one of ``noise.WEIGHTS``, or "auto", the method's own.
+        weight: name of W, one of ``distill.weights.WEIGHTS``, or "auto", the method's own.
         negative: negative prompt, "" for none.
         uncond_camera: see ``Query``.
         noise: "fresh" every step, or "fixed": the same for every step of the run.

@@ -109,7 +109,7 @@ def _table(section: Section, columns: Mapping[str, Figure]) -> str:
         cells.append(f"<td>{_picture(row)}</td>")
         lines.append(f"<tr>{''.join(cells)}</tr>")
     return (
-        f"<h2>{html.escape(section.heading)}</h2>\n<div class="card"><table><tr><th></th>{head}<th></th></tr>\n"
+        f'<h2>{html.escape(section.heading)}</h2>\n<div class="card"><table><tr><th></th>{head}<th></th></tr>\n'
         + "\n".join(lines)
         + "\n</table></div>"
     )

@@ -21,7 +21,7 @@ from sds3d.distill.critics import TrainedCritic
 from sds3d.distill.discriminators import Real, TrainedDiscriminator
 from sds3d.distill.regression import Regression
 from sds3d.runs.folder import slug
-from sds3d.runs.savings import Saving, halved, of_critic
+from sds3d.runs.memory_savings import Saving, halved, of_critic
 from sds3d.runtime.device import pick_device
 from sds3d.runtime.distributed import Processes
 from sds3d.runtime.files import read_text, user_path

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from sds3d.config.schema import PaintConfig
-from sds3d.runs.savings import Saving, halved, of_pipeline
+from sds3d.runs.memory_savings import Saving, halved, of_pipeline
 from sds3d.runtime.device import pick_device
 from sds3d.runtime.distributed import Processes
 from sds3d.students.image import ImageStudent

@@ -20,7 +20,7 @@ from sds3d.runs import generator_parts, image_parts, report, scene_parts
 from sds3d.runs.folder import Run
 from sds3d.runs.generator import Generated
 from sds3d.runs.image import Painting
-from sds3d.runs.savings import Saving
+from sds3d.runs.memory_savings import Saving
 from sds3d.runs.scene import Asset
 from sds3d.runtime.distributed import Processes
 from sds3d.students.base import Student

@@ -17,7 +17,7 @@ from sds3d.config import load as configs
 from sds3d.config.load import Config, RunConfig
 from sds3d.distill.core import NonFiniteGradient
 from sds3d.distill.critics import TrainedCritic
-from sds3d.runs import build, generator_parts, kinds, savings
+from sds3d.runs import build, generator_parts, kinds, memory_savings
 from sds3d.runs.folder import Run
 from sds3d.runs.scene import Asset
 from sds3d.runtime.device import pick_device
@@ -243,7 +243,7 @@ def _guarded(steps: Generator[Step], config: RunConfig, run: Run | None, teacher
 def _sparing(config: RunConfig, teacher: Teacher) -> tuple[list[str], str]:
     """Those of the three most effective settings that a run can take up where it stopped, and all three in words."""
     kind = kinds.of(config)
-    if savings.is_pipeline(config.teacher):
+    if memory_savings.is_pipeline(config.teacher):
         found = kind.savings(config, teacher.image_size)[:3]
         return [one.setting for one in found if one.resumable], f"set {', '.join(map(str, found))}"
     return kind.usual_savings(config)

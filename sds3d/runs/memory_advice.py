@@ -9,7 +9,7 @@ from sds3d.config.load import Config
 from sds3d.config.typed import plain
 from sds3d.runs import kinds
 from sds3d.runs.memory_estimate import Place, estimate
-from sds3d.runs.savings import Saving
+from sds3d.runs.memory_savings import Saving
 
 LEAST = 0.01  # a setting that saves a smaller share than this of the peak is not worth its line
 

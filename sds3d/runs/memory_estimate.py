@@ -24,7 +24,7 @@ from sds3d.diffusion.noise import Prediction, Schedule
 from sds3d.distill.core import surrogate
 from sds3d.distill.critics import CriticConfig, Trainable, TrainedCritic
 from sds3d.runs import build, scene_parts
-from sds3d.runs.savings import is_pipeline
+from sds3d.runs.memory_savings import is_pipeline
 from sds3d.runtime.device import pick_device
 from sds3d.runtime.memory import Meter, held, hollow
 from sds3d.students.base import Draw

@@ -12,7 +12,7 @@ from sds3d import ops
 from sds3d.cameras import Cameras
 from sds3d.config.schema import Config
 from sds3d.prompts import COLOURS, VIEW_WORDS, named_background, named_view, words
-from sds3d.runs.savings import Saving, of_pipeline
+from sds3d.runs.memory_savings import Saving, of_pipeline
 from sds3d.runtime.device import pick_device
 from sds3d.runtime.distributed import Processes
 from sds3d.students.base import Particles
