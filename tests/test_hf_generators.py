@@ -18,6 +18,7 @@ from sds3d.diffusion.noise import Prediction
 from sds3d.distill.score import METHODS
 from sds3d.distill.score.diffinstruct import DiffInstruct
 from sds3d.runs import build, launch
+from sds3d.runs.generator import Generated
 from sds3d.students.generator import GeneratorConfig, begun_at, paint
 from sds3d.teachers import small
 from sds3d.teachers.hf import families, generator_scheduler
@@ -122,7 +123,7 @@ def weights(teacher) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_before_the_first_step_the_saved_pipeline_paints_the_teacher_s_own_x0(name, start):
     config, teacher, student = start(name)
-    made = launch.Generated(None, config, student)
+    made = Generated(None, config, student)
     folder = made.save()
     z = torch.randn((1, *teacher.shape), generator=torch.Generator().manual_seed(3))
     x0 = teacher.predict(z, student.times.float(), ["a red mug"]).x0
@@ -152,7 +153,7 @@ def test_another_beginning_is_a_shorter_list_of_levels(name, wanted, start):
     config, teacher, student = start(name, **{"generator.sigma_init": wanted})
     alpha, sigma = teacher.schedule.alpha_sigma(student.times)
     assert float(sigma / alpha) == pytest.approx(wanted, rel=0.02)
-    folder = launch.Generated(None, config, student).save()
+    folder = Generated(None, config, student).save()
     scheduler = diffusers.DiffusionPipeline.from_pretrained(folder).scheduler
     index = round(float(student.times) * 1000)
     assert len(scheduler.alphas_cumprod) == index + 1
@@ -296,7 +297,7 @@ def test_the_teacher_stays_as_it_was_and_only_its_network_is_copied(kind, start,
     goals = {"score": build.build_objective(config, teacher, critic)}
     steps = train(student, goals, config.plan(), companions={"critic": critic})
     assert len(list(steps)) == 3
-    launch.Generated(None, config, student).save()
+    Generated(None, config, student).save()
     assert all(torch.equal(value, before[key]) for key, value in weights(teacher).items())
     moved = [not torch.equal(p, q) for p, q in zip(student.network.parameters(), teacher.network.parameters())]
     assert any(moved) or kind == "lora"
@@ -326,7 +327,7 @@ def test_a_student_of_a_teacher_in_half_precision_learns_in_float32(start):
     x = student.draw(0, torch.Generator().manual_seed(0)).images
     x.square().sum().backward()
     assert all(p.grad.isfinite().all() for p in student.network.parameters() if p.grad is not None)
-    folder = launch.Generated(None, config, student).save()
+    folder = Generated(None, config, student).save()
     unet = diffusers.UNet2DConditionModel.from_pretrained(folder / "unet", dtype=torch.bfloat16)
     same = {key: value.to(torch.bfloat16) for key, value in student.network.state_dict().items()}
     assert all(torch.equal(value, same[key]) for key, value in unet.state_dict().items() if key in same)
@@ -413,7 +414,7 @@ def test_images_of_another_size_are_the_pipeline_s_default(told):
 
 def test_a_pipeline_that_cannot_be_written_leaves_the_old_one(start, monkeypatch):
     config, teacher, student = start("sd")
-    made = launch.Generated(None, config, student)
+    made = Generated(None, config, student)
     before = {path: path.read_bytes() for path in made.save().rglob("*") if path.is_file()}
 
     def full(*_, **__):
