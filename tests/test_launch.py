@@ -267,7 +267,7 @@ def test_diversity_is_the_mean_difference_of_pairs_and_coarse_without_what_is_fi
 
 
 def test_the_best_of_a_column_is_bold(tmp_path):
-    columns = {"a": page.Figure("A", 1, True), "b": page.Figure("B & C", 0, False), "c": page.Figure("none", 0, True)}
+    columns = {"a": page.Figure("A", 1, True), "b": page.Figure("B & C", 0, False), "c": page.Figure("unused", 0, True)}
     rows = [
         page.Row("x <1>", {"a": 1.26, "b": 3.0}),
         page.Row("y", {"a": 1.31, "b": None}, torch.rand((2, 3, 4, 4), generator=torch.Generator().manual_seed(0))),
@@ -275,7 +275,7 @@ def test_the_best_of_a_column_is_bold(tmp_path):
     ]
     text = page.write(tmp_path / "p.html", "T", "n", columns, [page.Section("s", rows)]).read_text()
     assert "<b>1.3</b>" in text and text.count("<b>1.3</b>") == 2  # equal as shown
-    assert "x &lt;1&gt;" in text and "B &amp; C" in text and "none" not in text and "<b>3" not in text
+    assert "x &lt;1&gt;" in text and "B &amp; C" in text and "unused" not in text and "<b>3" not in text
     assert "<td>9.0</td>" in text  # a reference is not the best
     assert page.contact_sheet(tmp_path / "s.png", [page.Section("s", rows)]).is_file()
 

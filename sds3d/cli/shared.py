@@ -158,7 +158,6 @@ def carry_out(
 
     Who watches the run on a page may stop it, too, and then has the files written.
     """
-    from sds3d.runs.scene import Asset
     from sds3d.runtime.distributed import join
 
     last, processes = None, join()
@@ -167,8 +166,8 @@ def carry_out(
         teacher = f"teacher {config.teacher.name} ({config.teacher.views})"
         display.note(f"{made.path}  {made.kernels}, {teacher}")
         if watch is not None:
-            assert isinstance(made, Asset), "only scenes are watched"
-            watch.begin(made)
+            scene: Any = made  # only scenes are watched
+            watch.begin(scene)
         with interruption() as stopped:
             for last in steps:
                 display.show(last)
