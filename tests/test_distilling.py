@@ -15,7 +15,7 @@ from sds3d.distill.core import Method
 from sds3d.distill.score import METHODS
 from sds3d.distill.score.diffinstruct import DiffInstruct
 from sds3d.evaluate import generator as evaluation
-from sds3d.runs import build, generator_parts, launch
+from sds3d.runs import build, generator_parts, kinds, launch
 from sds3d.runs import generator as generated
 from sds3d.runs.folder import Run
 from sds3d.runtime import tensor_files
@@ -476,3 +476,16 @@ def test_mistakes_are_one_sentence_and_leave_nothing_behind(call_packaged, in_fo
     code, out, err = call_packaged(*arguments)
     assert code == 2 and out == "" and said in err and len(err.splitlines()) == 1, err
     assert not list(in_folder.iterdir())
+
+
+@pytest.mark.network
+def test_a_generator_s_run_opens_as_its_last_checkpoint_has_it(in_folder):
+    made = sds3d.train_generator(**TINY)
+    again = kinds.open_run(made.path)
+    assert isinstance(again, generated.Generated) and again.config == made.config
+    before, after = made.student.state_dict()["network"], again.student.state_dict()["network"]
+    assert before.keys() == after.keys() and all(torch.equal(value, after[key]) for key, value in before.items())
+    with pytest.raises(ValueError, match="trains a generator and is not finished"):
+        sds3d.Asset.open(made.path)
+    with pytest.raises(ValueError, match="makes a generator, not images"):
+        sds3d.Painting.open(made.path)
