@@ -14,6 +14,7 @@ import functools
 import re
 import sys
 import typing
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,11 @@ from sds3d.teachers.hf import loading
 PICKLE = "teacher.hf.allow_pickle"  # which no file may set: a pickle can run any program
 PATHS = ("teacher.name", "source.run", "image.start", "generator.prompts", "pairs.folder", "real")  # found again ...
 PLACES = ("out", "teacher.hf.cache")  # ... and those that are made where a run is made
+RENAMED = {  # settings that had another name, and still answer to it
+    "export.mesh_resolution": "export.mesh.resolution",
+    "export.threshold": "export.mesh.level",
+    **{f"export.{name}": f"export.mesh.{name}" for name in ("keep", "fill", "smooth", "faces", "colours", "texture")},
+}
 
 
 def load(
@@ -60,7 +66,7 @@ def load(
 def _loaded(prompt: str | None, layers: list[Mapping[str, Any]], kind: type[RunConfig] | None) -> Any:
     """A config from layers."""
     given: dict[str, Any] = {}
-    for layer in map(_nested, map(_opened, layers)):
+    for layer in (_renamed(_nested(_opened(layer))) for layer in layers):
         given = (
             merge(given, layer) if _same_method(given, layer) else {**merge(given, layer), "method": layer["method"]}
         )
@@ -153,7 +159,7 @@ def parse_overrides(texts: Iterable[str]) -> dict[str, Any]:
         layer = merge(layer, _nested({key: node}))
     if _at(layer, PICKLE) is not None:
         raise ValueError(f"{PICKLE} is no setting to write down; {_FLAG}")
-    return layer
+    return _renamed(layer)
 
 
 _FLAG = "give --allow-pickle, a flag of generate, paint, distill, compare and resume"
@@ -235,7 +241,7 @@ def of_run(path: Path) -> Any:
     Pickles are not allowed, whatever it says: who resumes the run says so again.
     """
     try:
-        values = _nested(read_yaml(path))
+        values = _renamed(_nested(read_yaml(path)), warn=False)  # nobody can change how an old run was written
         if _at(values, PICKLE) is not None:
             values = merge(values, _nested({PICKLE: False}))
         return _loaded(None, [values], None)
@@ -328,6 +334,27 @@ def _nested(layer: Mapping[str, Any]) -> dict[str, Any]:
     return out
 
 
+def _renamed(layer: dict[str, Any], warn: bool = True) -> dict[str, Any]:
+    """A nested layer with settings under the names they have now. Raises ValueError where one is given by both."""
+    for old, new in RENAMED.items():
+        above, _, leaf = old.rpartition(".")
+        group = _at(layer, above)
+        if not isinstance(group, Mapping) or leaf not in group:
+            continue
+        if _at(layer, new) is not None:
+            raise ValueError(f"{new} is given twice, once as {old}, its old name; give it once")
+        if warn:
+            warnings.warn(f"{old} is now called {new}", stacklevel=3)
+        layer = merge(_without(layer, old), _nested({new: group[leaf]}))
+    return layer
+
+
+def _without(values: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """A tree without what stands at a dotted key."""
+    name, _, rest = key.partition(".")
+    return {k: _without(v, rest) if k == name else v for k, v in values.items() if rest or k != name}
+
+
 SPARING = {  # what a run may take up or drop where it stopped: memory against time, the same images but for rounding
     "render.chunk",
     "critic.checkpointing",
@@ -352,7 +379,7 @@ def changed(config: RunConfig, layer: Mapping[str, Any]) -> Any:
     """
     mutable = ("steps", "device", "backend", "fsdp", "log", "export")
     free = [f.name for f in dataclasses.fields(config) if f.name in mutable]
-    layer = _nested(layer)
+    layer = _renamed(_nested(layer))
     for key in layer:
         leaves = _leaves({key: layer[key]})
         if key not in free and not (leaves and leaves <= {*SPARING, PICKLE}):

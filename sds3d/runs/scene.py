@@ -16,7 +16,6 @@ from torch import Tensor
 from sds3d.cameras import Cameras, Poses, orbit
 from sds3d.config import load as configs
 from sds3d.config.load import Config
-from sds3d.config.typed import check
 from sds3d.export import formats
 from sds3d.export.model import stand
 from sds3d.export.pipeline import Export
@@ -158,14 +157,13 @@ class Asset:
         Args:
             tell: called with what is being done, and how far it is, 0 to 1.
             up, height: how files stand, see ``export``.
-            changed: settings of ``export`` other than the config's, as ``mesh_resolution=256``.
+            changed: settings of ``export.mesh`` other than the config's, as ``resolution=256``.
 
         Raises:
             ValueError: a setting is out of its range.
         """
         require_own_process()
-        config, settings = self.config, dataclasses.replace(self.config.export, **changed)
-        check(settings, "export")
+        config, settings = self.config, dataclasses.replace(self.config.export.mesh, **changed)
         lit = config.render.shading == "albedo"  # then the scene's colours hold what light the teacher painted
         card = {
             "prompt": config.prompt,
@@ -176,10 +174,10 @@ class Asset:
             "version": version("sds3d"),
             "light_baked": lit,
         }
-        pixels = min(settings.size, Source.pixels)
+        pixels = min(config.export.size, Source.pixels)
         detail = 2 / config.field.finest  # a cell of the finest grid
         source = Source(self.scene.density, self.scene.colours, self._on_white, self.scene.device, detail, pixels)
-        return Export(source, settings.surface(), settings.look(), card, lit, tell, up, height)
+        return Export(source, settings, card, lit, tell, up, height)
 
     def _on_white(self, cameras: Cameras, size: int) -> tuple[Tensor, Tensor]:
         """Images (B, 3, H, H) on white, and opacity (B, 1, H, H)."""
@@ -195,7 +193,7 @@ class Asset:
         Raises:
             ValueError: nothing is dense enough to have a surface.
         """
-        changed: dict[str, Any] = {} if resolution is None else {"mesh_resolution": resolution}
+        changed: dict[str, Any] = {} if resolution is None else {"resolution": resolution}
         return formats.to_trimesh(self.exporter(**changed).model("vertex"))
 
     def export(self, path: str | Path, up: str | None = None, height: float | None = None) -> Path:
