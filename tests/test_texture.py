@@ -145,10 +145,9 @@ def test_large_meshes_are_unwrapped_in_blocks():
     assert np.array_equal(np.sort(np.concatenate(blocks)), np.arange(5000))
 
 
-def test_impossible_sizes_are_refused(two_coloured):
-    scene, skin = two_coloured
+def test_impossible_sizes_are_refused():
     with pytest.raises(ValueError, match="texture is 7; give 64 to 4096"):
-        texture.with_texture(skin, scene, 7)
+        MeshConfig(texture=7)
 
 
 def test_a_skin_without_area_has_no_crash():

@@ -25,8 +25,8 @@ from sds3d.runtime.distributed import Processes, join
 from sds3d.runtime.errors import Diverged
 from sds3d.runtime.files import is_own
 from sds3d.runtime.modes import training
-from sds3d.students.scene.edit import EditedScene
-from sds3d.students.scene.student import SceneStudent
+from sds3d.students.edit import EditedScene
+from sds3d.students.representation import Scene
 from sds3d.teachers.base import Teacher
 from sds3d.train import Step, make_optimiser, train
 
@@ -163,7 +163,7 @@ class _Parts:
         self.student = build.build_student(config, self.teacher, processes)
         self.critic = build.build_critic(config, self.teacher, processes)
         self.objective = build.build_objective(config, self.teacher, self.critic)
-        self.source: SceneStudent | None = None
+        self.source: Scene | None = None
         if self.kind.seen_by_cameras and config.source.run:
             self.source = Asset.open(config.source.run, config.device, getattr(config, "backend", "auto")).scene
         if "source" in config.method.NEEDS and not self.kind.has_source(config):
@@ -192,7 +192,7 @@ class _Parts:
         """The loop."""
         student = self.student
         if self.source is not None:
-            assert isinstance(student, SceneStudent), student
+            assert isinstance(student, Scene), student
             student = EditedScene(student, self.source)
         steps = train(
             student,

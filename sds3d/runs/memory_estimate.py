@@ -28,8 +28,9 @@ from sds3d.runs.memory_savings import is_pipeline
 from sds3d.runtime.device import pick_device
 from sds3d.runtime.memory import Meter, held, hollow
 from sds3d.students.base import Draw
+from sds3d.students.representation import Shading
 from sds3d.students.scene.field import FieldConfig
-from sds3d.students.scene.render import RenderOptions, Shading, render
+from sds3d.students.scene.render import RenderOptions, render
 from sds3d.students.scene.sample_budget import CPU_BYTES, rays_within
 from sds3d.students.scene.student import RenderConfig
 from sds3d.teachers import small

@@ -27,7 +27,7 @@ from sds3d.runtime.distributed import Processes
 from sds3d.runtime.files import user_path
 from sds3d.runtime.modes import require_own_process, training
 from sds3d.students.base import Particles, outsized
-from sds3d.students.scene.student import SceneStudent
+from sds3d.students.representation import Scene
 
 if TYPE_CHECKING:
     import PIL.Image
@@ -47,9 +47,9 @@ class Asset:
     Attributes:
         path (Path): the run folder.
         config (Config): everything that made it.
-        student (SceneStudent | Particles): what is trained: the scene, or all particles.
+        student (Scene | Particles): what is trained: the scene, or all particles.
         particle (int): which of them this is.
-        scene (SceneStudent): it.
+        scene (Scene): it.
     """
 
     PAGE: ClassVar[report.PageFacts] = report.PageFacts(
@@ -63,10 +63,10 @@ class Asset:
         film_size=lambda config: config.export.size,
     )
 
-    def __init__(self, run: Run, config: Config, student: SceneStudent | Particles, particle: int = 0):
+    def __init__(self, run: Run, config: Config, student: Scene | Particles, particle: int = 0):
         self.run, self.config, self.student, self.particle = run, config, student, particle
         scene = student.students[particle] if isinstance(student, Particles) else student
-        assert isinstance(scene, SceneStudent), scene
+        assert isinstance(scene, Scene), scene
         self.scene = scene
 
     @classmethod
@@ -108,7 +108,7 @@ class Asset:
     @property
     def kernels(self) -> str:
         """Where and with what it is rendered."""
-        return f"{self.scene.device}, {self.scene.field.backend}"
+        return f"{self.scene.device}, {self.scene.kernels}"
 
     def picture(self) -> Tensor:
         """Four views for a progress picture, or one a particle, (B, 3, H, W) in [0, 1]."""
@@ -175,8 +175,8 @@ class Asset:
             "light_baked": lit,
         }
         pixels = min(config.export.size, Source.pixels)
-        detail = 2 / config.field.finest  # a cell of the finest grid
-        source = Source(self.scene.density, self.scene.colours, self._on_white, self.scene.device, detail, pixels)
+        scene = self.scene
+        source = Source(scene.density, scene.colours, self._on_white, scene.device, scene.detail, pixels)
         return Export(source, settings, card, lit, tell, up, height)
 
     def _on_white(self, cameras: Cameras, size: int) -> tuple[Tensor, Tensor]:

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from sds3d.cameras import Cameras
 from sds3d.media.chart import coloured
-from sds3d.students.scene.render import RenderOut
-from sds3d.students.scene.student import SceneStudent
+from sds3d.students.representation import Scene, Views
 
 LAYERS = ("rgb", "opacity", "depth", "normals")
 REACH = 1.0  # depths of this much before and behind the middle of the scene are told apart, scene units
@@ -24,7 +23,7 @@ def check(names: Sequence[str]) -> None:
             raise ValueError(f"there is no layer {name!r}; give one or more of {', '.join(LAYERS)}")
 
 
-def layers(scene: SceneStudent, cameras: Cameras, size: int, names: Sequence[str]) -> dict[str, Tensor]:
+def layers(scene: Scene, cameras: Cameras, size: int, names: Sequence[str]) -> dict[str, Tensor]:
     """Pictures (B, 3, size, size) in [0, 1] of each layer named, no gradient. Raises ValueError as `check`.
 
     opacity: black is empty, white is solid. depth: bright is near, dark is far, the same in all views; white is empty.
@@ -35,7 +34,7 @@ def layers(scene: SceneStudent, cameras: Cameras, size: int, names: Sequence[str
     return {name: picture(out, name, cameras.to(out.rgb.device).distance) for name in names}
 
 
-def picture(out: RenderOut, name: str, distance: Tensor) -> Tensor:
+def picture(out: Views, name: str, distance: Tensor) -> Tensor:
     """One layer of a render as pictures (B, 3, H, W); distance (B,) of the cameras, scene units."""
     if name == "rgb":
         return out.rgb
