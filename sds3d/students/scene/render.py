@@ -63,8 +63,8 @@ class RenderOptions:
         dark: a sample that less light than this reaches weighs nothing.
         chunk: rays rendered at a time. Where gradients are wanted and there are more, each chunk is rendered again when
             its gradients are due, so that memory is that of one chunk: a quarter slower.
-        room: samples to make room for, without asking a GPU how many there are (see ops.reference.march); None asks.
-            Not used where there are several chunks.
+        capacity: rows to allocate for the samples (see ops.reference.march); None counts the samples first.
+            Ignored if there are several chunks.
     """
 
     step: float = 2 / 32
@@ -72,7 +72,7 @@ class RenderOptions:
     normals: bool = False
     dark: float = 1e-3
     chunk: int = 16384
-    room: int | None = None
+    capacity: int | None = None
 
 
 @dataclass
@@ -153,8 +153,8 @@ def render(
     whole, parts = rays <= options.chunk, []
     for start in range(0, rays, options.chunk):
         part = slice(start, start + options.chunk)
-        shift, room = None if jitter is None else jitter[part], options.room if whole else None
-        samples = field.backend.march(origins[part], directions[part], cells, options.step, shift, room=room)
+        shift, capacity = None if jitter is None else jitter[part], options.capacity if whole else None
+        samples = field.backend.march(origins[part], directions[part], cells, options.step, shift, capacity=capacity)
         lit = None if light is None else light[(samples.ray_index + start) // pixels]
         if whole or not torch.is_grad_enabled():
             parts.append(_shoot(field, samples, directions[part], lit, options))
