@@ -88,7 +88,7 @@ MUTANTS = (  # file under sds3d/, what stands there, what is put there
     ("distill/regression.py", "chosen.x).mean()", "chosen.x).sum()"),
     ("distill/regression.py", "chosen.prompts), chosen.x)", "chosen.prompts), chosen.noise)"),
     ("distill/regression.py", "self.processes.randint(len(self.pairs.prompts)", "self.processes.randint(self.batch"),
-    ("distill/regression.py", "self.processes.of(self.batch), rng", "self.batch, rng"),
+    ("distill/regression.py", "self.processes.local_batch(self.batch), rng", "self.batch, rng"),
     ("distill/discriminators.py", "F.softplus(-self.verdict(real", "F.softplus(self.verdict(real"),
     ("distill/discriminators.py", "F.softplus(self.verdict(x", "F.softplus(-self.verdict(x"),
     ("distill/discriminators.py", "self.verdict(real, prompts", "self.verdict(real, draw.prompts"),

@@ -201,7 +201,7 @@ class FewStepGenerator:
         if not prompts:
             raise ValueError("there is no prompt to draw; give generator.prompts=FILE with one a line")
         self.teacher, self.config, self.prompts, self.identity = teacher, config, list(prompts), identity
-        self.processes, self.count = processes, processes.of(config.batch)
+        self.processes, self.count = processes, processes.local_batch(config.batch)
         self.times, self.size = begun_at(teacher, config)
         self.network = copy.deepcopy(teacher.network).requires_grad_(True).eval()  # dropout stays off
         if next(self.network.parameters()).dtype in (torch.float16, torch.bfloat16):
