@@ -103,7 +103,7 @@ MUTANTS = (  # file under sds3d/, what stands there, what is put there
     ("students/generator.py", "/ config.steps)", "/ (config.steps + 1))"),
     ("students/generator.py", "noised(x, fresh, a, s)", "noised(torch.zeros_like(x), fresh, a, s)"),
     ("students/generator.py", "noised(x, fresh, a, s)", "noised(x, noise[0], a, s)"),
-    ("students/generator.py", "when, prompts).x0", "when, prompts).eps"),
+    ("students/generator.py", "t_k, prompts).x0", "t_k, prompts).eps"),
     ("students/generator.py", " and i == len(noise) - 1", ""),
     ("students/generator.py", "torch.randint(self.config.steps, (), generator=rng)", "self.config.steps - 1"),
     ("students/generator.py", "torch.randint(self.config.steps, (), generator=rng)", "0"),

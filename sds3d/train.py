@@ -26,8 +26,8 @@ from sds3d.runtime.modes import stepwise_training, training
 from sds3d.runtime.ramp import Ramp
 from sds3d.runtime.transfer import StepMetrics
 from sds3d.students.base import Draw, Phased, Student
-from sds3d.students.companions import Companion, DrawlessCompanion, DrawnCompanion
-from sds3d.students.optim import OptimConfig, lay_out, make_optimiser
+from sds3d.students.companions import Companion, FittedCompanion, UpdatedCompanion
+from sds3d.students.optim import OptimConfig, make_optimiser, match_layout
 
 
 class Judged(Protocol):
@@ -269,7 +269,7 @@ def _one_step(state: _State, objectives: Mapping[str, Objective], plan: Plan) ->
         state.optimiser = make_optimiser(student, plan.optim)
     optimiser = state.optimiser
     for name, companion in state.companions.items():
-        if isinstance(companion, DrawlessCompanion):
+        if isinstance(companion, UpdatedCompanion):
             companion.update(step)
         elif companion.steps:
             figures.add(name, _fit(name, companion, state, step, figures))
@@ -315,7 +315,7 @@ def _loss(state: _State, objectives: Mapping[str, Objective], plan: Plan, figure
     return sum(terms[1:], terms[0])
 
 
-def _fit(name: str, companion: DrawnCompanion, state: _State, step: int, figures: StepMetrics) -> Tensor:
+def _fit(name: str, companion: FittedCompanion, state: _State, step: int, figures: StepMetrics) -> Tensor:
     """A companion's fits of one step; returns their mean loss, ()."""
     losses = []
     for _ in range(companion.steps):
@@ -365,7 +365,7 @@ def _restore(
     try:
         student.load_state_dict(state["student"])
         optimiser.load_state_dict(state["optimiser"])
-        lay_out(optimiser)
+        match_layout(optimiser)
         rng.set_state(state["generator"])
         states = _of_companions(state)
         if states.keys() != companions.keys():
