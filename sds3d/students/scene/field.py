@@ -81,7 +81,7 @@ class FieldConfig:
 
 
 class _Head(Function):
-    """Density and colour of features (N, I) and blob (N,), with a hand-written backward: autograd's takes 50 % longer."""
+    """Density and colour of features (N, I) and blob (N,), with a hand-written backward: autograd takes 50 % longer."""
 
     @staticmethod
     def forward(
