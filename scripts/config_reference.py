@@ -23,6 +23,7 @@ from sds3d.runtime.ramp import Ramp
 from sds3d.runtime.ranges import STEPS
 
 KINDS = {"scenes": Config, "images": PaintConfig, "generators": DistillConfig}
+POWERS = {STEPS: "10^7", 2**30: "2^30", 10**12: "10^12", 2**62 - 1: "2^62 - 1"}  # ends of ranges, readably
 WORDS = {bool: "true or false", int: "integer", float: "number", str: "text", Ramp: "number or ramp", Any: "a method"}
 
 
@@ -104,7 +105,7 @@ def _takes(kind: Any) -> str:
     origin, parts = typing.get_origin(kind), typing.get_args(kind)
     if origin is typing.Annotated:
         text = f"{_takes(parts[0])}, {parts[1]}".replace("number, a number", "number")
-        return text.replace(str(2**62 - 1), "2^62 - 1").replace(str(STEPS), "10^7").replace(str(2**30), "2^30")
+        return re.sub(r"\b\d{8,}\b", lambda number: POWERS.get(int(number[0]), number[0]), text)
     if origin in (typing.Union, types.UnionType):
         kinds = [part for part in parts if part is not type(None) and not (part is float and Ramp in parts)]
         return " or ".join([*map(_takes, kinds), *(["null"] if type(None) in parts else [])])
