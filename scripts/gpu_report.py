@@ -186,10 +186,10 @@ def one_step_generators(quick: bool) -> list[dict]:
         for teacher, steps, batch, images in plans:
             begun = time.perf_counter()
             layer = {"teacher.name": teacher, "steps": steps, "generator.batch": batch, "log.picture_every": 0}
-            made = api.train_generator(**layer, out=folder, device=DEVICE.type)
+            trained = api.train_generator(**layer, out=folder, device=DEVICE.type)
             row = {"teacher": teacher, "steps": steps, "batch": batch, "seconds": time.perf_counter() - begun}
-            row["seconds a step"] = made.run.rows()[-1]["seconds"] / steps
-            painter = load_generator(made.path, DEVICE.type)
+            row["seconds a step"] = trained.run.rows()[-1]["seconds"] / steps
+            painter = load_generator(trained.path, DEVICE.type)
             real = evaluation.real_for(painter.prompts, images)
             rows.append(row | next(evaluation.measure(evaluation.by_generator(painter), images, 1, real)))
     return rows
@@ -270,8 +270,8 @@ def main() -> None:
         "command": " ".join(["python", *sys.argv]),
     }
     checks = [
-        {"kernel": name, "dtype": str(dtype).removeprefix("torch."), "error": found, "right": found <= TOLERANCE[dtype]}
-        for name, dtype, found in [*encoding_errors(quick), *ray_errors(quick)]
+        {"kernel": name, "dtype": str(dtype).removeprefix("torch."), "error": size, "right": size <= TOLERANCE[dtype]}
+        for name, dtype, size in [*encoding_errors(quick), *ray_errors(quick)]
     ]
     wrong = [check for check in checks if not check["right"]]
     print(f"{len(checks) - len(wrong)} of {len(checks)} kernel checks right", *wrong, sep="\n", flush=True)

@@ -38,7 +38,7 @@ class Source:
     pixels: int = 96
 
 
-def silent(part: str, share: float) -> None:
+def silent(part: str, fraction: float) -> None:
     """Ignore the progress: the default Tell."""
 
 

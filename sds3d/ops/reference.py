@@ -36,8 +36,8 @@ class GridSpec:
         levels: number of resolutions, >= 1.
         features: numbers stored per entry, >= 1.
         log2_table: a level has at most 2^log2_table entries; 3 to 24.
-        base: base * b^0 of the coarsest level, 1 to 4096.
-        finest: base * b^(levels - 1) of the finest level, base to 65536.
+        base: the coarsest level has the scale base - 1; 1 to 4096.
+        finest: the finest level has the scale finest - 1; base to 65536.
 
     Raises:
         ValueError: a field is out of its range.
