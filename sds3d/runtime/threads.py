@@ -14,7 +14,7 @@ import os
 import sys
 
 SPINS = 100_000  # one or two milliseconds on an EPYC, four or five on a Xeon, whose pause instruction takes longer
-SYSTEM = "libgomp.so.1.0.0"  # the name by which numba's wheel asks for OpenMP
+SYSTEM = "libgomp.so.1.0.0"  # the OpenMP library that numba's wheel loads
 SETTINGS = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 
 
