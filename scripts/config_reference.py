@@ -1,14 +1,15 @@
-"""The configuration reference, in Markdown, from the dataclasses of sds3d/config/schema.py and the methods.
+"""Generate the configuration reference, in Markdown, from the dataclasses of sds3d/config/schema.py and the methods.
 
     python scripts/config_reference.py > settings.md
 
-At every build of the site it takes the place of ``<!-- settings -->`` in docs/configuration.md (scripts/docs_site.py).
+At every build of the site it replaces ``<!-- settings -->`` in docs/configuration.md (scripts/docs_site.py).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import inspect
+import re
 import types
 import typing
 from typing import Any
@@ -22,11 +23,12 @@ from sds3d.runtime.ramp import Ramp
 from sds3d.runtime.ranges import STEPS
 
 KINDS = {"scenes": Config, "images": PaintConfig, "generators": DistillConfig}
+POWERS = {STEPS: "10^7", 2**30: "2^30", 10**12: "10^12", 2**62 - 1: "2^62 - 1"}  # ends of ranges, readably
 WORDS = {bool: "true or false", int: "integer", float: "number", str: "text", Ramp: "number or ramp", Any: "a method"}
 
 
 def reference() -> str:
-    """All settings: those that every run has, those of each kind of run, and those of each method."""
+    """Return the tables of all settings: of every run, of each kind of run, and of each method."""
     defaults = {name: plain(kind("a red mug")) | {"method": default_method(kind)} for name, kind in KINDS.items()}
     shared = {f.name for f in dataclasses.fields(RunConfig)}
     parts = ["## Every run", _section(RunConfig, "", defaults)]
@@ -42,7 +44,7 @@ def reference() -> str:
 
 
 def _section(cls: type, above: str, defaults: dict[str, dict[str, Any]], only: set[str] | None = None) -> str:
-    """A table of a dataclass's own settings, then a section for each dataclass in it."""
+    """Return a table of a dataclass's own settings, then a section for each nested dataclass."""
     hints, meanings = typing.get_type_hints(cls, include_extras=True), meanings_of(cls)
     rows, below = [], []
     for name in (f.name for f in dataclasses.fields(cls) if only is None or f.name in only):
@@ -61,11 +63,11 @@ def _section(cls: type, above: str, defaults: dict[str, dict[str, Any]], only: s
 
 
 def _takes(kind: Any) -> str:
-    """A type in words, with its range."""
+    """Return a type and its range in words."""
     origin, parts = typing.get_origin(kind), typing.get_args(kind)
     if origin is typing.Annotated:
         text = f"{_takes(parts[0])}, {parts[1]}".replace("number, a number", "number")
-        return text.replace(str(2**62 - 1), "2^62 - 1").replace(str(STEPS), "10^7").replace(str(2**30), "2^30")
+        return re.sub(r"\b\d{8,}\b", lambda number: POWERS.get(int(number[0]), number[0]), text)
     if origin in (typing.Union, types.UnionType):
         kinds = [part for part in parts if part is not type(None) and not (part is float and Ramp in parts)]
         return " or ".join([*map(_takes, kinds), *(["null"] if type(None) in parts else [])])
@@ -79,7 +81,7 @@ def _takes(kind: Any) -> str:
 
 
 def _default(key: str, defaults: dict[str, dict[str, Any]]) -> str:
-    """The default; where kinds of runs differ, each of them."""
+    """Return the default, or, if the kinds of runs differ, each kind's default."""
     values = {name: _shown(_at(tree, key)) for name, tree in defaults.items()}
     if len(set(values.values())) == 1:
         return next(iter(values.values()))
@@ -93,7 +95,7 @@ def _at(tree: Any, key: str) -> Any:
 
 
 def _shown(value: Any) -> str:
-    """A plain value as it is written in a setting."""
+    """Return a plain value as a user writes it in a setting."""
     if isinstance(value, dict):
         return ", ".join(f"`{name}`: {_shown(item)}" for name, item in value.items()) or "none"
     if value == "a red mug":

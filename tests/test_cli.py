@@ -52,7 +52,7 @@ def test_generate_leaves_everything_in_the_run_folder(call, tiny, in_folder):
     assert mesh.bounds[:, 1].tolist() == pytest.approx([0, 1])  # it stands on the ground and is one high
     told = json.loads((run / "mesh.json").read_text())
     assert told["prompt"] == "a red ball" and told["light_baked"] and told["files"]["mesh.glb"]["iou"] > 0.9
-    for said in ("torch (asked for)", "step 6/6", "opacity", "|g|", "done in", "sds3d export", "sds3d resume"):
+    for said in ("torch (requested)", "step 6/6", "opacity", "|g|", "done in", "sds3d export", "sds3d resume"):
         assert said in err
 
 

@@ -148,7 +148,7 @@ def test_a_placement_turns_what_stands_in_z_and_can_be_undone(models, stands):
     assert nose[up] > 0.6 * stands.height and (nose[2] > 0.3 if stands.up == "y" else nose[1] < -0.3)
     lump = there.vertices[model.vertices[:, 0] > 0.5].mean(0)
     assert lump[0] > 0.3 * stands.height  # not mirrored
-    np.testing.assert_allclose(np.cross(*there.normals[:2]), place._turned(np.cross(*model.normals[:2])[None], 1)[0])
+    np.testing.assert_allclose(np.cross(*there.normals[:2]), place._rotated(np.cross(*model.normals[:2])[None], 1)[0])
     back = place.to_world(there)
     np.testing.assert_allclose(back.vertices, model.vertices, atol=1e-12)
     np.testing.assert_allclose(back.normals, model.normals, atol=1e-12)

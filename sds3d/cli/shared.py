@@ -173,7 +173,7 @@ def carry_out(
                 display.show(last)
                 if watch is not None:
                     watch.attend(last, lambda: bool(stopped))
-                if processes.agree(
+                if processes.any_process(
                     bool(stopped) or (watch is not None and watch.stopped)
                 ):  # all of them at the same step, or one would wait for ever
                     break

@@ -24,7 +24,7 @@ from sds3d.runtime.modes import training
 from sds3d.runtime.ramp import Ramp
 from sds3d.runtime.ranges import shown
 from sds3d.students.base import outsized
-from sds3d.students.generator import FewStepGenerator, GeneratorConfig, begun_at, images
+from sds3d.students.generator import FewStepGenerator, GeneratorConfig, generator_times, images
 from sds3d.teachers import small
 from sds3d.teachers.base import DTYPES, HFConfig, TeacherConfig
 from sds3d.teachers.hf import generator as hf
@@ -305,7 +305,7 @@ def _times(teacher: SmallTeacher | DiffusersTeacher, config: GeneratorConfig, sa
             teacher.family, teacher.levels, teacher.family.pipe.scheduler, config.steps
         ), 1.0
     if said is None:
-        return begun_at(teacher, config)
+        return generator_times(teacher, config)
     most = float(teacher.levels.count) if isinstance(teacher, DiffusersTeacher) else 1.0
     found = torch.tensor(convert(tuple[float, ...], from_json(said), "times"), dtype=torch.float64)
     falls = bool((found.diff() < 0).all()) and bool(((found > 0) & (found <= most)).all())

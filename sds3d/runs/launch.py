@@ -289,4 +289,4 @@ def prepare(config: RunConfig, home: Path | None = None) -> Iterator[int]:
                     f"the run's pairs are gone from {folder}, and resume makes new ones in {home} only: bring them back"
                 )
             yield from generator_parts.make_pairs(own, teacher)
-        processes.wait()
+        processes.barrier()

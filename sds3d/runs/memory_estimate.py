@@ -26,7 +26,7 @@ from sds3d.distill.critics import CriticConfig, Trainable, TrainedCritic
 from sds3d.runs import build, scene_parts
 from sds3d.runs.memory_savings import is_pipeline
 from sds3d.runtime.device import pick_device
-from sds3d.runtime.memory import Meter, held, hollow
+from sds3d.runtime.memory import Meter, tensor_bytes, use_fake_tensors
 from sds3d.students.base import Draw
 from sds3d.students.representation import Shading
 from sds3d.students.scene.field import FieldConfig
@@ -100,7 +100,7 @@ class Judge:
     @property
     def parts(self) -> dict[str, int]:
         """Bytes of each part."""
-        return {name: held(part) for name, part in self.modules.items()}
+        return {name: tensor_bytes(part) for name, part in self.modules.items()}
 
 
 def place(device: str, gigabytes: float | None = None) -> Place:
@@ -208,7 +208,7 @@ def _load(settings: TeacherConfig, dtype: torch.dtype) -> Judge:
 
         drawn, encoders = sketch.draw(settings, dtype)
         found = {"network": drawn.family.network, "VAE": drawn.family.vae}
-        return Judge(drawn, {name: part for name, part in found.items() if part is not None}, held(*encoders))
+        return Judge(drawn, {name: part for name, part in found.items() if part is not None}, tensor_bytes(*encoders))
     exact = dataclasses.replace(settings, dtype=str(dtype).removeprefix("torch."), compile=False)
     teacher = load_teacher(exact, "cpu")
     assert isinstance(teacher, SmallTeacher), type(teacher)
@@ -220,7 +220,7 @@ def _judge(settings: TeacherConfig, dtype: torch.dtype) -> Judge:
     judge = _load(settings, dtype)
     with judge.mode:
         for part in judge.modules.values():
-            hollow(part)
+            use_fake_tensors(part)
     return judge
 
 
@@ -255,7 +255,7 @@ def _critic(settings: TeacherConfig, dtype: torch.dtype, config: CriticConfig, v
     critic = TrainedCritic(judge.teacher, config, torch.Generator().manual_seed(0))
     with judge.mode:
         for part in (*judge.modules.values(), *critic.parts()):
-            hollow(part)
+            use_fake_tensors(part)
         x, t, prompts, cameras = _noisy(judge, views)
         with Meter() as answer, torch.no_grad():
             critic.predict(x, t, prompts, cameras, None)
@@ -345,4 +345,4 @@ def _probe(grid: FieldConfig, samples: int, shading: str, normals: bool, share: 
         assert out.trace is not None, "gradients are on"
         kept, count = meter.live, len(out.trace.samples.t)
         out.rgb.sum().backward()
-    return kept / count, (meter.peak - held(scene.field)) / count
+    return kept / count, (meter.peak - tensor_bytes(scene.field)) / count

@@ -1,7 +1,7 @@
 """What every scene can do, whatever represents it (a density, splats, a mesh), and what its views are.
 
 Shading (DreamFusion, arXiv 2209.14988, section 3.1): "albedo" is the colour itself; "lambertian" multiplies it by
-ambient + (1 - ambient) max(0, n . l); "textureless" puts white in the colour's place and shades that.
+ambient + (1 - ambient) max(0, n . l); "textureless" shades white instead of the colour.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ SHADINGS = ("albedo", "lambertian", "textureless")
 
 @dataclass(frozen=True)
 class Shading:
-    """How colour is lit.
+    """The shading of the colours.
 
     Args:
         kind: one of SHADINGS.
-        light: (3,) or (B, 3) directions towards the light, any length; None: the camera carries it.
-        ambient: share of the light that comes from everywhere, 0 to 1.
+        light: (3,) or (B, 3) directions towards the light, of any length; None places the light at the camera.
+        ambient: fraction of ambient light, 0 to 1.
     """
 
     kind: str = "albedo"
@@ -49,8 +49,8 @@ class Views:
     Args:
         rgb: (B, 3, H, W) in [0, 1].
         opacity: (B, 1, H, W) in [0, 1].
-        depth: (B, 1, H, W) expected distance from the camera, scene units; 0 where nothing was hit.
-        normal: (B, 3, H, W) weighted outward normals in world axes, length <= 1; None where they were not rendered.
+        depth: (B, 1, H, W) expected distance from the camera, scene units; 0 where a ray hits nothing.
+        normal: (B, 3, H, W) weighted outward normals in world axes, length <= 1; None if they were not rendered.
     """
 
     rgb: Tensor
