@@ -18,14 +18,14 @@ from sds3d.config import load as configs
 from sds3d.config.load import Config
 from sds3d.runs import build
 from sds3d.runs import memory_estimate as estimate
-from sds3d.runs.memory_estimate import Place
+from sds3d.runs.memory_estimate import Machine
 from sds3d.runtime.memory import Meter, held, hollow
 from sds3d.teachers.base import HFConfig, TeacherConfig
 from sds3d.teachers.hf import sketch
 from sds3d.teachers.load import load_teacher
 from sds3d.train import train
 
-CPU, GPU = Place("a CPU", 2**40, False), Place("a GPU", 2**40, True)
+CPU, GPU = Machine("a CPU", 2**40, False), Machine("a GPU", 2**40, True)
 DOWN, UP = "CrossAttnDownBlock2D", "CrossAttnUpBlock2D"
 VAE = {
     "block_out_channels": [128, 256, 512, 512],

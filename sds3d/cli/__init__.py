@@ -75,8 +75,8 @@ def doctor(overrides: Overrides = None, options: DoctorOptions = DoctorOptions()
     more = configs.parse_overrides(overrides or [])
     configs.refuse_twice(layer, more)
     prompt = None if "prompt" in more else "a red mug"
-    told = configs.load(prompt, layer, more, file=options.config, kind=Config)
-    report = machine_report.examine_memory(told, estimate.place(told.device, options.memory))
+    config = configs.load(prompt, layer, more, file=options.config, kind=Config)
+    report = machine_report.examine_memory(config, estimate.find_machine(config.device, options.memory))
     print(dump(report) if options.json else machine_report.memory_text(report))
     if not report["fits"]:
         raise typer.Exit(1)

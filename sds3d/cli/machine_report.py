@@ -14,7 +14,7 @@ from sds3d import ops
 from sds3d.config import load as configs
 from sds3d.config.schema import Config
 from sds3d.runs.memory_advice import advise
-from sds3d.runs.memory_estimate import Place, dtype_of, estimate, image_size
+from sds3d.runs.memory_estimate import Machine, dtype_of, estimate, image_size
 from sds3d.runtime import threads
 from sds3d.runtime.device import pick_device
 from sds3d.teachers import small
@@ -88,30 +88,30 @@ def to_text(report: dict[str, Any]) -> str:
     return "\n".join([*lines, *(f"problem: {text}" for text in report["problems"])])
 
 
-def examine_memory(config: Config, where: Place) -> dict[str, Any]:
-    """How much memory a run takes there, by part and moment, in bytes; what makes it fit, where it does not.
+def examine_memory(config: Config, machine: Machine) -> dict[str, Any]:
+    """Report the memory that a run takes on a machine, in bytes, and the settings that make it fit if it does not.
 
     Raises:
         ValueError: the teacher cannot be found, or is not for this method.
     """
-    found = estimate(config, where)
+    memory = estimate(config, machine)
     report: dict[str, Any] = {
         "teacher": config.teacher.name,
         "method": configs.name_of(config.method),
-        "precision": str(dtype_of(config.teacher, where)).removeprefix("torch."),
-        "weights": found.weights,
-        "place": where.name,
-        "memory": where.size,
-        "held": found.held,
-        "moments": found.moments,
-        "while prompts are embedded": found.before,
-        "peak": found.peak,
-        "fits": found.peak <= where.size,
+        "precision": str(dtype_of(config.teacher, machine)).removeprefix("torch."),
+        "weights": memory.weights,
+        "place": machine.name,
+        "memory": machine.size,
+        "held": memory.held,
+        "moments": memory.moments,
+        "while prompts are embedded": memory.before,
+        "peak": memory.peak,
+        "fits": memory.peak <= machine.size,
         "settings": [],
     }
     if report["fits"]:
         return report
-    advice = advise(config, where, image_size(config.teacher, where))
+    advice = advise(config, machine, image_size(config.teacher, machine))
     report["settings"] = [
         {"setting": saving.setting, "cost": saving.cost, "peak": peak} for saving, peak in advice.savings
     ]

@@ -306,10 +306,9 @@ def judge_generator(
     painter = load_generator(file, dtype=settings.dtype)
     real = real_for(painter.prompts, number, painter.image_size)
     teacher = load_teacher(settings)
-    if generator_parts.identity(config, teacher) != painter.told["teacher"]:
-        raise ValueError(
-            f"{path} was distilled from {painter.told['teacher']}; this is {generator_parts.identity(config, teacher)}"
-        )
+    identity = generator_parts.identity(config, teacher)
+    if identity != painter.header["teacher"]:
+        raise ValueError(f"{path} was distilled from {painter.header['teacher']}; this is {identity}")
     inception, found = Inception(painter.device) if fid else None, {}
     guided = by_teacher(teacher, *BEST, scale_of(config.method.scale, 0))
     draws = {"generator": by_generator(painter), "teacher": guided}
@@ -333,6 +332,6 @@ def judge_generator(
     told = a_few(painter.prompts)
     shown = painter(told * 16, seed=1)
     grid = sheet.contact_sheet(rows_of(shown, len(told)), file.parent / "eval.png", told, sheet.seen(shown))
-    write_card(file.parent, config, painter.told["teacher"], table(rows))
+    write_card(file.parent, config, painter.header["teacher"], table(rows))
     kinds.write_page(Run(file.parent))
     return Report(rows["generator"], rows, [str(file.parent / "eval.json"), str(grid), str(file.parent / CARD)])
