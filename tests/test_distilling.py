@@ -198,7 +198,7 @@ def test_real_images_are_told_as_the_generator_is(in_folder, teacher):
     assert bool((x[:, None] == known).flatten(2).all(-1).any(-1).all())
     with pytest.raises(ValueError, match="no real image is captioned 'digit seven'"):
         draw(prompt="digit seven")
-    with pytest.raises(ValueError, match="DMD2 wants real images; give real=FOLDER"):
+    with pytest.raises(ValueError, match="DMD2 needs real images; give real=FOLDER"):
         draw(**{"teacher.name": "toybox"})
 
 
@@ -316,7 +316,7 @@ def test_every_recipe_for_generators_loads_and_is_short(path, tmp_path):
         ({"distance": "lpipz"}, "give teacher, pixels, lpips"),
         ({"method": "vsd", "method.particles": 2}, "particles"),
         ({"generatr.steps": 1}, "did you mean generator"),
-        ({"method": "dmd2", "critic.kind": "lora"}, "the discriminator of DMD2 wants copy"),
+        ({"method": "dmd2", "critic.kind": "lora"}, "the discriminator of DMD2 needs copy"),
         ({"method": "dmd", "negative": "a seven"}, "no part in DMD's pairs"),
         ({"source.prompt": "a handwritten two"}, "a generator edits nothing"),
         ({"critic.camera_drop": 0.5}, "a generator has none"),

@@ -112,7 +112,7 @@ def real(config: DistillConfig, teacher: Loaded, processes: Processes = Processe
     """
     name = config.real or config.teacher.name
     if name in ("toybox", "small") or not (config.real or name == "digits"):
-        raise ValueError(f"{type(config.method).__name__} wants real images; give real=FOLDER, with captions")
+        raise ValueError(f"{type(config.method).__name__} needs real images; give real=FOLDER, with captions")
     pictures = digits.pictures() if name == "digits" else read_folder(name, teacher.image_size, 1000).pictures
     known = set(prompts(config, teacher))
     labels = [next((text for text in texts if text in known), "") for texts in pictures.captions]
