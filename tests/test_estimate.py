@@ -238,7 +238,7 @@ def test_doctor_says_yes_before_any_weight_is_there(pipelines, call, in_folder):
     folder = of_size(SD15, in_folder / "pipeline", pipelines("sd"))
     code, out, err = call("doctor", "--teacher", str(folder), "--memory", "24", "--method", "sds")
     assert code == 0, err
-    assert "859.5 M weights, answers in bfloat16" in out and "Yes, it fits" in out.splitlines()[-1]
+    assert "859.5 M weights, computes in bfloat16" in out and "Yes, it fits" in out.splitlines()[-1]
     code, out, err = call("doctor", "--teacher", str(folder), "--memory", "24", "--method", "sds", "--json")
     report = json.loads(out)
     assert report["fits"] and report["held"]["network"] / 2**30 == pytest.approx(1.60, abs=0.01)

@@ -1,4 +1,4 @@
-"""What is installed, what runs here, and why: the report behind ``sds3d doctor``."""
+"""The report of ``sds3d doctor``: installed packages, device, kernels, teachers, and the memory of a run."""
 
 from __future__ import annotations
 
@@ -50,11 +50,11 @@ OPTIONAL = (
     "nerfacc",
     "triton",
     "tinycudann",
-)  # the default run needs none of them
+)  # the default run does not need them
 
 
 def examine() -> dict[str, Any]:
-    """Everything as plain values; ``problems`` holds a sentence for each thing that stops the default run."""
+    """Return the report as plain values; "problems" has a sentence for each thing that stops the default run."""
     device = pick_device("auto")
     report: dict[str, Any] = {
         "sds3d": sds3d.__version__,
@@ -73,7 +73,7 @@ def examine() -> dict[str, Any]:
 
 
 def to_text(report: dict[str, Any]) -> str:
-    """The report for people."""
+    """Format the report as text."""
     lines = [f"sds3d    {report['sds3d']}", f"python   {report['python']}"]
     lines += [f"device   {report['device']}, {report['threads']}"]
     lines += [f"threads  {report['thread pools']}; {report['waiting threads']}", ""]
@@ -119,24 +119,24 @@ def examine_memory(config: Config, machine: Machine) -> dict[str, Any]:
 
 
 def memory_text(report: dict[str, Any]) -> str:
-    """The report of memory for people; its last line says yes or no."""
-    size_of_it = f"{report['weights'] / 1e6:.1f} M weights, answers in {report['precision']}"
+    """Format the report of memory as text. Its last line says whether the run fits."""
+    network = f"{report['weights'] / 1e6:.1f} M weights, computes in {report['precision']}"
     lines = [f"{report['method']} with {report['teacher']}, on {report['place']}; GB of 2^30 bytes, estimated", ""]
     for title, sizes in (("held from first to last", report["held"]), ("besides, one at a time", report["moments"])):
         lines.append(title)
         for name, size in sizes.items():
-            lines.append(f"  {name:36s}{_gb(size):>8s}  {size_of_it if name == 'network' else ''}".rstrip())
+            lines.append(f"  {name:36s}{_gb(size):>8s}  {network if name == 'network' else ''}".rstrip())
     lines += [f"{'while prompts are embedded, in all':38s}{_gb(report['while prompts are embedded']):>8s}"]
     lines += [f"{'peak':38s}{_gb(report['peak']):>8s}", ""]
-    there = f"about {_gb(report['peak'])} GB at its peak, and {report['place']} has {_gb(report['memory'])}"
+    sizes = f"about {_gb(report['peak'])} GB at its peak, and {report['place']} has {_gb(report['memory'])}"
     if report["fits"]:
-        return "\n".join([*lines, f"Yes, it fits: it takes {there} GB."])
+        return "\n".join([*lines, f"Yes, it fits: it takes {sizes} GB."])
     lines += ["peak with each of these and those above it"] if report["settings"] else []
-    for one in report["settings"]:
-        lines.append(f"  {one['setting']:36s}{_gb(one['peak']):>8s}  {one['cost']}")
+    for row in report["settings"]:
+        lines.append(f"  {row['setting']:36s}{_gb(row['peak']):>8s}  {row['cost']}")
     lines += [""] if report["settings"] else []
     last = "with all of these it fits" if report["fits with them"] else "no setting that is known makes it fit"
-    return "\n".join([*lines, f"No, it does not fit: it takes {there} GB; {last}."])
+    return "\n".join([*lines, f"No, it does not fit: it takes {sizes} GB; {last}."])
 
 
 def _gb(size: int) -> str:
@@ -151,7 +151,7 @@ def _version(name: str) -> str | None:
 
 
 def _backend(device: torch.device, name: str) -> str:
-    """Which kernels a name gives here, or why it gives none."""
+    """The kernels that a backend's name selects on this machine, or why it selects none."""
     try:
         chosen = ops.choose(device, name)
     except (ValueError, ImportError) as error:
