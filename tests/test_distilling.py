@@ -399,12 +399,12 @@ def test_true_toys_are_their_own_floor_and_blank_pictures_are_not():
     floor = real.floor()
     assert floor["precision"] > 0.9 and floor["recall"] > 0.9
     assert floor["class_accuracy"] > 0.8  # a handle is hidden from behind
-    mug, _, _, ball = real.wanted(4).tolist()
+    mug, _, _, ball = real.labels(4).tolist()
     assert real.judge.kinds[mug[0]] == "mug" and [real.judge.colours[i] for i in mug[1:]] == ["red", "blue"]
     assert ball[2] == -1  # of one colour
-    blank = real.figures(torch.ones(80, 3, 64, 64), real.wanted(80))
+    blank = real.figures(torch.ones(80, 3, 64, 64), real.labels(80))
     assert blank["fd_feat"] > 10 * floor["fd_feat"] and blank["recall"] == 0
-    others = real.figures(real.renders(1), real.wanted(81)[1:])  # each under its neighbour's name
+    others = real.figures(real.renders(1), real.labels(81)[1:])  # each under its neighbour's name
     assert others["fd_feat"] == floor["fd_feat"] and others["class_accuracy"] < 0.05
     with pytest.raises(ValueError, match="only generators of all ten digits, or of toys"):
         evaluation.real_for(["a handwritten two"], 600)
