@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def frechet(ours: Tensor, theirs: Tensor) -> float:
-    """Return the Frechet distance of Gaussians with the rows' means and covariances (Heusel et al., arXiv 1706.08500).
+    """Return the Frechet distance of two Gaussians with the rows' means and covariances (arXiv 1706.08500, eq. 6).
 
         |m - m'|^2 + tr(S + S' - 2 (S S')^(1/2))
 
