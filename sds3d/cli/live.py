@@ -157,6 +157,6 @@ def studio(
 def _until_interrupted(watch: Watch) -> None:
     """Serve until Ctrl-C, which ends the command without an error."""
     try:
-        watch.stay()
+        watch.serve()
     except KeyboardInterrupt:
         print(file=sys.stderr)

@@ -178,7 +178,7 @@ def carry_out(
             for last in steps:
                 display.show(last)
                 if watch is not None:
-                    watch.attend(last, lambda: bool(stopped))
+                    watch.update(last, lambda: bool(stopped))
                 # All processes must stop at the same step, or one would wait for the others for ever.
                 if processes.agree(bool(stopped) or (watch is not None and watch.stopped)):
                     break
