@@ -258,7 +258,7 @@ def test_fewer_steps_are_the_first_of_its_times(in_folder):
     told = {key: value for key, value in generator._teacher.told.items() if key != "times"}
     assert generated.LoadedGenerator(teacher, told).times.tolist() == generator.times.tolist()  # of an older file
     for bad in ("[0.5]", "[0.1, 0.2, 0.3, 0.4]"):
-        with pytest.raises(ValueError, match="not 4 falling numbers above 0, up to 1.; train it again"):
+        with pytest.raises(ValueError, match="not 4 decreasing numbers above 0, up to 1.; train it again"):
             generated.LoadedGenerator(teacher, {**told, "times": bad})
 
 
@@ -320,7 +320,7 @@ def test_every_recipe_for_generators_loads_and_is_short(path, tmp_path):
         ({"method": "dmd", "negative": "a seven"}, "no part in DMD's pairs"),
         ({"source.prompt": "a handwritten two"}, "a generator edits nothing"),
         ({"critic.camera_drop": 0.5}, "a generator has none"),
-        ({"method": "csd"}, "CSD knows nothing of what a generator draws"),
+        ({"method": "csd"}, "CSD does not see what the generator draws"),
     ],
 )
 def test_impossible_settings_are_refused(bad, said):
@@ -461,7 +461,7 @@ def test_a_generator_that_was_stopped_can_be_had_as_it_is(call_packaged, in_fold
     [
         (("distill", "--prompt", "a handwritten sevn"), "does not know 'sevn' (nearest: seven"),
         (("distill", "--method", "dmdd"), "did you mean dmd"),
-        (("distill", "--method", "sds"), "knows nothing of what a generator draws"),
+        (("distill", "--method", "sds"), "does not see what the generator draws"),
         (("distill", "--teacher", "nowhere"), "neither packaged"),
         (("generate", "a handwritten two", "--teacher", "digits"), "knows neither cameras nor view words"),
         (("distill", "--device", "gpu"), "give auto, cpu or cuda"),

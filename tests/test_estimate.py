@@ -272,7 +272,7 @@ def test_doctor_knows_the_packaged_teacher(call_packaged):
 def test_doctor_says_of_a_teacher_that_makes_no_scenes_that_it_makes_none(call_packaged):
     code, out, err = call_packaged("doctor", "--teacher", "digits")
     assert (code, out) == (2, "") and err.count("\n") == 1
-    assert "the memory that is estimated is a scene's, and the teacher digits knows neither cameras nor view" in err
+    assert "memory is estimated for scenes only, and the teacher digits knows neither cameras nor view" in err
 
 
 def test_doctor_without_network_says_how_to_use_a_folder(call, monkeypatch, tmp_path):

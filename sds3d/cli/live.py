@@ -84,7 +84,7 @@ class LiveOptions:
     def require(self) -> None:
         """Raise ValueError if --port or --host is given without --live."""
         if not self.live and (self.port is not None or self.host != HERE):
-            raise ValueError("--port and --host are where --live serves its page; add --live")
+            raise ValueError("--port and --host are for the page of --live; add --live")
 
     def page(self, silent: bool) -> AbstractContextManager[Watch | None]:
         """Return a context with the live page; None without --live. Raises ValueError; see `require`.
@@ -139,7 +139,7 @@ def studio(
     require_place(host, port)
     layer = configs.parse_overrides(overrides or [])
     if "prompt" in layer:
-        raise ValueError("prompt= has no part in the studio, whose page takes the prompts: leave it out")
+        raise ValueError("prompt= cannot be set in the studio, whose page takes the prompts: leave it out")
     if out is not None:
         configs.refuse_twice({"out": out}, layer)
         layer |= {"out": out}

@@ -196,7 +196,7 @@ def export(
     meshes = [suffix for suffix in suffixes if suffix not in names]
     options.check(meshes)
     if options.changed() and not meshes:
-        raise ValueError(f"--{next(iter(options.flags()))} is about a mesh, and {format} holds none; leave it out")
+        raise ValueError(f"--{next(iter(options.flags()))} applies to meshes, and {format} has none; leave it out")
     asset, files, reports, lines = Asset.open(run), [], {}, []
     require_folder(out or asset.path)  # before the work
     with progress.parts(quiet or json) as tell:

@@ -46,7 +46,7 @@ def user_path(text: str | Path) -> Path:
 def finite(value: float | None) -> float | None:
     """Check a number from a flag. Raises BadParameter for nan and infinity, which range checks may let through."""
     if value is not None and not math.isfinite(value):
-        raise typer.BadParameter(f"{value} is no number to work with")
+        raise typer.BadParameter(f"{value} is not finite; give a number")
     return value
 
 

@@ -175,7 +175,7 @@ def _settings(data: str, out: Path, resume: bool, layer: dict[str, Any]) -> FitC
     from sds3d.teachers.training.fit import FitConfig, settings_of
 
     if "data" in layer:
-        raise ValueError(f"data is what comes first, {data}: name other data there, and leave data= out")
+        raise ValueError(f"data is the first argument, {data}: name other data there, and leave data= out")
     base = settings_of(out) if resume else {**plain(FitConfig.usual(data)), "data": data}
     settings = build(FitConfig, merge(base, layer))
     size = FitConfig.usual(data).size

@@ -166,7 +166,7 @@ def parse_overrides(texts: Iterable[str]) -> dict[str, Any]:
             raise ValueError(f"cannot read {shown(text)}; give key=value with a value in YAML ({error})") from error
         layer = merge(layer, _nested({key: node}))
     if _at(layer, PICKLE) is not None:
-        raise ValueError(f"{PICKLE} is no setting to write down; {_FLAG}")
+        raise ValueError(f"{PICKLE} cannot be given as a setting; {_FLAG}")
     return layer
 
 
@@ -261,7 +261,7 @@ def of_run(path: Path) -> Any:
             values = merge(values, _nested({PICKLE: False}))
         return _from_layers(None, [values], None)
     except ValueError as error:
-        raise ValueError(f"{path} cannot be used; edited, or of another version of sds3d? {error}") from error
+        raise ValueError(f"{path} cannot be used; was it edited, or made by another version? {error}") from error
 
 
 def to_plain(config: RunConfig) -> dict[str, Any]:

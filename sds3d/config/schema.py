@@ -264,14 +264,14 @@ class DistillConfig(RunConfig):
         super().__post_init__()
         if isinstance(self.method, ScoreMethod) and "critic" not in self.method.NEEDS:
             raise ValueError(
-                f"{type(self.method).__name__} knows nothing of what a generator draws, and would make it draw one "
-                "image a prompt; give diffinstruct, vsd, dmd or dmd2"
+                f"{type(self.method).__name__} does not see what the generator draws, and would make it draw one image "
+                "per prompt; give diffinstruct, vsd, dmd or dmd2"
             )
         if "real" in self.method.NEEDS and self.critic.kind != "copy":
             raise ValueError(f"critic.kind is {self.critic.kind}; the discriminator of DMD2 needs copy")
         if "pairs" in self.method.NEEDS and self.negative:
             name = type(self.method).__name__
-            raise ValueError(f"negative has no part in {name}'s pairs; leave it out, or give dmd2 or diffinstruct")
+            raise ValueError(f"negative is not used in {name}'s pairs; leave it out, or give dmd2 or diffinstruct")
         if self.particles > 1:
             raise ValueError("method.particles counts scenes; a generator draws generator.batch images")
         if self.source != SourceConfig():

@@ -74,7 +74,7 @@ def read(folder: str | Path, size: int, longest: int) -> Folder:
                 captions.append(tuple(text for text, n in zip(texts, lengths) if n <= longest))
         except ValueError as error:
             skipped.append(f"{name}: {error}")
-    skipped += [f"{name}: captioned and not there" for name in by_file]
+    skipped += [f"{name}: it has a caption, and the file is missing" for name in by_file]
     if not images:
         raise ValueError(
             f"none of the {len(files)} images in {folder} can be used ({'; '.join(skipped[:3])}); "

@@ -96,11 +96,11 @@ class Comparison:
                 raise ValueError(f"method is {name!r}; {nearest(name, METHODS)} (there is {', '.join(METHODS)})")
         for name, values in (("prompts", self.prompts), ("methods", self.methods), ("seeds", self.seeds)):
             if len(set(values)) < len(values):
-                raise ValueError(f"{name} has one twice: {', '.join(map(str, values))}")
+                raise ValueError(f"{name} has a value twice ({', '.join(map(str, values))}); give each once")
         for key in {"prompt", "method", "seed", "out"} & set(self.layer):
             method = self.layer[key] if key == "method" else None
             if not isinstance(method, Mapping) or "name" in method:  # method.scale= is a setting of all its runs
-                raise ValueError(f"{key}= has no part in a comparison: give prompts, --methods, --seeds and --out")
+                raise ValueError(f"{key}= cannot be set in a comparison: give prompts, --methods, --seeds and --out")
         if self.student not in STUDENTS:
             raise ValueError(f"student is {self.student!r}; give {' or '.join(STUDENTS)}")
 

@@ -278,9 +278,9 @@ def bounds(glb: bytes) -> tuple[np.ndarray, np.ndarray]:
         parts = [part["attributes"]["POSITION"] for mesh in tree["meshes"] for part in mesh["primitives"]]
         boxes = np.array([[tree["accessors"][i][key] for key in ("min", "max")] for i in parts], dtype=float)
     except (LookupError, TypeError, ValueError) as error:
-        raise ValueError(f"its header says not where its vertices are ({type(error).__name__})") from error
+        raise ValueError(f"its header does not say where its vertices are ({type(error).__name__})") from error
     if boxes.ndim != 3 or boxes.shape[1:] != (2, 3) or not np.isfinite(boxes).all():
-        raise ValueError("its header says not where its vertices are")
+        raise ValueError("its header does not say where its vertices are")
     return boxes[:, 0].min(0), boxes[:, 1].max(0)
 
 

@@ -57,7 +57,7 @@ def contact_sheet(
     if not rows or any(len(row) == 0 for row in rows):
         raise ValueError("a contact sheet needs at least one row, and an image in every row")
     if labels is not None and len(labels) != len(rows):
-        raise ValueError(f"a contact sheet of {len(rows)} rows got {len(labels)} labels; give one a row")
+        raise ValueError(f"a contact sheet of {len(rows)} rows got {len(labels)} labels; give one per row")
     from PIL import Image, ImageDraw
 
     tiles = [to_bytes(row if size is None else resize(row, size)) for row in rows]

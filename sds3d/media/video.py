@@ -51,8 +51,8 @@ def check(path: str | Path, size: int, frames: int, fps: int) -> None:
         raise ValueError(f"turntable size is {size}; give an even number of at least 16 pixels")
     if frames < 2 or not 1 <= fps <= (50 if suffix == ".gif" else 120):
         raise ValueError(
-            f"a turntable of {frames} frames at {fps} a second; give at least 2 frames, "
-            "and 1 to 120 a second (50 in a GIF)"
+            f"a turntable of {frames} frames at {fps} per second; give at least 2 frames, "
+            "and 1 to 120 per second (50 in a GIF)"
         )
 
 

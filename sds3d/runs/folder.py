@@ -162,17 +162,17 @@ class Run:
             ValueError: the checkpoint is missing, damaged or of another format.
         """
         if not self.checkpoint.is_file():
-            raise ValueError(f"{self.path} has no checkpoint.safetensors yet; let it go on: sds3d resume {self.path}")
+            raise ValueError(f"{self.path} has no checkpoint.safetensors yet; continue it: sds3d resume {self.path}")
         damaged = f"{self.checkpoint} is damaged or is no checkpoint of sds3d"
         advice = f"put a sound copy of it there, or start again with --config {self.config}"
         try:
             tensors, header = tensor_files.read(self.checkpoint)
             text = header.pop(_HEADER)
             if header:
-                raise ValueError("its header holds more than was written")
+                raise ValueError("its header has unknown entries")
             state = tensor_files.unflatten(files.from_json(text), tensors)
             if not isinstance(state, dict):
-                raise ValueError("its header holds no state")
+                raise ValueError("its header has no state")
         except (KeyError, TypeError, ValueError) as error:
             reason = str(error) if type(error) is ValueError else type(error).__name__
             raise ValueError(f"{damaged} ({reason}): {advice}") from error

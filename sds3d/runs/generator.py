@@ -315,7 +315,7 @@ def _times(teacher: SmallTeacher | DiffusersTeacher, config: GeneratorConfig, te
     numbers = torch.tensor(convert(tuple[float, ...], from_json(text), "times"), dtype=torch.float64)
     falls = bool((numbers.diff() < 0).all()) and bool(((numbers > 0) & (numbers <= most)).all())
     if len(numbers) != config.steps or not falls:
-        raise ValueError(f"times is {shown(text)}, not {config.steps} falling numbers above 0, up to {most:g}")
+        raise ValueError(f"times is {shown(text)}, not {config.steps} decreasing numbers above 0, up to {most:g}")
     if isinstance(teacher, DiffusersTeacher):
         return generator_scheduler.times_of(teacher.levels, numbers), 1.0
     return numbers, float(teacher.schedule.alpha_sigma(numbers[:1])[1])

@@ -43,7 +43,8 @@ def title(config: DistillConfig) -> str:
 def check_teacher(config: DistillConfig, teacher: Loaded) -> None:
     """Raise ValueError if a teacher cannot teach a generator. Turns off the view words of a diffusers pipeline."""
     if views_per_set(teacher) > 1:
-        raise ValueError(f"the teacher {config.teacher.name} judges views of a scene, and a generator draws none")
+        name = config.teacher.name
+        raise ValueError(f"the teacher {name} judges several views of a scene at once; a generator draws single images")
     if isinstance(teacher, DiffusersTeacher):
         teacher.words.sided = False
     if "real" in config.method.NEEDS or ("pairs" in config.method.NEEDS and config.distance == "teacher"):
@@ -76,13 +77,13 @@ def prompts(config: DistillConfig, teacher: Loaded) -> list[str]:
         if not (toys or teacher.prompts):
             raise ValueError(
                 f"the teacher {config.teacher.name} does not say what it was trained on; say what to draw: "
-                "--prompts FILE (generator.prompts=FILE), with a prompt a line, or --prompt"
+                "--prompts FILE (generator.prompts=FILE), with one prompt per line, or --prompt"
             )
         return list(sources.Toybox().prompts if toys else teacher.prompts)
     try:
         text = read_text(user_path(config.generator.prompts))
     except ValueError as error:
-        raise ValueError(f"generator.prompts: {error}; give a text file, one prompt a line") from error
+        raise ValueError(f"generator.prompts: {error}; give a text file, one prompt per line") from error
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     for line in lines:
         teacher.check(line)

@@ -158,7 +158,7 @@ def _after_divergence(run: Run) -> str:
     """What is saved of a run that diverged, and what to do."""
     if not run.checkpoint.is_file():
         return "Nothing was saved yet: begin again"
-    return f"{run.checkpoint} is from before, and good: look at it with sds3d view {run.path}, and begin a new run"
+    return f"{run.checkpoint} was saved before and is intact: look at it with sds3d view {run.path}, begin a new run"
 
 
 class _Parts:
@@ -175,7 +175,7 @@ class _Parts:
             self.source = Asset.open(config.source.run, config.device, getattr(config, "backend", "auto")).scene
         if "source" in config.method.NEEDS and not self.kind.has_source(config):
             raise ValueError(
-                f"{type(config.method).__name__} edits, and needs what: give {self.kind.source} and source.prompt"
+                f"{type(config.method).__name__} edits, and needs a source: give {self.kind.source} and source.prompt"
             )
 
     def begin_from_source(self) -> None:
@@ -274,7 +274,7 @@ def processes_of(config: RunConfig) -> Processes:
     many = kinds.of(config).many_processes
     processes = join(many and getattr(config, "fsdp", False))
     if processes.world_size > 1 and not many:
-        raise ValueError("torchrun starts several processes, which only sds3d distill can share; start it without")
+        raise ValueError("torchrun starts several processes, and only sds3d distill supports that; start it without")
     return processes
 
 
@@ -298,7 +298,7 @@ def prepare(config: RunConfig, home: Path | None = None) -> Iterator[int]:
             folder = generator_parts.pairs_folder(distilled, teacher)
             if home is not None and not (is_own(folder, home) or (folder / "pairs.json").is_file()):
                 raise ValueError(
-                    f"the run's pairs are gone from {folder}, and resume makes new ones in {home} only: bring them back"
+                    f"the run's pairs are gone from {folder}, and resume makes new ones in {home} only: restore them"
                 )
             yield from generator_parts.make_pairs(distilled, teacher)
         processes.wait()

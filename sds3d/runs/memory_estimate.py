@@ -146,7 +146,7 @@ def estimate(config: Config, machine: Machine) -> Estimate:
     try:
         scene_parts.check_teacher(config, fake.teacher)
     except ValueError as error:
-        raise ValueError(f"the memory that is estimated is a scene's, and {error}") from error
+        raise ValueError(f"memory is estimated for scenes only, and {error}") from error
     resolution = config.render.resolution_at(math.inf)  # the largest, usually
     kept, backward, forward = _encoding(for_vae, dtype, views, resolution)
     render, render_back = _render(config, machine)
@@ -156,7 +156,7 @@ def estimate(config: Config, machine: Machine) -> Estimate:
     fit = critic_answer = trained = 0
     if "critic" in config.method.NEEDS:
         if teacher.hf.offload:
-            raise ValueError("a critic trains on the network, which teacher.hf.offload keeps away; leave that out")
+            raise ValueError("a critic trains on the network, which teacher.hf.offload moves off the GPU; leave it out")
         trained, critic_answer, fit = _critic(for_network, dtype, config.critic, views)
         parts |= {"critic": trained, "critic's gradients and moments": 3 * trained}
         fit = max(fit, forward, trained if machine.gpu else 0)  # on a GPU, Adam's step makes one copy of the weights
