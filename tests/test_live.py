@@ -272,7 +272,7 @@ def test_stop_and_export_writes_the_files_and_can_be_resumed(call, tiny, monkeyp
 
     def stopping(self, step, interrupted):
         if step.step == 3:
-            self._end()
+            self._stop_run()
         update(self, step, interrupted)
 
     monkeypatch.setattr(Watch, "update", stopping)
