@@ -371,19 +371,20 @@ def test_a_picture_with_too_many_pixels_and_deep_captions_are_sentences(call_pac
     ],
 )
 def test_a_host_is_this_machine_or_refused(serves, host, known):
-    assert stages.is_here(host, Address(serves, 8080)) == known
+    assert stages.is_own_host(host, Address(serves, 8080)) == known
 
 
 def test_where_others_are_let_in_this_machines_name_is_known(monkeypatch):
     monkeypatch.setattr("socket.gethostname", lambda: "MyBox")
     monkeypatch.setattr("socket.getfqdn", lambda: "mybox.example.org")
     for host in ("mybox", "mybox.local:8080", "MYBOX.example.org"):
-        assert stages.is_here(host, Address("0.0.0.0", 8080)) and not stages.is_here(host, Address("127.0.0.1", 8080))
+        assert stages.is_own_host(host, Address("0.0.0.0", 8080))
+        assert not stages.is_own_host(host, Address("127.0.0.1", 8080))
 
 
 def test_a_pace_gives_so_many_turns_a_second_and_a_few_at_once():
     async def count(seconds: float, takers: int) -> list[int]:
-        pace, found = stages.Pace(100, 20), [0] * takers
+        pace, found = stages.RateLimit(100, 20), [0] * takers
 
         async def take(i: int) -> None:
             while True:
@@ -408,8 +409,13 @@ def test_a_flood_of_cameras_is_not_listened_to(monkeypatch):
     from websockets.sync.client import connect
 
     stage, noted = stages.Stage(Address.find(port=0), "title"), []
-    note = stage.eyes.note
-    monkeypatch.setattr(stage.eyes, "note", lambda key, pose: noted.append((time.monotonic(), key)) or note(key, pose))
+    update = stage.viewers.update
+
+    def noting(key, pose):
+        noted.append((time.monotonic(), key))
+        update(key, pose)
+
+    monkeypatch.setattr(stage.viewers, "update", noting)
     camera = {"type": "ViewerCameraMessage", "wxyz": [1.0, 0, 0, 0], "position": [0.0, 0, 3], "fov": 0.7}
     camera |= {"near": 0.01, "far": 100.0, "image_height": 64, "image_width": 64, "look_at": [0.0, 0, 0]}
     data = msgspec.msgpack.encode(camera | {"up_direction": [0.0, 1, 0]})

@@ -210,7 +210,7 @@ def test_a_run_made_on_a_gpu_goes_on_without_one(made_elsewhere, plain):
         made, steps = launch.resume(made_elsewhere)
     texts = " ".join(str(one.message) for one in said)
     here = pick_device("auto")
-    assert f"made with device={ELSEWHERE}, which is not here: it goes on with device={here}" in texts
+    assert f"made with device={ELSEWHERE}, which this machine does not have: it goes on with device={here}" in texts
     assert "made with backend=tinycudann" in texts
     assert [step.step for step in steps] == [2] and all(path.exists() for path in made.finish())
     assert (made_elsewhere / "config.yaml").read_text() == before

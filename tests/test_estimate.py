@@ -18,14 +18,14 @@ from sds3d.config import load as configs
 from sds3d.config.load import Config
 from sds3d.runs import build
 from sds3d.runs import memory_estimate as estimate
-from sds3d.runs.memory_estimate import Place
+from sds3d.runs.memory_estimate import Machine
 from sds3d.runtime.memory import Meter, tensor_bytes, use_fake_tensors
 from sds3d.teachers.base import HFConfig, TeacherConfig
 from sds3d.teachers.hf import sketch
 from sds3d.teachers.load import load_teacher
 from sds3d.train import train
 
-CPU, GPU = Place("a CPU", 2**40, False), Place("a GPU", 2**40, True)
+CPU, GPU = Machine("a CPU", 2**40, False), Machine("a GPU", 2**40, True)
 DOWN, UP = "CrossAttnDownBlock2D", "CrossAttnUpBlock2D"
 VAE = {
     "block_out_channels": [128, 256, 512, 512],
@@ -240,7 +240,7 @@ def test_doctor_says_yes_before_any_weight_is_there(pipelines, call, in_folder):
     folder = of_size(SD15, in_folder / "pipeline", pipelines("sd"))
     code, out, err = call("doctor", "--teacher", str(folder), "--memory", "24", "--method", "sds")
     assert code == 0, err
-    assert "859.5 M weights, answers in bfloat16" in out and "Yes, it fits" in out.splitlines()[-1]
+    assert "859.5 M weights, computes in bfloat16" in out and "Yes, it fits" in out.splitlines()[-1]
     code, out, err = call("doctor", "--teacher", str(folder), "--memory", "24", "--method", "sds", "--json")
     report = json.loads(out)
     assert report["fits"] and report["held"]["network"] / 2**30 == pytest.approx(1.60, abs=0.01)
@@ -274,7 +274,7 @@ def test_doctor_knows_the_packaged_teacher(call_packaged):
 def test_doctor_says_of_a_teacher_that_makes_no_scenes_that_it_makes_none(call_packaged):
     code, out, err = call_packaged("doctor", "--teacher", "digits")
     assert (code, out) == (2, "") and err.count("\n") == 1
-    assert "the memory that is estimated is a scene's, and the teacher digits knows neither cameras nor view" in err
+    assert "memory is estimated for scenes only, and the teacher digits knows neither cameras nor view" in err
 
 
 def test_doctor_without_network_says_how_to_use_a_folder(call, monkeypatch, tmp_path):

@@ -67,7 +67,7 @@ def test_a_table_names_files_and_captions(tmp_path, kind):
     assert found.skipped == [
         f"captions.{kind}, {'row 5' if kind == 'csv' else 'line 9'}: it needs file and caption",
         "c.png: no caption",
-        "gone.png: captioned and not there",
+        "gone.png: it has a caption, and the file is missing",
     ]
 
 
@@ -135,7 +135,7 @@ def test_a_bad_line_of_a_table_costs_no_other(tmp_path, name):
         f"{name}, line 5: it is no JSON (Expecting value, column 10)",
         f"{name}, line 6: it is nested too deeply",
         f"{name}, line 7: it is nested too deeply",
-        f"{'x' * 5000}: captioned and not there",
+        f"{'x' * 5000}: it has a caption, and the file is missing",
     ]
 
 

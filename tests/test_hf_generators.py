@@ -223,7 +223,7 @@ def test_fewer_steps_are_the_first_of_those_it_was_trained_with(steps, told):
     with pytest.raises(ValueError, match="smaller than `num_inference_steps`: 8"):
         by_diffusers(made.path / "pipeline", 5, '"a prompt", num_inference_steps=8')
     card.write_text(json.dumps({**json.loads(card.read_text()), "times": "[3.0, 2.0]"}))
-    with pytest.raises(ValueError, match=r"times is '.3.0, 2.0.', not 4 falling numbers .*; train it again"):
+    with pytest.raises(ValueError, match=r"times is '.3.0, 2.0.', not 4 decreasing numbers .*; train it again"):
         sds3d.load_generator(made.path)
     card.write_text(json.dumps({key: value for key, value in json.loads(card.read_text()).items() if key != "times"}))
     older = sds3d.load_generator(made.path)

@@ -15,7 +15,7 @@ from sds3d.config.load import load as load_config
 from sds3d.distill.critics import CriticConfig, TrainedCritic
 from sds3d.distill.query import Query
 from sds3d.runs import kinds
-from sds3d.runs.memory_estimate import place
+from sds3d.runs.memory_estimate import find_machine
 from sds3d.students.base import Draw
 from sds3d.teachers.base import HFConfig, TeacherConfig
 from sds3d.teachers.hf.multi_view import MultiView, camera_numbers
@@ -160,9 +160,9 @@ def test_generate_in_rings_of_four(method, folder, call_packaged, in_folder):
 def test_doctor_keeps_rings_whole(folder):
     """What it advises can be given, and where views stand alone it says what a run would."""
     ringed = load_config("a mug", {"teacher.name": str(folder), "camera.ring": 4, "render.views": 8})
-    report = examine_memory(ringed, place("cuda", 0.7))
+    report = examine_memory(ringed, find_machine("cuda", 0.7))
     assert not report["fits"] and "render.views=4" in [one["setting"] for one in report["settings"]]
     packaged = load_config("a mug", {"camera.ring": 4, "render.views": 12})
     assert "render.views=4" in [one.setting for one in kinds.of(packaged).savings(packaged, 0)]
     with pytest.raises(ValueError, match="give camera.ring=4 and render.views=4, or a multiple"):
-        examine_memory(load_config("a mug", {"teacher.name": str(folder)}), place("cuda", 12))
+        examine_memory(load_config("a mug", {"teacher.name": str(folder)}), find_machine("cuda", 12))

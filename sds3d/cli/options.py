@@ -1,4 +1,4 @@
-"""Command-line options that come in groups: a dataclass whose fields are the options."""
+"""Groups of command-line options, as dataclasses whose fields are the options."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def optional_flags(cls: type) -> Any:
 
 
 def spread(function: Callable) -> Callable:
-    """Let Typer see the fields of the dataclass that ``function`` takes last as options of their own."""
+    """Decorate a command whose last parameter is a dataclass, so that Typer sees the dataclass's fields as options."""
     hints = get_type_hints(function, include_extras=True)
     *own, last = inspect.signature(function).parameters.values()
     cls = hints[last.name]
@@ -40,9 +40,9 @@ def spread(function: Callable) -> Callable:
         )
 
     @wraps(function)
-    def command(**given: Any) -> Any:
-        taken = {f.name: given.pop(f.name) for f in fields(cls)}
-        return function(**given, **{last.name: cls(**taken)})
+    def command(**arguments: Any) -> Any:
+        values = {f.name: arguments.pop(f.name) for f in fields(cls)}
+        return function(**arguments, **{last.name: cls(**values)})
 
     vars(command)["__signature__"] = inspect.Signature(parameters)
     command.__annotations__ = {p.name: p.annotation for p in parameters}
