@@ -54,7 +54,7 @@ MUTANTS = (  # file under sds3d/, what stands there, what is put there
     ("distill/score/bridge.py", "- q.noise", "+ q.noise"),
     ("distill/score/dds.py", "q.guided(scale) - q.guided_at(source_t", "q.guided(scale) + q.guided_at(source_t"),
     ("distill/score/dds.py", "noised(source, q.noise", "noised(q.x, q.noise"),
-    ("distill/score/dds.py", "scale, away, prompt)", "scale, away)"),
+    ("distill/score/dds.py", "scale, base, prompt)", "scale, base)"),
     ("distill/core.py", "- q.critic_eps()", "+ q.critic_eps()"),
     (
         "distill/core.py",
@@ -144,7 +144,7 @@ MUTANTS = (  # file under sds3d/, what stands there, what is put there
     ("diffusion/guidance.py", "share * wanted / has", "share * has / wanted"),
     ("prompts.py", '"front view": away / 180', '"front view": 1 - away / 180'),
     ("distill/query.py", "self.guidance.perp_neg * each, scale", "self.guidance.perp_neg * each[[1, 0, 2]], scale"),
-    ("distill/query.py", "rescaled(getattr(guided, kind), getattr(cond, kind), self.guidance.rescale)", "guided.x0"),
+    ("distill/query.py", "cfg_rescale(getattr(guided, kind), getattr(cond, kind), self.guidance.rescale)", "guided.x0"),
     ("distill/critics.py", "teacher.network.eval()", "teacher.network"),
     ("distill/critics.py", "target(answer.kind, x, noise", "target(answer.kind, noise, x"),
 )

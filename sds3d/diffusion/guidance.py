@@ -58,7 +58,7 @@ def cfg(uncond: Tensor, cond: Tensor, scale: float) -> Tensor:
     return uncond + scale * (cond - uncond)
 
 
-def rescaled(guided: Tensor, cond: Tensor, share: float) -> Tensor:
+def cfg_rescale(guided: Tensor, cond: Tensor, share: float) -> Tensor:
     """CFG rescale (Lin et al., arXiv 2305.08891, eq. 15 and 16) on predictions of x0, eps or v, (B, C, H, W) each.
 
     Gives the guided one each sample's standard deviation under the prompt alone, and mixes ``share`` of that in.

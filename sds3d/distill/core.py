@@ -220,7 +220,7 @@ class ScoreObjective:
         noise = onto(draw.processes.randn(x.shape, source, x.dtype), x.device)
         query = self.query(draw, x, onto(t, x.device), noise, step, rng)
         g = self.gradient(query)
-        return Distilled(surrogate(x, g), _metrics(g, t.tolist()) | {"asked": sum(query.asked)}, query)
+        return Distilled(surrogate(x, g), _metrics(g, t.tolist()) | {"asked": sum(query.teacher_images)}, query)
 
     def time_of(self, draw: Draw, step: int, rng: torch.Generator) -> Tensor:
         """t (B,) for a draw's images."""

@@ -143,7 +143,7 @@ class CriticConfig:
             raise ValueError("critic.targets and critic.dtype are a LoRA's; leave them out, or give critic.kind=lora")
 
 
-class Exact:
+class ExactCritic:
     """A critic that knows: any teacher's exact answer, never trained. For tests and for known students."""
 
     steps = 0

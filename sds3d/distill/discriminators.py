@@ -22,7 +22,7 @@ from sds3d.runtime.distributed import Processes
 from sds3d.runtime.transfer import onto
 from sds3d.students.base import Draw
 
-Real = Callable[[int, torch.Generator], tuple[Tensor, list[str]]]  # so many -> x (B, C, h, w) and their prompts
+RealSampler = Callable[[int, torch.Generator], tuple[Tensor, list[str]]]  # so many -> x (B, C, h, w) and their prompts
 
 
 class TrainedDiscriminator(TrainedCritic):
@@ -39,7 +39,7 @@ class TrainedDiscriminator(TrainedCritic):
         teacher: Featured,
         config: CriticConfig,
         rng: torch.Generator,
-        real: Real,
+        real: RealSampler,
         weight: float,
         processes: Processes = Processes(),
     ):

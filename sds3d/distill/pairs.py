@@ -23,7 +23,7 @@ from sds3d.runtime.files import from_json, read_text, replacing
 from sds3d.runtime.ranges import Within
 from sds3d.runtime.transfer import onto
 from sds3d.teachers.base import Teacher
-from sds3d.teachers.drawing import drawn
+from sds3d.teachers.drawing import draw_batches
 
 PART = 500
 PARTS = "[0-9]*.safetensors"
@@ -148,7 +148,7 @@ def _make_part(
     chosen = torch.randint(len(prompts), (PART,), generator=torch.Generator().manual_seed(part))
     told = [prompts[int(i)] for i in chosen.tolist()]
     sampler = Sampler(config.sampler, config.steps)
-    pieces = list(drawn(teacher, told, SEED, sampler, guidance, first=part * PART, device=device))
+    pieces = list(draw_batches(teacher, told, SEED, sampler, guidance, first=part * PART, device=device))
     order = [row for rows, _, _ in pieces for row in rows]
     noise = in_order(order, [noise[: len(rows)] for rows, noise, _ in pieces]).cpu().float().contiguous()
     x = in_order(order, [x[: len(rows)] for rows, _, x in pieces]).cpu().float().contiguous()

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sds3d import cameras as cam
 from sds3d.cameras import Cameras
-from sds3d.diffusion.guidance import Guidance, cfg, perp_neg, rescaled
+from sds3d.diffusion.guidance import Guidance, cfg, cfg_rescale, perp_neg
 from sds3d.diffusion.noise import Prediction, per_sample
 from sds3d.diffusion.samplers import ddim
 from sds3d.prompts import VIEW_WORDS, view_negatives, with_view
@@ -50,7 +50,7 @@ class Query:
         critic: the student's own score, for methods that want it.
         source: for methods that edit: what the student's images were before, (B, C, H, W), and its prompt.
         rng: of whatever noise a method adds.
-        asked: images in each of the teacher's forwards so far.
+        teacher_images: images in each of the teacher's forwards so far.
     """
 
     teacher: Teacher
@@ -69,7 +69,7 @@ class Query:
     critic: Critic | None = None
     source: tuple[Tensor, str] | None = None
     rng: torch.Generator | None = None
-    asked: list[int] = field(default_factory=list, repr=False)
+    teacher_images: list[int] = field(default_factory=list, repr=False)
     _answers: dict[str, Prediction] = field(default_factory=dict, repr=False)
 
     def at(self, x_t: Tensor) -> Query:
@@ -108,22 +108,28 @@ class Query:
             cameras = cam.cat([self.cameras] * count)
             told = [branch in ("cond", "spoilt") or self.uncond_camera for branch in branches]
             mask = onto(torch.tensor(told).repeat_interleave(size), x_t.device)
-        self.asked.append(size * count)
+        self.teacher_images.append(size * count)
         with torch.no_grad():
             both = self.teacher.predict(torch.cat([x_t] * count), torch.cat([t] * count), prompts, cameras, mask)
         return tuple(both[i * size : (i + 1) * size] for i in range(count))
 
     def guided(self, scale: float) -> Tensor:
         """The teacher's guided eps at (x_t, t), (B, C, H, W); a negative prompt takes the null prompt's place."""
-        return self.guided_at(self.x_t, self.t, scale, away="negative" if self.negative else "uncond", kept=True)
+        return self.guided_at(self.x_t, self.t, scale, base="negative" if self.negative else "uncond", cached=True)
 
     def guided_at(
-        self, x_t: Tensor, t: Tensor, scale: float, away: str = "uncond", prompt: str | None = None, kept: bool = False
+        self,
+        x_t: Tensor,
+        t: Tensor,
+        scale: float,
+        base: str = "uncond",
+        prompt: str | None = None,
+        cached: bool = False,
     ) -> Tensor:
-        """The guided eps at another (x_t, t). At scale 1 only the prompt is asked, at 0 only ``away``."""
+        """The guided eps at another (x_t, t). At scale 1 only the prompt is asked, at 0 only ``base``."""
         views = list(VIEW_WORDS[:3]) if self.guidance.perp_neg and self._says_views() and scale not in (0, 1) else []
-        branches = [b for b, asked in (("cond", scale != 0), (away, scale != 1)) if asked] + views
-        found = self.answers(*branches) if kept else self.predict(x_t, t, *branches, prompt=prompt)
+        branches = [b for b, asked in (("cond", scale != 0), (base, scale != 1)) if asked] + views
+        found = self.answers(*branches) if cached else self.predict(x_t, t, *branches, prompt=prompt)
         if scale in (0, 1):
             return found[0].eps
         cond, uncond = found[0], found[1]
@@ -142,7 +148,7 @@ class Query:
         levels = cond.alpha, cond.sigma
         guided = Prediction(eps, x_t, *levels, "eps", cond.rates)
         kind = "x0" if self.guidance.rescale_on == "x0" else cond.kind
-        value = rescaled(getattr(guided, kind), getattr(cond, kind), self.guidance.rescale)
+        value = cfg_rescale(getattr(guided, kind), getattr(cond, kind), self.guidance.rescale)
         return Prediction(value, x_t, *levels, kind, cond.rates).eps
 
     def inverted(self, t: Tensor, steps: int, scale: float, eta: float = 0.0) -> Tensor:

@@ -42,7 +42,7 @@ class Regression:
     def __post_init__(self):
         self.processes.of(self.batch)
 
-    def judge_alone(self, step: int, rng: torch.Generator) -> Judgement:
+    def judge_without_draw(self, step: int, rng: torch.Generator) -> Judgement:
         """The loss on a batch of the pairs, which needs no draw."""
         index = self.processes.randint(len(self.pairs.prompts), self.processes.of(self.batch), rng)
         chosen = self.pairs[index]

@@ -143,7 +143,9 @@ class Generated:
         told = {"generator": json.dumps(asdict(self.config.generator)), "teacher": student.identity}
         told |= {"method": type(self.config.method).__name__, "steps": str(self.config.steps)}
         told["denoiser"] = json.dumps(self.config.method.DENOISER)
-        numbers = teacher.levels.told(student.times) if isinstance(teacher, DiffusersTeacher) else student.times
+        numbers = (
+            teacher.levels.network_timesteps(student.times) if isinstance(teacher, DiffusersTeacher) else student.times
+        )
         told["times"] = json.dumps(numbers.tolist())
         if isinstance(teacher, DiffusersTeacher):
             told["prompts"] = json.dumps(student.prompts)
@@ -301,7 +303,7 @@ def _times(teacher: SmallTeacher | DiffusersTeacher, config: GeneratorConfig, sa
             say them, and give for all steps the same again.
     """
     if said is None and isinstance(teacher, DiffusersTeacher):
-        return generator_scheduler.times(
+        return generator_scheduler.scheduler_times(
             teacher.family, teacher.levels, teacher.family.pipe.scheduler, config.steps
         ), 1.0
     if said is None:
@@ -312,7 +314,7 @@ def _times(teacher: SmallTeacher | DiffusersTeacher, config: GeneratorConfig, sa
     if len(found) != config.steps or not falls:
         raise ValueError(f"times is {shown(said)}, not {config.steps} falling numbers above 0, up to {most:g}")
     if isinstance(teacher, DiffusersTeacher):
-        return generator_scheduler.times_of(teacher.levels, found), 1.0
+        return generator_scheduler.t_of_network_timesteps(teacher.levels, found), 1.0
     return found, float(teacher.schedule.alpha_sigma(found[:1])[1])
 
 
@@ -374,7 +376,7 @@ def load_generator(path: str | Path, device: str = "auto", dtype: str = "auto") 
         except ValueError as error:
             raise ValueError(f"{file / hf.CARD} is damaged ({error}); train the generator again") from error
         pipeline = loading.load(TeacherConfig(str(file), "words", dtype, hf=found), pick_device(device))
-        pipeline.words.sided = False
+        pipeline.embedder.all_views = False
         return LoadedGenerator(pipeline, told)
     if dtype == "float16":
         raise ValueError(f"dtype float16 is for diffusers pipelines, and {file} is none; give float32 or bfloat16")

@@ -18,7 +18,7 @@ from sds3d.distill import pairs, perceptual
 from sds3d.distill.adversarial.generator_loss import Adversarial
 from sds3d.distill.core import ScoreObjective, scale_of
 from sds3d.distill.critics import TrainedCritic
-from sds3d.distill.discriminators import Real, TrainedDiscriminator
+from sds3d.distill.discriminators import RealSampler, TrainedDiscriminator
 from sds3d.distill.regression import Regression
 from sds3d.runs.folder import slug
 from sds3d.runs.memory_savings import Saving, halved, of_critic
@@ -45,7 +45,7 @@ def check_teacher(config: DistillConfig, teacher: Loaded) -> None:
     if views_per_set(teacher) > 1:
         raise ValueError(f"the teacher {config.teacher.name} judges views of a scene, and a generator draws none")
     if isinstance(teacher, DiffusersTeacher):
-        teacher.words.sided = False
+        teacher.embedder.all_views = False
     if "real" in config.method.NEEDS or ("pairs" in config.method.NEEDS and config.distance == "teacher"):
         _ = teacher.feature_width  # which not every network has
 
@@ -97,7 +97,7 @@ def build_critic(config: DistillConfig, teacher: Loaded, rng: torch.Generator, p
     return TrainedDiscriminator(teacher, config.critic, rng, found, config.method.discriminator, processes)
 
 
-def real(config: DistillConfig, teacher: Loaded, processes: Processes = Processes()) -> Real:
+def real(config: DistillConfig, teacher: Loaded, processes: Processes = Processes()) -> RealSampler:
     """What draws real images for a discriminator, told as the generator is told: by its own prompts.
 
     Raises:

@@ -205,7 +205,7 @@ def _load(settings: TeacherConfig, dtype: torch.dtype) -> Judge:
     if is_pipeline(settings):
         from sds3d.teachers.hf import sketch
 
-        drawn, encoders = sketch.draw(settings, dtype)
+        drawn, encoders = sketch.build_meta_teacher(settings, dtype)
         found = {"network": drawn.family.network, "VAE": drawn.family.vae}
         return Judge(drawn, {name: part for name, part in found.items() if part is not None}, held(*encoders))
     exact = dataclasses.replace(settings, dtype=str(dtype).removeprefix("torch."), compile=False)

@@ -83,7 +83,7 @@ class Network(Protocol):
         """See above."""
         ...
 
-    def asked_at(self, times: Tensor) -> tuple[Tensor, float]:
+    def nearest_timesteps(self, times: Tensor) -> tuple[Tensor, float]:
         """The times (K,) nearest to these at which a generator can be asked, and how large its first noise is."""
         ...
 
@@ -117,7 +117,7 @@ def begun_at(teacher: Network, config: GeneratorConfig) -> tuple[Tensor, float]:
     Raises:
         ValueError: the teacher cannot begin at the sigma_init that was given.
     """
-    found, size = teacher.asked_at(times(teacher.schedule, config, teacher.shape[-1]))
+    found, size = teacher.nearest_timesteps(times(teacher.schedule, config, teacher.shape[-1]))
     alpha, sigma = teacher.schedule.alpha_sigma(found[0])
     if config.sigma_init and not 0.9 * config.sigma_init < sigma / alpha < 1.1 * config.sigma_init:
         raise ValueError(

@@ -97,7 +97,7 @@ class Teacher(Protocol):
             "words" (the prompts carry view words, cameras are not passed).
         dtype: what its network computes in.
 
-    What some have beside that are protocols of their own: `SeesSets`, `HasVocabulary`, `OnDevice`. One that knows a
+    What some have beside that are protocols of their own: `HasViewSets`, `HasVocabulary`, `HasDevice`. One that knows a
     picture of the object takes it when it is made, and leaves it out where the prompt is "".
     """
 
@@ -137,7 +137,7 @@ class Teacher(Protocol):
 
 
 @runtime_checkable
-class SeesSets(Protocol):
+class HasViewSets(Protocol):
     """A teacher that judges several views of one scene in one forward, as MVDream's kind does (4).
 
     Rows that come with cameras are sets of ``views_per_set`` neighbours, whose cameras stand evenly around the scene
@@ -155,7 +155,7 @@ class HasVocabulary(Protocol):
 
 
 @runtime_checkable
-class OnDevice(Protocol):
+class HasDevice(Protocol):
     """A teacher that says where its network is."""
 
     @property
@@ -166,7 +166,7 @@ class OnDevice(Protocol):
 
 def views_per_set(teacher: Teacher) -> int:
     """How many views of one scene a teacher judges in one forward; 1 of most."""
-    return teacher.views_per_set if isinstance(teacher, SeesSets) else 1
+    return teacher.views_per_set if isinstance(teacher, HasViewSets) else 1
 
 
 def encode_pixels(images: Tensor, image_size: int, channels: int = 3) -> Tensor:

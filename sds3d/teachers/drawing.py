@@ -15,10 +15,10 @@ from sds3d.diffusion.noise import Prediction
 from sds3d.diffusion.samplers import Fresh, Sampler
 from sds3d.runtime.modes import require_own_process
 from sds3d.runtime.transfer import onto
-from sds3d.teachers.base import OnDevice, Teacher, views_per_set
+from sds3d.teachers.base import HasDevice, Teacher, views_per_set
 
 
-def guided(
+def guided_predictor(
     teacher: Teacher, prompts: Sequence[str], scale: float, cameras: Cameras | None = None
 ) -> Callable[[Tensor, Tensor], Prediction]:
     """The teacher's answers to B prompts as a sampler asks for them, guided by v_uncond + scale (v - v_uncond).
@@ -55,11 +55,11 @@ def draw(
         rng: of fresh noise, for samplers that add some.
     """
     assert noise.shape == (len(prompts), *teacher.shape), (noise.shape, len(prompts), teacher.shape)
-    *_, (_, _, x) = sampler(guided(teacher, prompts, guidance, cameras), noise, teacher.schedule, rng)
+    *_, (_, _, x) = sampler(guided_predictor(teacher, prompts, guidance, cameras), noise, teacher.schedule, rng)
     return x
 
 
-def drawn(
+def draw_batches(
     teacher: Teacher,
     prompts: Sequence[str],
     seed: int,
@@ -116,8 +116,8 @@ def sample(
     """
     if not prompts:
         return torch.zeros(0, 3, teacher.image_size, teacher.image_size)
-    own = teacher.device if isinstance(teacher, OnDevice) else "cpu"
+    own = teacher.device if isinstance(teacher, HasDevice) else "cpu"
     where = torch.device(own if device is None else device)
-    made = drawn(teacher, prompts, seed, Sampler(sampler, steps), guidance, cameras, device=where)
+    made = draw_batches(teacher, prompts, seed, Sampler(sampler, steps), guidance, cameras, device=where)
     rows, images = zip(*((rows, teacher.decode(x)[: len(rows)]) for rows, _, x in made))
     return in_order(sum(rows, []), images)

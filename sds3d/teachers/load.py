@@ -41,8 +41,8 @@ def load_teacher(settings: TeacherConfig, device: str = "auto") -> Loaded:
         )
     dtype = None if settings.dtype == "auto" else getattr(torch, settings.dtype)
     found = small.load(path, settings.views, pick_device(device), dtype, settings.compile)
-    if "generator" in found.told:
-        _require_denoiser(str(path), found.told)
+    if "generator" in found.header:
+        _require_denoiser(str(path), found.header)
     return found
 
 

@@ -52,7 +52,7 @@ class SmallTeacher:
     Attributes:
         fingerprint: of the file it was loaded from, "" where there is none.
         prompts: what it may be asked for, of those it was trained on.
-        told: the file's header.
+        header: of the file.
     """
 
     schedule = Schedule.cosine()
@@ -78,7 +78,7 @@ class SmallTeacher:
         self._embedded: dict[str, tuple[Tensor, Tensor]] = {}
         self.fingerprint = ""
         self.prompts: tuple[str, ...] = ()
-        self.told: dict[str, str] = {}
+        self.header: dict[str, str] = {}
 
     @property
     def device(self) -> torch.device:
@@ -126,8 +126,8 @@ class SmallTeacher:
         """See `sds3d.distill.critics.Featured`."""
         return self.unet.config.widths[-1]
 
-    def asked_at(self, times: Tensor) -> tuple[Tensor, float]:
-        """See `sds3d.students.generator.Network.asked_at`: at any time, with as much noise as there is then."""
+    def nearest_timesteps(self, times: Tensor) -> tuple[Tensor, float]:
+        """See `sds3d.students.generator.Network.nearest_timesteps`. The times themselves: any t is possible."""
         return times, float(self.schedule.alpha_sigma(times[0])[1])
 
     @property
@@ -217,17 +217,17 @@ def save(
     text: TextEncoder,
     vocabulary: tuple[str, ...],
     prompts: Sequence[str] = (),
-    told: Mapping[str, str] = MappingProxyType({}),
+    extra_header: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
     """Write both networks as fp16 safetensors; vocabulary, sizes and prompts it may be asked for go into the header.
 
     Args:
-        told: what else the header says.
+        extra_header: what else the header says.
     """
     tensors = {f"unet.{k}": v for k, v in unet.state_dict().items()}
     tensors |= {f"text.{k}": v for k, v in text.state_dict().items()}
     header = {"vocabulary": json.dumps(vocabulary), "unet": json.dumps(asdict(unet.config))}
-    header |= {"prompts": json.dumps(prompts), **told}
+    header |= {"prompts": json.dumps(prompts), **extra_header}
     tensors = {k: v.detach().half().cpu().contiguous() for k, v in tensors.items()}
     data = tensor_files.to_bytes(tensors, header)
     with replacing(path, (".safetensors",)) as part:
@@ -285,6 +285,6 @@ def load(
         # torch's types of Module.to leave out memory_format
         module.requires_grad_(False).eval().to(device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     teacher = SmallTeacher(unet, text, vocabulary, views, pick_dtype(device, dtype), compiled)
-    teacher.fingerprint, teacher.told = _fingerprint(tensors, header), header
+    teacher.fingerprint, teacher.header = _fingerprint(tensors, header), header
     teacher.prompts = tuple(prompts)
     return teacher

@@ -37,5 +37,5 @@ class DDS(ScoreMethod):
             raise ValueError("DDS compares with a source image, and this draw has none")
         scale, (source, prompt) = scale_of(self.scale, q.step), q.source
         source_t = noised(source, q.noise, q.alpha, q.sigma)
-        away = "negative" if q.negative else "uncond"
-        return q.guided(scale) - q.guided_at(source_t, q.t, scale, away, prompt)
+        base = "negative" if q.negative else "uncond"
+        return q.guided(scale) - q.guided_at(source_t, q.t, scale, base, prompt)

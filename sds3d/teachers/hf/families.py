@@ -57,7 +57,7 @@ class Family:
         "LatentConsistencyModelPipeline",
         "LatentConsistencyModelImg2ImgPipeline",
     )
-    FIELDS: ClassVar[fields.Known] = fields.UNET
+    FIELDS: ClassVar[fields.KnownFields] = fields.UNET
     PART: ClassVar[str] = "unet"
     ENCODERS: ClassVar[tuple[str, ...]] = ("text_encoder",)
     TOKENIZERS: ClassVar[dict[str, int]] = {"tokenizer": 0}
@@ -116,8 +116,8 @@ class Family:
         """What the U-Net is told of a distilled guidance for B images, (B, time_cond_proj_dim); None for nothing."""
         if not self.takes_guidance:
             return None
-        told = guidance_embedding(self.settings.embedded_guidance, self.network.config.time_cond_proj_dim)
-        return told.to(like).expand(len(like), -1)
+        embedding = guidance_embedding(self.settings.embedded_guidance, self.network.config.time_cond_proj_dim)
+        return embedding.to(like).expand(len(like), -1)
 
     @property
     def side(self) -> int:
@@ -148,7 +148,7 @@ class Family:
         words, _ = pipe.encode_prompt(prompts, device, 1, False)
         return {"words": words}
 
-    def sees(self, cameras: Cameras, told: Tensor | None) -> dict[str, Tensor] | None:
+    def camera_condition(self, cameras: Cameras, camera_mask: Tensor | None) -> dict[str, Tensor] | None:
         """What the network is told of B cameras, by name, (B, ...) each; None where words have to do.
 
         Args:
@@ -156,7 +156,7 @@ class Family:
         """
         return None
 
-    def told(self, tokens: int) -> dict[str, tuple[int, ...]]:
+    def condition_shapes(self, tokens: int) -> dict[str, tuple[int, ...]]:
         """The shape of what ``embed`` gives for one prompt, by name, where a CLIP reads so many tokens."""
         config = self.network.config
         return {"words": (self._lengths(tokens)[0], config.get("encoder_hid_dim") or config.cross_attention_dim)}
@@ -165,16 +165,16 @@ class Family:
         """Tokens of each text encoder."""
         return [length or tokens for length in self.TOKENIZERS.values()]
 
-    def answer(self, network: nn.Module, x_t: Tensor, told: Tensor, condition: dict[str, Tensor]) -> Tensor:
+    def answer(self, network: nn.Module, x_t: Tensor, timesteps: Tensor, condition: dict[str, Tensor]) -> Tensor:
         """The output (B, C, h, w) of this network, or one of its form, for x_t (B, C, h, w) at ``told`` (B,)."""
-        return network(x_t, told, condition["words"], timestep_cond=self._guidance(x_t), return_dict=False)[0]
+        return network(x_t, timesteps, condition["words"], timestep_cond=self._guidance(x_t), return_dict=False)[0]
 
     @property
     def feature_width(self) -> int:
         """Channels of the last of ``features``. Raises ValueError where there are none."""
         return self.network.config.block_out_channels[-1]
 
-    def features(self, network: Any, x_t: Tensor, told: Tensor, condition: dict[str, Tensor]) -> list[Tensor]:
+    def features(self, network: Any, x_t: Tensor, timesteps: Tensor, condition: dict[str, Tensor]) -> list[Tensor]:
         """The maps of a U-Net's way down and of its middle while it answers, highest resolution first."""
         found: list[Tensor] = []
 
@@ -183,7 +183,7 @@ class Family:
 
         hooks = [block.register_forward_hook(keep) for block in (*network.down_blocks, network.mid_block)]
         try:
-            self.answer(network, x_t, told, condition)
+            self.answer(network, x_t, timesteps, condition)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -191,7 +191,7 @@ class Family:
 
     # what a generator that starts from it needs; see generator.py
 
-    def ask(self, scheduler: Any, steps: int) -> None:
+    def set_timesteps(self, scheduler: Any, steps: int) -> None:
         """Set a generator's scheduler to so many steps, as the pipeline does."""
         scheduler.set_timesteps(steps)
 
@@ -209,7 +209,7 @@ class Family:
             name, layer = "time_embedding.linear_1.bias", state["time_embedding.linear_1.weight"]
             state[name] = (state[name].double() + layer.double() @ added).to(layer.dtype)
 
-    def call(self, steps: int, size: int) -> str:
+    def call_arguments(self, steps: int, size: int) -> str:
         """What a user tells a generator's pipeline for an image of ``size`` pixels."""
         return f'"a prompt", num_inference_steps={steps}'
 
@@ -230,17 +230,17 @@ class XL(Family):
             words, whole = words * said[:, None, None], whole * said[:, None]
         return {"words": words, "whole": whole}
 
-    def told(self, tokens: int) -> dict[str, tuple[int, ...]]:
+    def condition_shapes(self, tokens: int) -> dict[str, tuple[int, ...]]:
         config = self.network.config
         whole = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
-        return {**super().told(tokens), "whole": (whole,)}
+        return {**super().condition_shapes(tokens), "whole": (whole,)}
 
-    def answer(self, network: nn.Module, x_t: Tensor, told: Tensor, condition: dict[str, Tensor]) -> Tensor:
+    def answer(self, network: nn.Module, x_t: Tensor, timesteps: Tensor, condition: dict[str, Tensor]) -> Tensor:
         height, width = (self.cell * side for side in x_t.shape[-2:])
         sizes = torch.tensor([height, width, 0.0, 0.0, height, width])  # original, crop's corner, target
         added = {"text_embeds": condition["whole"], "time_ids": sizes.to(x_t.device).expand(len(x_t), -1)}
         guidance = {"timestep_cond": self._guidance(x_t), "added_cond_kwargs": added}
-        return network(x_t, told, condition["words"], **guidance, return_dict=False)[0]
+        return network(x_t, timesteps, condition["words"], **guidance, return_dict=False)[0]
 
 
 class IF(Family):
@@ -256,14 +256,14 @@ class IF(Family):
         words, _ = pipe.encode_prompt(prompts, do_classifier_free_guidance=False, device=device)
         return {"words": words}
 
-    def answer(self, network: nn.Module, x_t: Tensor, told: Tensor, condition: dict[str, Tensor]) -> Tensor:
-        return super().answer(network, x_t, told, condition)[:, : self.channels]  # the rest is a learned variance
+    def answer(self, network: nn.Module, x_t: Tensor, timesteps: Tensor, condition: dict[str, Tensor]) -> Tensor:
+        return super().answer(network, x_t, timesteps, condition)[:, : self.channels]  # the rest is a learned variance
 
     def adapt(self, config: dict[str, Any], state: dict[str, Tensor], side: int) -> None:
         config["sample_size"] = side
 
-    def call(self, steps: int, size: int) -> str:
-        return f"{super().call(steps, size)}, guidance_scale=1"
+    def call_arguments(self, steps: int, size: int) -> str:
+        return f"{super().call_arguments(steps, size)}, guidance_scale=1"
 
 
 class Transformer(Family):
@@ -282,11 +282,11 @@ class Transformer(Family):
     def adapt(self, config: dict[str, Any], state: dict[str, Tensor], side: int) -> None:
         pass
 
-    def call(self, steps: int, size: int) -> str:
+    def call_arguments(self, steps: int, size: int) -> str:
         guidance = self.settings.embedded_guidance if self.takes_guidance else 1.0
         own = self.pipe.default_sample_size * self.cell
         sizes = "" if size == own else f", height={size}, width={size}"
-        return f"{super().call(steps, size)}, guidance_scale={guidance:g}{sizes}"
+        return f"{super().call_arguments(steps, size)}, guidance_scale={guidance:g}{sizes}"
 
 
 class SD3(Transformer):
@@ -303,16 +303,16 @@ class SD3(Transformer):
         return self.network.config.patch_size
 
     def embed(self, pipe: Any, prompts: list[str], device: torch.device) -> dict[str, Tensor]:
-        told = {"prompt": prompts, "prompt_2": None, "prompt_3": None, "device": device}
-        words, _, whole, _ = pipe.encode_prompt(**told, do_classifier_free_guidance=False)
+        arguments = {"prompt": prompts, "prompt_2": None, "prompt_3": None, "device": device}
+        words, _, whole, _ = pipe.encode_prompt(**arguments, do_classifier_free_guidance=False)
         return {"words": words, "whole": whole}
 
-    def told(self, tokens: int) -> dict[str, tuple[int, ...]]:
+    def condition_shapes(self, tokens: int) -> dict[str, tuple[int, ...]]:
         config, (clip, _, t5) = self.network.config, self._lengths(tokens)
         return {"words": (clip + t5, config.joint_attention_dim), "whole": (config.pooled_projection_dim,)}
 
-    def answer(self, network: nn.Module, x_t: Tensor, told: Tensor, condition: dict[str, Tensor]) -> Tensor:
-        return network(x_t, condition["words"], condition["whole"], told, return_dict=False)[0]
+    def answer(self, network: nn.Module, x_t: Tensor, timesteps: Tensor, condition: dict[str, Tensor]) -> Tensor:
+        return network(x_t, condition["words"], condition["whole"], timesteps, return_dict=False)[0]
 
 
 class Flux(Transformer):
@@ -345,11 +345,11 @@ class Flux(Transformer):
         words, whole, _ = pipe.encode_prompt(prompts, device=device)
         return {"words": words, "whole": whole}
 
-    def told(self, tokens: int) -> dict[str, tuple[int, ...]]:
+    def condition_shapes(self, tokens: int) -> dict[str, tuple[int, ...]]:
         config, (_, t5) = self.network.config, self._lengths(tokens)
         return {"words": (t5, config.joint_attention_dim), "whole": (config.pooled_projection_dim,)}
 
-    def answer(self, network: nn.Module, x_t: Tensor, told: Tensor, condition: dict[str, Tensor]) -> Tensor:
+    def answer(self, network: nn.Module, x_t: Tensor, timesteps: Tensor, condition: dict[str, Tensor]) -> Tensor:
         size, (height, width), words = len(x_t), x_t.shape[-2:], condition["words"]
         guidance = None
         if self.takes_guidance:
@@ -357,7 +357,7 @@ class Flux(Transformer):
         places = self.pipe._prepare_latent_image_ids(size, height // 2, width // 2, x_t.device, torch.float32)
         patches = network(
             hidden_states=self.pipe._pack_latents(x_t, size, self.channels, height, width),
-            timestep=told / self.pipe.scheduler.config.num_train_timesteps,  # it multiplies by that itself
+            timestep=timesteps / self.pipe.scheduler.config.num_train_timesteps,  # it multiplies by that itself
             guidance=guidance,
             encoder_hidden_states=words,
             pooled_projections=condition["whole"],
@@ -367,7 +367,7 @@ class Flux(Transformer):
         )[0]
         return self.pipe._unpack_latents(patches, height * self.cell, width * self.cell, self.cell)
 
-    def ask(self, scheduler: Any, steps: int) -> None:
+    def set_timesteps(self, scheduler: Any, steps: int) -> None:
         scheduler.set_timesteps(sigmas=[1 - i / steps for i in range(steps)])
 
 
@@ -381,18 +381,18 @@ class Unconditional(Family):
     def embed(self, pipe: Any, prompts: list[str], device: torch.device) -> dict[str, Tensor]:
         return {}
 
-    def told(self, tokens: int) -> dict[str, tuple[int, ...]]:
+    def condition_shapes(self, tokens: int) -> dict[str, tuple[int, ...]]:
         return {}
 
-    def answer(self, network: nn.Module, x_t: Tensor, told: Tensor, condition: dict[str, Tensor]) -> Tensor:
-        return network(x_t, told, return_dict=False)[0][:, : self.channels]  # the rest is a learned variance
+    def answer(self, network: nn.Module, x_t: Tensor, timesteps: Tensor, condition: dict[str, Tensor]) -> Tensor:
+        return network(x_t, timesteps, return_dict=False)[0][:, : self.channels]  # the rest is a learned variance
 
     def adapt(self, config: dict[str, Any], state: dict[str, Tensor], side: int) -> None:
         config |= {"sample_size": side, "out_channels": self.channels}
         for name in ("conv_out.weight", "conv_out.bias"):  # a variance is of no use to a generator
             state[name] = state[name][: self.channels]
 
-    def call(self, steps: int, size: int) -> str:
+    def call_arguments(self, steps: int, size: int) -> str:
         return f"num_inference_steps={steps}"
 
 

@@ -21,16 +21,16 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class Known:
+class KnownFields:
     """The fields of one kind of part; see above."""
 
-    made: frozenset[str] = frozenset()
+    handled: frozenset[str] = frozenset()
     values: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
-    idle: frozenset[str] = frozenset()
+    unused: frozenset[str] = frozenset()
 
-    def with_values(self, **changed: tuple[Any, ...]) -> Known:
+    def with_values(self, **changed: tuple[Any, ...]) -> KnownFields:
         """The same, with other values for some fields."""
-        return Known(self.made - changed.keys(), {**self.values, **changed}, self.idle)
+        return KnownFields(self.handled - changed.keys(), {**self.values, **changed}, self.unused)
 
 
 _UNET = """
@@ -43,8 +43,8 @@ _UNET = """
     sample_size time_cond_proj_dim time_embedding_act_fn time_embedding_dim time_embedding_type timestep_post_act
     transformer_layers_per_block up_block_types upcast_attention use_linear_projection
 """
-UNET = Known(
-    made=frozenset(_UNET.split()),
+UNET = KnownFields(
+    handled=frozenset(_UNET.split()),
     values={
         "addition_embed_type": (None, "text"),  # "text" is made of the words that it is told anyway
         "attention_type": ("default",),
@@ -59,17 +59,17 @@ _PLAIN_UNET = """
     mid_block_scale_factor mid_block_type norm_eps norm_num_groups num_train_timesteps out_channels
     resnet_time_scale_shift sample_size time_embedding_dim time_embedding_type up_block_types upsample_type
 """
-PLAIN_UNET = Known(frozenset(_PLAIN_UNET.split()), {"class_embed_type": (None,), "num_class_embeds": (None,)})
+PLAIN_UNET = KnownFields(frozenset(_PLAIN_UNET.split()), {"class_embed_type": (None,), "num_class_embeds": (None,)})
 _SD3 = """
     attention_head_dim caption_projection_dim dual_attention_layers in_channels joint_attention_dim num_attention_heads
     num_layers out_channels patch_size pooled_projection_dim pos_embed_max_size qk_norm sample_size
 """
-SD3 = Known(frozenset(_SD3.split()))
+SD3 = KnownFields(frozenset(_SD3.split()))
 _FLUX = """
     attention_head_dim axes_dims_rope in_channels joint_attention_dim num_attention_heads num_layers num_single_layers
     out_channels pooled_projection_dim
 """
-FLUX = Known(frozenset(_FLUX.split()), {"guidance_embeds": (True, False), "patch_size": (1,)})
+FLUX = KnownFields(frozenset(_FLUX.split()), {"guidance_embeds": (True, False), "patch_size": (1,)})
 _KL = """
     act_fn block_out_channels down_block_types force_upcast in_channels latent_channels latents_mean latents_std
     layers_per_block mid_block_add_attention norm_num_groups out_channels sample_size scaling_factor shift_factor
@@ -82,17 +82,17 @@ _TINY = """
 """
 # block_out_channels is what a tiny autoencoder's class itself adds to its configuration
 VAES = {
-    "AutoencoderKL": Known(frozenset(_KL.split())),
-    "AutoencoderTiny": Known(frozenset(_TINY.split()), idle=frozenset(["block_out_channels"])),
+    "AutoencoderKL": KnownFields(frozenset(_KL.split())),
+    "AutoencoderTiny": KnownFields(frozenset(_TINY.split()), unused=frozenset(["block_out_channels"])),
 }
 # of model_index.json itself: a filter of images and its watermark are left out here, whatever it says of them
-PIPELINE = Known(
+PIPELINE = KnownFields(
     values={"requires_aesthetics_score": (False,), "force_zeros_for_empty_prompt": (True, False)},
-    idle=frozenset(["requires_safety_checker", "add_watermarker"]),
+    unused=frozenset(["requires_safety_checker", "add_watermarker"]),
 )
 
 
-def refuse_unknown(part: Any, what: str, known: Known) -> None:
+def refuse_unknown(part: Any, what: str, known: KnownFields) -> None:
     """Refuse a part whose configuration says what this adapter does not know.
 
     Args:
@@ -126,16 +126,16 @@ def refuse_unknown_parts(index: Mapping[str, Any], known_parts: set[str], folder
     _refuse({k: v for k, v in index.items() if k not in parts}, f"{folder / 'model_index.json'}", PIPELINE, {})
 
 
-def _refuse(config: Mapping[str, Any], what: str, known: Known, defaults: Mapping[str, Any]) -> None:
+def _refuse(config: Mapping[str, Any], what: str, known: KnownFields, defaults: Mapping[str, Any]) -> None:
     for name, value in config.items():
-        if name.startswith("_") or name in known.idle:
+        if name.startswith("_") or name in known.unused:
             continue
         if name in known.values:
             if value not in known.values[name]:
                 accepted = ", ".join(map(repr, known.values[name]))
                 raise ValueError(f"{what} says {name}: {value!r}; a teacher can have {name}: {accepted}")
-        elif not (_off(value) or (name in defaults and (name in known.made or _same(value, defaults[name])))):
-            there = "its class does not know it" if name in known.made else "sds3d does not know what it means"
+        elif not (_off(value) or (name in defaults and (name in known.handled or _same(value, defaults[name])))):
+            there = "its class does not know it" if name in known.handled else "sds3d does not know what it means"
             raise ValueError(
                 f"{what} says {name}: {value!r}, and {there}; update diffusers and sds3d, or take the line out of its "
                 "file if the model is the same without it"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sds3d.runtime.files import from_json, read_text, replacing_folder
-from sds3d.teachers.hf.generator_scheduler import scheduler
+from sds3d.teachers.hf.generator_scheduler import build_scheduler
 from sds3d.teachers.hf.teacher import DiffusersTeacher
 
 CARD = "generator.json"  # in the pipeline's folder: what diffusers does not ask for
@@ -60,10 +60,10 @@ def save(teacher: DiffusersTeacher, state: dict[str, Tensor], when: Tensor, told
         network = type(family.network).from_config(config)
     added = {name: torch.zeros(like.shape, dtype=teacher.dtype) for name, like in network.state_dict().items()}
     network.load_state_dict({**added, **state}, assign=True)
-    asking = scheduler(family, teacher.levels, float(when[0]), len(when))
+    asking = build_scheduler(family, teacher.levels, float(when[0]), len(when))
     hf = {"size": family.settings.size, "embedded_guidance": family.settings.embedded_guidance}
-    told = {**told, "call": family.call(len(when), teacher.image_size), "hf": hf}
-    with replacing_folder(path) as folder, teacher.whole() as pipe:
+    told = {**told, "call": family.call_arguments(len(when), teacher.image_size), "hf": hf}
+    with replacing_folder(path) as folder, teacher.full_pipeline() as pipe:
         pipe.register_modules(**{family.PART: network, "scheduler": asking})
         try:
             pipe.save_pretrained(folder)

@@ -23,7 +23,7 @@ from sds3d.teachers.hf.levels import Levels
 NAMES = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
 
 
-def scheduler(family: Family, levels: Levels, first: float, steps: int) -> Any:
+def build_scheduler(family: Family, levels: Levels, first: float, steps: int) -> Any:
     """A diffusers scheduler that asks first at the level nearest to t = ``first``, in so many steps.
 
     A flow begins at pure noise, whatever ``first`` is.
@@ -47,13 +47,13 @@ def scheduler(family: Family, levels: Levels, first: float, steps: int) -> Any:
     return found
 
 
-def times(family: Family, levels: Levels, asking: Any, steps: int) -> Tensor:
+def scheduler_times(family: Family, levels: Levels, asking: Any, steps: int) -> Tensor:
     """The t (steps,) float64 at which a generator's scheduler asks a network of these levels.
 
     Raises:
         ValueError: it cannot take so few steps.
     """
-    family.ask(asking, steps)
+    family.set_timesteps(asking, steps)
     if not levels.flow:
         return asking.timesteps.double() / levels.count
     sigma = asking.sigmas[:-1].double()
@@ -62,7 +62,7 @@ def times(family: Family, levels: Levels, asking: Any, steps: int) -> Tensor:
     return levels.schedule.t_of_ratio(sigma / (1 - sigma))
 
 
-def times_of(levels: Levels, numbers: Tensor) -> Tensor:
+def t_of_network_timesteps(levels: Levels, numbers: Tensor) -> Tensor:
     """The t (K,) float64 of the numbers (K,) that a network of these levels is told: CARD's "times"."""
     found = numbers / levels.count
     return levels.schedule.t_of_ratio(found / (1 - found)) if levels.flow else found

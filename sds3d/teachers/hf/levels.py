@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from sds3d.diffusion.noise import Schedule
-from sds3d.teachers.hf.fields import Known, refuse_unknown
+from sds3d.teachers.hf.fields import KnownFields, refuse_unknown
 
 KINDS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}  # diffusers' names of what a network may output
 BETAS = ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "trained_betas", "rescale_betas_zero_snr")
@@ -28,15 +28,15 @@ WALK = """
     timestep_scaling timestep_spacing upscale_mode use_beta_sigmas use_exponential_sigmas use_karras_sigmas
     use_lu_lambdas variance_type
 """
-TABLE = Known(
-    made=frozenset(BETAS),
+TABLE = KnownFields(
+    handled=frozenset(BETAS),
     values={"prediction_type": (*KINDS,), "timestep_type": ("discrete",), "use_flow_sigmas": (False,)},
-    idle=frozenset([*WALK.split(), "use_dynamic_shifting", "time_shift_type"]),
+    unused=frozenset([*WALK.split(), "use_dynamic_shifting", "time_shift_type"]),
 )
-FLOW = Known(
-    made=frozenset(SHIFTS),
+FLOW = KnownFields(
+    handled=frozenset(SHIFTS),
     values={"time_shift_type": ("exponential", "linear"), "invert_sigmas": (False,)},
-    idle=frozenset(WALK.split()),
+    unused=frozenset(WALK.split()),
 )
 
 
@@ -58,7 +58,7 @@ class Levels:
     flow: bool = False
     shift: float | None = None
 
-    def told(self, t: Tensor) -> Tensor:
+    def network_timesteps(self, t: Tensor) -> Tensor:
         """What the network is told at t (B,), (B,)."""
         return self.count * (self.schedule.alpha_sigma(t)[1] if self.flow else t)
 

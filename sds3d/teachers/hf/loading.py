@@ -19,8 +19,8 @@ from sds3d.teachers.hf.families import FAMILIES, Family
 from sds3d.teachers.hf.fields import refuse_unknown_parts
 from sds3d.teachers.hf.multi_view import MultiView, is_multi_view
 from sds3d.teachers.hf.teacher import DiffusersTeacher
-from sds3d.teachers.hf.variants import files, variants_of
-from sds3d.teachers.hf.words import Words, cache_folder
+from sds3d.teachers.hf.variants import file_options, variants_of
+from sds3d.teachers.hf.words import PromptEmbedder, cache_folder
 from sds3d.teachers.small import pick_dtype
 
 INDEX = "model_index.json"
@@ -46,14 +46,14 @@ def load(settings: TeacherConfig, device: torch.device) -> DiffusersTeacher:
             or damaged, or an option is not for it; or see `sds3d.runtime.modes.require_own_process`.
     """
     require_own_process()
-    folder = find(settings.name, settings.hf)
+    folder = pipeline_folder(settings.name, settings.hf)
     kind, wanted = kind_of(folder, settings.name), None if settings.dtype == "auto" else getattr(torch, settings.dtype)
     # float16 is for GPUs without bfloat16
     dtype = torch.float16 if wanted == torch.float16 else pick_dtype(device, wanted)
     refuse_pickles(kind, folder, settings.hf)
     variants = variants_of(folder, parts_of(kind, folder), settings.hf)
     family = family_of(kind, _pipeline(kind, folder, settings.hf, variants, dtype), settings.hf)
-    place(family, settings.hf, device, dtype)
+    place_parts(family, settings.hf, device, dtype)
     mark = fingerprint(folder)
 
     def embed(prompts: list[str]) -> dict[str, Tensor]:
@@ -63,13 +63,13 @@ def load(settings: TeacherConfig, device: torch.device) -> DiffusersTeacher:
 
     kept = Path(settings.hf.cache).expanduser() if settings.hf.cache else cache_folder()
     teacher = DiffusersTeacher(
-        family, Words(embed, f"{mark} {dtype}", kept, device), settings.views, dtype, settings.compile
+        family, PromptEmbedder(embed, f"{mark} {dtype}", kept, device), settings.views, dtype, settings.compile
     )
-    teacher.fingerprint, teacher.whole = mark, lambda: _whole(family, folder, variants, dtype, device)
+    teacher.fingerprint, teacher.full_pipeline = mark, lambda: _full_pipeline(family, folder, variants, dtype, device)
     return teacher
 
 
-def find(name: str, settings: HFConfig) -> Path:
+def pipeline_folder(name: str, settings: HFConfig) -> Path:
     """The folder with a pipeline's files; what is on the hub is downloaded to its cache. Raises ValueError."""
     path = Path(name).expanduser()
     if path.is_dir():
@@ -78,14 +78,14 @@ def find(name: str, settings: HFConfig) -> Path:
 
     left_out = {part: None for family in FAMILIES.values() for part in family.LEFT_OUT}
     safe = None if settings.allow_pickle else True
-    with asking_hub(name):
+    with hub_errors(name):
         return Path(
             DiffusionPipeline.download(name, use_safetensors=safe, variant=settings.variant or None, **left_out)
         )
 
 
 @contextmanager
-def asking_hub(name: str) -> Iterator[None]:
+def hub_errors(name: str) -> Iterator[None]:
     """The hub's errors, as what a user can do about them."""
     from diffusers.utils import logging
     from huggingface_hub import errors
@@ -205,7 +205,7 @@ def fingerprint(folder: Path) -> str:
     return mark.hexdigest()[:12]
 
 
-def place(family: Family, settings: HFConfig, device: torch.device, dtype: torch.dtype) -> None:
+def place_parts(family: Family, settings: HFConfig, device: torch.device, dtype: torch.dtype) -> None:
     """Freeze a family's parts, set their memory options, move them to the device.
 
     Raises:
@@ -256,16 +256,16 @@ def _pipeline(
     """The pipeline without its text encoders."""
     import diffusers
 
-    with quiet(), sound(folder):
+    with quiet(), loading_errors(folder):
         if not (folder / INDEX).is_file():
             return diffusers.DDPMPipeline(
-                diffusers.UNet2DModel.from_pretrained(folder, dtype=dtype, **files(settings, variants[""])),
+                diffusers.UNet2DModel.from_pretrained(folder, dtype=dtype, **file_options(settings, variants[""])),
                 diffusers.DDPMScheduler.from_pretrained(folder),  # pyright: ignore[reportArgumentType]  # no tuple unless asked
             )
         precision: Any = {"default": dtype, "vae": torch.float32} if kind.UPCAST else dtype
         parts = {name: torch.float32 if kind.UPCAST and name == "vae" else dtype for name in (kind.PART, "vae")}
-        found = spared(folder, (*kind.ENCODERS, *kind.LEFT_OUT)) | _varied(folder, settings, variants, parts)
-        return class_for(kind).from_pretrained(folder, dtype=precision, **files(settings), **found)
+        found = omitted_parts(folder, (*kind.ENCODERS, *kind.LEFT_OUT)) | _varied(folder, settings, variants, parts)
+        return class_for(kind).from_pretrained(folder, dtype=precision, **file_options(settings), **found)
 
 
 def _varied(
@@ -281,11 +281,11 @@ def _varied(
         if variants.get(name):
             library, cls = index[name]
             kind = getattr(transformers if library == "transformers" else diffusers, cls)
-            found[name] = kind.from_pretrained(folder / name, dtype=dtype, **files(settings, variants[name]))
+            found[name] = kind.from_pretrained(folder / name, dtype=dtype, **file_options(settings, variants[name]))
     return found
 
 
-def spared(folder: Path, names: Iterable[str]) -> dict[str, Any]:
+def omitted_parts(folder: Path, names: Iterable[str]) -> dict[str, Any]:
     """How a pipeline is told to do without these parts, and without those that its index says it has not."""
     index = _index(folder)
     told: dict[str, Any] = dict.fromkeys([*names, *(name for name, what in index.items() if what == [None, None])])
@@ -309,10 +309,10 @@ def _text_pipeline(
         network.to("cpu")
         if device.type == "cuda":
             torch.cuda.empty_cache()  # or what it leaves counts as used
-        with quiet(), sound(folder):
+        with quiet(), loading_errors(folder):
             found = _varied(folder, family.settings, variants, dict.fromkeys(family.ENCODERS, dtype))
-            parts = spared(folder, family.LEFT_OUT) | there | found
-            pipe = type(family.pipe).from_pretrained(folder, dtype=dtype, **files(family.settings), **parts)
+            parts = omitted_parts(folder, family.LEFT_OUT) | there | found
+            pipe = type(family.pipe).from_pretrained(folder, dtype=dtype, **file_options(family.settings), **parts)
         encoders += [part for name in family.ENCODERS if (part := getattr(pipe, name)) is not None]
         needed = sum(p.numel() * p.element_size() for encoder in encoders for p in encoder.parameters())
         fits = device.type != "cuda" or 1.2 * needed < torch.cuda.mem_get_info(device)[0]
@@ -330,7 +330,7 @@ def _text_pipeline(
 
 
 @contextmanager
-def _whole(
+def _full_pipeline(
     family: Family, folder: Path, variants: dict[str, str], dtype: torch.dtype, device: torch.device
 ) -> Iterator[Any]:
     """The pipeline with all its parts, for as long as the block lasts."""
@@ -344,7 +344,7 @@ def _whole(
 
 
 @contextmanager
-def sound(folder: Path) -> Iterator[None]:
+def loading_errors(folder: Path) -> Iterator[None]:
     """Errors of loading, as what a user can do about them."""
     from safetensors import SafetensorError
 

@@ -34,14 +34,14 @@ class MultiView(Family):
 
     def prepare(self) -> None:
         """See `Family.prepare`."""
-        join(self.network)
+        join_views(self.network)
 
-    def sees(self, cameras: Cameras, told: Tensor | None) -> dict[str, Tensor]:
-        """See `Family.sees`."""
+    def camera_condition(self, cameras: Cameras, camera_mask: Tensor | None) -> dict[str, Tensor]:
+        """See `Family.camera_condition`."""
         numbers = camera_numbers(cameras)
-        return {"cameras": numbers if told is None else numbers * told.cpu()[:, None]}
+        return {"cameras": numbers if camera_mask is None else numbers * camera_mask.cpu()[:, None]}
 
-    def answer(self, network: nn.Module, x_t: Tensor, told: Tensor, condition: dict[str, Tensor]) -> Tensor:
+    def answer(self, network: nn.Module, x_t: Tensor, timesteps: Tensor, condition: dict[str, Tensor]) -> Tensor:
         """See `Family.answer`."""
         numbers, views = condition.get("cameras"), self.views_per_set
         if numbers is None:
@@ -50,7 +50,7 @@ class MultiView(Family):
             raise ValueError(f"this teacher sees {views} views of a scene at once and got {len(x_t)}; give a multiple")
         return network(
             x_t,
-            told,
+            timesteps,
             condition["words"],
             timestep_cond=self._guidance(x_t),
             class_labels=numbers.to(x_t),
@@ -77,13 +77,13 @@ def camera_numbers(cameras: Cameras) -> Tensor:
     return matrices.flatten(1)
 
 
-def join(network: Any) -> None:
+def join_views(network: Any) -> None:
     """Let the self-attentions of a diffusers U-Net look at all views of a set, where they are told how many."""
     kept = network.attn_processors
-    network.set_attn_processor({name: Joined(one, "attn1" in name) for name, one in kept.items()})
+    network.set_attn_processor({name: JointAttention(one, "attn1" in name) for name, one in kept.items()})
 
 
-class Joined:
+class JointAttention:
     """An attention processor around another, which sees the pixels of a set's views as one image's.
 
     Args:

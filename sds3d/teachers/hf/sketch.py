@@ -15,7 +15,17 @@ from torch import Tensor, nn
 from sds3d.cameras import Cameras
 from sds3d.teachers.base import TeacherConfig
 from sds3d.teachers.hf.families import Family
-from sds3d.teachers.hf.loading import INDEX, asking_hub, class_for, family_of, kind_of, place, quiet, sound, spared
+from sds3d.teachers.hf.loading import (
+    INDEX,
+    class_for,
+    family_of,
+    hub_errors,
+    kind_of,
+    loading_errors,
+    omitted_parts,
+    place_parts,
+    quiet,
+)
 from sds3d.teachers.hf.teacher import DiffusersTeacher
 from sds3d.teachers.hf.words import Condition
 
@@ -23,7 +33,7 @@ FILES = (INDEX, "config.json", "*/config.json", "*scheduler_config.json")  # all
 CLIP_TOKENS = 77  # where the files do not say
 
 
-def draw(settings: TeacherConfig, dtype: torch.dtype) -> tuple[DiffusersTeacher, list[nn.Module]]:
+def build_meta_teacher(settings: TeacherConfig, dtype: torch.dtype) -> tuple[DiffusersTeacher, list[nn.Module]]:
     """What a pipeline's settings files describe, in this precision: a teacher whose weights are on torch's meta device
     (see `sds3d.runtime.memory.hollow`), never offloaded, and its text encoders, there too.
 
@@ -34,17 +44,19 @@ def draw(settings: TeacherConfig, dtype: torch.dtype) -> tuple[DiffusersTeacher,
     folder = _settings_files(settings.name)
     kind = kind_of(folder, settings.name)
     plain = dataclasses.replace(settings.hf, offload=False)
-    with quiet(), sound(folder):
+    with quiet(), loading_errors(folder):
         pipe, encoders, tokens = _pipeline(kind, folder, dtype)
     family = family_of(kind, pipe, plain)
-    place(family, plain, torch.device("meta"), dtype)
-    return DiffusersTeacher(family, _Words(family.told(tokens), dtype), settings.views, dtype), encoders
+    place_parts(family, plain, torch.device("meta"), dtype)
+    return DiffusersTeacher(
+        family, _ZeroEmbedder(family.condition_shapes(tokens), dtype), settings.views, dtype
+    ), encoders
 
 
-class _Words:
-    """Stands in for `sds3d.teachers.hf.words.Words`: conditions of the right shape."""
+class _ZeroEmbedder:
+    """Stands in for `sds3d.teachers.hf.words.PromptEmbedder`: conditions of the right shape."""
 
-    device, sided = torch.device("cpu"), True
+    device, all_views = torch.device("cpu"), True
 
     def __init__(self, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype):
         self.shapes, self.dtype = shapes, dtype
@@ -55,7 +67,7 @@ class _Words:
     def __call__(self, prompts: Sequence[str]) -> Condition:
         return {name: torch.zeros(len(prompts), *shape, dtype=self.dtype) for name, shape in self.shapes.items()}
 
-    def seen(self, prompts: Sequence[str], cameras: Cameras, told: Tensor | None = None) -> Condition:
+    def with_cameras(self, prompts: Sequence[str], cameras: Cameras, camera_mask: Tensor | None = None) -> Condition:
         return self(prompts)
 
 
@@ -66,7 +78,7 @@ def _settings_files(name: str) -> Path:
         return path
     from huggingface_hub import snapshot_download
 
-    with asking_hub(name):
+    with hub_errors(name):
         return Path(snapshot_download(name, allow_patterns=list(FILES)))
 
 
@@ -96,5 +108,5 @@ def _pipeline(kind: type[Family], folder: Path, dtype: torch.dtype) -> tuple[Any
         tokens = getattr(config, "max_position_embeddings", tokens)
         with torch.device("meta"):
             encoders.append(kind_of_encoder(config).to(dtype))
-    rest = spared(folder, [name for name in classes if name not in parts])
+    rest = omitted_parts(folder, [name for name in classes if name not in parts])
     return class_for(kind)(**parts, **rest), encoders, tokens

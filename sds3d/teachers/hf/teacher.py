@@ -26,22 +26,23 @@ class DiffusersTeacher:
 
     Args:
         family: the parts, on their device.
-        words: embeds prompts.
+        embedder: of prompts.
         views: "words", or "camera": prompts then carry no view words and the cameras' angles blend them in.
         dtype: of the network.
         compiled: whether ``predict`` runs the network through torch.compile.
 
     Attributes:
         fingerprint: of the files it was loaded from.
-        whole: gives the pipeline with its text encoders, for the time of a with block.
+        full_pipeline: gives the pipeline with its text encoders, for the time of a with block.
     """
 
     extra_width = 0
     fingerprint = ""
-    whole: Callable[[], contextlib.AbstractContextManager[Any]]
+    full_pipeline: Callable[[], contextlib.AbstractContextManager[Any]]
 
-    def __init__(self, family: Family, words: Embedder, views: str, dtype: torch.dtype, compiled: bool = False):
-        self.family, self.words, self.views, self.dtype, self.device = family, words, views, dtype, words.device
+    def __init__(self, family: Family, embedder: Embedder, views: str, dtype: torch.dtype, compiled: bool = False):
+        self.family, self.embedder, self.views, self.dtype = family, embedder, views, dtype
+        self.device = embedder.device
         side = (family.settings.size or family.side * family.cell) // family.cell
         self.image_size, self.shape = side * family.cell, (family.channels, side, side)
         self.levels = family.levels(side)
@@ -63,7 +64,7 @@ class DiffusersTeacher:
             tokenizer = self.family.pipe.components.get(name)
             if tokenizer is not None:
                 warn_of_cut(tokenizer, length or tokenizer.model_max_length, f"{prompt}, overhead view")
-        self.words.expect(prompt)
+        self.embedder.expect(prompt)
 
     def encode(self, images: Tensor) -> Tensor:
         """See `sds3d.teachers.base.Teacher.encode`; of latents the mean, without the noise that the VAE offers."""
@@ -111,10 +112,10 @@ class DiffusersTeacher:
         """Raises ValueError where the network has no features."""
         return self.family.feature_width
 
-    def asked_at(self, times: Tensor) -> tuple[Tensor, float]:
-        """See `sds3d.students.generator.Network.asked_at`: as its pipeline is, once it is a generator's."""
-        scheduler = generator_scheduler.scheduler(self.family, self.levels, float(times[0]), len(times))
-        return generator_scheduler.times(self.family, self.levels, scheduler, len(times)), 1.0
+    def nearest_timesteps(self, times: Tensor) -> tuple[Tensor, float]:
+        """See `sds3d.students.generator.Network.nearest_timesteps`: as its pipeline is, once it is a generator's."""
+        scheduler = generator_scheduler.build_scheduler(self.family, self.levels, float(times[0]), len(times))
+        return generator_scheduler.scheduler_times(self.family, self.levels, scheduler, len(times)), 1.0
 
     @torch.no_grad()
     def predict(
@@ -151,11 +152,13 @@ class DiffusersTeacher:
         """See `sds3d.distill.critics.Featured.features`."""
         condition = self._condition(prompts, None, None)
         with torch.autocast(x_t.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            found = self.family.features(network, x_t.to(self.dtype), self.levels.told(t).float(), condition)
+            found = self.family.features(
+                network, x_t.to(self.dtype), self.levels.network_timesteps(t).float(), condition
+            )
         return [maps.to(torch.promote_types(x_t.dtype, torch.float32)) for maps in found]
 
     def _ask(self, network: nn.Module, x_t: Tensor, t: Tensor, condition: Condition) -> Prediction:
-        output = self.family.answer(network, x_t.to(self.dtype), self.levels.told(t).float(), condition)
+        output = self.family.answer(network, x_t.to(self.dtype), self.levels.network_timesteps(t).float(), condition)
         alpha, sigma = self.schedule.alpha_sigma(t)
         return Prediction(output.to(torch.promote_types(x_t.dtype, torch.float32)), x_t, alpha, sigma, self.levels.kind)
 
@@ -163,11 +166,11 @@ class DiffusersTeacher:
         if not self.family.ENCODERS:
             return {}
         if self.views == "words" or cameras is None:
-            return self.words(prompts)
-        seen = self.family.sees(cameras, mask)
+            return self.embedder(prompts)
+        seen = self.family.camera_condition(cameras, mask)
         if seen is not None:
-            return self.words(prompts) | {name: onto(value, self.device) for name, value in seen.items()}
-        return self.words.seen(prompts, cameras, mask)
+            return self.embedder(prompts) | {name: onto(value, self.device) for name, value in seen.items()}
+        return self.embedder.with_cameras(prompts, cameras, mask)
 
     @contextlib.contextmanager
     def _present(self) -> Iterator[None]:

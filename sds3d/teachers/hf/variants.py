@@ -11,7 +11,7 @@ from typing import Any
 from sds3d.teachers.base import HFConfig
 
 
-def files(settings: HFConfig, variant: str = "") -> dict[str, Any]:
+def file_options(settings: HFConfig, variant: str = "") -> dict[str, Any]:
     """How diffusers is told which of a part's files to read."""
     return {"variant": variant or None, "use_safetensors": None if settings.allow_pickle else True}
 

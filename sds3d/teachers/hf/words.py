@@ -33,7 +33,7 @@ def _plain(method: Callable[..., Condition]) -> Callable[..., Condition]:
     """Let a method compute without gradients, and as if its caller had neither autocast nor inference mode."""
 
     @wraps(method)
-    def run(self: Words, *arguments: Any) -> Condition:
+    def run(self: PromptEmbedder, *arguments: Any) -> Condition:
         with torch.inference_mode(False), torch.no_grad():  # on the CPU, too: it may have the text encoders
             with torch.autocast("cpu", enabled=False), torch.autocast(self.device.type, enabled=False):
                 return method(self, *arguments)
@@ -42,15 +42,15 @@ def _plain(method: Callable[..., Condition]) -> Callable[..., Condition]:
 
 
 class Embedder(Protocol):
-    """What gives a teacher the conditions of prompts: `Words`, or what stands in for it.
+    """What gives a teacher the conditions of prompts: `PromptEmbedder`, or what stands in for it.
 
     Attributes:
         device: where the conditions are.
-        sided: whether a prompt is expected to be asked for from all sides, too.
+        all_views: whether a prompt is expected to be asked for from all sides, too.
     """
 
     device: torch.device
-    sided: bool
+    all_views: bool
 
     def expect(self, prompt: str) -> None:
         """Say that a prompt will be asked for."""
@@ -60,12 +60,12 @@ class Embedder(Protocol):
         """The condition of B prompts, (B, ...) each."""
         ...
 
-    def seen(self, prompts: Sequence[str], cameras: Cameras, told: Tensor | None = None) -> Condition:
+    def with_cameras(self, prompts: Sequence[str], cameras: Cameras, camera_mask: Tensor | None = None) -> Condition:
         """The condition of B prompts, each seen from its camera."""
         ...
 
 
-class Words:
+class PromptEmbedder:
     """Embeds prompts, in the precision of the text encoders' own weights: under a caller's autocast or inference mode
     as without.
 
@@ -76,12 +76,12 @@ class Words:
         device: where the embeddings go.
 
     Attributes:
-        sided: whether a prompt is expected to be asked for from all sides, too.
+        all_views: whether a prompt is expected to be asked for from all sides, too.
     """
 
     def __init__(self, embed: Callable[[list[str]], Condition], mark: str, folder: Path, device: torch.device):
         self.embed, self.mark, self.folder, self.device = embed, mark, folder, device
-        self.sided = True
+        self.all_views = True
         self._known: dict[str, Condition] = {}
         self._awaited: list[str] = [""]
 
@@ -95,25 +95,25 @@ class Words:
         missing = [p for p in dict.fromkeys(prompts) if p not in self._known]
         if missing:
             wanted = [*missing, *self._awaited]
-            wanted = dict.fromkeys(text for p in wanted for text in (_relatives(p) if self.sided else [p]))
+            wanted = dict.fromkeys(text for p in wanted for text in (_related_prompts(p) if self.all_views else [p]))
             self._learn([p for p in wanted if p not in self._known])
             self._awaited.clear()
         found = [self._known[p] for p in prompts]
         return {name: torch.stack([one[name] for one in found]) for name in found[0]}
 
     @_plain
-    def seen(self, prompts: Sequence[str], cameras: Cameras, told: Tensor | None = None) -> Condition:
+    def with_cameras(self, prompts: Sequence[str], cameras: Cameras, camera_mask: Tensor | None = None) -> Condition:
         """The condition of B prompts, each seen from its camera: the view words' embeddings, blended by its angles.
 
         Args:
-            told: (B,) bool, False where the camera is dropped.
+            camera_mask: (B,) bool, False where the camera is dropped.
         """
         places = zip(cameras.azimuth.tolist(), cameras.elevation.tolist(), strict=True)
         shares = torch.tensor([[0.0, *view_blend(*place).values()] for place in places])
         shares = onto(shares, self.device)  # (B, 5): of the bare prompt, then by VIEW_WORDS
-        if told is not None:
+        if camera_mask is not None:
             bare = onto(torch.eye(shares.shape[1])[0], self.device)
-            shares = torch.where(onto(told, self.device)[:, None], shares, bare)
+            shares = torch.where(onto(camera_mask, self.device)[:, None], shares, bare)
         each = zip(*(_with_views(p) for p in prompts), strict=True)
         views = [self(texts) for texts in each]
         return {name: _blend([view[name] for view in views], shares) for name in views[0]}
@@ -144,7 +144,7 @@ def _with_views(prompt: str) -> list[str]:
     return [prompt, *(f"{prompt}, {view}" if prompt else "" for view in VIEW_WORDS)]
 
 
-def _relatives(prompt: str) -> list[str]:
+def _related_prompts(prompt: str) -> list[str]:
     """What will probably be asked for where this is: the prompt from all sides."""
     for view in VIEW_WORDS:
         prompt = prompt.removesuffix(f", {view}")

@@ -208,7 +208,7 @@ class RenderBatches:
         return Batch(images * 2 - 1, captions, (layers[:, 1:2] > 0).float(), cameras, seen)
 
 
-def of(data: str, size: int = 64) -> tuple[Source, list[str]]:
+def build_source(data: str, size: int = 64) -> tuple[Source, list[str]]:
     """The source of that name, "toybox" or "digits", or of a folder of captioned pictures, and what was skipped there.
 
     Args:
