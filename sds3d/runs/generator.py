@@ -382,6 +382,6 @@ def load_generator(path: str | Path, device: str = "auto", dtype: str = "auto") 
         raise ValueError(f"dtype float16 is for diffusers pipelines, and {file} is none; give float32 or bfloat16")
     wanted = None if dtype == "auto" else getattr(torch, dtype)
     network = small.load(file, "words", pick_device(device), wanted)
-    if "generator" not in network.told:
+    if "generator" not in network.header:
         raise ValueError(f"{file} is a teacher's, not a generator's; distil it: sds3d distill --teacher {file}")
-    return LoadedGenerator(network, network.told)
+    return LoadedGenerator(network, network.header)

@@ -309,7 +309,7 @@ def images_asked(config: Config) -> int:
         images = torch.full((views, *mute.shape), 0.5)
         group = torch.zeros(views, dtype=torch.long)
         draw = Draw(images, [config.prompt] * views, cameras, group, source=images if config.source.prompt else None)
-        asked += objective(draw, step, rng).query.asked
+        asked += objective(draw, step, rng).query.teacher_images
     return max(asked, default=0)
 
 

@@ -91,11 +91,7 @@ class Family:
         return bool(self.network.config.get("time_cond_proj_dim"))
 
     def check(self) -> None:
-        """Check that network and VAE are used correctly by this class, and that no setting is without effect.
-
-        Raises:
-            ValueError: they are not, or one is.
-        """
+        """Raise ValueError if network or VAE must be used in another way than here, or a setting has no effect."""
         network, vae, guidance = self.network, self.vae, self.settings.embedded_guidance
         fields.refuse_unknown(network, "the pipeline's network", self.FIELDS)
         inputs = network.config.in_channels
@@ -118,8 +114,7 @@ class Family:
             )
 
     def _guidance(self, like: Tensor) -> Tensor | None:
-        """Return the embedded guidance scale for a U-Net, (B, time_cond_proj_dim) for the B images of ``like``; None if
-        the U-Net takes none."""
+        """Return the embedded guidance scale, (B, time_cond_proj_dim) for ``like`` (B, ...); None if it takes none."""
         if not self.takes_guidance:
             return None
         embedding = guidance_embedding(self.settings.embedded_guidance, self.network.config.time_cond_proj_dim)
@@ -150,16 +145,12 @@ class Family:
         return levels(self.pipe.scheduler, (side // 2) ** 2)
 
     def embed(self, pipe: Any, prompts: list[str], device: torch.device) -> dict[str, Tensor]:
-        """Return the condition of N prompts: tensors (N, ...) by name.
-
-        Args:
-            pipe: the pipeline with its text encoders.
-        """
+        """Return the condition of N prompts, tensors (N, ...) by name; ``pipe`` has its text encoders."""
         words, _ = pipe.encode_prompt(prompts, device, 1, False)
         return {"words": words}
 
     def camera_condition(self, cameras: Cameras, camera_mask: Tensor | None) -> dict[str, Tensor] | None:
-        """Return the condition of B cameras, tensors (B, ...) by name; None for a family that gets the view in words.
+        """Return the condition of B cameras, tensors (B, ...) by name; None if the network takes no camera.
 
         Args:
             camera_mask: (B,) bool, False where the camera is dropped.
@@ -167,11 +158,7 @@ class Family:
         return None
 
     def condition_shapes(self, tokens: int) -> dict[str, tuple[int, ...]]:
-        """Return the shapes of one prompt's condition, by name.
-
-        Args:
-            tokens: maximal number of tokens of a CLIP tokenizer.
-        """
+        """Return the shapes of one prompt's condition by name, for CLIP tokenizers of at most ``tokens`` tokens."""
         config = self.network.config
         return {"words": (self._lengths(tokens)[0], config.get("encoder_hid_dim") or config.cross_attention_dim)}
 
@@ -180,12 +167,7 @@ class Family:
         return [length or tokens for length in self.TOKENIZERS.values()]
 
     def answer(self, network: nn.Module, x_t: Tensor, timesteps: Tensor, condition: dict[str, Tensor]) -> Tensor:
-        """Return the output (B, C, h, w) of a network of this form for x_t (B, C, h, w).
-
-        Args:
-            timesteps: (B,), see `sds3d.teachers.hf.levels.Levels.network_timesteps`.
-            condition: of the prompts and cameras, tensors (B, ...) by name.
-        """
+        """Return the output (B, C, h, w) of a network of this form for x_t (B, C, h, w) at its timesteps (B,)."""
         return network(x_t, timesteps, condition["words"], timestep_cond=self._guidance(x_t), return_dict=False)[0]
 
     @property
@@ -335,11 +317,8 @@ class SD3(Transformer):
 
 
 class Flux(Transformer):
-    """FLUX.1, a guidance-distilled model.
-
-    It was never trained on a null prompt, so classifier-free guidance has little effect and it is a weak teacher. SD3
-    is the better teacher of this kind.
-    """
+    """FLUX.1, guidance-distilled. It was not trained on a null prompt, so classifier-free guidance has little effect
+    and it is a weak teacher; SD3 is the better teacher of this kind."""
 
     PIPELINES = ("FluxPipeline", "FluxImg2ImgPipeline", "FluxInpaintPipeline")
     FIELDS = fields.FLUX
