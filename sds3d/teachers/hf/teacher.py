@@ -157,10 +157,9 @@ class DiffusersTeacher:
         """See `sds3d.distill.critics.Featured.features`."""
         condition = self._condition(prompts, None, None)
         with torch.autocast(x_t.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            found = self.family.features(
-                network, x_t.to(self.dtype), self.levels.network_timesteps(t).float(), condition
-            )
-        return [maps.to(torch.promote_types(x_t.dtype, torch.float32)) for maps in found]
+            timesteps = self.levels.network_timesteps(t).float()
+            maps = self.family.features(network, x_t.to(self.dtype), timesteps, condition)
+        return [features.to(torch.promote_types(x_t.dtype, torch.float32)) for features in maps]
 
     def _predict(self, network: nn.Module, x_t: Tensor, t: Tensor, condition: Condition) -> Prediction:
         output = self.family.answer(network, x_t.to(self.dtype), self.levels.network_timesteps(t).float(), condition)
