@@ -48,7 +48,7 @@ DrawnObjective = Callable[[Draw, int, torch.Generator], Judged]
 class DrawlessObjective(Protocol):
     """An objective that needs no draw of the student, as a regression on pairs, which asks its network itself."""
 
-    def judge_without_draw(self, step: int, rng: torch.Generator) -> Judged: ...
+    def evaluate_without_draw(self, step: int, rng: torch.Generator) -> Judged: ...
 
 
 Objective = DrawnObjective | DrawlessObjective
@@ -298,7 +298,7 @@ def _loss(state: _State, objectives: Mapping[str, Objective], plan: Plan, figure
     terms = []
     for name, objective in objectives.items():
         if isinstance(objective, DrawlessObjective):
-            judged = objective.judge_without_draw(step, rng)
+            judged = objective.evaluate_without_draw(step, rng)
         else:
             assert draw is not None, name
             judged = objective(draw, step, rng)

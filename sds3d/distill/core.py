@@ -113,7 +113,7 @@ def image_normaliser(q: Query, scale: float, floor: float) -> Tensor:
 
 
 @dataclass
-class Judgement:
+class ObjectiveResult:
     """What an objective returns in one step.
 
     Args:
@@ -126,7 +126,7 @@ class Judgement:
 
 
 @dataclass
-class Distilled(Judgement):
+class ScoreResult(ObjectiveResult):
     """What a score method's objective returns in one step.
 
     Args:
@@ -208,7 +208,7 @@ class ScoreObjective:
         """Name of the method's class."""
         return type(self.method).__name__
 
-    def __call__(self, draw: Draw, step: int, rng: torch.Generator) -> Distilled:
+    def __call__(self, draw: Draw, step: int, rng: torch.Generator) -> ScoreResult:
         """Return the loss on a draw's images. ``rng`` draws t and the noise.
 
         Raises:
@@ -221,7 +221,7 @@ class ScoreObjective:
         noise = onto(draw.processes.randn(x.shape, noise_rng, x.dtype), x.device)
         query = self.query(draw, x, onto(t, x.device), noise, step, rng)
         g = self.gradient(query)
-        return Distilled(surrogate(x, g), _metrics(g, t.tolist()) | {"asked": sum(query.teacher_images)}, query)
+        return ScoreResult(surrogate(x, g), _metrics(g, t.tolist()) | {"asked": sum(query.teacher_images)}, query)
 
     def time_of(self, draw: Draw, step: int, rng: torch.Generator) -> Tensor:
         """Draw t (B,) for a draw's images."""

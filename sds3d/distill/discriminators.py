@@ -55,7 +55,7 @@ class TrainedDiscriminator(TrainedCritic):
         """Return the modules of `TrainedCritic.parts` and the head."""
         return [*super().parts(), self.head]
 
-    def verdict(self, x: Tensor, prompts: list[str], rng: torch.Generator) -> Tensor:
+    def logits(self, x: Tensor, prompts: list[str], rng: torch.Generator) -> Tensor:
         """Return logits (B,), positive for real, of clean x (B, C, h, w) noised to random t; differentiable in x."""
         t = onto(self.processes.rand((len(x),), rng), x.device).to(x.dtype) * self.teacher.schedule.t_noisiest
         noise = onto(self.processes.randn(x.shape, rng, x.dtype), x.device)
@@ -65,8 +65,8 @@ class TrainedDiscriminator(TrainedCritic):
     def loss(self, draw: Draw, x: Tensor, rng: torch.Generator) -> Tensor:
         """Return the loss of `TrainedCritic.loss` plus the weighted loss of the head on real and drawn images."""
         real, prompts = self.real(len(x), rng)
-        on_real = F.softplus(-self.verdict(real, prompts, rng)).mean()
-        on_drawn = F.softplus(self.verdict(x, draw.prompts, rng)).mean()
+        on_real = F.softplus(-self.logits(real, prompts, rng)).mean()
+        on_drawn = F.softplus(self.logits(x, draw.prompts, rng)).mean()
         return super().loss(draw, x, rng) + self.weight * (on_real + on_drawn)
 
     def state_dict(self) -> dict[str, Any]:

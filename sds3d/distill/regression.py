@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sds3d.distill.core import Judgement
+from sds3d.distill.core import ObjectiveResult
 from sds3d.distill.pairs import Pairs
 from sds3d.runtime.distributed import Processes
 
@@ -43,9 +43,9 @@ class Regression:
     def __post_init__(self):
         self.processes.of(self.batch)
 
-    def judge_without_draw(self, step: int, rng: torch.Generator) -> Judgement:
+    def evaluate_without_draw(self, step: int, rng: torch.Generator) -> ObjectiveResult:
         """Return the loss on a batch of pairs."""
         index = self.processes.randint(len(self.pairs.prompts), self.processes.of(self.batch), rng)
         chosen = self.pairs[index]
         distance = self.distance(self.paint(chosen.noise, chosen.prompts), chosen.x).mean()
-        return Judgement(self.weight * chosen.x[0].numel() * distance, {"distance": distance.detach()})
+        return ObjectiveResult(self.weight * chosen.x[0].numel() * distance, {"distance": distance.detach()})

@@ -9,14 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sds3d.distill.core import Judgement
+from sds3d.distill.core import ObjectiveResult
 from sds3d.students.base import Draw
 
 
 class Discriminator(Protocol):
     """See `sds3d.distill.discriminators.TrainedDiscriminator`."""
 
-    def verdict(self, x: Tensor, prompts: list[str], rng: torch.Generator) -> Tensor:
+    def logits(self, x: Tensor, prompts: list[str], rng: torch.Generator) -> Tensor:
         """Return logits (B,), positive for real, of clean x (B, C, h, w); differentiable in x."""
         ...
 
@@ -29,21 +29,21 @@ class Adversarial:
     means.
 
     Args:
-        judge: the discriminator, which gets no gradients.
+        discriminator: the discriminator, which gets no gradients.
         weight: 3e-3 in the paper.
     """
 
-    judge: Discriminator
+    discriminator: Discriminator
     weight: float
 
-    def __call__(self, draw: Draw, step: int, rng: torch.Generator) -> Judgement:
+    def __call__(self, draw: Draw, step: int, rng: torch.Generator) -> ObjectiveResult:
         """Return the loss on a draw; see `sds3d.train.Objective`."""
         x = draw.images
         assert draw.encoded, "an adversarial objective takes a generator's x"
         with torch.enable_grad():
             leaf = x.detach().requires_grad_(True)
-            verdict = self.judge.verdict(leaf, draw.prompts, rng)
-            loss = self.weight * x[0].numel() * F.softplus(-verdict).mean()
+            logits = self.discriminator.logits(leaf, draw.prompts, rng)
+            loss = self.weight * x[0].numel() * F.softplus(-logits).mean()
             (slope,) = torch.autograd.grad(loss, leaf)
         value = loss.detach() + (slope * (x - x.detach())).sum()  # the loss, with a gradient on x alone
-        return Judgement(value, {"verdict": verdict.detach().mean()})
+        return ObjectiveResult(value, {"verdict": logits.detach().mean()})
