@@ -326,7 +326,7 @@ def test_a_non_finite_gradient_stops_and_says_where():
             return answer
 
     images = pictures(3, 3, 4, 4)
-    with pytest.raises(NonFiniteGradient, match="SDS.*step 17, t = 0.*teacher's answer") as stop:
+    with pytest.raises(NonFiniteGradient, match="SDS.*step 17, t = 0.*teacher's prediction") as stop:
         objective(Broken())(drawn(images), 17, torch.Generator().manual_seed(0))
     t = TimestepSampler(0.1, 0.9).draw(17, torch.arange(3), torch.Generator().manual_seed(0), Schedule.cosine())
     assert (stop.value.method, stop.value.step) == ("SDS", 17)
