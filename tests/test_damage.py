@@ -208,10 +208,10 @@ def test_a_teacher_that_diverges_ends_with_1_and_keeps_its_last_state(call_packa
 
 def test_a_teacher_whose_weights_are_not_finite_is_not_saved(tmp_path):
     config = fit.FitConfig(**DIGITS, steps=4, save_every=1)
-    steps = fit.train(tmp_path, config, sources.of("digits", 8)[0])
+    steps = fit.train(tmp_path, config, sources.build_source("digits", 8)[0])
     next(steps)
     before = (tmp_path / "state.pt").read_bytes()
-    made = fit.Fit(config, sources.of("digits", 8)[0])
+    made = fit.Fit(config, sources.build_source("digits", 8)[0])
     with torch.no_grad():
         next(made.nets.parameters()).fill_(float("nan"))
     with pytest.raises(fit.Diverged, match="is not finite after step 0: lower lr"):
@@ -252,7 +252,7 @@ def test_a_full_disk_is_a_sentence_and_keeps_what_was_there(tmp_path, most):
 
 def test_every_bit_of_a_teachers_weights_counts(tmp_path):
     config = fit.FitConfig(**DIGITS, steps=1)
-    fit.Fit(config, sources.of("digits", 8)[0]).save(tmp_path)
+    fit.Fit(config, sources.build_source("digits", 8)[0]).save(tmp_path)
     file = tmp_path / small.FILE
     whole, draws = file.read_bytes(), random.Random(0)
     good = small.load(file).fingerprint
@@ -263,17 +263,17 @@ def test_every_bit_of_a_teachers_weights_counts(tmp_path):
             small.load(file)
     file.write_bytes(whole)
     assert small.load(file).fingerprint == good
-    assert "sha256" not in small.load().told  # the packaged ones are from before, and load
+    assert "sha256" not in small.load().header  # the packaged ones are from before, and load
 
 
 def test_every_page_of_a_teachers_state_counts(tmp_path):
     """As of a run's checkpoint; torch.load reads what a disk made of it, and says nothing."""
     config = fit.FitConfig(**DIGITS, steps=4, save_every=1)
-    steps = fit.train(tmp_path, config, sources.of("digits", 8)[0])
+    steps = fit.train(tmp_path, config, sources.build_source("digits", 8)[0])
     next(steps)
     steps.close()
     file, draws = tmp_path / "state.pt", random.Random(0)
-    whole, made = file.read_bytes(), fit.Fit(config, sources.of("digits", 8)[0])
+    whole, made = file.read_bytes(), fit.Fit(config, sources.build_source("digits", 8)[0])
     good = torch.load(file, weights_only=True)
     numbers = good["nets"]["unet.first.weight"].numpy().tobytes()
     pages = [whole.index(numbers) + 64, *(draws.randrange(len(whole) // 4096) * 4096 for _ in range(20))]
