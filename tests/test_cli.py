@@ -21,8 +21,8 @@ ROOT = Path(__file__).parents[1]
 def program(*arguments: str, cwd: Path) -> subprocess.Popen:
     """The command line with the ball teacher, as a process of its own."""
     script = (
-        "import sys; sys.path[:0] = [sys.argv.pop(1), sys.argv.pop(1)]; import conftest; from sds3d.runs import build; "
-        "build.build_teacher = lambda c: conftest.BallTeacher(); from sds3d.cli import main; main()"
+        "import sys; sys.path[:0] = [sys.argv.pop(1), sys.argv.pop(1)]; import conftest; "
+        "from sds3d.cli import main; main(teacher=conftest.BallTeacher())"
     )
     command = [sys.executable, "-c", script, str(ROOT), str(ROOT / "tests"), *arguments]
     return subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -107,8 +107,8 @@ def test_json_is_one_object_and_quiet_is_quiet(call, tiny, made):
     assert told["seconds"] > 0
 
 
-def test_dry_run_prints_the_settings_and_makes_nothing(call, in_folder):
-    code, out, _ = call(
+def test_dry_run_prints_the_settings_and_makes_nothing(call_packaged, in_folder):
+    code, out, _ = call_packaged(
         "generate", "a blue ball", "--method", "sds", "--seed", "3", "--teacher-views", "words", "--backend", "torch",
         "--out", "elsewhere", "steps=800", "render.resolution=48", "--dry-run",
     )  # fmt: skip
@@ -118,7 +118,7 @@ def test_dry_run_prints_the_settings_and_makes_nothing(call, in_folder):
         assert line in out
     assert not list(in_folder.iterdir())
     (in_folder / "again.yaml").write_text(out)
-    assert call("generate", "a blue ball", "--config", "again.yaml", "--dry-run")[1] == out
+    assert call_packaged("generate", "a blue ball", "--config", "again.yaml", "--dry-run")[1] == out
 
 
 @pytest.mark.parametrize("command", ["generate", "paint"])
@@ -290,7 +290,7 @@ def test_help_teaches(call, command):
 
 
 def test_python_makes_an_asset(in_folder, ball_teacher):
-    asset = sds3d.generate("a red ball", seed=2, **settings())
+    asset = sds3d.generate("a red ball", teacher=ball_teacher, seed=2, **settings())
     assert asset.path.name == "00001-a-red-ball"
     image = asset.render(azimuth=30, elevation=15, resolution=48)
     assert (image.size, image.mode) == ((48, 48), "RGB")
@@ -426,10 +426,7 @@ def test_mistakes_about_methods_leave_nothing_behind(call, in_folder, arguments,
     assert not list(in_folder.iterdir())
 
 
-def test_compare_writes_a_page(call, in_folder, monkeypatch, ball_teacher):
-    monkeypatch.setattr(
-        "sds3d.teachers.drawing.sample", lambda teacher, prompts, **rest: torch.ones((len(prompts), 3, 8, 8))
-    )
+def test_compare_writes_a_page(call, in_folder, ball_teacher):
     quick = ("steps=3", "image.size=8", "image.count=2", "-o", "c", "--seeds", "0,1", "--negative", "ball: [flat]")
     code, out, err = call("compare", "a ball", "a red ball", "--methods", "sds,csd", *quick)
     assert code == 0 and out.split() == ["c/index.html", "c/sheet.png", "c/results.json"], err

@@ -15,11 +15,9 @@ import torch
 from PIL import Image
 
 from sds3d.config import load as configs
-from sds3d.runs import generator_parts
 from sds3d.runs.folder import STEMS, Run
 from sds3d.runtime import files
 from sds3d.runtime.files import replacing, replacing_folder, sweep
-from sds3d.teachers.load import load_teacher
 
 
 def names(folder: Path) -> list[str]:
@@ -194,9 +192,8 @@ def test_a_run_is_one_processs_at_a_time(call, made, elsewhere):
 def test_two_resumes_at_once_give_one_run(made, tmp_path):
     """The command line of the issue: without a lock both end with code 0 and every row is there twice."""
     program = (
-        "from sds3d.runs import build; from conftest import BallTeacher;"
-        "build.build_teacher = lambda config: BallTeacher();"
-        f"from sds3d.cli import main; main(['resume', {made!r}, 'steps=60', '--quiet'])"
+        "from conftest import BallTeacher; from sds3d.cli import main;"
+        f"main(['resume', {made!r}, 'steps=60', '--quiet'], BallTeacher())"
     )
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join(
@@ -312,17 +309,17 @@ class Fails:
 
 
 @pytest.mark.parametrize("after, saved", [(2, False), (5, True)])
-def test_a_run_that_diverges_says_what_it_has_left_and_resumes(call, tiny, ball_teacher, monkeypatch, after, saved):
+def test_a_run_that_diverges_says_what_it_has_left_and_resumes(call, tiny, ball_teacher, after, saved):
     calls = Fails(ball_teacher, after)
-    monkeypatch.setattr("sds3d.runs.build.build_teacher", lambda config: calls)
-    code, _, err = call("generate", "a red ball", *tiny, "log.save_every=2" if saved else "log.save_every=6")
+    how = "log.save_every=2" if saved else "log.save_every=6"
+    code, _, err = call("generate", "a red ball", *tiny, how, teacher=calls)
     assert code == 1 and "non-finite" in err
     assert ("checkpoint.safetensors is from before, and good" in err) == saved
     assert ("Nothing was saved yet: begin again" in err) != saved
     run = Path("outputs/00001-a-red-ball")
     assert run.is_dir() and (run / "checkpoint.safetensors").is_file() == saved
     ball_teacher.colour, calls.left = (0.9, 0.1, 0.1), 10**6
-    code, _, err = call("resume", str(run))
+    code, _, err = call("resume", str(run), teacher=calls)
     assert code == 0, err
     assert [row["step"] for row in Run.open(run).rows()] == list(range(1, 7))
 
@@ -356,11 +353,10 @@ def test_a_comparison_that_was_killed_goes_on_with_its_run(in_folder, ball_teach
     from sds3d.evaluate import methods as comparing
     from sds3d.runs import launch
 
-    ball_teacher.shape = (3, 16, 16)
     layer = configs.parse_overrides([text for text in tiny if not text.startswith("export")])
-    wanted = comparing.Comparison(("a red ball",), ("sds",), student="scene", layer=layer)
+    wanted = comparing.Comparison(("a red ball",), ("sds",), student="scene", layer=layer, teacher=ball_teacher)
     out = in_folder / "out"
-    made, steps = launch.start(wanted.config("a red ball", "sds", 0, out / "runs"))
+    made, steps = launch.start(wanted.config("a red ball", "sds", 0, out / "runs"), ball_teacher)
     for _ in range(5):
         next(steps)
     del steps  # killed: its last checkpoint is of step 4
@@ -371,33 +367,29 @@ def test_a_comparison_that_was_killed_goes_on_with_its_run(in_folder, ball_teach
     assert again.run == entry.run and len(names(out / "runs")) == 1
 
 
-def test_a_strangers_config_has_nothing_written_into_other_folders(in_folder, tmp_path, monkeypatch):
+def test_a_strangers_config_has_nothing_written_into_other_folders(in_folder, tmp_path):
     """pairs.folder and teacher.hf.cache of a run's config.yaml, on resume."""
     from dataclasses import replace
 
-    from sds3d.runs import build, launch
-    from sds3d.teachers.base import TeacherConfig
+    from sds3d.runs import launch
 
-    teacher = load_teacher(TeacherConfig("digits"))
-    config = configs.load(None, {"method": "dmd", "teacher.name": "digits"}, kind=configs.DistillConfig)
+    few = {"pairs.count": 2, "pairs.steps": 1}
+    config = configs.load(None, {"method": "dmd", "teacher.name": "digits"}, few, kind=configs.DistillConfig)
     home, private = tmp_path / "outputs", tmp_path / "private"
-    monkeypatch.setattr(build, "build_teacher", lambda config: teacher)
-    monkeypatch.setattr(
-        generator_parts, "make_pairs", lambda config, teacher: iter([generator_parts.pairs_folder(config, teacher)])
-    )
     for folder, fine in ((private, False), (home / "pairs" / "x", True), (tmp_path / "kept", True)):
-        if folder.name == "kept":
-            folder.mkdir()
-            (folder / "pairs.json").write_text("{}")
         own = replace(config, pairs=replace(config.pairs, folder=str(folder)))
-        assert list(launch.prepare(own)) == [folder]  # a new run: it is what the user asked for
+        if folder.name == "kept":
+            list(launch.prepare(own))  # a new run: it is what the user asked for
+            assert (folder / "pairs.json").is_file()
         if fine:
-            assert list(launch.prepare(own, home)) == [folder]
+            list(launch.prepare(own, home))
+            assert (folder / "pairs.json").is_file()
         else:
             with pytest.raises(
                 ValueError, match="the run's pairs are gone from .*private, and resume makes new ones in"
             ):
                 list(launch.prepare(own, home))
+            assert not folder.exists()
     private.mkdir()
     (private / "photo.jpg").write_text("x")
     for cache, kept in (

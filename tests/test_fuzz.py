@@ -225,18 +225,19 @@ def many(count: int) -> settings:
 
 
 @pytest.fixture
-def closed(in_folder, ball_teacher, monkeypatch):
+def closed(in_folder, monkeypatch):
     """An empty folder, in which nothing is trained, drawn or served."""
     from sds3d.cli import live, teacher
+    from sds3d.evaluate import methods
     from sds3d.runs import launch
 
     def refuse(*_, **__):
         raise ValueError("nothing is made here")
 
-    monkeypatch.setattr(launch, "check", lambda config: None)
-    for place, name in ((launch, "start"), (launch, "prepare"), (live, "staging"), (teacher, "_prepare")):
+    monkeypatch.setattr(launch, "check", lambda config, teacher: None)
+    makers = ((launch, "start"), (launch, "prepare"), (methods, "compare"), (live, "staging"), (teacher, "_prepare"))
+    for place, name in makers:
         monkeypatch.setattr(place, name, refuse)
-    monkeypatch.setattr("sds3d.evaluate.methods.compare", refuse)
     return in_folder
 
 

@@ -19,17 +19,14 @@ SCRIPT = """
 import sys
 sys.path[:0] = [sys.argv.pop(1), sys.argv.pop(1)]
 import conftest, torch
-from sds3d.runs import build
+from sds3d.cli import main
 
 class Ball(conftest.BallTeacher):  # red in front, blue behind, so that turning it can be seen
     def image(self, cameras):
         image, front = super().image(cameras), torch.cos(torch.deg2rad(cameras.azimuth)) > 0
         return torch.where(front[:, None, None, None], image, image.flip(1))
 
-ball = Ball()
-build.build_teacher = lambda config: ball.check(config.prompt) or ball
-from sds3d.cli import main
-main()
+main(teacher=Ball())
 """
 PATIENCE = 120_000  # milliseconds; WebGL in software takes its time on a busy machine
 CANVAS = {"x": 350, "y": 200, "width": 500, "height": 550}  # away from the panel and viser's notices

@@ -114,6 +114,7 @@ def view(run: RunFolder, port: Port = None, host: Host = HERE) -> None:
 
 
 def studio(
+    context: typer.Context,
     overrides: Overrides = None,
     out: Annotated[str | None, Option("--out", "-o", help="folder for run folders")] = None,
     teacher: Annotated[list[str] | None, Option(help="one more teacher to choose from; may be repeated")] = None,
@@ -132,6 +133,7 @@ def studio(
     """
     from sds3d.config import load as configs
     from sds3d.live.studio import Studio
+    from sds3d.runs.build import refuse_settings_of_teacher
     from sds3d.runtime.files import require_folder
 
     require_place(host, port)
@@ -141,10 +143,12 @@ def studio(
     if out is not None:
         configs.refuse_twice({"out": out}, layer)
         layer |= {"out": out}
+    if context.obj is not None:
+        refuse_settings_of_teacher(layer)
     base = configs.load("a red mug", layer, kind=configs.Config)  # before there is a page: the settings may be wrong
     require_folder(Path(base.out).expanduser())
     with staging(host, port, "sds3d studio") as stage:
-        made = Studio(stage, base, layer, teacher or [])
+        made = Studio(stage, base, layer, teacher or [], context.obj)
         with interruption(lambda: made.is_busy) as stopped:
             left = made.serve(lambda: bool(stopped))
     if left is not None:

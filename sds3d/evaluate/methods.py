@@ -40,6 +40,7 @@ from sds3d.runtime import memory
 from sds3d.runtime.device import pick_device
 from sds3d.runtime.files import from_json, read_text, replacing
 from sds3d.runtime.machine import machine
+from sds3d.teachers.base import Teacher, object_name
 from sds3d.train import Diverged
 
 COLUMNS = {
@@ -75,6 +76,7 @@ class Comparison:
         seeds: a run for each.
         student: "scene" or "image".
         layer: settings of all runs.
+        teacher: an object, in place of the teacher that the settings name.
 
     Raises:
         ValueError: nothing to compare, an unknown method or student.
@@ -85,8 +87,11 @@ class Comparison:
     seeds: tuple[int, ...] = (0,)
     student: str = "image"
     layer: Mapping[str, Any] = field(default_factory=dict)
+    teacher: Teacher | None = None
 
     def __post_init__(self):
+        if self.teacher is not None:
+            build.refuse_settings_of_teacher(self.layer)
         if not (self.prompts and self.methods and self.seeds):
             raise ValueError("a comparison needs at least one prompt, one method and one seed")
         for name in self.methods:
@@ -105,11 +110,13 @@ class Comparison:
     def config(self, prompt: str, method: str, seed: int, out: Path) -> RunConfig:
         """The settings of one run."""
         own = {"method": method, "seed": seed, "out": str(out)}
-        return configs.load(prompt, {"method": method}, self.layer, own, kind=kinds.KINDS[self.student].config)
+        config = configs.load(prompt, {"method": method}, self.layer, own, kind=kinds.KINDS[self.student].config)
+        return build.with_teacher(config, self.teacher)
 
     def settings(self) -> dict[str, Any]:
         """Plain values, to recognise a comparison by."""
-        return {"student": self.student, "layer": plain(self.layer)}
+        own = {} if self.teacher is None else {"teacher": object_name(self.teacher)}
+        return {"student": self.student, "layer": plain(self.layer), **own}
 
 
 @dataclass
@@ -150,15 +157,15 @@ def compare(comparison: Comparison, out: Path) -> Iterator[Entry]:
     wanted = [(p, m, s) for p in comparison.prompts for m in comparison.methods for s in comparison.seeds]
     for key in wanted:
         if key not in done:
-            launch.check(comparison.config(*key, out / "runs"))
-    samples = {p: teacher_samples(comparison.config(p, comparison.methods[0], 0, out)) for p in comparison.prompts}
+            launch.check(comparison.config(*key, out / "runs"), comparison.teacher)
+    samples = {p: teacher_samples(comparison, p) for p in comparison.prompts}
     killed = _killed(out, done)
     for key in wanted:
         if key not in done:
             config = comparison.config(*key, out / "runs")
             try:
                 left = next((path for path, of in killed.items() if of == config), None)
-                made, figures, pictures = _carry_out(config, samples[key[0]], left)
+                made, figures, pictures = _carry_out(comparison, config, samples[key[0]], left)
                 run = made.path.relative_to(out).as_posix()
                 done[key] = Entry(*key, comparison.student, run, figures, pictures)
             except (Diverged, NonFiniteGradient) as error:
@@ -168,13 +175,14 @@ def compare(comparison: Comparison, out: Path) -> Iterator[Entry]:
     _write(comparison, out, [done[key] for key in wanted], samples)
 
 
-def teacher_samples(config: RunConfig) -> Tensor:
+def teacher_samples(comparison: Comparison, prompt: str) -> Tensor:
     """What the teacher itself draws for a prompt, (SAMPLES, 3, H, W) in [0, 1]; for a scene from cameras around it."""
     from sds3d.teachers.drawing import sample
 
-    teacher = build.build_teacher(config)
+    config = comparison.config(prompt, comparison.methods[0], 0, Path())
+    teacher = build.build_teacher(config, comparison.teacher)
     cameras = orbit(SAMPLES) if kinds.of(config).seen_by_cameras and teacher.views == "camera" else None
-    return sample(teacher, [config.prompt] * SAMPLES, seed=1, guidance=2.0, cameras=cameras).cpu()
+    return sample(teacher, [prompt] * SAMPLES, seed=1, guidance=2.0, cameras=cameras).cpu()
 
 
 def _killed(out: Path, done: Mapping[tuple, Entry]) -> dict[Path, RunConfig]:
@@ -190,12 +198,13 @@ def _killed(out: Path, done: Mapping[tuple, Entry]) -> dict[Path, RunConfig]:
 
 
 def _carry_out(
-    config: RunConfig, samples: Tensor, left: Path | None
+    comparison: Comparison, config: RunConfig, samples: Tensor, left: Path | None
 ) -> tuple[Asset | Painting, dict[str, float | None], Tensor]:
     """One run, from nothing or from what a killed call left of it, to its figures and pictures (B, 3, H, W)."""
     memory.reset_peak()
     made: Any  # of one of STUDENTS, which have pictures
-    made, steps = launch.start(config) if left is None else launch.resume(left)
+    teacher = comparison.teacher
+    made, steps = launch.start(config, teacher) if left is None else launch.resume(left, teacher=teacher)
     rows = made.run.rows()
     begun, earlier = time.perf_counter(), rows[-1].get("seconds", 0.0) if rows else 0.0
     for _ in steps:
@@ -332,12 +341,12 @@ def _load(comparison: Comparison, out: Path) -> dict[tuple[str, str, int], Entry
         raise ValueError(f"{out} holds a comparison with other settings ({settings}); name another folder with --out")
     found = {}
     for row in rows:
-        entry = Entry(**row, pictures=NOTHING if row.get("failure") else _pictures(out / row["run"]))
+        entry = Entry(**row, pictures=NOTHING if row.get("failure") else _pictures(comparison, out / row["run"]))
         found[entry.key] = entry
     return found
 
 
-def _pictures(path: Path) -> Tensor:
+def _pictures(comparison: Comparison, path: Path) -> Tensor:
     """The pictures of a finished run."""
     made: Any = kinds.open_run(path)  # of one of STUDENTS, which have pictures
-    return made.pictures(VIEWS, build.build_teacher(made.config).image_size).cpu()
+    return made.pictures(VIEWS, build.build_teacher(made.config, comparison.teacher).image_size).cpu()

@@ -24,7 +24,7 @@ from sds3d.live.watch import Watch
 from sds3d.runs import build, launch
 from sds3d.runs.folder import Run, open_picture
 from sds3d.runtime.ranges import STEPS
-from sds3d.teachers.base import PACKAGED
+from sds3d.teachers.base import PACKAGED, Teacher, object_name
 
 if TYPE_CHECKING:
     from sds3d.live.stage import Stage
@@ -60,10 +60,19 @@ class Studio:
         base: settings that the panel begins with; its ``out`` is where runs go.
         layer: settings of every run, over the defaults and under those of the panel.
         teachers: to choose from, beside that of ``base`` and the packaged one.
+        teacher: an object, which is the first to choose from, in place of the teacher of ``base``.
     """
 
-    def __init__(self, stage: Stage, base: configs.Config, layer: Mapping[str, Any], teachers: Sequence[str] = ()):
-        self.stage, self.queue, self._layer = stage, Queue(), layer
+    def __init__(
+        self,
+        stage: Stage,
+        base: configs.Config,
+        layer: Mapping[str, Any],
+        teachers: Sequence[str] = (),
+        teacher: Teacher | None = None,
+    ):
+        self.stage, self.queue, self._layer, self._teacher = stage, Queue(), layer, teacher
+        base = build.with_teacher(base, teacher)
         self._rows: list[Any] = []  # of viser's elements
         self._version, self._count = 0, 0
         gui = stage.gui
@@ -163,10 +172,9 @@ class Studio:
         while (job := self.queue.first("new")) is not None:
             try:
                 config = self._config(job)
-                if (
-                    config.teacher.name in PACKAGED
-                ):  # any other would have to be loaded, beside the one that teaches now
-                    build.build_teacher(config)
+                given = self._given(config)
+                if given is not None or config.teacher.name in PACKAGED:  # any other would have to be loaded, beside
+                    build.build_teacher(config, given)  # the one that teaches now
                 self.queue.move(job.number, "waiting")
             except PROBLEMS as error:  # of one prompt; the next may do better
                 self._fail(job, error)
@@ -204,6 +212,11 @@ class Studio:
     def _config(self, job: Job) -> configs.Config:
         return configs.load(job.prompt, self._layer, job.settings, kind=configs.Config)
 
+    def _given(self, config: configs.Config) -> Teacher | None:
+        """The object, where it is the teacher that was chosen; None for one that is loaded by its name."""
+        chosen = self._teacher is not None and config.teacher.name == object_name(self._teacher)
+        return self._teacher if chosen else None
+
     def _make(self, job: Job, interrupted: Callable[[], bool]) -> Path | None:
         """Make one asset; returns its folder where the terminal ended it before. Its problems are shown on the page."""
         if not self.queue.move(job.number, "running"):
@@ -211,7 +224,8 @@ class Studio:
         self._attend()
         self._empty.visible, begun = False, False
         try:
-            made, steps = launch.start(self._config(job))
+            config = self._config(job)
+            made, steps = launch.start(config, self._given(config))
             begun = True
             self.watch.begin(made)
             for last in steps:

@@ -5,22 +5,24 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from sds3d import ops
 from sds3d.config.schema import RunConfig
 from sds3d.distill.core import ScoreMethod, ScoreObjective
-from sds3d.distill.critics import TrainedCritic
+from sds3d.distill.critics import Trainable, TrainedCritic
 from sds3d.distill.score.bridge import Bridge
 from sds3d.runs import kinds
 from sds3d.runtime.device import pick_device
 from sds3d.runtime.distributed import Processes
 from sds3d.students.base import Student
-from sds3d.teachers.base import Teacher
-from sds3d.teachers.load import Loaded, load_teacher
+from sds3d.teachers.base import Teacher, TeacherConfig, object_name
+from sds3d.teachers.load import load_teacher
 from sds3d.train import Objective
+
+AnyConfig = TypeVar("AnyConfig", bound=RunConfig)
 
 
 def usable_here(config: RunConfig, given: Mapping[str, Any]) -> RunConfig:
@@ -59,11 +61,44 @@ def usable_here(config: RunConfig, given: Mapping[str, Any]) -> RunConfig:
     return config
 
 
-def build_teacher(config: RunConfig) -> Loaded:
-    """The config's teacher, which must know its prompts. Raises ValueError."""
+def with_teacher(config: AnyConfig, teacher: Teacher | None) -> AnyConfig:
+    """The config of a run whose teacher is an object, where one is given: ``teacher.name`` is its class.
+
+    Raises:
+        ValueError: the config has settings of another teacher; or this kind of run needs one that has a name.
+    """
+    if teacher is None:
+        return config
+    own = TeacherConfig(object_name(teacher), teacher.views)
+    if kinds.of(config).opens_with_teacher:
+        raise ValueError(
+            f"the teacher is an object ({own.name}), and a generator's run is opened with its teacher, by name: "
+            "give a name, as in teacher='digits', or the folder of a training"
+        )
+    if config.teacher.name != own.name:
+        usual = type(config)("a red mug").teacher
+        for field in dataclasses.fields(usual):
+            value = getattr(config.teacher, field.name)
+            if value not in (getattr(usual, field.name), getattr(own, field.name)):
+                raise ValueError(
+                    f"teacher.{field.name} is {value!r}, and the teacher is an object ({own.name}), which has its own "
+                    "settings: leave one of the two out"
+                )
+    return dataclasses.replace(config, teacher=own)
+
+
+def refuse_settings_of_teacher(*layers: Mapping[str, Any]) -> None:
+    """Raises ValueError where settings name a teacher, for a run whose teacher is an object."""
+    for key in (key for layer in layers for key in layer if key.split(".")[0] == "teacher"):
+        raise ValueError(f"{key} is for a teacher that is loaded by its name, and an object is given: leave one out")
+
+
+def build_teacher(config: RunConfig, teacher: Teacher | None = None) -> Teacher:
+    """The config's teacher, or the one that is given, which must know the config's prompts. Raises ValueError."""
     kind = kinds.of(config)
     kind.check(config)
-    teacher = load_teacher(config.teacher, config.device)
+    if teacher is None:
+        teacher = load_teacher(config.teacher, config.device)
     kind.check_teacher(config, teacher)
     spoilt = f"{config.prompt}, {config.negative}" if isinstance(config.method, Bridge) and config.negative else ""
     for name, prompt in (
@@ -81,7 +116,7 @@ def build_teacher(config: RunConfig) -> Loaded:
     return teacher
 
 
-def build_student(config: RunConfig, teacher: Loaded | None = None, processes: Processes = Processes()) -> Student:
+def build_student(config: RunConfig, teacher: Teacher | None = None, processes: Processes = Processes()) -> Student:
     """What a run trains, new; the same seed gives the same one. A generator starts from its teacher.
 
     Raises:
@@ -90,15 +125,21 @@ def build_student(config: RunConfig, teacher: Loaded | None = None, processes: P
     return kinds.of(config).build_student(config, teacher, processes)
 
 
-def build_critic(config: RunConfig, teacher: Loaded, processes: Processes = Processes()) -> TrainedCritic | None:
+def build_critic(config: RunConfig, teacher: Teacher, processes: Processes = Processes()) -> TrainedCritic | None:
     """A critic that starts from the teacher, where the method needs one; a discriminator in it, where it needs that.
 
     Raises:
-        ValueError: the method is not for this kind of run, or there are no real images for a discriminator.
+        ValueError: the method is not for this kind of run, the teacher has no network that a critic could start from,
+            or there are no real images for a discriminator.
     """
     require_kind(config)
     if "critic" not in config.method.NEEDS:
         return None
+    if not isinstance(teacher, Trainable):
+        raise ValueError(
+            f"{type(config.method).__name__} trains a critic that starts from the teacher's network, and "
+            f"{type(teacher).__name__} has none (network, extra_width, answer): take a method without a critic"
+        )
     rng = torch.Generator().manual_seed(config.seed)
     return kinds.of(config).build_critic(config, teacher, rng, processes)
 

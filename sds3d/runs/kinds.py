@@ -75,6 +75,7 @@ class Kind:
         seen_by_cameras: whether the student is rendered from cameras.
         many_prompts: whether an empty prompt stands for all that the teacher was trained on.
         many_processes: whether torchrun's processes can share a run.
+        opens_with_teacher: whether a run folder is opened with its teacher, which must then have a name.
     """
 
     config: type[RunConfig]
@@ -96,6 +97,7 @@ class Kind:
     seen_by_cameras: bool = False
     many_prompts: bool = False
     many_processes: bool = False
+    opens_with_teacher: bool = False
 
 
 KINDS = {
@@ -134,6 +136,7 @@ KINDS = {
         gives=frozenset({"pairs", "real"}),
         many_prompts=True,
         many_processes=True,
+        opens_with_teacher=True,
     ),
 }
 

@@ -17,6 +17,9 @@ PACKAGED = ("small", "toybox", "digits")  # "toybox" is another name of "small"
 VIEWS = ("camera", "words")  # how a teacher may be told where an image is seen from
 
 
+OBJECT = "python:"  # begins teacher.name where the teacher was an object, which no name can load again
+
+
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -162,6 +165,11 @@ class OnDevice(Protocol):
     def device(self) -> torch.device:
         """The device of what it is given."""
         ...
+
+
+def object_name(teacher: Teacher) -> str:
+    """What teacher.name says of a teacher that was given as an object: "python:" and its class."""
+    return f"{OBJECT}{type(teacher).__module__}.{type(teacher).__qualname__}"
 
 
 def views_per_set(teacher: Teacher) -> int:
