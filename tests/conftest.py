@@ -2,8 +2,14 @@
 
 import os
 import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -156,6 +162,31 @@ def call_packaged(capsys, in_folder):
         return end.value.code or 0, out, err
 
     return run
+
+
+PATIENCE = 240  # seconds; only what hangs takes so long
+
+
+def until(holds: Callable[[], object], what: str) -> None:
+    """Wait until something holds. Fails after PATIENCE."""
+    end = time.monotonic() + PATIENCE
+    while not holds():
+        assert time.monotonic() < end, f"{what}: not within {PATIENCE} s"
+        time.sleep(0.02)
+
+
+@contextmanager
+def started(command: list[str], **named: Any) -> Iterator[subprocess.Popen]:
+    """A program, which is killed at the end with all that it started. Ctrl-C reaches it, though it be ignored here, as
+    it is in a shell's background jobs."""
+    heeding = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(command, preexec_fn=heeding, start_new_session=True, **named)
+    try:
+        yield process
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait(PATIENCE)
 
 
 # Chromium as root, without a GPU (SwiftShader draws WebGL) and without calling home.

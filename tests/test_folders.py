@@ -8,10 +8,12 @@ import re
 import stat
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import PATIENCE, started, until
 from PIL import Image
 
 from sds3d.config import load as configs
@@ -189,24 +191,37 @@ def test_a_run_is_one_processs_at_a_time(call, made, elsewhere):
     assert code == 0, err
 
 
+PATIENT = """
+import sys, time
+from pathlib import Path
+from conftest import BallTeacher
+from sds3d.cli import main
+
+ball, there = BallTeacher(), Path(sys.argv[2])
+
+def predict(*given, **named):  # its run is still going on when the other program has ended
+    while not there.exists():
+        time.sleep(0.05)
+    return BallTeacher.predict(ball, *given, **named)
+
+ball.predict = predict
+main(["resume", sys.argv[1], "steps=12", "--quiet"], ball)
+"""
+
+
 def test_two_resumes_at_once_give_one_run(made, tmp_path):
     """The command line of the issue: without a lock both end with code 0 and every row is there twice."""
-    program = (
-        "from conftest import BallTeacher; from sds3d.cli import main;"
-        f"main(['resume', {made!r}, 'steps=60', '--quiet'], BallTeacher())"
-    )
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(
-            [str(Path(__file__).parent), os.environ.get("PYTHONPATH", ""), str(Path(files.__file__).parents[1])]
-        )
-    }
-    both = [
-        subprocess.Popen([sys.executable, "-c", program], env=environment, stderr=subprocess.PIPE) for _ in range(2)
-    ]
-    errors = [process.communicate(timeout=300)[1].decode() for process in both]
+    places = [Path(__file__).parent, os.environ.get("PYTHONPATH", ""), Path(files.__file__).parents[1]]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, places))}
+    command = [sys.executable, "-c", PATIENT, made, str(tmp_path / "go")]
+    with ExitStack() as stack:
+        both = [stack.enter_context(started(command, env=environment, stderr=subprocess.PIPE)) for _ in range(2)]
+        until(lambda: any(process.poll() is not None for process in both), "one of them ends")
+        (tmp_path / "go").write_text("")
+        errors = [process.communicate(timeout=PATIENCE)[1].decode() for process in both]
     codes = sorted(process.returncode for process in both)
     steps = [json.loads(row)["step"] for row in (Path(made) / "metrics.jsonl").read_text().splitlines()]
-    assert steps == list(range(1, 61)), errors
+    assert steps == list(range(1, 13)), errors
     assert codes == [0, 2] and any("is in use" in error for error in errors), errors
 
 
@@ -373,7 +388,7 @@ def test_a_strangers_config_has_nothing_written_into_other_folders(in_folder, tm
 
     from sds3d.runs import launch
 
-    few = {"pairs.count": 2, "pairs.steps": 1}
+    few = {"pairs.count": 2, "pairs.batch": 2, "pairs.steps": 1}
     config = configs.load(None, {"method": "dmd", "teacher.name": "digits"}, few, kind=configs.DistillConfig)
     home, private = tmp_path / "outputs", tmp_path / "private"
     for folder, fine in ((private, False), (home / "pairs" / "x", True), (tmp_path / "kept", True)):

@@ -10,6 +10,7 @@ import os
 from datetime import timedelta
 
 import pytest
+from conftest import PATIENCE
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
@@ -213,11 +214,11 @@ def loaded(text: str, kind: type) -> None:
 
 
 def many(count: int) -> settings:
-    """How many examples; each within seconds. The same ones every time."""
+    """How many examples; each within minutes, which only a hang takes. The same ones every time."""
     allowed = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large]
     return settings(
         max_examples=count,
-        deadline=timedelta(seconds=20),
+        deadline=timedelta(seconds=PATIENCE),
         suppress_health_check=allowed,
         derandomize=True,
         database=None,

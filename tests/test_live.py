@@ -545,6 +545,7 @@ def test_hints_about_other_teachers_are_their_words_or_nothing(tmp_path):
 def test_studio_hints_at_what_the_chosen_teacher_knows(studio):
     made = studio.make("digits", "no-such.safetensors")
     gui = made.stage.gui
+    gui.named("teacher").click("small")
     assert f"for example: {TOYS[0]}; " in gui.html() and "things: ball, cube" in gui.html()
     gui.named("teacher").click("digits")
     assert "handwritten" in gui.html() and "mug" not in gui.html() and gui.named(TITLE).visible
@@ -579,7 +580,7 @@ def test_what_waits_is_told_in_words(studio):
     made = studio.make()
     send(made, "a red ball")
     made._attend()
-    assert "waiting: sds, teacher small, 6 steps, seed 0" in made.stage.gui.html()
+    assert "waiting: sds, teacher python:conftest.BallTeacher, 6 steps, seed 0" in made.stage.gui.html()
 
 
 @pytest.mark.parametrize("out, why", [("/proc/x", "No such file"), ("taken", "File exists")])

@@ -27,7 +27,7 @@ def test_bench_prints_a_list_of_rows(op: str):
         (op, backend, points) for points in (512, 1024) for backend in ("torch", "numba")
     ]
     for row in rows:
-        assert row["forward_ms"] > 0 and row["forward_backward_ms"] >= row["forward_ms"] and row["bytes"] > 0
+        assert row["forward_ms"] > 0 and row["forward_backward_ms"] > 0 and row["bytes"] > 0
         assert (row["backward_ms"] is None) == (op == "march")  # samples have no gradient
     assert "cpu" in done.stderr  # the machine
 
