@@ -13,7 +13,7 @@ from sds3d.ops import Samples
 
 SLACK = 1.5  # rows allocated for each sample of the last known count
 GRAIN = 4096  # the number of rows is a multiple of this, so that torch's allocator can reuse blocks
-CPU_BYTES = 2 * 2**30  # about the largest memory of a render with gradients on a CPU; on a GPU a quarter of its memory
+CPU_BYTES = 2 * 2**30  # memory of a render with gradients on a CPU, at most; on a GPU a quarter of it
 
 
 def rays_at_a_time(device: torch.device, samples: int, inputs: int, hidden: int) -> int:
