@@ -10,12 +10,12 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import re
-import sys
 import types
 import typing
 from typing import Any
 
 from sds3d.config.load import default_method
+from sds3d.config.meanings import meanings_of
 from sds3d.config.schema import Config, DistillConfig, PaintConfig, RunConfig
 from sds3d.config.typed import plain
 from sds3d.distill.score import METHODS
@@ -51,53 +51,15 @@ def _section(cls: type, above: str, defaults: dict[str, dict[str, Any]], only: s
         kind, key = hints[name], above + name
         if dataclasses.is_dataclass(kind) and kind is not Ramp:
             intro = inspect.cleandoc(kind.__doc__ or "").split("\n\n")[0]
-            head = [f"### {key}"] + ([] if intro.startswith(("Args:", kind.__name__ + "(")) else [_one_line(intro)])
+            head = [f"### {key}"]
+            if not intro.startswith(("Args:", kind.__name__ + "(")):
+                head.append(" ".join(intro.split()))
             below.append("\n\n".join([*head, _section(kind, f"{key}.", defaults)]))
         else:
-            rows.append(f"| `{key}` | {_takes(kind)} | {_default(key, defaults)} | {meanings.get(name, '')} |")
+            meaning = meanings.get(name, "").replace("|", "\\|")  # a bar would end the table's cell
+            rows.append(f"| `{key}` | {_takes(kind)} | {_default(key, defaults)} | {meaning} |")
     table = ["| setting | takes | default | meaning |", "|---|---|---|---|", *rows] if rows else []
     return "\n\n".join(part for part in ("\n".join(table), *below) if part)
-
-
-def meanings_of(cls: type) -> dict[str, str]:
-    """Return the meaning of each field.
-
-    The meaning is the field's entry in the docstring's Args, or the comment beside or above the field. For a weight
-    ``lambda_<name>`` it is the first line of the docstring of the function <name> in the same module.
-    """
-    meanings: dict[str, str] = {}
-    for base in reversed(cls.__mro__):
-        if not dataclasses.is_dataclass(base):
-            continue
-        meanings |= _comments(inspect.getsource(base))
-        meanings |= _arguments(inspect.cleandoc(base.__doc__ or ""))
-    for name in (f.name for f in dataclasses.fields(cls)):
-        function = getattr(sys.modules[cls.__module__], name.removeprefix("lambda_"), None)
-        if name not in meanings and name.startswith("lambda_") and function is not None:
-            text = inspect.cleandoc(function.__doc__ or "").split("\n")[0].removeprefix("Return ")
-            meanings[name] = f"weight of {text}"
-    return {name: _one_line(text) for name, text in meanings.items()}
-
-
-def _arguments(docstring: str) -> dict[str, str]:
-    """Return the Args section of a docstring, by name; names on the same line have the same text."""
-    section = re.search(r"^Args:\n(.*?)(?:\n\S|\Z)", docstring, re.S | re.M)
-    texts: dict[str, str] = {}
-    for names, text in re.findall(r"^    (\w[\w, ]*): (.*?)(?=^    \w|\Z)", section[1] if section else "", re.S | re.M):
-        texts |= dict.fromkeys(names.split(", "), text)
-    return texts
-
-
-def _comments(source: str) -> dict[str, str]:
-    """Return the comments beside the fields of a class's source, or in the lines above them."""
-    texts: dict[str, str] = {}
-    above: list[str] = []
-    for line in map(str.strip, source.splitlines()):
-        field = re.match(r"(\w+): [^#]*?(?:#\s*(.*))?$", line)
-        if field and (field[2] or above):
-            texts[field[1]] = field[2] or " ".join(above)
-        above = [*above, line.lstrip("# ")] if line.startswith("#") else []
-    return texts
 
 
 def _takes(kind: Any) -> str:
@@ -142,10 +104,6 @@ def _shown(value: Any) -> str:
     if text is None or (isinstance(value, int | float) and not isinstance(value, bool)):
         text = str(value)
     return f"`{text}`"
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split()).replace("|", "\\|")
 
 
 if __name__ == "__main__":

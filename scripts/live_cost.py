@@ -37,7 +37,7 @@ def main() -> None:
         stage = Stage(Address.find(), "cost")
         watch = Watch(stage)
         watch.begin(asset)
-        pair = (lambda: next(plain)), (lambda: watch.attend(next(live), lambda: False))
+        pair = (lambda: next(plain)), (lambda: watch.update(next(live), lambda: False))
         for _ in range(2):  # kernels are compiled, files are opened
             for step in pair:
                 step()
@@ -48,7 +48,7 @@ def main() -> None:
             rows.append(sum(times if i % 2 else times[::-1], ()))
         step = next(live)
         calls = 10_000
-        alone, _ = timed(lambda: [watch.attend(step, lambda: False) for _ in range(calls)])
+        alone, _ = timed(lambda: [watch.update(step, lambda: False) for _ in range(calls)])
         stage.close()
         plain.close()
         live.close()

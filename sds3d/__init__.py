@@ -1,6 +1,6 @@
 """Text to 3D by score distillation: ``sds3d.generate("a red mug")`` makes a coloured mesh.
 
-Importing this imports nothing; what is used is loaded when it is used.
+Importing the package does not import torch. Its functions and classes are loaded when they are first used.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""``python -m sds3d``, and the program ``sds3d``: the command line, whose imports Ctrl-C may interrupt, too."""
+"""The entry point of ``sds3d`` and ``python -m sds3d``. It handles Ctrl-C during the imports, too."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 
 
 def main() -> None:
-    """Run the command line. Ctrl-C ends it with one line and code 130, whenever it comes."""
+    """Run the command line. Ctrl-C ends it at any time with one line and exit code 130."""
     report = sys.unraisablehook
     sys.unraisablehook = lambda args: None if args.exc_type is KeyboardInterrupt else report(args)
     try:

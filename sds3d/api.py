@@ -1,4 +1,4 @@
-"""What Python users call: each makes a run from its settings and carries it out."""
+"""The Python interface: functions that build a run from settings, train it and write its files."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ def generate(prompt: str, **overrides: Any) -> Asset:
     """Make a 3D asset from a text prompt.
 
     Args:
-        prompt: what to make, in words its teacher knows.
-        overrides: any setting: ``seed=3``, ``steps=800``, ``method="vsd"``, ``render={"resolution": 32}`` or
+        prompt: what to make, in words that the teacher knows.
+        overrides: any settings: ``seed=3``, ``steps=800``, ``method="vsd"``, ``render={"resolution": 32}`` or
             ``**{"render.resolution": 32}``.
 
     Returns:
-        The finished asset; its run folder (``asset.path``) holds mesh.glb, turntable.mp4, preview.png ...
+        The finished asset. Its run folder (``asset.path``) holds mesh.glb, turntable.mp4, preview.png ...
 
     Raises:
-        ValueError: a setting or a word that is not known, or a folder that cannot be written.
+        ValueError: a setting or a word of the prompt is unknown, or the run folder cannot be written.
 
     Examples:
         >>> # Not run as a test: it takes more than a minute.
@@ -37,18 +37,18 @@ def generate(prompt: str, **overrides: Any) -> Asset:
 
 
 def paint(prompt: str, **overrides: Any) -> Painting:
-    """Make images from a text prompt, by optimising their pixels.
+    """Make images from a text prompt by optimising their pixels.
 
     Args:
-        prompt: what to paint, in words its teacher knows; view words count.
-        overrides: any setting: ``method="vsd"``, ``image={"count": 8}``, ``steps=400`` ...
+        prompt: what to paint, in words that the teacher knows; it may name a view.
+        overrides: any settings: ``method="vsd"``, ``image={"count": 8}``, ``steps=400`` ...
 
     Returns:
-        The finished painting: ``painting.images``; its run folder (``painting.path``) holds image.png and the strip of
-        its progress.
+        The finished painting with its ``images``. Its run folder (``painting.path``) holds image.png and
+        progress/strip.png.
 
     Raises:
-        ValueError: a setting or a word that is not known, or a folder that cannot be written.
+        ValueError: a setting or a word of the prompt is unknown, or the run folder cannot be written.
 
     Examples:
         >>> import sds3d
@@ -60,17 +60,17 @@ def paint(prompt: str, **overrides: Any) -> Painting:
 
 
 def train_generator(**overrides: Any) -> Generated:
-    """Train a generator that paints in one step, or a few, what a teacher paints in many.
+    """Train a generator that draws in one step, or a few, what its teacher draws in many.
 
     Args:
-        overrides: any setting: ``teacher="digits"``, ``method="dmd"``, ``steps=4000``, ``generator={"batch": 64}`` ...
+        overrides: any settings: ``teacher="digits"``, ``method="dmd"``, ``steps=4000``, ``generator={"batch": 64}`` ...
 
     Returns:
-        The finished run: its folder (``path``) holds generator.safetensors (or, of a diffusers pipeline, one in
-        pipeline/), its card, grid.png; `load_generator(path)` paints.
+        The finished run. Its folder (``path``) holds generator.safetensors, or pipeline/ if the teacher is a diffusers
+        pipeline, with README.md and grid.png. `load_generator(path)` loads the generator.
 
     Raises:
-        ValueError: a setting that is not known, or a folder that cannot be written.
+        ValueError: a setting is unknown, or the run folder cannot be written.
 
     Examples:
         >>> import sds3d
@@ -85,7 +85,7 @@ def train_generator(**overrides: Any) -> Generated:
 
 
 def _finished(config: RunConfig) -> Any:
-    """A new run, carried out."""
+    """Train a new run and write its files. Returns the result."""
     for _ in prepare(config):
         pass
     made, steps = start(config)

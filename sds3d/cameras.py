@@ -1,4 +1,4 @@
-"""Cameras, rays, and every convention about axes, units and angles, stated once.
+"""Cameras, rays, and the conventions for axes, units and angles.
 
 World
     Right-handed, y up, in scene units. The scene lives in the box [-1, 1]^3. The front of an object
@@ -53,39 +53,35 @@ class Cameras:
         return Cameras(self.azimuth[index], self.elevation[index], self.distance[index], self.fov[index])
 
     def to(self, device: torch.device | str) -> Cameras:
-        """The same cameras on a device."""
+        """Return the same cameras on a device."""
         azimuth, elevation = onto(self.azimuth, device), onto(self.elevation, device)
         return Cameras(azimuth, elevation, onto(self.distance, device), onto(self.fov, device))
 
     def positions(self) -> Tensor:
-        """World positions, (B, 3)."""
+        """Return the positions in world coordinates, (B, 3)."""
         azimuth, elevation = torch.deg2rad(self.azimuth), torch.deg2rad(self.elevation)
         flat = torch.cos(elevation)
         direction = torch.stack([flat * torch.sin(azimuth), torch.sin(elevation), flat * torch.cos(azimuth)], -1)
         return self.distance[:, None] * direction
 
     def rotations(self) -> Tensor:
-        """Camera-to-world rotations, (B, 3, 3); columns are right, up, backward."""
+        """Return camera-to-world rotations, (B, 3, 3); columns are right, up, backward."""
         azimuth, elevation = torch.deg2rad(self.azimuth), torch.deg2rad(self.elevation)
         sa, ca, se, ce = torch.sin(azimuth), torch.cos(azimuth), torch.sin(elevation), torch.cos(elevation)
         zero = torch.zeros_like(sa)
-        right = torch.stack([ca, zero, -sa], -1)  # defined straight above and below, too
+        right = torch.stack([ca, zero, -sa], -1)  # also defined straight above and below
         up = torch.stack([-se * sa, ce, -se * ca], -1)
         back = torch.stack([ce * sa, se, ce * ca], -1)
         return torch.stack([right, up, back], -1)
 
     def rays(self, height: int, width: int | None = None) -> tuple[Tensor, Tensor]:
-        """Rays through pixel centres.
-
-        Returns:
-            origins and unit directions, both (B, height, width, 3).
-        """
+        """Return rays through the pixel centres: origins and unit directions, both (B, height, width, 3)."""
         return _rays(self.positions(), self.rotations(), self.fov, height, width or height)
 
 
 @dataclass(frozen=True)
 class Poses:
-    """A batch of cameras that stand anywhere and look anywhere, as a viewer's does; they render as `Cameras` do.
+    """A batch of cameras with arbitrary positions and directions, as in a viewer. They can replace `Cameras`.
 
     Args:
         position: (B, 3) in world coordinates.
@@ -103,20 +99,20 @@ class Poses:
         return self.position.shape[0]
 
     def to(self, device: torch.device | str) -> Poses:
-        """The same poses on a device."""
+        """Return the same poses on a device."""
         return Poses(onto(self.position, device), onto(self.rotation, device), onto(self.fov, device), self.aspect)
 
     def positions(self) -> Tensor:
-        """World positions, (B, 3)."""
+        """Return the positions in world coordinates, (B, 3)."""
         return self.position
 
     def rays(self, height: int) -> tuple[Tensor, Tensor]:
-        """Rays through pixel centres: origins and unit directions, both (B, height, width, 3)."""
+        """Return rays through the pixel centres: origins and unit directions, both (B, height, width, 3)."""
         return _rays(self.position, self.rotation, self.fov, height, max(1, round(height * self.aspect)))
 
 
 def _rays(positions: Tensor, rotations: Tensor, fov: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
-    """Origins and unit directions (B, height, width, 3) of cameras at (B, 3), turned by (B, 3, 3), of fov (B,)."""
+    """Origins and unit directions (B, height, width, 3) from positions (B, 3), rotations (B, 3, 3) and fov (B,)."""
     device, dtype = fov.device, fov.dtype
     rows = (torch.arange(height, device=device, dtype=dtype) + 0.5) / height * 2 - 1
     cols = ((torch.arange(width, device=device, dtype=dtype) + 0.5) / width * 2 - 1) * (width / height)
@@ -134,7 +130,7 @@ def cat(parts: list[Cameras]) -> Cameras:
 
 
 def orbit(n: int, elevation: float = 15.0, distance: float = 3.0, fov: float = 40.0, start: float = 0.0) -> Cameras:
-    """``n`` cameras evenly spaced in azimuth, counter-clockwise from ``start`` degrees.
+    """Return ``n`` cameras evenly spaced in azimuth, counter-clockwise from ``start`` degrees.
 
     Examples:
         >>> orbit(4).azimuth.tolist()
@@ -148,14 +144,14 @@ def orbit(n: int, elevation: float = 15.0, distance: float = 3.0, fov: float = 4
 
 @dataclass(frozen=True)
 class CameraRanges:
-    """Where training cameras stand: uniform in each range (degrees, scene units). All look at the origin.
+    """The ranges of the training cameras, which are uniform in each range and look at the origin.
 
     Args:
         azimuth, elevation: lowest and highest, degrees; azimuth 0 looks at the front.
-        distance: nearest and farthest, from the origin.
-        fov: narrowest and widest, degrees.
-        ring: views that stand evenly around the scene, at one elevation, distance and field of view; a step's views are
-            so many or a multiple. 1: each stands by itself.
+        distance: nearest and farthest, from the origin, scene units.
+        fov: narrowest and widest vertical field of view, degrees.
+        ring: number of cameras that stand evenly around the scene with one elevation, distance and field of view; the
+            views of a step must be a multiple of it. 1: each camera is independent.
     """
 
     azimuth: Annotated[tuple[float, float], Within(-360, 720)] = (0.0, 360.0)
@@ -178,9 +174,12 @@ class CameraRanges:
                 raise ValueError(f"camera.{name} is ({a}, {b}); give a range low <= high within [{low}, {high}]")
 
     def sample(self, n: int, rng: torch.Generator) -> Cameras:
-        """Draw ``n`` cameras, stratified: each range is cut in ``n`` equal parts, each used once (all but the azimuth's
-        in random order), with a random place inside each part. Of rings, the first camera of each is drawn so; ring
-        after ring."""
+        """Draw ``n`` stratified cameras.
+
+        Each range is cut into ``n`` equal parts. Each part gives one random value; the parts are in random order,
+        except for the azimuth. With rings, only the first camera of each ring is drawn, and the rings follow one
+        another.
+        """
         if self.ring > 1:
             assert n % self.ring == 0, (n, self.ring)
             first = dataclasses.replace(self, ring=1).sample(n // self.ring, rng)
@@ -191,11 +190,11 @@ class CameraRanges:
             return Cameras((azimuth + torch.arange(n) % self.ring * (360.0 / self.ring)) % 360, *rest)
 
         def stratified(bounds: tuple[float, float], shuffle: bool) -> Tensor:
-            place = torch.arange(n) if not shuffle else torch.randperm(n, generator=rng)
-            return bounds[0] + (place + torch.rand(n, generator=rng)) / n * (bounds[1] - bounds[0])
+            part = torch.arange(n) if not shuffle else torch.randperm(n, generator=rng)
+            return bounds[0] + (part + torch.rand(n, generator=rng)) / n * (bounds[1] - bounds[0])
 
         azimuth = stratified(self.azimuth, shuffle=False)
-        if math.isclose(self.azimuth[1] - self.azimuth[0], 360.0):  # a full circle has no first part
+        if math.isclose(self.azimuth[1] - self.azimuth[0], 360.0):  # the parts of a full circle may begin anywhere
             azimuth = azimuth + torch.rand(1, generator=rng) * 360.0
         rest = (stratified(bounds, shuffle=True) for bounds in (self.elevation, self.distance, self.fov))
         return Cameras(azimuth % 360, *rest)

@@ -10,7 +10,7 @@ from collections.abc import Collection, Sequence
 
 from sds3d.cameras import Cameras
 
-# Colour words, as the toybox paints them and as the backgrounds of a scene are named.
+# Colour words with the RGB values of the toybox's paints and of a scene's backgrounds.
 COLOURS: dict[str, tuple[float, float, float]] = {
     "red": (0.85, 0.12, 0.12),
     "orange": (0.96, 0.52, 0.08),
@@ -30,15 +30,16 @@ VIEW_WORDS = ("front view", "side view", "back view", "overhead view")
 
 
 def named_background(prompt: str) -> str:
-    """The colour in "... on a COLOUR background", "" where the prompt names none."""
-    found = re.search(rf"\bon an? ({'|'.join(COLOURS)}) background\b", " ".join(words(prompt)))
-    return found[1] if found else ""
+    """Return the colour in "... on a COLOUR background"; "" if the prompt names none."""
+    match = re.search(rf"\bon an? ({'|'.join(COLOURS)}) background\b", " ".join(words(prompt)))
+    return match[1] if match else ""
 
 
 def view_word(azimuth: float, elevation: float) -> str:
-    """The words for a camera at this azimuth (degrees, 0 = front, any turn) and elevation (degrees).
+    """Return the view words for a camera at this azimuth (degrees, 0 = front, not limited) and elevation (degrees).
 
-    Overhead above 60 of elevation; otherwise front within 45 of azimuth 0, back within 45 of 180, else side.
+    The view is overhead above 60 degrees of elevation, else front within 45 degrees of azimuth 0, back within 45
+    degrees of azimuth 180, else side.
     """
     if elevation > 60:
         return "overhead view"
@@ -49,10 +50,10 @@ def view_word(azimuth: float, elevation: float) -> str:
 
 
 def view_negatives(azimuth: float, elevation: float) -> dict[str, float]:
-    """For Perp-Neg: how much each view word away from this azimuth and elevation (degrees) is to be avoided, 0 to 1.
+    """Return Perp-Neg's weight of each other view, 0 to 1, for a camera at this azimuth and elevation (degrees).
 
-    The front counts by its distance from the camera over 180 degrees, so does the back, and the nearer side over 90.
-    From overhead, which is no view from any side, none is avoided.
+    The weight of front and back is the angle to the camera over 180 degrees; that of the nearer side is the angle over
+    90 degrees. All are 0 for an overhead view.
     """
     if view_word(azimuth, elevation) == "overhead view":
         return dict.fromkeys(VIEW_WORDS[:3], 0.0)
@@ -61,48 +62,48 @@ def view_negatives(azimuth: float, elevation: float) -> dict[str, float]:
 
 
 def view_blend(azimuth: float, elevation: float) -> dict[str, float]:
-    """How much of each view word's embedding suits a camera at this azimuth and elevation (degrees); adds up to 1.
+    """Return the weights, of sum 1, with which view embeddings are mixed for a camera at this azimuth and elevation.
 
-    Front, side and back change into each other linearly, 90 degrees apart; overhead sets in at 45 of elevation and is
-    alone from 75 on, so that the halfway mark is where ``view_word`` begins to say it.
+    Front, side and back, 90 degrees apart, are interpolated linearly. Overhead grows from 0 at an elevation of 45
+    degrees to 1 at 75, so that it is 1/2 at 60, where ``view_word`` changes.
     """
     away = abs((azimuth + 180) % 360 - 180)
     above = min(max((elevation - 45) / 30, 0.0), 1.0)
     side = 1 - abs(away - 90) / 90
-    round_it = {"front view": max(1 - away / 90, 0.0), "side view": side, "back view": max(away / 90 - 1, 0.0)}
-    return {view: (1 - above) * share for view, share in round_it.items()} | {"overhead view": above}
+    around = {"front view": max(1 - away / 90, 0.0), "side view": side, "back view": max(away / 90 - 1, 0.0)}
+    return {view: (1 - above) * weight for view, weight in around.items()} | {"overhead view": above}
 
 
 def with_view(prompt: str | Sequence[str], cameras: Cameras) -> list[str]:
-    """One prompt for each camera, as "a red mug, side view".
+    """Add view words to prompts: returns one prompt per camera, as "a red mug, side view".
 
     Args:
-        prompt: one for all cameras, or B of them. "" is the null prompt and stays so.
+        prompt: one for all cameras, or B of them. The null prompt "" does not change.
         cameras: B cameras.
     """
     prompts = [prompt] * len(cameras) if isinstance(prompt, str) else list(prompt)
     assert len(prompts) == len(cameras), (len(prompts), len(cameras))
-    places = zip(cameras.azimuth.tolist(), cameras.elevation.tolist(), strict=True)
-    return [f"{p}, {view_word(*place)}" if p else "" for p, place in zip(prompts, places, strict=True)]
+    angles = zip(cameras.azimuth.tolist(), cameras.elevation.tolist(), strict=True)
+    return [f"{p}, {view_word(*pair)}" if p else "" for p, pair in zip(prompts, angles, strict=True)]
 
 
 def words(prompt: str) -> list[str]:
-    """Words of a prompt, in Unicode's composed form and without case.
+    """Split a prompt into words, in Unicode's composed form (NFC) and case-folded.
 
     A word is a run of letters, marks and digits of any script ("1.5" is one), a single Han or kana character (their
     sentences have no spaces), or a single symbol ("№", "&"). Spaces and other punctuation separate words.
     """
     text = "".join(c for c in unicodedata.normalize("NFC", prompt.casefold()) if unicodedata.category(c) != "Cf")
     kinds = "".join(_kind(c) for c in text)
-    return [text[found.start() : found.end()] for found in re.finditer(_WORD, _with_points(text, kinds))]
+    return [text[match.start() : match.end()] for match in re.finditer(_WORD, _with_points(text, kinds))]
 
 
-_WORD = r"[wm]+|[cs]m*"  # over the kinds of the characters
+_WORD = r"[wm]+|[cs]m*"  # matches kinds of characters (see `_kind`), not the characters
 _ALONE = ((0x3040, 0x30FF), (0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xF900, 0xFAFF), (0x20000, 0x3FFFF))
 
 
 def _kind(character: str) -> str:
-    """w: part of a word, m: a mark, which joins what is before it, c: a word alone, s: a symbol, blank: a separator."""
+    """w: part of a word, m: a mark on the character before it, c: a word by itself, s: a symbol, blank: a separator."""
     category = unicodedata.category(character)
     if category[0] == "M":
         return "m"
@@ -113,12 +114,12 @@ def _kind(character: str) -> str:
 
 def _with_points(text: str, kinds: str) -> str:
     """The kinds, in which a point or comma between two digits is part of the word."""
-    inner = {found.start() for found in re.finditer(r"(?<=\d)[.,](?=\d)", text)}
+    inner = {match.start() for match in re.finditer(r"(?<=\d)[.,](?=\d)", text)}
     return "".join("w" if i in inner else kind for i, kind in enumerate(kinds))
 
 
 _WEIGHTS = re.compile(
-    r"\([^():]{0,80}:\s{0,8}[+-]?[\d.]{1,9}\s{0,8}\)"  # (red:1.3); of so many characters, or a long text takes minutes
+    r"\([^():]{0,80}:\s{0,8}[+-]?[\d.]{1,9}\s{0,8}\)"  # (red:1.3); lengths are bounded, else a long text takes minutes
     r"|\([^()]{0,80}\)[\d.]{1,9}"  # (red)1.3
     r"|\(\([^()]{0,80}\){1,9}"  # ((red))
     r"|\[[^\[\]]{0,80}\]{1,9}"  # [red]
@@ -127,13 +128,13 @@ _WEIGHTS = re.compile(
 
 
 def weighted(prompt: str) -> str:
-    """The first piece of a prompt that other programs read as a weight, as "(red:1.3)" or "((red))"; "" if none is."""
-    found = _WEIGHTS.search(prompt)
-    return found[0] if found else ""
+    """Return the first weighted word in the syntax of other programs, as "(red:1.3)" or "((red))"; "" if none."""
+    match = _WEIGHTS.search(prompt)
+    return match[0] if match else ""
 
 
 def warn_of_weights(prompt: str) -> None:
-    """Warn of a piece that is ``weighted``: no weight is applied here."""
+    """Warn if a prompt has a weighted word (see `weighted`): weights are not applied."""
     piece = weighted(prompt)
     if piece:
         warnings.warn(
@@ -143,10 +144,10 @@ def warn_of_weights(prompt: str) -> None:
 
 
 def named_view(prompt: str) -> str:
-    """The view that a prompt names, as "side view" of "a mug, side view" or "side view of a mug"; "" if it names none.
+    """Return the view that a prompt names, as "side view" in "a mug, side view" or "side view of a mug"; "" if none.
 
-    A prompt names a view where one of its parts between commas ends with the view's words, or begins with them and
-    "of". So "a car with side view mirrors" names none.
+    A prompt names a view if one of its parts between commas ends with the view's words, or begins with them and "of".
+    "a car with side view mirrors" names none.
     """
     for part in re.split(r"[,;.]", prompt):
         text = re.sub(rf" on an? ({'|'.join(COLOURS)}) background$", "", " ".join(words(part)))
@@ -157,9 +158,9 @@ def named_view(prompt: str) -> str:
 
 
 def unknown_words(prompt: str, known: Collection[str]) -> str:
-    """The prompt's unknown words with the nearest known ones, as ``'mugg' (nearest: mug)``; "" if all are known."""
-    told = []
+    """List a prompt's unknown words with the nearest known ones, as ``'mugg' (nearest: mug)``; "" if all are known."""
+    phrases = []
     for word in dict.fromkeys(w for w in words(prompt) if w not in known):
         near = difflib.get_close_matches(word, known, n=3, cutoff=0.5)
-        told.append(f"'{word}'" + (f" (nearest: {', '.join(near)})" if near else ""))
-    return ", ".join(told)
+        phrases.append(f"'{word}'" + (f" (nearest: {', '.join(near)})" if near else ""))
+    return ", ".join(phrases)

@@ -1,10 +1,9 @@
-"""The one loop: a student draws, objectives judge, one backward, one optimiser step. It yields a typed Step.
+"""The training loop: draw from the student, compute the objectives' losses, one backward, one optimiser step.
 
-A GPU is told a whole step before anything is asked of it: figures and checks come back in one copy at its end.
-Between two yields there is exactly one whole step, so closing the generator (Ctrl-C in the command line does
-that) always leaves a consistent state, which goes into the checkpoint. Resuming repeats the same random
-stream: on a CPU, with the same backend and number of threads, an interrupted run ends bit for bit where an
-uninterrupted one does.
+The loop yields a `Step` after each step. Losses and checks of a GPU are copied to the host once, at the end of a step.
+Exactly one whole step lies between two yields. Closing the generator, as Ctrl-C does in the command line, therefore
+leaves a consistent state, which is saved. Resuming continues the random stream: on a CPU, with the same backend and
+number of threads, an interrupted run ends bit for bit like an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -31,13 +30,13 @@ from sds3d.students.optim import OptimConfig, make_optimiser, match_layout
 
 
 class Judged(Protocol):
-    """What an objective answers: a loss to go backward from, and named figures."""
+    """The result of an objective: a loss to differentiate, and named figures to log."""
 
     loss: Tensor
 
     @property
     def metrics(self) -> Mapping[str, float | Tensor]:
-        """See above."""
+        """Name -> figure, a float or a tensor ()."""
         ...
 
 
@@ -46,16 +45,16 @@ DrawnObjective = Callable[[Draw, int, torch.Generator], Judged]
 
 @runtime_checkable
 class DrawlessObjective(Protocol):
-    """An objective that needs no draw of the student, as a regression on pairs, which asks its network itself."""
+    """An objective that needs no draw of the student, such as a regression on pairs, which calls the network itself."""
 
-    def judge_alone(self, step: int, rng: torch.Generator) -> Judged: ...
+    def evaluate_without_draw(self, step: int, rng: torch.Generator) -> Judged: ...
 
 
 Objective = DrawnObjective | DrawlessObjective
 
 
 class RunFolder(Protocol):
-    """Where the loop writes; see `sds3d.runs.folder.Run`."""
+    """The folder that the loop writes to; see `sds3d.runs.folder.Run`."""
 
     path: Path
     checkpoint: Path
@@ -73,18 +72,18 @@ class RunFolder(Protocol):
 
 @dataclass(frozen=True)
 class Plan:
-    """What the loop is told, beside student and objectives.
+    """The settings of the loop.
 
     Args:
-        steps: how many in all.
-        seed: of every draw in the run.
-        lambdas: regulariser -> its weight, a Ramp over steps; a regulariser without one is only logged.
+        steps: total number of steps.
+        seed: seed of every random draw in the run.
+        lambdas: regulariser -> its weight, a Ramp over steps; a regulariser without a weight is only logged.
         optim: learning rates and clipping.
         save_every: steps between checkpoints (one is always written at the end).
         picture_every: steps between progress pictures; 0 for none.
-        phase_steps: steps of a phase; 0 for one phase in all. Each further phase is as a run of its own, whose teacher
-            and first weights are the student's running mean: the optimiser is new, and whatever follows the steps
-            counts from the phase's first. Companions go on as they are.
+        phase_steps: steps of a phase; 0 for a single phase. At the beginning of each further phase, the student's
+            running mean becomes its teacher and its weights, the optimiser is new, and schedules begin again at step
+            0. Companions continue.
     """
 
     steps: int = 400
@@ -106,7 +105,7 @@ class Plan:
             raise ValueError(f"log.picture_every is {self.picture_every}; give 0 (no pictures) or more")
 
     def step_in_phase(self, done: int) -> int:
-        """The step of its phase, from 0, that comes after ``done`` steps of the run."""
+        """Return the index, from 0, of the next step within its phase, after ``done`` steps of the run."""
         return done % self.phase_steps if self.phase_steps else done
 
 
@@ -115,12 +114,12 @@ class Step:
     """One finished step.
 
     Args:
-        step: how many are done, 1 .. total.
-        total: how many there will be.
-        loss: of all objectives and weighted regularisers; for score methods its value means nothing.
-        metrics: named figures, the row of metrics.jsonl.
-        seconds: of training so far, earlier sessions of a resumed run included.
-        picture: (B, 3, H, W) in [0, 1] where this step made a progress picture, else None.
+        step: number of steps done, 1 .. total.
+        total: number of steps of the whole run.
+        loss: sum of all objectives and weighted regularisers; for score methods its value has no meaning.
+        metrics: named figures, as in the row of metrics.jsonl.
+        seconds: training time so far, including earlier sessions of a resumed run.
+        picture: (B, 3, H, W) in [0, 1] if this step made a progress picture, else None.
     """
 
     step: int
@@ -142,31 +141,33 @@ def train(
     companions: Mapping[str, Companion] = MappingProxyType({}),
     processes: Processes = Processes(),
 ) -> Generator[Step]:
-    """Train ``student``; gives an iterator that yields after every step. A checkpoint is read at once. Each step has
-    gradients, also where the caller turned them off; see `sds3d.runtime.modes`.
+    """Train ``student``. Returns a generator that yields after every step.
+
+    The checkpoint of a resumed run is read at once, before the first step. Each step computes gradients even if the
+    caller has turned them off; see `sds3d.runtime.modes`.
 
     Args:
-        student: what has the parameters.
-        objectives: name -> objective; their losses are summed. The student draws where one of them needs it, and its
-            regularisers, which are of a draw, count there alone.
+        student: the object with the parameters.
+        objectives: name -> objective; their losses are summed. If no objective needs a draw of the student, none is
+            made, and the student's regularisers, which belong to a draw, do not count.
         plan: steps, seed, weights, learning rates.
-        run: where checkpoints, metrics and pictures go; None writes nothing.
-        resume: go on from the run's checkpoint.
+        run: the folder for checkpoints, metrics and pictures; None writes nothing.
+        resume: continue from the run's checkpoint.
         picture: makes the views (B, 3, H, W) of a progress picture.
-        companions: name -> what is trained beside the student, in this order before every step: each is fitted
-            ``steps`` times, on fresh draws, or updated without. The name is that of its loss among the metrics, and of
-            its settings.
-        processes: of every batch, where several processes train; the first of them writes.
+        companions: name -> companion, trained beside the student before every step, in this order: each is fitted
+            ``steps`` times on fresh draws, or updated without a draw. The name is used in the metrics and for the
+            companion's settings.
+        processes: the processes that train together; the one of rank 0 writes files.
 
     Raises:
-        ValueError: the disk is full, a checkpoint is missing or damaged or does not fit the student, a group
-            of parameters has no learning rate, the run has done more steps than the plan has, or it has phases and the
-            student has none.
+        ValueError: the disk is full, the checkpoint is missing or damaged or does not fit the student, a group of
+            parameters has no learning rate, the run has done more steps than the plan has, or the plan has phases and
+            the student does not support them.
         Diverged: a loss, a regulariser or a gradient is not finite.
     """
     if plan.phase_steps and (processes.sharded or not isinstance(student, Phased)):
-        what = "fsdp keeps in parts" if processes.sharded else f"a {type(student).__name__} does not have"
-        raise ValueError(f"a phase begins from a running mean of the weights, which {what}: leave phase_steps at 0")
+        reason = "fsdp keeps in parts" if processes.sharded else f"a {type(student).__name__} does not have"
+        raise ValueError(f"a phase begins from a running mean of the weights, which {reason}: leave phase_steps at 0")
     optimiser = make_optimiser(student, plan.optim)
     processes.shard_states(optimiser)
     rng = torch.Generator().manual_seed(plan.seed)
@@ -186,7 +187,7 @@ def train(
 
 @dataclass
 class _State:
-    """What a checkpoint holds."""
+    """The state of training, which a checkpoint holds."""
 
     student: Student
     optimiser: torch.optim.Optimizer
@@ -197,16 +198,16 @@ class _State:
     processes: Processes
 
     def row(self) -> dict[str, float]:
-        """What metrics.jsonl has of every step: how many are done, seconds, peak memory in MB where it is known."""
+        """The first entries of a row of metrics.jsonl: steps done, seconds, and peak memory in MB if it is known."""
         row = {"step": self.done, "seconds": round(self.seconds, 3)}
-        used = memory.peak(self.optimiser.param_groups[0]["params"][0].device)
-        return row if used is None else {**row, "memory": round(used, 1)}
+        peak = memory.peak(self.optimiser.param_groups[0]["params"][0].device)
+        return row if peak is None else {**row, "memory": round(peak, 1)}
 
     def save(self, run: RunFolder | None) -> None:
-        """Write it. A process that has no run gives its part of what is sharded.
+        """Write a checkpoint. A process without a run folder takes part only if the weights are sharded.
 
         Raises:
-            Diverged: a weight is not finite; the checkpoint of before stays.
+            Diverged: a weight is not finite; the earlier checkpoint stays.
         """
         if run is None and not self.processes.sharded:
             return
@@ -231,37 +232,37 @@ def _loop(
     run: RunFolder | None,
     picture: Callable[[], Tensor] | None,
 ) -> Generator[Step]:
-    """The steps that are left; saves when it is closed between two of them."""
+    """The remaining steps. Saves a checkpoint if it is closed between two of them."""
     memory.reset_peak()
     earlier, started = state.seconds, time.perf_counter()
-    saved = state.done
+    saved_step = state.done
     try:
         while state.done < plan.steps:
             metrics = _one_step(state, objectives, plan).read()
             loss = metrics.pop("loss")
             last = state.done == plan.steps
-            shown = None
+            views = None
             if picture is not None and plan.picture_every and (last or state.done % plan.picture_every == 0):
-                shown = picture()
+                views = picture()
             state.seconds = earlier + time.perf_counter() - started
             if run is not None:
                 run.append(state.row() | {"loss": loss, **metrics})
-                if shown is not None:
-                    run.save_picture(state.done, shown)
+                if views is not None:
+                    run.save_picture(state.done, views)
             if last or state.done % plan.save_every == 0:
                 state.save(run)
-                saved = state.done
-            handed = time.perf_counter()
-            yield Step(state.done, plan.steps, loss, metrics, state.seconds, shown)
-            started += time.perf_counter() - handed  # a pause is no training
+                saved_step = state.done
+            yielded = time.perf_counter()
+            yield Step(state.done, plan.steps, loss, metrics, state.seconds, views)
+            started += time.perf_counter() - yielded  # time in the caller is not training time
     except GeneratorExit:
-        if saved != state.done:
+        if saved_step != state.done:
             state.save(run)
         raise
 
 
 def _one_step(state: _State, objectives: Mapping[str, Objective], plan: Plan) -> StepMetrics:
-    """Draw, judge, go backward, move; returns the step's figures, "loss" among them."""
+    """Do one step. Returns its figures, "loss" among them."""
     student, step, rng, figures = state.student, plan.step_in_phase(state.done), state.rng, StepMetrics()
     if step == 0 and state.done:
         assert isinstance(student, Phased), student
@@ -291,22 +292,22 @@ def _one_step(state: _State, objectives: Mapping[str, Objective], plan: Plan) ->
 
 
 def _loss(state: _State, objectives: Mapping[str, Objective], plan: Plan, figures: StepMetrics) -> Tensor:
-    """The objectives' losses and the weighted regularisers, summed, (); their figures are added."""
+    """The sum of the objectives' losses and the weighted regularisers, (). Adds their figures to ``figures``."""
     student, step, rng = state.student, plan.step_in_phase(state.done), state.rng
-    drawn = not all(isinstance(objective, DrawlessObjective) for objective in objectives.values())
-    draw = student.draw(step, rng) if drawn else None
+    needs_draw = not all(isinstance(objective, DrawlessObjective) for objective in objectives.values())
+    draw = student.draw(step, rng) if needs_draw else None
     terms = []
     for name, objective in objectives.items():
         if isinstance(objective, DrawlessObjective):
-            judged = objective.judge_alone(step, rng)
+            result = objective.evaluate_without_draw(step, rng)
         else:
             assert draw is not None, name
-            judged = objective(draw, step, rng)
-        _require_finite(figures, judged.loss, f"the loss {name!r}", state.done)
-        terms.append(judged.loss)
-        for key, value in judged.metrics.items():
+            result = objective(draw, step, rng)
+        _require_finite(figures, result.loss, f"the loss {name!r}", state.done)
+        terms.append(result.loss)
+        for key, value in result.metrics.items():
             figures.add(key if len(objectives) == 1 else f"{name}/{key}", value)
-    for name, value in student.regularisers().items() if drawn else ():
+    for name, value in student.regularisers().items() if needs_draw else ():
         _require_finite(figures, value, f"the regulariser {name!r}", state.done)
         weight = plan.lambdas[name](step) if name in plan.lambdas else 0.0
         if weight and value.requires_grad:
@@ -316,7 +317,7 @@ def _loss(state: _State, objectives: Mapping[str, Objective], plan: Plan, figure
 
 
 def _fit(name: str, companion: FittedCompanion, state: _State, step: int, figures: StepMetrics) -> Tensor:
-    """A companion's fits of one step; returns their mean loss, ()."""
+    """Fit a companion for one step. Returns the mean loss of its fits, ()."""
     losses = []
     for _ in range(companion.steps):
         with torch.no_grad():
@@ -333,18 +334,20 @@ def _require_finite(figures: StepMetrics, value: Tensor, what: str, step: int) -
 
 
 def _require_sound(state: Mapping[str, Any], done: int) -> None:
-    """Raises Diverged where a weight of the student or of a companion is not finite: a last step can be too large for
-    its number, though loss and gradient were finite."""
+    """Raise Diverged if a weight of the student or of a companion is not finite.
+
+    An optimiser step can overflow a weight even if loss and gradient are finite.
+    """
     parts = [("student", "optim.lr", state["student"])]
-    parts += [(name, f"{name}.lr", own) for name, own in state["companions"].items()]
-    for who, setting, own in parts:
-        for name, value in _weights(own):
+    parts += [(name, f"{name}.lr", weights) for name, weights in state["companions"].items()]
+    for owner, setting, weights in parts:
+        for name, value in _weights(weights):
             if value.is_floating_point() and not bool(torch.isfinite(value).all()):
-                raise Diverged(f"{name} of the {who} is not finite after step {done}: lower {setting}")
+                raise Diverged(f"{name} of the {owner} is not finite after step {done}: lower {setting}")
 
 
 def _weights(state: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a state by their dotted names; an optimiser's own are left out."""
+    """The tensors of a nested state with their dotted names, without those of an optimiser."""
     if torch.is_tensor(state):
         yield name, state
     elif isinstance(state, Mapping | list):
@@ -360,7 +363,7 @@ def _restore(
     rng: torch.Generator,
     companions: Mapping[str, Companion],
 ) -> tuple[int, float]:
-    """Load everything from the run's checkpoint; returns the steps and seconds done."""
+    """Load the run's checkpoint into all parts. Returns the steps and seconds done."""
     state = run.load_checkpoint()
     try:
         student.load_state_dict(state["student"])
@@ -379,7 +382,7 @@ def _restore(
 
 
 def _of_companions(state: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The companions' states by name. Older checkpoints know one companion, a critic, or None."""
+    """The companions' states by name. Older checkpoints have "critic" instead, a state or None."""
     if "companions" in state:
         return state["companions"]
     return {} if state["critic"] is None else {"critic": state["critic"]}

@@ -208,10 +208,10 @@ def test_a_teacher_that_diverges_ends_with_1_and_keeps_its_last_state(call_packa
 
 def test_a_teacher_whose_weights_are_not_finite_is_not_saved(tmp_path):
     config = fit.FitConfig(**DIGITS, steps=4, save_every=1)
-    steps = fit.train(tmp_path, config, sources.of("digits", 8)[0])
+    steps = fit.train(tmp_path, config, sources.build_source("digits", 8)[0])
     next(steps)
     before = (tmp_path / "state.pt").read_bytes()
-    made = fit.Fit(config, sources.of("digits", 8)[0])
+    made = fit.Fit(config, sources.build_source("digits", 8)[0])
     with torch.no_grad():
         next(made.nets.parameters()).fill_(float("nan"))
     with pytest.raises(fit.Diverged, match="is not finite after step 0: lower lr"):
@@ -252,7 +252,7 @@ def test_a_full_disk_is_a_sentence_and_keeps_what_was_there(tmp_path, most):
 
 def test_every_bit_of_a_teachers_weights_counts(tmp_path):
     config = fit.FitConfig(**DIGITS, steps=1)
-    fit.Fit(config, sources.of("digits", 8)[0]).save(tmp_path)
+    fit.Fit(config, sources.build_source("digits", 8)[0]).save(tmp_path)
     file = tmp_path / small.FILE
     whole, draws = file.read_bytes(), random.Random(0)
     good = small.load(file).fingerprint
@@ -263,17 +263,17 @@ def test_every_bit_of_a_teachers_weights_counts(tmp_path):
             small.load(file)
     file.write_bytes(whole)
     assert small.load(file).fingerprint == good
-    assert "sha256" not in small.load().told  # the packaged ones are from before, and load
+    assert "sha256" not in small.load().header  # the packaged ones are from before, and load
 
 
 def test_every_page_of_a_teachers_state_counts(tmp_path):
     """As of a run's checkpoint; torch.load reads what a disk made of it, and says nothing."""
     config = fit.FitConfig(**DIGITS, steps=4, save_every=1)
-    steps = fit.train(tmp_path, config, sources.of("digits", 8)[0])
+    steps = fit.train(tmp_path, config, sources.build_source("digits", 8)[0])
     next(steps)
     steps.close()
     file, draws = tmp_path / "state.pt", random.Random(0)
-    whole, made = file.read_bytes(), fit.Fit(config, sources.of("digits", 8)[0])
+    whole, made = file.read_bytes(), fit.Fit(config, sources.build_source("digits", 8)[0])
     good = torch.load(file, weights_only=True)
     numbers = good["nets"]["unet.first.weight"].numpy().tobytes()
     pages = [whole.index(numbers) + 64, *(draws.randrange(len(whole) // 4096) * 4096 for _ in range(20))]
@@ -371,19 +371,20 @@ def test_a_picture_with_too_many_pixels_and_deep_captions_are_sentences(call_pac
     ],
 )
 def test_a_host_is_this_machine_or_refused(serves, host, known):
-    assert stages.is_here(host, Address(serves, 8080)) == known
+    assert stages.is_own_host(host, Address(serves, 8080)) == known
 
 
 def test_where_others_are_let_in_this_machines_name_is_known(monkeypatch):
     monkeypatch.setattr("socket.gethostname", lambda: "MyBox")
     monkeypatch.setattr("socket.getfqdn", lambda: "mybox.example.org")
     for host in ("mybox", "mybox.local:8080", "MYBOX.example.org"):
-        assert stages.is_here(host, Address("0.0.0.0", 8080)) and not stages.is_here(host, Address("127.0.0.1", 8080))
+        assert stages.is_own_host(host, Address("0.0.0.0", 8080))
+        assert not stages.is_own_host(host, Address("127.0.0.1", 8080))
 
 
 def test_a_pace_gives_so_many_turns_a_second_and_a_few_at_once():
     async def count(seconds: float, takers: int) -> list[int]:
-        pace, found = stages.Pace(100, 20), [0] * takers
+        pace, found = stages.RateLimit(100, 20), [0] * takers
 
         async def take(i: int) -> None:
             while True:
@@ -408,8 +409,13 @@ def test_a_flood_of_cameras_is_not_listened_to(monkeypatch):
     from websockets.sync.client import connect
 
     stage, noted = stages.Stage(Address.find(port=0), "title"), []
-    note = stage.eyes.note
-    monkeypatch.setattr(stage.eyes, "note", lambda key, pose: noted.append((time.monotonic(), key)) or note(key, pose))
+    update = stage.viewers.update
+
+    def noting(key, pose):
+        noted.append((time.monotonic(), key))
+        update(key, pose)
+
+    monkeypatch.setattr(stage.viewers, "update", noting)
     camera = {"type": "ViewerCameraMessage", "wxyz": [1.0, 0, 0, 0], "position": [0.0, 0, 3], "fov": 0.7}
     camera |= {"near": 0.01, "far": 100.0, "image_height": 64, "image_width": 64, "look_at": [0.0, 0, 0]}
     data = msgspec.msgpack.encode(camera | {"up_direction": [0.0, 1, 0]})

@@ -198,7 +198,7 @@ def test_real_images_are_told_as_the_generator_is(in_folder, teacher):
     assert bool((x[:, None] == known).flatten(2).all(-1).any(-1).all())
     with pytest.raises(ValueError, match="no real image is captioned 'digit seven'"):
         draw(prompt="digit seven")
-    with pytest.raises(ValueError, match="DMD2 wants real images; give real=FOLDER"):
+    with pytest.raises(ValueError, match="DMD2 needs real images; give real=FOLDER"):
         draw(**{"teacher.name": "toybox"})
 
 
@@ -243,7 +243,7 @@ def test_images_do_not_depend_on_how_many_are_drawn_at_a_time(in_folder):
 def test_fewer_steps_are_the_first_of_its_times(in_folder):
     made = sds3d.train_generator(**{**TINY, "generator.steps": 4})
     generator, teacher = sds3d.load_generator("outputs", dtype="float32"), load_teacher(made.config.teacher)
-    assert json.loads(generator._teacher.told["times"]) == made.student.times.tolist() == generator.times.tolist()
+    assert json.loads(generator._teacher.header["times"]) == made.student.times.tolist() == generator.times.tolist()
     asked, answer = [], generator._teacher.answer
 
     def note(network, x_t, t, prompts):
@@ -255,10 +255,10 @@ def test_fewer_steps_are_the_first_of_its_times(in_folder):
         asked.clear()
         generator(["a handwritten two"], steps=steps)
         assert asked == pytest.approx(made.student.times[:steps].tolist())
-    told = {key: value for key, value in generator._teacher.told.items() if key != "times"}
+    told = {key: value for key, value in generator._teacher.header.items() if key != "times"}
     assert generated.LoadedGenerator(teacher, told).times.tolist() == generator.times.tolist()  # of an older file
     for bad in ("[0.5]", "[0.1, 0.2, 0.3, 0.4]"):
-        with pytest.raises(ValueError, match="not 4 falling numbers above 0, up to 1.; train it again"):
+        with pytest.raises(ValueError, match="not 4 decreasing numbers above 0, up to 1.; train it again"):
             generated.LoadedGenerator(teacher, {**told, "times": bad})
 
 
@@ -316,11 +316,11 @@ def test_every_recipe_for_generators_loads_and_is_short(path, tmp_path):
         ({"distance": "lpipz"}, "give teacher, pixels, lpips"),
         ({"method": "vsd", "method.particles": 2}, "particles"),
         ({"generatr.steps": 1}, "did you mean generator"),
-        ({"method": "dmd2", "critic.kind": "lora"}, "the discriminator of DMD2 wants copy"),
+        ({"method": "dmd2", "critic.kind": "lora"}, "the discriminator of DMD2 needs copy"),
         ({"method": "dmd", "negative": "a seven"}, "no part in DMD's pairs"),
         ({"source.prompt": "a handwritten two"}, "a generator edits nothing"),
         ({"critic.camera_drop": 0.5}, "a generator has none"),
-        ({"method": "csd"}, "CSD knows nothing of what a generator draws"),
+        ({"method": "csd"}, "CSD does not see what the generator draws"),
     ],
 )
 def test_impossible_settings_are_refused(bad, said):
@@ -399,12 +399,12 @@ def test_true_toys_are_their_own_floor_and_blank_pictures_are_not():
     floor = real.floor()
     assert floor["precision"] > 0.9 and floor["recall"] > 0.9
     assert floor["class_accuracy"] > 0.8  # a handle is hidden from behind
-    mug, _, _, ball = real.wanted(4).tolist()
+    mug, _, _, ball = real.labels(4).tolist()
     assert real.judge.kinds[mug[0]] == "mug" and [real.judge.colours[i] for i in mug[1:]] == ["red", "blue"]
     assert ball[2] == -1  # of one colour
-    blank = real.figures(torch.ones(80, 3, 64, 64), real.wanted(80))
+    blank = real.figures(torch.ones(80, 3, 64, 64), real.labels(80))
     assert blank["fd_feat"] > 10 * floor["fd_feat"] and blank["recall"] == 0
-    others = real.figures(real.renders(1), real.wanted(81)[1:])  # each under its neighbour's name
+    others = real.figures(real.renders(1), real.labels(81)[1:])  # each under its neighbour's name
     assert others["fd_feat"] == floor["fd_feat"] and others["class_accuracy"] < 0.05
     with pytest.raises(ValueError, match="only generators of all ten digits, or of toys"):
         evaluation.real_for(["a handwritten two"], 600)
@@ -461,7 +461,7 @@ def test_a_generator_that_was_stopped_can_be_had_as_it_is(call_packaged, in_fold
     [
         (("distill", "--prompt", "a handwritten sevn"), "does not know 'sevn' (nearest: seven"),
         (("distill", "--method", "dmdd"), "did you mean dmd"),
-        (("distill", "--method", "sds"), "knows nothing of what a generator draws"),
+        (("distill", "--method", "sds"), "does not see what the generator draws"),
         (("distill", "--teacher", "nowhere"), "neither packaged"),
         (("generate", "a handwritten two", "--teacher", "digits"), "knows neither cameras nor view words"),
         (("distill", "--device", "gpu"), "give auto, cpu or cuda"),

@@ -15,7 +15,7 @@ import sds3d
 from sds3d.config import load as config
 from sds3d.runs import launch
 from sds3d.runtime.device import pick_device
-from sds3d.teachers.hf.words import Words
+from sds3d.teachers.hf.words import PromptEmbedder
 
 MODES = {
     "no_grad": torch.no_grad,
@@ -175,7 +175,9 @@ def test_kernels_compile_where_they_cannot_be_kept():
 
 
 def test_a_prompt_that_cannot_be_kept_is_only_a_warning(tmp_path):
-    words = Words(lambda texts: {"words": torch.ones(len(texts), 2)}, "mark", Path("/dev/null/x"), torch.device("cpu"))
+    words = PromptEmbedder(
+        lambda texts: {"words": torch.ones(len(texts), 2)}, "mark", Path("/dev/null/x"), torch.device("cpu")
+    )
     with pytest.warns(UserWarning, match="the embedding is not kept"):
         assert words(["a red mug"])["words"].shape == (1, 2)
 
@@ -210,7 +212,7 @@ def test_a_run_made_on_a_gpu_goes_on_without_one(made_elsewhere, plain):
         made, steps = launch.resume(made_elsewhere)
     texts = " ".join(str(one.message) for one in said)
     here = pick_device("auto")
-    assert f"made with device={ELSEWHERE}, which is not here: it goes on with device={here}" in texts
+    assert f"made with device={ELSEWHERE}, which this machine does not have: it goes on with device={here}" in texts
     assert "made with backend=tinycudann" in texts
     assert [step.step for step in steps] == [2] and all(path.exists() for path in made.finish())
     assert (made_elsewhere / "config.yaml").read_text() == before

@@ -18,14 +18,14 @@ from sds3d.config import load as configs
 from sds3d.config.load import Config
 from sds3d.runs import build
 from sds3d.runs import memory_estimate as estimate
-from sds3d.runs.memory_estimate import Place
+from sds3d.runs.memory_estimate import Machine
 from sds3d.runtime.memory import Meter, tensor_bytes, use_fake_tensors
 from sds3d.teachers.base import HFConfig, TeacherConfig
 from sds3d.teachers.hf import sketch
 from sds3d.teachers.load import load_teacher
 from sds3d.train import train
 
-CPU, GPU = Place("a CPU", 2**40, False), Place("a GPU", 2**40, True)
+CPU, GPU = Machine("a CPU", 2**40, False), Machine("a GPU", 2**40, True)
 DOWN, UP = "CrossAttnDownBlock2D", "CrossAttnUpBlock2D"
 VAE = {
     "block_out_channels": [128, 256, 512, 512],
@@ -95,7 +95,7 @@ def of_size(network: dict, folder: Path, like: Path) -> Path:
 )
 def test_parameters_are_as_many_as_is_known(family, network, millions, pipelines, tmp_path):
     folder = of_size(network, tmp_path / "pipeline", pipelines(family))
-    teacher, _ = sketch.draw(TeacherConfig(str(folder)), torch.bfloat16)
+    teacher, _ = sketch.build_meta_teacher(TeacherConfig(str(folder)), torch.bfloat16)
     count = sum(p.numel() for p in teacher.family.network.parameters())
     assert count / 1e6 == pytest.approx(millions, abs=0.1)
     assert sum(p.numel() for p in teacher.family.vae.parameters()) / 1e6 == pytest.approx(83.7, abs=0.1)
@@ -120,8 +120,10 @@ def test_a_sketch_is_the_size_of_the_real_one(name, pipelines, tmp_path):
     """Its parts as their files say, and to the byte what an answer, an encoding and its way back make."""
     folder, told = pipelines(name), tiny_pipelines.SETTINGS.get(name, {})
     settings = TeacherConfig(str(folder), "words", "float32", hf=HFConfig(cache=str(tmp_path), **told))
-    real, (drawn, encoders) = load_teacher(settings, "cpu"), sketch.draw(settings, torch.float32)
-    assert {k: tuple(v.shape[1:]) for k, v in real._condition(["a red mug"], None, None).items()} == drawn.words.shapes
+    real, (drawn, encoders) = load_teacher(settings, "cpu"), sketch.build_meta_teacher(settings, torch.float32)
+    assert {
+        k: tuple(v.shape[1:]) for k, v in real._condition(["a red mug"], None, None).items()
+    } == drawn.embedder.shapes
     for part in (drawn.family.PART, "vae"):
         module = drawn.family.pipe.components.get(part)
         if module is not None:
@@ -198,7 +200,7 @@ def measured(config: Config) -> int:
     """Bytes at the peak of two real steps: weights, and what torch's profiler sees allocated."""
     teacher = build.build_teacher(config)
     critic, student = build.build_critic(config, teacher), build.build_student(config, teacher)
-    teacher.words(["a red mug"])
+    teacher.embedder(["a red mug"])
     there = tensor_bytes(teacher.family.network, teacher.family.vae, student)
     there += 0 if critic is None else sum(p.numel() * p.element_size() for p in critic.parameters())
     goals = {"score": build.build_objective(config, teacher, critic)}
@@ -240,7 +242,7 @@ def test_doctor_says_yes_before_any_weight_is_there(pipelines, call, in_folder):
     folder = of_size(SD15, in_folder / "pipeline", pipelines("sd"))
     code, out, err = call("doctor", "--teacher", str(folder), "--memory", "24", "--method", "sds")
     assert code == 0, err
-    assert "859.5 M weights, answers in bfloat16" in out and "Yes, it fits" in out.splitlines()[-1]
+    assert "859.5 M weights, computes in bfloat16" in out and "Yes, it fits" in out.splitlines()[-1]
     code, out, err = call("doctor", "--teacher", str(folder), "--memory", "24", "--method", "sds", "--json")
     report = json.loads(out)
     assert report["fits"] and report["held"]["network"] / 2**30 == pytest.approx(1.60, abs=0.01)
@@ -274,7 +276,7 @@ def test_doctor_knows_the_packaged_teacher(call_packaged):
 def test_doctor_says_of_a_teacher_that_makes_no_scenes_that_it_makes_none(call_packaged):
     code, out, err = call_packaged("doctor", "--teacher", "digits")
     assert (code, out) == (2, "") and err.count("\n") == 1
-    assert "the memory that is estimated is a scene's, and the teacher digits knows neither cameras nor view" in err
+    assert "memory is estimated for scenes only, and the teacher digits knows neither cameras nor view" in err
 
 
 def test_doctor_without_network_says_how_to_use_a_folder(call, monkeypatch, tmp_path):

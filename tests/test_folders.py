@@ -317,7 +317,7 @@ def test_a_run_that_diverges_says_what_it_has_left_and_resumes(call, tiny, ball_
     monkeypatch.setattr("sds3d.runs.build.build_teacher", lambda config: calls)
     code, _, err = call("generate", "a red ball", *tiny, "log.save_every=2" if saved else "log.save_every=6")
     assert code == 1 and "non-finite" in err
-    assert ("checkpoint.safetensors is from before, and good" in err) == saved
+    assert ("checkpoint.safetensors was saved before and is intact" in err) == saved
     assert ("Nothing was saved yet: begin again" in err) != saved
     run = Path("outputs/00001-a-red-ball")
     assert run.is_dir() and (run / "checkpoint.safetensors").is_file() == saved

@@ -35,9 +35,9 @@ COMMANDS = {
     "no place": (("gallery", ""), "it is empty; give a path"),
     "no folder of data": (("export", "x", "-o", ""), "it is empty; give a path"),
     "no data": (("teacher", "train", ""), "it is empty; give a path"),
-    "a mesh's flag for a film": (("export", "x", "-f", "png", "--height", "3"), "--height is about a mesh"),
-    "a compared prompt's part": (("compare", "a ball", "--methods", "sds", "prompt.x=1"), "prompt= has no part"),
-    "a compared seed's part": (("compare", "a ball", "--methods", "sds", "seed={a: 1}"), "seed= has no part"),
+    "a mesh's flag for a film": (("export", "x", "-f", "png", "--height", "3"), "--height applies to meshes"),
+    "a compared prompt's part": (("compare", "a ball", "--methods", "sds", "prompt.x=1"), "prompt= cannot be set"),
+    "a compared seed's part": (("compare", "a ball", "--methods", "sds", "seed={a: 1}"), "seed= cannot be set"),
     "deep nesting": ((*DRY, f"steps={'[' * 3000}"), "more than 32 lists and maps"),
     "many parts": ((*DRY, f"{'a.' * 3000}b=1"), "no key has so many parts"),
     "an absurd size": ((*DRY, "field.hidden=1e30"), "field.hidden is a number of 31 digits; give 1 to 4096"),
@@ -58,7 +58,7 @@ COMMANDS = {
     "a folder that is a device": (("teacher", "train", "digits", "-o", "/dev/null"), "cannot write /dev/null"),
     "the toybox in another size": (("teacher", "train", "toybox", "size=13"), "the pictures of toybox are 64"),
     "the digits in another size": (("teacher", "train", "digits", "size=32"), "the pictures of digits are 8"),
-    "other data": (("teacher", "train", "digits", "data=toybox"), "data is what comes first"),
+    "other data": (("teacher", "train", "digits", "data=toybox"), "data is the first argument"),
     "no host": (("studio", "--host", ""), "--host is ''"),
     "a port": (("studio", "--port", "99999"), "--port is 99999"),
     "a device on which nothing is computed": ((*DRY, "device=meta"), "device 'meta' is not usable here"),
@@ -70,11 +70,11 @@ COMMANDS = {
     "a seed twice": ((*DRY, "--seed", "3", "seed=4"), "seed is given twice, as 3 and as seed=4"),
     "a method twice": ((*DRY, "--method", "sds", "method=vsd"), "method is given twice"),
     "a folder twice": ((*DRY, "-o", "a", "out=b"), "out is given twice"),
-    "a comparison's seed": (("compare", "a ball", "seed=3"), "seed= has no part in a comparison"),
-    "a comparison's method": (("compare", "a ball", "method=sds"), "method= has no part in a comparison"),
-    "a comparison's folder": (("compare", "a ball", "out=x"), "out= has no part in a comparison"),
-    "a comparison's prompt": (("compare", "a ball", "prompt=x"), "prompt= has no part in a comparison"),
-    "a studio's prompt": (("studio", "prompt=x"), "prompt= has no part in the studio"),
+    "a comparison's seed": (("compare", "a ball", "seed=3"), "seed= cannot be set in a comparison"),
+    "a comparison's method": (("compare", "a ball", "method=sds"), "method= cannot be set in a comparison"),
+    "a comparison's folder": (("compare", "a ball", "out=x"), "out= cannot be set in a comparison"),
+    "a comparison's prompt": (("compare", "a ball", "prompt=x"), "prompt= cannot be set in a comparison"),
+    "a studio's prompt": (("studio", "prompt=x"), "prompt= cannot be set in the studio"),
     "pickles by a setting": ((*DRY, "teacher.hf.allow_pickle=true"), "give --allow-pickle, a flag of"),
     "the environment as a number": ((*DRY, "steps=${oc.env:HOME}"), "steps is '${oc.env:HOME}'; give a whole number"),
     "the environment as a seed": ((*DRY, "seed=${oc.env:HOME}"), "cannot resolve the settings: seed is"),
@@ -185,7 +185,7 @@ def test_prompts_are_read_from_a_file_that_ends(call_packaged, in_folder):
     for path, reason in (said | {".": "Is a directory", "latin": "it is not UTF-8: save it as UTF-8"}).items():
         code, out, err = call_packaged("distill", "--teacher", "digits", "--prompts", path, "--dry-run")
         assert (code, out) == (2, "") and err.startswith("error: generator.prompts: cannot read "), err
-        assert f": {reason}; give a text file, one prompt a line" in err and err.count("\n") == 1
+        assert f": {reason}; give a text file, one prompt per line" in err and err.count("\n") == 1
 
 
 @pytest.mark.parametrize(

@@ -106,7 +106,7 @@ def test_dds_turns_a_picture_of_one_kind_into_the_other_and_keeps_a_right_one(or
     assert (kept.images.cpu() - pictures()[2]).abs().max() < 0.02
     with pytest.raises(ValueError, match="DDS needs a source: give source.prompt"):
         sds3d.paint("a disc", method="dds")
-    with pytest.raises(ValueError, match="DDS edits, and needs what: give image.start"):
+    with pytest.raises(ValueError, match="DDS edits, and needs a source: give image.start"):
         sds3d.paint("a disc", method="dds", **{"source.prompt": "a square"})
     with pytest.raises(ValueError, match="no picture that can be read"):
         sds3d.paint("a disc", image={"start": "nowhere.png"})

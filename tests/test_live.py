@@ -19,7 +19,7 @@ from sds3d.data import toybox
 from sds3d.distill.score import METHODS
 from sds3d.live import stage as stages
 from sds3d.live.address import Address
-from sds3d.live.eyes import GROWING, QUICK, SHARP, Eyes
+from sds3d.live.eyes import GROWING, QUICK, SHARP, Viewers
 from sds3d.live.hints import TITLE, TOYS, Hints, without_commands
 from sds3d.live.jobs import Queue
 from sds3d.live.studio import Studio
@@ -100,24 +100,24 @@ class Gui:
 
 
 class Page:
-    """Stands for a Stage: nobody's browser, but whoever is put among its eyes gets pictures.
+    """Stands for a Stage: nobody's browser, but whoever is put among its viewers gets pictures.
 
     Attributes:
         waits: what to do each time somebody waits; then it ends with an error.
     """
 
     def __init__(self):
-        self.eyes, self.gui, self.waits = Eyes(), Gui(), []
-        self.pictures, self.canvas, self.offered, self._asked = [], "", [], []
+        self.viewers, self.gui, self.waits = Viewers(), Gui(), []
+        self.pictures, self.canvas, self.offered, self._actions = [], "", [], []
 
-    def ask(self, action):
-        self._asked.append(action)
+    def run_soon(self, action):
+        self._actions.append(action)
 
-    def attend(self, asset, growing):
-        while self._asked:
-            self._asked.pop(0)()
-        if asset is not None and len(self.eyes):
-            self.pictures.append((asset.views(POSE, 8), growing))
+    def update(self, asset, training):
+        while self._actions:
+            self._actions.pop(0)()
+        if asset is not None and len(self.viewers):
+            self.pictures.append((asset.views(POSE, 8), training))
 
     def wait(self, seconds):
         self.waits.pop(0)()
@@ -128,7 +128,7 @@ class Page:
     def show_mesh(self, path):
         self.canvas = str(path)
 
-    def offer(self, event, path):
+    def send_file(self, event, path):
         self.offered.append(path)
 
 
@@ -141,29 +141,29 @@ def begin(ball_teacher, in_folder, tiny):
 
 
 def test_nobody_looks_nobody_is_drawn():
-    eyes = Eyes()
-    assert len(eyes) == 0 and eyes.wanted(growing=True) is None
-    eyes.note("a", POSE)
-    assert len(eyes) == 1 and eyes.wanted(growing=True) is not None
-    eyes.forget("a")
-    assert len(eyes) == 0 and eyes.wanted(growing=False) is None
+    viewers = Viewers()
+    assert len(viewers) == 0 and viewers.next_request(training=True) is None
+    viewers.update("a", POSE)
+    assert len(viewers) == 1 and viewers.next_request(training=True) is not None
+    viewers.remove("a")
+    assert len(viewers) == 0 and viewers.next_request(training=False) is None
 
 
 @pytest.mark.parametrize("moves, share", [(True, 0.5), (False, 0.2)])
 def test_training_keeps_most_of_the_time(moves, share):
     clock = Clock()
-    eyes, drawn, steps = Eyes(clock), 0.0, 0.0
-    eyes.note("a", POSE)
+    viewers, drawn, steps = Viewers(clock), 0.0, 0.0
+    viewers.update("a", POSE)
     clock.now = 10.0
     while clock.now < 60:
         if moves:
-            eyes.note("a", POSE)
-        wanted = eyes.wanted(growing=True)
+            viewers.update("a", POSE)
+        wanted = viewers.next_request(training=True)
         if wanted is not None:
             took = 2e-5 * wanted.height**2  # of a machine as slow as that
             clock.now += took
             drawn += took
-            eyes.drew(wanted, took, growing=True)
+            viewers.record(wanted, took, training=True)
         clock.now += 0.01
         steps += 0.01
     assert share * 0.8 < drawn / (drawn + steps) <= share + 0.01
@@ -171,43 +171,43 @@ def test_training_keeps_most_of_the_time(moves, share):
 
 def test_a_resting_camera_gets_one_sharp_picture_as_large_as_time_allows():
     clock = Clock()
-    eyes = Eyes(clock)
+    viewers = Viewers(clock)
 
     def draw(seconds_a_pixel: float = 1e-5):
-        wanted = eyes.wanted(growing=False)
+        wanted = viewers.next_request(training=False)
         if wanted is not None:
-            eyes.drew(wanted, seconds_a_pixel * wanted.height**2, growing=False)
+            viewers.record(wanted, seconds_a_pixel * wanted.height**2, training=False)
         return wanted
 
-    eyes.note("a", POSE)
+    viewers.update("a", POSE)
     assert not draw().sharp and draw() is None  # it moves
     clock.now = 1.0
     sharp = draw()
     assert sharp.sharp and sharp.height == round(math.sqrt(SHARP / 1e-5))
     assert draw() is None
-    eyes.note("a", POSE)
+    viewers.update("a", POSE)
     assert draw().height == round(math.sqrt(QUICK / 1e-5))
     clock.now = 2.0
     assert draw().sharp and draw() is None
-    eyes.blur()  # the scene has changed
+    viewers.invalidate()  # the scene has changed
     assert draw().height == round(math.sqrt(GROWING / 1e-5)) and draw().sharp
 
 
 def test_who_moves_while_being_drawn_and_who_waits_longest_come_next():
     clock = Clock()
-    eyes = Eyes(clock)
-    eyes.note("a", POSE)
-    wanted = eyes.wanted(growing=False)
-    eyes.note("a", POSE.to("cpu"))  # another pose, meanwhile
-    eyes.drew(wanted, 0.1, growing=False)
-    assert eyes.wanted(growing=False).key == "a"
+    viewers = Viewers(clock)
+    viewers.update("a", POSE)
+    wanted = viewers.next_request(training=False)
+    viewers.update("a", POSE.to("cpu"))  # another pose, meanwhile
+    viewers.record(wanted, 0.1, training=False)
+    assert viewers.next_request(training=False).key == "a"
     order = []
     for key in "bc":
-        eyes.note(key, POSE)
+        viewers.update(key, POSE)
     for _ in range(6):
         clock.now += 10
-        wanted = eyes.wanted(growing=True)
-        eyes.drew(wanted, 0.1, growing=True)
+        wanted = viewers.next_request(training=True)
+        viewers.record(wanted, 0.1, training=True)
         order.append(wanted.key)
     assert sorted(order[:3]) == ["a", "b", "c"] and order[3:] == order[:3]
 
@@ -221,8 +221,8 @@ def test_looking_changes_nothing_of_the_run(begin):
         watch.begin(made)
         for step in steps:
             if look:
-                page.eyes.note("a", POSE)
-            watch.attend(step, lambda: False)
+                page.viewers.update("a", POSE)
+            watch.update(step, lambda: False)
         assert len(page.pictures) == (step.total if look else 0)
         states.append(made.scene.state_dict())
     for name, value in states[0].items():
@@ -235,10 +235,10 @@ def test_nothing_is_told_while_nobody_looks(begin):
     watch = Watch(page)
     watch.begin(made)
     before = page.gui.html()
-    watch.attend(Step(3, 6, 0.0, {"opacity": 0.25}, 1.0), lambda: False)
+    watch.update(Step(3, 6, 0.0, {"opacity": 0.25}, 1.0), lambda: False)
     assert page.gui.html() == before
-    page.eyes.note("a", POSE)
-    watch.attend(Step(4, 6, 0.0, {"opacity": 0.25}, 2.0), lambda: False)
+    page.viewers.update("a", POSE)
+    watch.update(Step(4, 6, 0.0, {"opacity": 0.25}, 2.0), lambda: False)
     assert "step 4/6" in page.gui.html() and "opacity 0.25" in page.gui.html()
 
 
@@ -253,7 +253,7 @@ def test_a_pause_ends_by_resume_by_stop_and_by_ctrl_c(begin, end):
     told = []
     ends = {"resume": pause.click, "stop": stop.click, "ctrl-c": lambda: interrupted.append(1)}
     page.waits = [lambda: told.append(page.gui.html()), lambda: None, ends[end]]
-    watch.attend(Step(3, 6, 0.0, {}, 1.0), lambda: bool(interrupted))
+    watch.update(Step(3, 6, 0.0, {}, 1.0), lambda: bool(interrupted))
     assert page.waits == [] and "paused after step 3/6" in told[0]
     assert watch.stopped == (end == "stop")
 
@@ -268,21 +268,21 @@ def test_text_of_the_user_is_escaped(ball_teacher, in_folder, tiny):
 
 
 def test_stop_and_export_writes_the_files_and_can_be_resumed(call, tiny, monkeypatch):
-    attend = Watch.attend
+    update = Watch.update
 
     def stopping(self, step, interrupted):
         if step.step == 3:
-            self._end()
-        attend(self, step, interrupted)
+            self._stop_run()
+        update(self, step, interrupted)
 
-    monkeypatch.setattr(Watch, "attend", stopping)
+    monkeypatch.setattr(Watch, "update", stopping)
     code, out, err = call("generate", "a red ball", *tiny, "--live", "--port", "0", "--json")
     assert code == 0 and "open http://127.0.0.1:" in err, err
     made = json.loads(out)
     assert made["steps"] == 3
     assert {"preview.png", "turntable.mp4", "mesh.glb"} <= {Path(file).name for file in made["files"]}
     assert all(Path(file).is_file() for file in made["files"])
-    monkeypatch.setattr(Watch, "attend", attend)
+    monkeypatch.setattr(Watch, "update", update)
     code, out, err = call("resume", made["run"], "--live", "--port", "0", "--json")
     assert code == 0 and "open http://127.0.0.1:" in err and json.loads(out)["steps"] == 6, err
     rows = (Path(made["run"]) / "metrics.jsonl").read_text().splitlines()
@@ -366,8 +366,8 @@ def test_pages_of_other_sites_are_refused(host, origin, answer):
 def test_what_a_page_asks_for_does_not_end_a_training():
     stage = stages.Stage(Address.find(port=0), "title")
     try:
-        stage.ask(lambda: 1 / 0)
-        stage.attend(None, growing=True)
+        stage.run_soon(lambda: 1 / 0)
+        stage.update(None, training=True)
     finally:
         stage.close()
 
@@ -463,13 +463,13 @@ def test_studio_makes_what_is_queued_and_shows_what_is_wrong(studio):
     buttons[0].click("Download GLB")
     assert made.stage.offered == [runs[0] / "mesh.glb"]
     buttons[0].click("Show")
-    made.stage.attend(None, False)
+    made.stage.update(None, False)
     assert made.stage.canvas == str(runs[0] / "mesh.glb")
     send(made, "another ball")  # it does not take the canvas away from what somebody chose
     studio.serve(made)
     assert made.stage.canvas == str(runs[0] / "mesh.glb")
     gui.named("Back to this one").click()
-    made.stage.attend(None, False)
+    made.stage.update(None, False)
     assert made.stage.canvas == "outputs/00003-another-ball/mesh.glb"
     again = studio.make()  # lists them all, the newest on the canvas
     assert again.stage.gui.html().count("data:image/png;base64,") == 3
@@ -569,18 +569,18 @@ def test_nothing_typed_is_nothing_queued_and_a_refused_prompt_can_be_mended(stud
     assert made.queue.jobs() == []
     send(made, "a red bal")
     assert box.value == ""
-    made._attend()
+    made._update()
     assert box.value == "a red bal" and made.queue.jobs()[0].state == "failed"
     send(made, "a red cube")
     box.value = "a ball of"  # somebody types on
-    made._attend()
+    made._update()
     assert box.value == "a ball of"
 
 
 def test_what_waits_is_told_in_words(studio):
     made = studio.make()
     send(made, "a red ball")
-    made._attend()
+    made._update()
     assert "waiting: sds, teacher small, 6 steps, seed 0" in made.stage.gui.html()
 
 
@@ -607,11 +607,11 @@ def test_a_seed_that_is_none_fails_its_prompt_only(studio, value):
     assert isinstance(seed.value, float)  # a whole number beyond 64 bits ends every page
     kept, seed.value = seed.value, value
     send(made, "a red ball")
-    made._attend()
+    made._update()
     assert made.queue.jobs()[0].state == "failed" and "seed is" in made.queue.jobs()[0].message
     seed.value = kept
     send(made, "a red ball")
-    made._attend()
+    made._update()
     assert made.queue.jobs()[-1].state == "waiting" and made.queue.jobs()[-1].settings["seed"] == 0
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 from sds3d.cameras import orbit
 from sds3d.runs.scene import Asset
-from sds3d.students.scene.layers import layers, picture
+from sds3d.students.layers import layers, picture
 from sds3d.students.scene.render import RenderOut
 
 
@@ -86,7 +86,7 @@ def test_render_writes_several_files_one_for_each_what_and_format(call, made, tm
         (["--what", ""], "no layer ''"),
         (["--format", "avi"], "format is 'avi'; give one or more of mp4, gif, webp, png"),
         (["--size", "33"], "size is 33; give an even number"),
-        (["--frames", "1"], "1 frames at 24 a second; give at least 2"),
+        (["--frames", "1"], "1 frames at 24 per second; give at least 2"),
         (["--fps", "0"], "'--fps'.*See: sds3d render --help"),
         (["-f", "gif", "--fps", "60"], "at 60 a second.*50 in a GIF"),
         (["-f", "png", "--frames", "0"], "'--frames'.*See: sds3d render --help"),

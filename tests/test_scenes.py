@@ -12,10 +12,11 @@ from sds3d import ops
 from sds3d.cameras import Cameras, Poses, orbit
 from sds3d.ops import Samples
 from sds3d.runtime.ramp import Ramp
+from sds3d.students.representation import Shading
 from sds3d.students.scene import regularisers
 from sds3d.students.scene.field import Field, FieldConfig, LearnedBackground
 from sds3d.students.scene.occupancy import Occupancy, OccupancyConfig
-from sds3d.students.scene.render import RenderOptions, Shading, Trace, render
+from sds3d.students.scene.render import RenderOptions, Trace, render
 from sds3d.students.scene.sample_budget import SampleBudget, rays_at_a_time
 
 BACKEND = ops.choose("cpu", "torch")

@@ -1,7 +1,7 @@
-"""The command line: parses, calls, prints. Results go to stdout, progress and complaints to stderr.
+"""The command line. Results go to stdout; progress, warnings and errors go to stderr.
 
-Exit codes: 0 done, 2 a mistake of the user's (one sentence on stderr), 1 the run diverged or would not fit, 130 stopped
-by Ctrl-C.
+Exit codes: 0 done; 2 user error (one line on stderr); 1 the run diverged or would not fit into memory; 130 stopped by
+Ctrl-C.
 """
 
 from __future__ import annotations
@@ -34,26 +34,26 @@ app = typer.Typer(
 
 @dataclass(frozen=True)
 class DoctorOptions:
-    """The flags of doctor, each short for a key of generate."""
+    """The flags of doctor, each a shorthand for a setting of generate."""
 
-    teacher: Annotated[str | None, Option(help="say how much memory a run with it takes: see sds3d generate")] = None
-    method: Annotated[str | None, Option(help="of that run; sds3d methods lists them")] = None
+    teacher: Annotated[str | None, Option(help="estimate the memory of a run with this teacher")] = None
+    method: Annotated[str | None, Option(help="method of that run; sds3d methods lists them")] = None
     device: Annotated[str | None, Option(help="auto, cpu or cuda")] = None
     config: Annotated[
         Path | None, Option(help="a YAML file of settings, such as another run's config.yaml", parser=user_path)
     ] = None
     memory: Annotated[
-        float | None, Option(min=0.001, max=1e6, callback=finite, help="GB of a GPU that is not here, as 12")
+        float | None, Option(min=0.001, max=1e6, callback=finite, help="estimate for a GPU of this many GB instead")
     ] = None
     json: Json = False
 
 
 @spread
 def doctor(overrides: Overrides = None, options: DoctorOptions = DoctorOptions()) -> None:
-    """Versions, device, the kernels chosen and why, and what is missing; with --teacher, the memory that a run takes.
+    """Report versions, the device, the chosen kernels and what is missing; with --teacher, the memory of a run.
 
-    A teacher's memory is estimated by part before any of its weights is loaded or downloaded: yes or no, and which
-    settings would make it fit, the most effective first. Exit code 1 is no.
+    The memory is estimated part by part, without loading or downloading weights. The report says whether the run fits
+    and, if not, which settings would make it fit, the most effective first. Exit code 1 means that it does not fit.
 
     [bold]Examples[/bold]
 
@@ -66,17 +66,17 @@ def doctor(overrides: Overrides = None, options: DoctorOptions = DoctorOptions()
     from sds3d.config.schema import Config
     from sds3d.runs import memory_estimate as estimate
 
-    given = {"teacher.name": options.teacher, "method": options.method, "device": options.device}
-    layer = {key: value for key, value in given.items() if value is not None}
+    flags = {"teacher.name": options.teacher, "method": options.method, "device": options.device}
+    layer = {key: value for key, value in flags.items() if value is not None}
     if not (layer or overrides or options.config or options.memory is not None):
         report = machine_report.examine()
         print(dump(report) if options.json else machine_report.to_text(report))
         return
-    more = configs.parse_overrides(overrides or [])
-    configs.refuse_twice(layer, more)
-    prompt = None if "prompt" in more else "a red mug"
-    told = configs.load(prompt, layer, more, file=options.config, kind=Config)
-    report = machine_report.examine_memory(told, estimate.place(told.device, options.memory))
+    settings = configs.parse_overrides(overrides or [])
+    configs.refuse_twice(layer, settings)
+    prompt = None if "prompt" in settings else "a red mug"
+    config = configs.load(prompt, layer, settings, file=options.config, kind=Config)
+    report = machine_report.examine_memory(config, estimate.find_machine(config.device, options.memory))
     print(dump(report) if options.json else machine_report.memory_text(report))
     if not report["fits"]:
         raise typer.Exit(1)
@@ -92,11 +92,11 @@ app.command(name="eval")(scenes.evaluate)
 app.add_typer(teacher.app, name="teacher")
 
 
-_UsageError: Any = typer.BadParameter.__bases__[0]  # of the click that this typer carries
+_UsageError: Any = typer.BadParameter.__bases__[0]  # click's UsageError, which typer does not export
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
-    """The entry point of ``sds3d``. Ends the process with its exit code."""
+    """Run the command line and exit the process with its exit code."""
     texts = sys.argv[1:] if arguments is None else arguments
     try:
         with warnings.catch_warnings():
@@ -112,39 +112,39 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         if not texts or type(error).__name__ == "NoArgsIsHelpError":
             error.show()
             sys.exit(2)
-        where = error.ctx.command_path if error.ctx else "sds3d"
-        _complain(ValueError(f"{error.format_message()} See: {where} --help"), 2)
+        command_path = error.ctx.command_path if error.ctx else "sds3d"
+        _exit_with(ValueError(f"{error.format_message()} See: {command_path} --help"), 2)
     except (UnicodeEncodeError, UnicodeDecodeError) as error:
         part = error.object[max(error.start - 40, 0) : error.end + 40]
-        _complain(ValueError(f"{part!r} is not UTF-8: rename the file, or write the text anew as UTF-8"), 2)
+        _exit_with(ValueError(f"{part!r} is not UTF-8: rename the file, or write the text anew as UTF-8"), 2)
     except ValueError as error:
-        _complain(error, 2)
-    except BrokenPipeError:  # who reads the results has read enough
+        _exit_with(error, 2)
+    except BrokenPipeError:  # the reader of stdout, such as head, has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except OSError as error:
-        _complain(error, 2, f"{error.strerror}: {error.filename!r}" if error.filename else str(error))
+        _exit_with(error, 2, f"{error.strerror}: {error.filename!r}" if error.filename else str(error))
     except (ArithmeticError, RuntimeError) as error:
         from sds3d.distill.core import NonFiniteGradient
         from sds3d.train import Diverged
 
         if "DefaultCPUAllocator" not in str(error) and not isinstance(error, Diverged | NonFiniteGradient):
             raise
-        _complain(error, 1)
+        _exit_with(error, 1)
     except KeyboardInterrupt:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the end takes a moment, and is not to be disturbed
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not interrupt the exit
         print("stopped", file=sys.stderr)
         sys.exit(130)
     sys.exit(0)
 
 
 def _warn(message: Warning | str, *_: object) -> None:
-    """A warning as one sentence on stderr; --quiet and --json leave it out."""
+    """Print a warning as one line on stderr. With --quiet or --json, warnings are filtered before they get here."""
     print(f"warning: {' '.join(str(message).split())}", file=sys.stderr)
 
 
-def _complain(error: Exception, code: int, text: str | None = None) -> NoReturn:
-    """One line on stderr; the whole story where SDS3D_TRACEBACK is set."""
+def _exit_with(error: Exception, code: int, text: str | None = None) -> NoReturn:
+    """Print an error as one line on stderr and exit. If SDS3D_TRACEBACK is set, raise it instead."""
     if os.environ.get("SDS3D_TRACEBACK"):
         raise error
     line = " ".join((text or str(error)).split())

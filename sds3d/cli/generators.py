@@ -1,4 +1,4 @@
-"""Commands about one-step generators: distil one, sample from it."""
+"""Commands about few-step generators: train one, draw images with it, evaluate it."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from sds3d.cli.shared import DType, Json, Overrides, Quiet, RunOptions, begin, p
 
 @dataclass(frozen=True)
 class DistillOptions(RunOptions):
-    """The flags of distill, each short for a key."""
+    """The flags of distill, each a shorthand for a setting."""
 
     prompt: Annotated[str | None, Option(help="learn this prompt only, not all the teacher was trained on")] = None
     prompts: Annotated[str | None, Option(help="a text file of prompts to learn, one a line")] = None
     steps_of_generator: Annotated[
-        int | None, Option("--sampling-steps", help="steps in which the generator paints, 1 to 8")
+        int | None, Option("--sampling-steps", help="steps in which the generator draws, 1 to 8")
     ] = None
-    fsdp: Annotated[bool, Option("--fsdp", help="share the weights, too, between torchrun's processes")] = False
+    fsdp: Annotated[bool, Option("--fsdp", help="shard the weights over torchrun's processes")] = False
 
     def own(self) -> dict[str, Any]:
         """See `sds3d.cli.shared.RunOptions.own`."""
@@ -33,11 +33,12 @@ class DistillOptions(RunOptions):
 
 @spread
 def distill(overrides: Overrides = None, options: DistillOptions = DistillOptions()) -> None:
-    """Train a generator that paints in one step what a teacher paints in many: generator.safetensors and grid.png.
+    """Train a generator that draws in one step, or a few, what its teacher draws in many.
 
-    Of a teacher that is a diffusers pipeline: a diffusers pipeline with a one-step scheduler.
+    Writes generator.safetensors and grid.png. If the teacher is a diffusers pipeline, writes a diffusers pipeline with
+    its own scheduler instead of generator.safetensors.
 
-    Methods: diffinstruct (the default), vsd, dmd (makes pairs first, once), dmd2 (needs the real images too).
+    Methods: diffinstruct (the default), vsd, dmd (makes pairs first, once), dmd2 (also needs real images).
 
     [bold]Examples[/bold]
 
@@ -48,9 +49,9 @@ def distill(overrides: Overrides = None, options: DistillOptions = DistillOption
       sds3d distill --teacher toybox --method dmd -o outputs/toy      [dim]# a GPU, or patience[/dim]
 
       sds3d distill --teacher FOLDER --prompts prompts.txt --method vsd generator.batch=4 method.scale=4.5
-      optim.lr.generator=1e-5 critic.lr=1e-5      [dim]# of a diffusers pipeline[/dim]
+      optim.lr.generator=1e-5 critic.lr=1e-5      [dim]# a diffusers pipeline[/dim]
 
-      torchrun --nproc-per-node 2 -m sds3d distill --teacher digits      [dim]# --fsdp shares the weights, too[/dim]
+      torchrun --nproc-per-node 2 -m sds3d distill --teacher digits      [dim]# --fsdp shards the weights, too[/dim]
 
     Ctrl-C stops after the current step and saves; [bold]sds3d resume[/bold] goes on.
     """
@@ -65,9 +66,9 @@ class SampleOptions:
 
     number: Annotated[int, Option("-n", "--number", min=1, max=4096, help="how many images of each prompt")] = 8
     steps: Annotated[
-        int | None, Option(min=1, max=8, help="of the generator: its first ones, or all it was trained for")
+        int | None, Option(min=1, max=8, help="sampling steps, at most those it was trained for, the default")
     ] = None
-    seed: Annotated[int, Option(min=0, max=2**62 - 1, help="of the noise")] = 0
+    seed: Annotated[int, Option(min=0, max=2**62 - 1, help="seed of the noise")] = 0
     dtype: DType = "auto"
     out: Annotated[Path, Option("--out", "-o", help="a .png or .jpg", parser=user_path)] = Path("grid.png")
     quiet: Quiet = False
@@ -77,12 +78,12 @@ class SampleOptions:
 @spread
 def sample(
     generator: Annotated[
-        Path, Argument(metavar="RUN", help="a run folder of distill, or what is saved in it", parser=user_path)
+        Path, Argument(metavar="RUN", help="a run folder of distill, or the generator saved in it", parser=user_path)
     ],
     prompts: Annotated[list[str] | None, Argument(metavar="[PROMPT]...", help="what to draw; a few by default")] = None,
     options: SampleOptions = SampleOptions(),
 ) -> None:
-    """Draw images with a generator that distill trained, one row a prompt.
+    """Draw images with a generator that distill has trained, one row per prompt.
 
     [bold]Example[/bold]
 
@@ -91,27 +92,27 @@ def sample(
     from sds3d.media import sheet
     from sds3d.runs.generator import a_few, load_generator, rows_of
 
-    o, painter = options, load_generator(generator, dtype=options.dtype)
-    wanted = prompts or a_few(painter.prompts)
+    o, loaded = options, load_generator(generator, dtype=options.dtype)
+    prompts = prompts or a_few(loaded.prompts)
     begun = time.perf_counter()
-    images = painter(list(wanted) * o.number, o.seed, o.steps)
+    images = loaded(list(prompts) * o.number, o.seed, o.steps)
     seconds = time.perf_counter() - begun
-    path = sheet.contact_sheet(rows_of(images, len(wanted)), o.out, wanted, sheet.seen(images))
+    path = sheet.contact_sheet(rows_of(images, len(prompts)), o.out, prompts, sheet.seen(images))
     if not (o.quiet or o.json):
         rate = len(images) / seconds
-        print(f"{len(images)} images in {o.steps or painter.steps} step(s), {rate:.0f} a second", file=sys.stderr)
+        print(f"{len(images)} images in {o.steps or loaded.steps} step(s), {rate:.0f} a second", file=sys.stderr)
     print_result({"files": [str(path)], "images": len(images), "seconds": round(seconds, 4)}, [str(path)], o.json)
 
 
 def is_one(run: Path) -> bool:
-    """Whether a folder or file holds a generator."""
+    """Return whether a folder or file holds a generator."""
     from sds3d.runs.generator import find
 
     return find(run) is not None
 
 
 def evaluate(run: Path, number: int, seeds: int, fid: bool, quiet: bool, json: bool, dtype: str | None = None) -> None:
-    """Measure a generator and its teacher; print a table, write eval.json and eval.png beside the generator."""
+    """Evaluate a generator and its teacher. Prints a table; writes eval.json and eval.png beside the generator."""
     from sds3d.config.typed import plain
     from sds3d.evaluate import generator as evaluation
 

@@ -1,4 +1,4 @@
-"""Commands that serve a page: a finished run to look at, and the studio."""
+"""Commands that serve a page in the browser: the view of a finished run, and the studio."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ if TYPE_CHECKING:
     from sds3d.live.stage import Stage
     from sds3d.live.watch import Watch
 
-Port = Annotated[int | None, Option(help="of the page; the first free one from 8080 on by default")]
+Port = Annotated[int | None, Option(help="port of the page; by default the first free one from 8080 on")]
 Host = Annotated[
     str,
     Option(
-        help="address the page is served on; others than this machine's own let others in, who must name it in the "
-        "browser by number, by this machine's name, or as it is given here"
+        help="address on which the page is served. Any other than a loopback address lets other machines in; their "
+        "browsers must use an IP address, this machine's name, or the address given here"
     ),
 ]
 
 
 def require_place(host: str, port: int | None) -> None:
-    """Refuse no address, which would be every address there is, and ports that are none. Raises ValueError."""
+    """Raise ValueError for a port out of range, or an empty host, which would mean all addresses."""
     if port is not None and not 0 <= port <= 65535:
         raise ValueError(f"--port is {port}; give a number from 1 to 65535, or leave it out")
     if not host.strip():
@@ -39,7 +39,7 @@ def require_place(host: str, port: int | None) -> None:
 
 @contextmanager
 def staging(host: str, port: int | None, title: str) -> Iterator[Stage]:
-    """A page, served while the block lasts; says where it is. Raises ValueError where it cannot be served."""
+    """A context in which a page is served; prints its address. Raises ValueError if it cannot be served."""
     from sds3d.live.address import Address
     from sds3d.live.stage import Stage
 
@@ -56,7 +56,7 @@ def staging(host: str, port: int | None, title: str) -> Iterator[Stage]:
 
 @contextmanager
 def watching(host: str, port: int | None, stay: bool) -> Iterator[Watch]:
-    """A page for one run; it stays after the block, until Ctrl-C, where that is wanted."""
+    """A context in which the page of one run is served; with ``stay``, it ends only at Ctrl-C."""
     from sds3d.live.watch import Watch
 
     with staging(host, port, "sds3d live") as stage:
@@ -75,19 +75,23 @@ def watching(host: str, port: int | None, stay: bool) -> Iterator[Watch]:
 
 @dataclass(frozen=True)
 class LiveOptions:
-    """The flags of commands whose run can be watched on a page."""
+    """The flags of commands whose run can be watched on a live page."""
 
-    live: Annotated[bool, Option("--live", help="watch it grow in a browser, until Ctrl-C")] = False
+    live: Annotated[bool, Option("--live", help="serve a page on which the run can be watched, until Ctrl-C")] = False
     port: Port = None
     host: Host = HERE
 
     def require(self) -> None:
-        """Raises ValueError where a place is given for a page that is not wanted."""
+        """Raise ValueError if --port or --host is given without --live."""
         if not self.live and (self.port is not None or self.host != HERE):
-            raise ValueError("--port and --host are where --live serves its page; add --live")
+            raise ValueError("--port and --host are for the page of --live; add --live")
 
     def page(self, silent: bool) -> AbstractContextManager[Watch | None]:
-        """The page, where one is wanted; it outlives the run unless that is silent. Raises ValueError."""
+        """Return a context with the live page; None without --live. Raises ValueError; see `require`.
+
+        Args:
+            silent: end the page together with the run.
+        """
         if self.live:
             return watching(self.host, self.port, stay=not silent)
         self.require()
@@ -95,13 +99,11 @@ class LiveOptions:
 
 
 def view(run: RunFolder, port: Port = None, host: Host = HERE) -> None:
-    """Look at a run in a browser: its mesh, and its scene rendered from where you stand.
+    """Look at a run in a browser: its mesh, and its scene rendered from your own camera. Ends with Ctrl-C.
 
     [bold]Example[/bold]
 
       sds3d view outputs/00001-a-red-mug
-
-    It serves until Ctrl-C.
     """
     from sds3d.live.watch import Watch
     from sds3d.runs.scene import Asset
@@ -120,7 +122,7 @@ def studio(
     port: Port = None,
     host: Host = HERE,
 ) -> None:
-    """Make assets in a browser: a prompt box, a queue, the one that grows, and the finished ones to download.
+    """Make assets in a browser: a form for prompts, a queue, the asset in training, and finished assets to download.
 
     [bold]Examples[/bold]
 
@@ -128,7 +130,7 @@ def studio(
 
       sds3d studio --out mugs steps=800 render.resolution=64      [dim]# settings of every asset made there[/dim]
 
-    Ctrl-C saves the run that is going on, and ends it.
+    Ctrl-C saves the run in training and ends the studio.
     """
     from sds3d.config import load as configs
     from sds3d.live.studio import Studio
@@ -137,24 +139,24 @@ def studio(
     require_place(host, port)
     layer = configs.parse_overrides(overrides or [])
     if "prompt" in layer:
-        raise ValueError("prompt= has no part in the studio, whose page takes the prompts: leave it out")
+        raise ValueError("prompt= cannot be set in the studio, whose page takes the prompts: leave it out")
     if out is not None:
         configs.refuse_twice({"out": out}, layer)
         layer |= {"out": out}
-    base = configs.load("a red mug", layer, kind=configs.Config)  # before there is a page: the settings may be wrong
+    base = configs.load("a red mug", layer, kind=configs.Config)  # checks the settings before the page is served
     require_folder(Path(base.out).expanduser())
     with staging(host, port, "sds3d studio") as stage:
-        made = Studio(stage, base, layer, teacher or [])
-        with interruption(lambda: made.is_busy) as stopped:
-            left = made.serve(lambda: bool(stopped))
-    if left is not None:
-        print(f"go on with: sds3d resume {left}", file=sys.stderr)
+        page = Studio(stage, base, layer, teacher or [])
+        with interruption(lambda: page.is_busy) as stopped:
+            unfinished = page.serve(lambda: bool(stopped))
+    if unfinished is not None:
+        print(f"go on with: sds3d resume {unfinished}", file=sys.stderr)
         raise typer.Exit(130)
 
 
 def _until_interrupted(watch: Watch) -> None:
-    """Serve until Ctrl-C, which is then no mistake."""
+    """Serve until Ctrl-C, which ends the command without an error."""
     try:
-        watch.stay()
+        watch.serve()
     except KeyboardInterrupt:
         print(file=sys.stderr)

@@ -1,4 +1,4 @@
-"""What is installed, what runs here, and why: the report behind ``sds3d doctor``."""
+"""The report of ``sds3d doctor``: installed packages, device, kernels, teachers, and the memory of a run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sds3d import ops
 from sds3d.config import load as configs
 from sds3d.config.schema import Config
 from sds3d.runs.memory_advice import advise
-from sds3d.runs.memory_estimate import Place, dtype_of, estimate, image_size
+from sds3d.runs.memory_estimate import Machine, dtype_of, estimate, image_size
 from sds3d.runtime import threads
 from sds3d.runtime.device import pick_device
 from sds3d.teachers import small
@@ -50,11 +50,11 @@ OPTIONAL = (
     "nerfacc",
     "triton",
     "tinycudann",
-)  # the default run needs none of them
+)  # the default run does not need them
 
 
 def examine() -> dict[str, Any]:
-    """Everything as plain values; ``problems`` holds a sentence for each thing that stops the default run."""
+    """Return the report as plain values; "problems" has a sentence for each thing that stops the default run."""
     device = pick_device("auto")
     report: dict[str, Any] = {
         "sds3d": sds3d.__version__,
@@ -73,7 +73,7 @@ def examine() -> dict[str, Any]:
 
 
 def to_text(report: dict[str, Any]) -> str:
-    """The report for people."""
+    """Format the report as text."""
     lines = [f"sds3d    {report['sds3d']}", f"python   {report['python']}"]
     lines += [f"device   {report['device']}, {report['threads']}"]
     lines += [f"threads  {report['thread pools']}; {report['waiting threads']}", ""]
@@ -88,30 +88,30 @@ def to_text(report: dict[str, Any]) -> str:
     return "\n".join([*lines, *(f"problem: {text}" for text in report["problems"])])
 
 
-def examine_memory(config: Config, where: Place) -> dict[str, Any]:
-    """How much memory a run takes there, by part and moment, in bytes; what makes it fit, where it does not.
+def examine_memory(config: Config, machine: Machine) -> dict[str, Any]:
+    """Report the memory that a run takes on a machine, in bytes, and the settings that make it fit if it does not.
 
     Raises:
         ValueError: the teacher cannot be found, or is not for this method.
     """
-    found = estimate(config, where)
+    memory = estimate(config, machine)
     report: dict[str, Any] = {
         "teacher": config.teacher.name,
         "method": configs.name_of(config.method),
-        "precision": str(dtype_of(config.teacher, where)).removeprefix("torch."),
-        "weights": found.weights,
-        "place": where.name,
-        "memory": where.size,
-        "held": found.held,
-        "moments": found.moments,
-        "while prompts are embedded": found.before,
-        "peak": found.peak,
-        "fits": found.peak <= where.size,
+        "precision": str(dtype_of(config.teacher, machine)).removeprefix("torch."),
+        "weights": memory.weights,
+        "place": machine.name,
+        "memory": machine.size,
+        "held": memory.held,
+        "moments": memory.moments,
+        "while prompts are embedded": memory.before,
+        "peak": memory.peak,
+        "fits": memory.peak <= machine.size,
         "settings": [],
     }
     if report["fits"]:
         return report
-    advice = advise(config, where, image_size(config.teacher, where))
+    advice = advise(config, machine, image_size(config.teacher, machine))
     report["settings"] = [
         {"setting": saving.setting, "cost": saving.cost, "peak": peak} for saving, peak in advice.savings
     ]
@@ -119,24 +119,24 @@ def examine_memory(config: Config, where: Place) -> dict[str, Any]:
 
 
 def memory_text(report: dict[str, Any]) -> str:
-    """The report of memory for people; its last line says yes or no."""
-    size_of_it = f"{report['weights'] / 1e6:.1f} M weights, answers in {report['precision']}"
+    """Format the report of memory as text. Its last line says whether the run fits."""
+    network = f"{report['weights'] / 1e6:.1f} M weights, computes in {report['precision']}"
     lines = [f"{report['method']} with {report['teacher']}, on {report['place']}; GB of 2^30 bytes, estimated", ""]
     for title, sizes in (("held from first to last", report["held"]), ("besides, one at a time", report["moments"])):
         lines.append(title)
         for name, size in sizes.items():
-            lines.append(f"  {name:36s}{_gb(size):>8s}  {size_of_it if name == 'network' else ''}".rstrip())
+            lines.append(f"  {name:36s}{_gb(size):>8s}  {network if name == 'network' else ''}".rstrip())
     lines += [f"{'while prompts are embedded, in all':38s}{_gb(report['while prompts are embedded']):>8s}"]
     lines += [f"{'peak':38s}{_gb(report['peak']):>8s}", ""]
-    there = f"about {_gb(report['peak'])} GB at its peak, and {report['place']} has {_gb(report['memory'])}"
+    sizes = f"about {_gb(report['peak'])} GB at its peak, and {report['place']} has {_gb(report['memory'])}"
     if report["fits"]:
-        return "\n".join([*lines, f"Yes, it fits: it takes {there} GB."])
+        return "\n".join([*lines, f"Yes, it fits: it takes {sizes} GB."])
     lines += ["peak with each of these and those above it"] if report["settings"] else []
-    for one in report["settings"]:
-        lines.append(f"  {one['setting']:36s}{_gb(one['peak']):>8s}  {one['cost']}")
+    for row in report["settings"]:
+        lines.append(f"  {row['setting']:36s}{_gb(row['peak']):>8s}  {row['cost']}")
     lines += [""] if report["settings"] else []
     last = "with all of these it fits" if report["fits with them"] else "no setting that is known makes it fit"
-    return "\n".join([*lines, f"No, it does not fit: it takes {there} GB; {last}."])
+    return "\n".join([*lines, f"No, it does not fit: it takes {sizes} GB; {last}."])
 
 
 def _gb(size: int) -> str:
@@ -151,7 +151,7 @@ def _version(name: str) -> str | None:
 
 
 def _backend(device: torch.device, name: str) -> str:
-    """Which kernels a name gives here, or why it gives none."""
+    """The kernels that a backend's name selects on this machine, or why it selects none."""
     try:
         chosen = ops.choose(device, name)
     except (ValueError, ImportError) as error:

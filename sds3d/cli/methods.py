@@ -17,7 +17,7 @@ from sds3d.cli.shared import AllowPickle, Json, Overrides, Quiet, RunOptions, be
 
 @dataclass(frozen=True)
 class PaintOptions(RunOptions):
-    """The flags of paint, each short for a key."""
+    """The flags of paint, each a shorthand for a setting."""
 
     number: Annotated[int | None, Option("--number", "-n", help="how many images")] = None
     start: Annotated[str | None, Option(help="a picture to begin from; grey without one")] = None
@@ -33,7 +33,7 @@ def paint(
     overrides: Overrides = None,
     options: PaintOptions = PaintOptions(),
 ) -> None:
-    """Optimise images directly, without a scene: what a method does, seen in seconds.
+    """Optimise images directly, without a scene. This shows in seconds what a method does.
 
     Writes image.png, images/1.png ... and progress/strip.png into a new folder under outputs/.
 
@@ -54,13 +54,13 @@ def paint(
 class CompareOptions:
     """The flags of compare."""
 
-    methods: Annotated[str, Option(help="names with commas between; sds3d methods lists them")] = "sds,nfsd,csd,vsd"
-    seeds: Annotated[str, Option(help="a run for each, with commas between")] = "0"
+    methods: Annotated[str, Option(help="names, comma-separated; sds3d methods lists them")] = "sds,nfsd,csd,vsd"
+    seeds: Annotated[str, Option(help="seeds, comma-separated: a run for each")] = "0"
     student: Annotated[str, Option(help="image (pixels) or scene")] = "image"
     negative: Annotated[str | None, Option(help="what not to make, as in 'blurry, ugly'")] = None
     allow_pickle: AllowPickle = False
-    held_out: Annotated[bool, Option("--held-out", help="the toybox's 12 held-out prompts, too")] = False
-    out: Annotated[Path, Option("--out", "-o", help="folder; a second call goes on there", parser=user_path)] = Path(
+    held_out: Annotated[bool, Option("--held-out", help="add the toybox's 12 held-out prompts")] = False
+    out: Annotated[Path, Option("--out", "-o", help="folder; a second call continues it", parser=user_path)] = Path(
         "outputs/compare"
     )
     quiet: Quiet = False
@@ -74,14 +74,14 @@ def compare(
     ] = None,
     options: CompareOptions = CompareOptions(),
 ) -> None:
-    """Run methods side by side: the same prompts, seeds, steps and teacher.
+    """Compare methods on the same prompts, seeds, steps and teacher.
 
-    Writes index.html (one page, pictures inside), sheet.png and results.json.
+    Writes index.html (one page with all pictures), sheet.png and results.json.
 
-    Figures: IoU, PSNR, Chamfer, F-score against the toybox's own object (for images the PSNR to its most similar true
-    view); colour off: distance of the mean colour from the teacher's own samples; saturation off: how much stronger
-    than theirs; diversity: mean difference between seeds, also of pictures averaged to 8 x 8, where noise is gone;
-    seconds, teacher evaluations and peak memory of a run.
+    Figures: IoU, PSNR, Chamfer distance and F-score against the toybox's object (for images, the PSNR to its most
+    similar true view). Colour off: distance of the mean colour from that of the teacher's samples. Saturation off: mean
+    saturation minus that of the samples. Diversity: mean difference between seeds, also for pictures averaged to 8 x 8,
+    which removes noise. Seconds, teacher evaluations and peak memory of a run.
 
     [bold]Examples[/bold]
 
@@ -94,22 +94,22 @@ def compare(
     from sds3d.evaluate import methods as comparing
     from sds3d.runs.progress import Clock
 
-    texts = prompts or []
-    named = [text for text in texts if "=" not in text]
-    given = [] if options.negative is None else [f"negative={options.negative}"]
+    arguments = prompts or []
+    texts = [text for text in arguments if "=" not in text]
+    negative = [] if options.negative is None else [f"negative={options.negative}"]
     if options.held_out:
         from sds3d.data.toybox import HELD_OUT_PROMPTS
 
-        named += HELD_OUT_PROMPTS
+        texts += HELD_OUT_PROMPTS
     comparison = comparing.Comparison(
-        tuple(dict.fromkeys(named)),
+        tuple(dict.fromkeys(texts)),
         tuple(part.strip() for part in options.methods.split(",") if part.strip()),
         tuple(
             convert(int, configs.parse_overrides([f"seed={part}"])["seed"], "seeds")
             for part in options.seeds.split(",")
         ),
         options.student,
-        configs.parse_overrides([*given, *(text for text in texts if "=" in text)])
+        configs.parse_overrides([*negative, *(text for text in arguments if "=" in text)])
         | ({configs.PICKLE: True} if options.allow_pickle else {}),
     )
     clock, begun, entries = Clock(), time.perf_counter(), []
@@ -120,14 +120,14 @@ def compare(
             rate = clock.rate(len(entries), time.perf_counter() - begun)
             left = f"  {(total - len(entries)) / rate / 60:.0f} min left" if rate else ""
             outcome = entry.failure or f"{entry.figures['seconds']:.0f} s"
-            what = f"{entry.method}, {entry.prompt!r}, seed {entry.seed}"
-            print(f"run {len(entries)}/{total}{left}  {what}: {outcome}", file=sys.stderr, flush=True)
+            run = f"{entry.method}, {entry.prompt!r}, seed {entry.seed}"
+            print(f"run {len(entries)}/{total}{left}  {run}: {outcome}", file=sys.stderr, flush=True)
     files = [str(options.out / name) for name in ("index.html", "sheet.png", "results.json")]
     print_result({"files": files, "mean": comparing.summary(entries)}, files, options.json)
 
 
 def methods(json: Json = False) -> None:
-    """List the distillation methods, what each needs, its settings and its paper.
+    """List the distillation methods with their papers, their needs and their settings.
 
     [bold]Example[/bold]
 
@@ -144,9 +144,9 @@ def methods(json: Json = False) -> None:
         line = (kind.__doc__ or "").partition("\n")[0]
         (paper,) = re.findall(r"arXiv (\d{4}\.\d{5})", line)[:1]
         title = line.partition(" (")[0]
-        method: Any = kind()  # a dataclass, as every method is
-        own = {f.name: plain(getattr(method, f.name)) for f in fields(method)} | recipe(name).get("method", {})
-        settings = {f"method.{key}": value for key, value in own.items() if key != "name"}
+        method: Any = kind()  # every method is a dataclass
+        values = {f.name: plain(getattr(method, f.name)) for f in fields(method)} | recipe(name).get("method", {})
+        settings = {f"method.{key}": value for key, value in values.items() if key != "name"}
         rows.append({"name": name, "title": title, "paper": paper, "needs": list(kind.NEEDS), "settings": settings})
     if json:
         print(dump(rows))

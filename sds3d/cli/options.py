@@ -1,16 +1,31 @@
-"""Command-line options that come in groups: a dataclass whose fields are the options."""
+"""Groups of command-line options, as dataclasses whose fields are the options."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, field, fields, make_dataclass
 from functools import wraps
-from typing import Any, get_type_hints
+from typing import Annotated, Any, get_type_hints
+
+from typer import Option
+
+from sds3d.config.meanings import meanings_of
+
+
+def optional_flags(cls: type) -> Any:
+    """A dataclass with a flag for each field of a dataclass of settings: None where it is not given. Its help is the
+    field's meaning; its range is checked where the settings are made."""
+    types, meanings = get_type_hints(cls), meanings_of(cls)
+    flags = [
+        (f.name, Annotated[types[f.name] | None, Option(help=meanings[f.name].rstrip("."))], field(default=None))
+        for f in fields(cls)
+    ]
+    return make_dataclass(f"{cls.__name__}Flags", flags, frozen=True)
 
 
 def spread(function: Callable) -> Callable:
-    """Let Typer see the fields of the dataclass that ``function`` takes last as options of their own."""
+    """Decorate a command whose last parameter is a dataclass, so that Typer sees the dataclass's fields as options."""
     hints = get_type_hints(function, include_extras=True)
     *own, last = inspect.signature(function).parameters.values()
     cls = hints[last.name]
@@ -25,9 +40,9 @@ def spread(function: Callable) -> Callable:
         )
 
     @wraps(function)
-    def command(**given: Any) -> Any:
-        taken = {f.name: given.pop(f.name) for f in fields(cls)}
-        return function(**given, **{last.name: cls(**taken)})
+    def command(**arguments: Any) -> Any:
+        values = {f.name: arguments.pop(f.name) for f in fields(cls)}
+        return function(**arguments, **{last.name: cls(**values)})
 
     vars(command)["__signature__"] = inspect.Signature(parameters)
     command.__annotations__ = {p.name: p.annotation for p in parameters}

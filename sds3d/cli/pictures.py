@@ -1,4 +1,4 @@
-"""Commands that make pictures, films and pages of what was made."""
+"""Commands that make pictures, films and pages of finished runs."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ if TYPE_CHECKING:
 
 SHEET = "png"
 FORMATS = ("mp4", "gif", "webp", SHEET)
-COLUMNS = 8  # views in a row of a contact sheet
+COLUMNS = 8  # views per row of a contact sheet
 
 
 @dataclass(frozen=True)
 class ViewOptions:
-    """How a scene is looked at."""
+    """The views of a turntable film or a contact sheet."""
 
     size: Annotated[int, Option(min=16, max=4096, help="pixels a side of each view")] = 256
-    frames: Annotated[int | None, Option(min=1, max=10_000, help="views in the whole turn; 96, on a sheet 8")] = None
+    frames: Annotated[int | None, Option(min=1, max=10_000, help="views in a turn; default 96, on a sheet 8")] = None
     elevation: Annotated[float, Option(min=-90, max=90, callback=finite, help="degrees above the horizon")] = 15.0
-    fps: Annotated[int, Option(min=1, max=240, help="frames a second")] = 24
+    fps: Annotated[int, Option(min=1, max=240, help="frames per second")] = 24
 
     def count(self, suffix: str) -> int:
-        """Views in the whole turn."""
+        """Return the number of views in a turn."""
         return (COLUMNS if suffix == SHEET else 96) if self.frames is None else self.frames
 
 
@@ -39,7 +39,7 @@ def render(
     run: RunFolder,
     what: Annotated[
         list[str] | None,
-        Option("--what", "-w", help="rgb, opacity, depth or normals; with commas: side by side; rgb if not given"),
+        Option("--what", "-w", help="rgb (default), opacity, depth or normals; comma-separated: side by side"),
     ] = None,
     format: Annotated[str, Option("--format", "-f", help="mp4, gif, webp (one turn), png (a contact sheet)")] = "mp4",
     out: Annotated[
@@ -49,7 +49,7 @@ def render(
     json: Json = False,
     options: ViewOptions = ViewOptions(),
 ) -> None:
-    """Films and contact sheets of a run's scene: turntable.mp4, or whatever --what and --format ask for.
+    """Render films and contact sheets of a run's scene; by default turntable.mp4.
 
     MP4 is H.264 with yuv420p, which every player and browser shows. Opacity: white is solid. Depth: bright is near.
     Normals: 0.5 n + 0.5 in world axes, red +x, green +y (up), blue +z (the front).
@@ -66,13 +66,14 @@ def render(
     """
     from sds3d.media import video
     from sds3d.runs.scene import Asset
-    from sds3d.students.scene import layers
+    from sds3d.students import layers
 
     groups, formats = [_parts(names) for names in what or ["rgb"]], _parts(format)
-    for name, given in (("format", formats), ("what", [",".join(n) for n in groups]), *(("what", n) for n in groups)):
-        twice = [one for one in given if given.count(one) > 1]
-        if twice:  # both would be one file
-            raise ValueError(f"{name} has {twice[0]} twice; give it once")
+    joined = [",".join(names) for names in groups]
+    for option, values in (("format", formats), ("what", joined), *(("what", names) for names in groups)):
+        twice = [value for value in values if values.count(value) > 1]
+        if twice:  # both would be written to one file
+            raise ValueError(f"{option} has {twice[0]} twice; give it once")
     for names in groups:
         layers.check(names)
     for suffix in formats or [""]:
@@ -81,12 +82,12 @@ def render(
         if suffix != SHEET:
             video.check(f"x.{suffix}", options.size, options.count(suffix), options.fps)
     asset, files = Asset.open(run), []
-    for one in asset.particles:
+    for particle in asset.particles:
         for names in groups:
             for suffix in formats:
                 tag = "" if names == ["rgb"] else "-" + "-".join(names)
-                name = one.file(f"{'sheet' if suffix == SHEET else 'turntable'}{tag}.{suffix}").name
-                files.append(str(_draw(one, names, (out or one.path) / name, options, quiet or json)))
+                name = particle.file(f"{'sheet' if suffix == SHEET else 'turntable'}{tag}.{suffix}").name
+                files.append(str(_draw(particle, names, (out or particle.path) / name, options, quiet or json)))
     if (out or asset.path).resolve() == asset.path.resolve():
         asset.write_page()
     print_result({"run": str(asset.path), "files": files}, files, json)
@@ -94,14 +95,14 @@ def render(
 
 def gallery(
     folder: Annotated[
-        Path, Argument(metavar="[FOLDER]", help="a folder of runs; those below it count, too", parser=user_path)
+        Path, Argument(metavar="[FOLDER]", help="a folder of runs; subfolders count, too", parser=user_path)
     ] = Path("outputs"),
     json: Json = False,
 ) -> None:
-    """One page over many runs, FOLDER/index.html: thumbnails and figures, sorted by the heading that is pressed.
+    """Write FOLDER/index.html, a page with thumbnails and figures of many runs.
 
-    Opens from disk, without a network. Each run links to its own page. Broken and unfinished runs are listed as such;
-    figures are there for runs that sds3d eval has judged.
+    It opens from disk, without a network. A click on a heading sorts the runs. Each run links to its own page. Broken
+    and unfinished runs are marked. Scores are shown for runs that sds3d eval has evaluated.
 
     [bold]Examples[/bold]
 
@@ -122,13 +123,13 @@ def _parts(text: str) -> list[str]:
 
 
 def _draw(asset: Asset, names: list[str], path: Path, options: ViewOptions, quiet: bool) -> Path:
-    """Write one film, or one sheet. Raises ValueError where the place cannot be written."""
+    """Write one film, or one sheet. Raises ValueError if it cannot be written."""
     import torch
 
     from sds3d.cameras import Cameras
     from sds3d.media import sheet, video
     from sds3d.runs import progress
-    from sds3d.students.scene import layers
+    from sds3d.students import layers
 
     suffix = path.suffix.lower()[1:]
     count = options.count(suffix)
@@ -136,11 +137,11 @@ def _draw(asset: Asset, names: list[str], path: Path, options: ViewOptions, quie
     def view(cameras: Cameras) -> torch.Tensor:
         return torch.cat(list(layers.layers(asset.scene, cameras, options.size, names).values()), -1)
 
-    turned = progress.counted(video.turn(view, count, options.elevation), count, path.name, quiet)
+    frames = progress.counted(video.turn(view, count, options.elevation), count, path.name, quiet)
     if suffix != SHEET:
-        return video.film(turned, path, options.fps)
-    wide = torch.stack([torch.from_numpy(frame).permute(2, 0, 1) / 255 for frame in turned])
+        return video.film(frames, path, options.fps)
+    wide = torch.stack([torch.from_numpy(frame).permute(2, 0, 1) / 255 for frame in frames])
     tiles = [tile.split(COLUMNS) for tile in wide.split(options.size, -1)]  # by layer, then by row
-    rows = [row for together in zip(*tiles) for row in together]
+    rows = [row for layer_rows in zip(*tiles) for row in layer_rows]
     labels = names * len(tiles[0]) if len(names) > 1 else None
     return sheet.contact_sheet(rows, path, labels)

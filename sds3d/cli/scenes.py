@@ -5,14 +5,14 @@ from __future__ import annotations
 import sys
 import time
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Option
 
 from sds3d.cli.live import LiveOptions
-from sds3d.cli.options import spread
+from sds3d.cli.options import optional_flags, spread
 from sds3d.cli.shared import (
     AllowPickle,
     Json,
@@ -27,6 +27,7 @@ from sds3d.cli.shared import (
     print_result,
     user_path,
 )
+from sds3d.export.settings import MeshConfig
 from sds3d.runtime.ranges import shown
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ SCORES = ("iou", "psnr", "chamfer", "fscore")
 
 @dataclass(frozen=True)
 class GenerateOptions(LiveOptions, RunOptions):
-    """The flags of generate, each short for a key."""
+    """The flags of generate, each a shorthand for a setting."""
 
     teacher_views: Annotated[str | None, Option(help="camera (exact) or words (front, side, back view)")] = None
     backend: Annotated[str | None, Option(help="kernels: auto, numba, torch ... (see sds3d doctor)")] = None
@@ -57,7 +58,7 @@ def generate(
     overrides: Overrides = None,
     options: GenerateOptions = GenerateOptions(),
 ) -> None:
-    """Make a 3D asset from a prompt: mesh.glb, turntable.mp4, preview.png in a new folder under outputs/.
+    """Make a 3D asset from a prompt. Writes mesh.glb, turntable.mp4 and preview.png into a new folder under outputs/.
 
     [bold]Examples[/bold]
 
@@ -69,9 +70,9 @@ def generate(
 
       sds3d generate "a red mug" --live      [dim]# and open the page it names[/dim]
 
-    Ctrl-C stops after the current step and saves; [bold]sds3d resume[/bold] goes on. With --live the page stays when
-    the run is done, until Ctrl-C (with --quiet or --json it ends with the run). SDS3D_TRACEBACK=1 shows where an error
-    came from.
+    Ctrl-C stops after the current step and saves; [bold]sds3d resume[/bold] goes on. With --live the page is served
+    until Ctrl-C, even after the run (with --quiet or --json, until the run ends). SDS3D_TRACEBACK=1 shows the traceback
+    of an error.
     """
     from sds3d.config.load import Config
 
@@ -93,7 +94,7 @@ def resume(
     overrides: Overrides = None,
     options: ResumeOptions = ResumeOptions(),
 ) -> None:
-    """Go on with a run where it stopped, and finish it.
+    """Resume a run where it stopped, and finish it.
 
     [bold]Examples[/bold]
 
@@ -121,24 +122,18 @@ def resume(
         carry_out(made, steps, begun, display, json, watch)
 
 
-@dataclass(frozen=True)
-class MeshOptions:
-    """The flags of export that say how a mesh is made, each short for a key of ``export``, whose range it has; and how
-    it stands."""
+_MeshFlags = optional_flags(MeshConfig)
 
-    resolution: Annotated[int | None, Option(help="voxels along each side of the box")] = None
-    level: Annotated[float | None, Option(help="density at the surface; chosen by silhouettes by default")] = None
-    faces: Annotated[int | None, Option(help="triangles, at most")] = None
-    colours: Annotated[str | None, Option(help="texture or vertex")] = None
-    texture: Annotated[int | None, Option(help="texels a side: 1024, 2048")] = None
-    keep: Annotated[float | None, Option(help="drop pieces below this share of the largest; 1: keep it alone")] = None
-    fill: Annotated[float | None, Option(help="close holes narrower than this, in scene units")] = None
-    smooth: Annotated[int | None, Option(help="rounds of smoothing")] = None
+
+@dataclass(frozen=True)
+class MeshOptions(_MeshFlags):
+    """The flags of export: one for each setting of ``export.mesh``, and how the file stands."""
+
     up: Annotated[str | None, Option(help="the axis that points up, y or z; y in glb and obj, z in ply and stl")] = None
     height: Annotated[float | None, Option(help="of the mesh: in mm for stl (100), in metres otherwise (1)")] = None
 
     def check(self, formats: list[str]) -> None:
-        """Raises ValueError where meshes of these formats cannot stand so."""
+        """Raise ValueError if meshes of these formats cannot have this orientation and height."""
         from sds3d.export.model import STANDS, stand
 
         for suffix in formats:
@@ -148,14 +143,10 @@ class MeshOptions:
                 f"height is {self.height:g}, in mm for stl and in metres for the others; write stl in a call of its own"
             )
 
-    def flags(self) -> dict[str, Any]:
-        """Those that were given."""
-        return {name: value for name, value in vars(self).items() if value is not None}
-
     def changed(self) -> dict[str, Any]:
-        """The keys that were given."""
-        names = {"resolution": "mesh_resolution", "level": "threshold"}
-        return {names.get(name, name): value for name, value in self.flags().items()}
+        """Return the settings of ``export.mesh`` that were given."""
+        given = {f.name: getattr(self, f.name) for f in fields(MeshConfig)}
+        return {name: value for name, value in given.items() if value is not None}
 
 
 @spread
@@ -169,11 +160,11 @@ def export(
     json: Json = False,
     options: MeshOptions = MeshOptions(),
 ) -> None:
-    """Write a run's asset in other formats, and check each mesh against the scene's own pictures.
+    """Write a run's asset in other formats, and compare each mesh with renders of the scene.
 
-    Meshes stand on the ground. GLB and OBJ are one metre high, +y up, their front +z. PLY is one metre high, +z up, its
-    front -y, as Blender has it. STL is for slicers: in millimetres, 100 high, +z up. --up and --height change that. The
-    report is in the run's mesh.json, and in the GLB.
+    Meshes stand on the ground. GLB and OBJ are one metre high, with +y up and the front at +z. PLY is one metre high,
+    with +z up and the front at -y, as in Blender. STL, for slicers, is 100 millimetres high with +z up. --up and
+    --height change this. The report is in the run's mesh.json, and in the GLB.
 
     [bold]Examples[/bold]
 
@@ -188,28 +179,29 @@ def export(
     from sds3d.runtime.files import require_folder
 
     names = {"mp4": "turntable", "png": "preview"}
-    wanted = [part.strip().lower().lstrip(".") for part in format.split(",") if part.strip()]
-    for suffix in wanted or [""]:
+    suffixes = [part.strip().lower().lstrip(".") for part in format.split(",") if part.strip()]
+    for suffix in suffixes or [""]:
         if f".{suffix}" not in FORMATS:
             raise ValueError(f"format is {shown(suffix)}; give one or more of {', '.join(f[1:] for f in FORMATS)}")
-        if wanted.count(suffix) > 1:
+        if suffixes.count(suffix) > 1:
             raise ValueError(f"format has {suffix} twice; give it once")
-    meshes = [suffix for suffix in wanted if suffix not in names]
+    meshes = [suffix for suffix in suffixes if suffix not in names]
     options.check(meshes)
-    if options.changed() and not meshes:
-        raise ValueError(f"--{next(iter(options.flags()))} is about a mesh, and {format} holds none; leave it out")
+    given = [*options.changed(), *(name for name in ("up", "height") if getattr(options, name) is not None)]
+    if given and not meshes:
+        raise ValueError(f"--{given[0]} applies to meshes, and {format} has none; leave it out")
     asset, files, reports, lines = Asset.open(run), [], {}, []
     require_folder(out or asset.path)  # before the work
     with progress.parts(quiet or json) as tell:
-        for one in asset.particles:
-            exporter = one.exporter(tell, **options.changed())
-            for suffix in wanted:
-                path = (out or one.path) / one.file(f"{names.get(suffix, 'mesh')}.{suffix}").name
+        for particle in asset.particles:
+            exporter = particle.exporter(tell, options.up, options.height, **options.changed())
+            for suffix in suffixes:
+                path = (out or particle.path) / particle.file(f"{names.get(suffix, 'mesh')}.{suffix}").name
                 files.append(str(path))
                 if suffix in names:
-                    one.export(path)
+                    particle.export(path)
                 else:
-                    reports[str(path)] = one.write_mesh(exporter, path)
+                    reports[str(path)] = particle.write_mesh(exporter, path)
             lines += [f"warning: {text}" for text in exporter.shortfalls()] if quiet or json else exporter.lines()
     if (out or run).resolve() == run.resolve():
         asset.write_page()
@@ -220,20 +212,23 @@ def export(
 
 def evaluate(
     runs: Annotated[list[Path], Argument(metavar="RUN...", help="one run folder or more", parser=user_path)],
-    number: Annotated[int, Option("-n", "--number", min=2, max=1_000_000, help="images a seed, of a generator")] = 5000,
-    seeds: Annotated[int, Option(min=1, max=1000, help="how often to measure a generator")] = 3,
-    fid: Annotated[bool, Option("--fid", help="FID of a generator, too (pip install sds3d\\[fid])")] = False,
+    number: Annotated[
+        int, Option("-n", "--number", min=2, max=1_000_000, help="for generators: images per seed")
+    ] = 5000,
+    seeds: Annotated[int, Option(min=1, max=1000, help="for generators: number of seeds")] = 3,
+    fid: Annotated[bool, Option("--fid", help="for generators: also FID (pip install sds3d\\[fid])")] = False,
     dtype: Annotated[
-        str | None, Option(help="what a generator and its teacher compute in; the run's by default")
+        str | None, Option(help="for generators: dtype of it and its teacher; the run's by default")
     ] = None,
     quiet: Quiet = False,
     json: Json = False,
 ) -> None:
-    """Judge runs: scenes by the toybox's true shapes, generators by real images that nobody trained on.
+    """Evaluate runs: scenes against the toybox's true shapes, generators against held-out real images.
 
-    Scenes: IoU, PSNR, Chamfer, F-score, and eval.png. Generators (of digits): FD-feat and its ratio to the teacher's,
-    KID-feat, class accuracy, precision, recall, speed, and eval.json and eval.png; each ± its standard deviation over
-    the seeds. With fewer images than are held out (596 digits), KID-feat, class accuracy, copies and speed.
+    Scenes get IoU, PSNR, Chamfer distance, F-score and eval.png. Generators of digits or toys get FD-feat and its ratio
+    to the teacher's, KID-feat, class accuracy, precision, recall, copies and speed, each ± its standard deviation over
+    the seeds, with eval.json and eval.png. With fewer images than are held out (596 digits) they get only KID-feat,
+    class accuracy, copies and speed.
 
     [bold]Examples[/bold]
 
@@ -253,7 +248,7 @@ def evaluate(
     if not runs:
         return
     rows = []
-    for asset in [one for run in runs for one in Asset.open(run).particles]:
+    for asset in [particle for run in runs for particle in Asset.open(run).particles]:
         scores = asset.evaluate().numbers()
         rows.append({"run": str(asset.path), "prompt": asset.config.prompt, "particle": asset.particle, **scores})
         if not json:

@@ -1,4 +1,4 @@
-"""What the commands share: their common options, Ctrl-C, and how results are printed."""
+"""Code shared by the commands: common options, the handling of Ctrl-C, and the printing of results."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ Overrides = Annotated[
 
 
 def user_path(text: str | Path) -> Path:
-    """A path as it was typed, with ~ opened. Raises BadParameter where it can be none."""
+    """Parse a path and expand ~. Raises BadParameter if the text cannot be a path."""
     if not str(text):
         raise typer.BadParameter("it is empty; give a path, such as . for the folder you are in")
     try:
@@ -44,14 +44,14 @@ def user_path(text: str | Path) -> Path:
 
 
 def finite(value: float | None) -> float | None:
-    """A number from a flag. Raises BadParameter for nan, which lies in no range and outside none."""
+    """Check a number from a flag. Raises BadParameter for nan and infinity, which range checks may let through."""
     if value is not None and not math.isfinite(value):
-        raise typer.BadParameter(f"{value} is no number to work with")
+        raise typer.BadParameter(f"{value} is not finite; give a number")
     return value
 
 
 def _silence_warnings(value: bool) -> bool:
-    """Leave warnings out, for the one command that runs, where --quiet or --json is given."""
+    """Turn warnings off if --quiet or --json is given."""
     if value:
         warnings.simplefilter("ignore")
     return value
@@ -64,23 +64,23 @@ Quiet = Annotated[bool, Option("--quiet", "-q", callback=_silence_warnings, help
 Json = Annotated[bool, Option("--json", callback=_silence_warnings, help="no progress; print one JSON object")]
 
 TEACHERS = (
-    "a packaged teacher (small or toybox, digits), a file of weights, a training's folder, or a diffusers pipeline "
-    "(its folder, or its id on the hub)"
+    "a packaged teacher (small or toybox, digits), a file of weights, the folder of a training, or a diffusers "
+    "pipeline (its folder, or its id on the hub)"
 )
 Teacher = Annotated[str, Option(help=TEACHERS)]
-DType = Annotated[str, Option(help="what the network computes in: auto, float32, bfloat16, or of a pipeline float16")]
+DType = Annotated[str, Option(help="dtype of the network: auto, float32, bfloat16, or for a pipeline float16")]
 AllowPickle = Annotated[
-    bool, Option("--allow-pickle", help="take a pipeline's .bin weights, which can run any program")
+    bool, Option("--allow-pickle", help="load a pipeline's .bin weights, which can run any program")
 ]
 
 
 @dataclass(frozen=True)
 class RunOptions:
-    """The flags of every command that begins a run, each short for a key."""
+    """The flags of every command that starts a run, each a shorthand for a setting."""
 
     method: Annotated[str | None, Option(help="how to distil; sds3d methods lists them")] = None
     negative: Annotated[str | None, Option(help="what not to make, as in 'blurry, ugly'")] = None
-    seed: Annotated[int | None, Option(help="of every random draw")] = None
+    seed: Annotated[int | None, Option(help="seed of every random draw")] = None
     teacher: Annotated[str | None, Option(help=TEACHERS)] = None
     allow_pickle: AllowPickle = False
     device: Annotated[str | None, Option(help="auto, cpu or cuda")] = None
@@ -96,32 +96,32 @@ class RunOptions:
     json: Json = False
 
     def own(self) -> dict[str, Any]:
-        """What the command's further flags stand for, by key; None where a flag is not given."""
+        """Return the settings of the command's further flags by key; None for a flag that is not given."""
         return {}
 
     def watched(self) -> AbstractContextManager[Watch | None]:
-        """A page on which the run is watched, where the command has one and it is wanted."""
+        """Return a context with the live page of the run; None if the command has none or it is off."""
         return nullcontext()
 
     def layer(self) -> dict[str, Any]:
-        """The settings given by flags."""
-        given = {"method": self.method, "seed": self.seed, "teacher.name": self.teacher, "out": self.out}
-        given |= {
+        """Return the settings that are given by flags."""
+        flags = {"method": self.method, "seed": self.seed, "teacher.name": self.teacher, "out": self.out}
+        flags |= {
             "negative": self.negative,
             "device": self.device,
             "teacher.hf.allow_pickle": self.allow_pickle or None,
         }
-        return {key: value for key, value in (given | self.own()).items() if value is not None}
+        return {key: value for key, value in (flags | self.own()).items() if value is not None}
 
 
 def begin(prompt: str | None, overrides: list[str] | None, options: RunOptions, kind: type[RunConfig]) -> None:
-    """Carry out a new run, or print its settings where that is all that is wanted."""
+    """Start a new run and train it to its end; with --dry-run, only print its settings."""
     from sds3d.config import load as configs
     from sds3d.runs import launch
     from sds3d.runtime import distributed
 
     begun = time.perf_counter()
-    quiet = options.quiet or distributed.join().rank > 0  # of several processes one speaks
+    quiet = options.quiet or distributed.join().rank > 0  # one process prints for all
     layers = options.layer(), configs.parse_overrides(overrides or [])
     configs.refuse_twice({**layers[0], **({} if prompt is None else {"prompt": prompt})}, layers[1])
     config = configs.load(prompt, *layers, file=options.config, kind=kind)
@@ -140,7 +140,7 @@ def begin(prompt: str | None, overrides: list[str] | None, options: RunOptions, 
 
 
 def make_display(quiet: bool, as_json: bool) -> Silent:
-    """What this terminal can show."""
+    """Return the progress display for this terminal."""
     from sds3d.runs import progress
 
     return progress.choose(quiet or as_json)
@@ -154,9 +154,15 @@ def carry_out(
     as_json: bool,
     watch: Watch | None = None,
 ) -> None:
-    """Run the loop to its end or to Ctrl-C, write the files, say where they are and what to do next.
+    """Run the loop to its end or to Ctrl-C, then write the files and print their paths and further commands.
 
-    Who watches the run on a page may stop it, too, and then has the files written.
+    A viewer of the live page may also stop the loop; the files are then written, too.
+
+    Args:
+        made: the result that the loop trains.
+        begun: time.perf_counter() at the start of the command.
+        as_json: print the result as JSON.
+        watch: the live page, if there is one.
     """
     from sds3d.runtime.distributed import join
 
@@ -166,16 +172,15 @@ def carry_out(
         teacher = f"teacher {config.teacher.name} ({config.teacher.views})"
         display.note(f"{made.path}  {made.kernels}, {teacher}")
         if watch is not None:
-            scene: Any = made  # only scenes are watched
+            scene: Any = made  # only scenes have a live page
             watch.begin(scene)
         with interruption() as stopped:
             for last in steps:
                 display.show(last)
                 if watch is not None:
-                    watch.attend(last, lambda: bool(stopped))
-                if processes.any_process(
-                    bool(stopped) or (watch is not None and watch.stopped)
-                ):  # all of them at the same step, or one would wait for ever
+                    watch.update(last, lambda: bool(stopped))
+                # All processes must stop at the same step, or one would wait for the others for ever.
+                if processes.any_process(bool(stopped) or (watch is not None and watch.stopped)):
                     break
         steps.close()
         if last is None:
@@ -186,14 +191,14 @@ def carry_out(
         if not unfinished:
             if watch is not None:
                 watch.export()
-            files = _written(made, display)
+            files = _write_files(made, display)
     seconds = time.perf_counter() - begun
     if unfinished and processes.rank:
         raise typer.Exit(130)
     if unfinished:
         print(f"stopped after step {done} of {config.steps}; go on with: sds3d resume {made.path}", file=sys.stderr)
         raise typer.Exit(130)
-    if not files:  # another process writes them
+    if not files:  # the process of rank 0 writes them
         return
     done = done if early else config.steps
     result = {"run": str(made.path), "files": files, "steps": done, "seconds": round(seconds, 2)}
@@ -203,8 +208,8 @@ def carry_out(
         watch.finish([Path(file) for file in files], last)
 
 
-def _written(made: Asset | Painting | Generated, display: Silent) -> list[str]:
-    """Write a run's files; which they are."""
+def _write_files(made: Asset | Painting | Generated, display: Silent) -> list[str]:
+    """Write a run's files. Returns their paths."""
     files = []
     try:
         for file in made.finish():
@@ -217,7 +222,7 @@ def _written(made: Asset | Painting | Generated, display: Silent) -> list[str]:
 
 
 def _hints(made: Asset | Painting | Generated, files: list[str], early: bool) -> list[str]:
-    """Commands to go on with, after a run that made files, early where it has steps left."""
+    """Commands to suggest after a run that has written these files; ``early`` means that it has steps left."""
     if any(file.endswith("generator.safetensors") for file in files):
         return [f"sds3d sample {made.path}", f"sds3d eval {made.path}"]
     if any(file.endswith("pipeline") for file in files):
@@ -230,13 +235,16 @@ def _hints(made: Asset | Painting | Generated, files: list[str], early: bool) ->
 
 @contextmanager
 def interruption(busy: Callable[[], bool] = lambda: True) -> Iterator[list[int]]:
-    """A list that is empty until Ctrl-C (or SIGTERM) comes; a second one ends the program as usual.
+    """A context that catches Ctrl-C and SIGTERM, once; a second signal ends the program as usual.
 
     Args:
-        busy: whether there is a step to wait for, which is then said.
+        busy: returns whether a step is running. If so, the first signal prints that the program stops after it.
+
+    Yields:
+        A list that is empty until the first signal.
     """
     caught: list[int] = []
-    wanted = (signal.SIGINT, signal.SIGTERM)
+    numbers = (signal.SIGINT, signal.SIGTERM)
 
     def note(number: int, frame: object) -> None:
         if caught:
@@ -245,7 +253,7 @@ def interruption(busy: Callable[[], bool] = lambda: True) -> Iterator[list[int]]
         if busy():
             print("\nstopping after this step; once more to stop at once", file=sys.stderr)
 
-    before = {s: signal.signal(s, note) for s in wanted}
+    before = {s: signal.signal(s, note) for s in numbers}
     try:
         yield caught
     finally:
@@ -254,10 +262,10 @@ def interruption(busy: Callable[[], bool] = lambda: True) -> Iterator[list[int]]
 
 
 def print_result(result: dict[str, Any], lines: list[str], as_json: bool) -> None:
-    """Print a result: its lines, or itself as JSON."""
+    """Print lines, or the result as JSON instead."""
     print(dump(result) if as_json else "\n".join(lines))
 
 
 def dump(value: Any) -> str:
-    """A value as JSON, in one line."""
+    """Format a value as one line of JSON."""
     return json.dumps(value)

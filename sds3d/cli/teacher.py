@@ -1,4 +1,4 @@
-"""Commands about the teacher: sample, words, train."""
+"""Commands about teachers: draw with one, list its words, train one."""
 
 from __future__ import annotations
 
@@ -27,32 +27,32 @@ class SampleOptions:
 
     number: Annotated[int, Option("-n", "--number", min=1, max=256, help="how many images")] = 8
     out: Annotated[Path, Option("--out", "-o", help="a .png or .jpg", parser=user_path)] = Path("grid.png")
-    orbit: Annotated[bool, Option("--orbit", help="give the exact cameras of one turn around the object")] = False
-    seed: Annotated[int, Option(min=0, max=2**62 - 1, help="of the noise")] = 0
+    orbit: Annotated[bool, Option("--orbit", help="draw from cameras evenly around the object")] = False
+    seed: Annotated[int, Option(min=0, max=2**62 - 1, help="seed of the noise")] = 0
     guidance: Annotated[
         float, Option(min=-1e4, max=1e4, callback=finite, help="scale s of eps_uncond + s (eps_cond - eps_uncond)")
     ] = 2.0
     sampler: Annotated[str, Option(help="ddim, ddpm, heun (two evaluations a step) or dpm++")] = "ddim"
-    steps: Annotated[int, Option(min=1, max=10_000, help="of the sampler")] = 30
+    steps: Annotated[int, Option(min=1, max=10_000, help="steps of the sampler")] = 30
     teacher: Teacher = "small"
     dtype: DType = "auto"
     allow_pickle: AllowPickle = False
 
 
 def settings_of(options: SampleOptions, overrides: list[str] | None) -> TeacherConfig:
-    """The settings of a teacher: its name, and the same keys that a run takes, as teacher.hf.size=256.
+    """Build a teacher's config from flags and the settings teacher.*, as teacher.hf.size=256.
 
     Raises:
-        ValueError: another key, an unknown one, or a value that nobody can use.
+        ValueError: a key is unknown or not the teacher's, or a value is not allowed.
     """
     from sds3d.config.load import parse_overrides
     from sds3d.config.typed import build, merge
     from sds3d.teachers.base import TeacherConfig
 
-    given = parse_overrides(overrides or [])
-    layer = given.pop("teacher", {})
-    if given or not isinstance(layer, dict):
-        wrong = next(iter(given), "teacher")
+    settings = parse_overrides(overrides or [])
+    layer = settings.pop("teacher", {})
+    if settings or not isinstance(layer, dict):
+        wrong = next(iter(settings), "teacher")
         raise ValueError(f"{wrong} is no setting of a teacher; give those of a run, such as teacher.hf.size=256")
     flags = {"name": options.teacher, "dtype": options.dtype}
     flags |= {"hf": {"allow_pickle": True}} if options.allow_pickle else {}
@@ -66,7 +66,7 @@ def sample(
     overrides: Overrides = None,
     options: SampleOptions = SampleOptions(),
 ) -> None:
-    """Draw images with the teacher itself: what it can and cannot draw is what an asset can be.
+    """Draw images with the teacher itself. An asset can only become what its teacher can draw.
 
     [bold]Examples[/bold]
 
@@ -104,11 +104,11 @@ def words(teacher: Teacher = "small") -> None:
     from sds3d.teachers.hf import loading
     from sds3d.teachers.load import load_teacher
 
-    if loading.is_pipeline(teacher):  # whose weights nobody has to read for that
+    if loading.is_pipeline(teacher):  # checked first, so that no weights are loaded
         raise ValueError(f"the teacher {teacher} reads any words: it has no list of them")
-    found = load_teacher(TeacherConfig(teacher))
-    assert isinstance(found, HasVocabulary), type(found)
-    print(" ".join(found.vocabulary))
+    loaded = load_teacher(TeacherConfig(teacher))
+    assert isinstance(loaded, HasVocabulary), type(loaded)
+    print(" ".join(loaded.vocabulary))
 
 
 @app.command(name="train")
@@ -117,19 +117,19 @@ def train_teacher(
     overrides: Overrides = None,
     out: Annotated[
         Path | None,
-        Option("--out", "-o", help="checkpoints, weights, sample grids and the loss go there", parser=user_path),
+        Option("--out", "-o", help="folder for checkpoints, weights, sample grids and the loss", parser=user_path),
     ] = None,
-    resume: Annotated[bool, Option("--resume", help="go on with the training in that folder")] = False,
+    resume: Annotated[bool, Option("--resume", help="resume the training in that folder")] = False,
     device: Annotated[str, Option(help="auto, cpu or cuda")] = "auto",
     quiet: Quiet = False,
 ) -> None:
     """Train a teacher: on your own images with captions, on handwritten digits, or on the toybox.
 
-    A folder holds images, and for each a .txt with its caption (one a line, if there are several); or one captions.csv
-    with the columns file and caption, or captions.jsonl (or metadata.csv or .jsonl with file_name and text). They are
-    shrunk to size=32 or 64 pixels; clear parts become white. The words of the captions are the words it will know,
-    letters and digits of any script. It saves now and then, with a sample grid, and on Ctrl-C. What it makes is a
-    teacher like any other: --teacher FOLDER.
+    A folder holds images, and either a .txt beside each image with its captions, one per line, or a table: captions.csv
+    with the columns file and caption, or captions.jsonl (or metadata.csv or metadata.jsonl with file_name and text).
+    Images are resized to size=32 or 64 pixels; transparent parts become white. The teacher will know the words of the
+    captions, in any script. Checkpoints and sample grids are saved regularly, and on Ctrl-C. Use the trained teacher
+    with --teacher FOLDER.
 
     [bold]Examples[/bold]
 
@@ -144,11 +144,11 @@ def train_teacher(
     from sds3d.runtime.device import pick_device
     from sds3d.teachers.training import fit, sources
 
-    place = user_path(data).resolve()
-    out = out or Path("outputs") / f"{place.name}-teacher"
-    data = data if data in ("toybox", "digits") else str(place)  # the same folder however it is named, from anywhere
+    folder = user_path(data).resolve()
+    out = out or Path("outputs") / f"{folder.name}-teacher"
+    data = data if data in ("toybox", "digits") else str(folder)  # an absolute path, so that --resume recognises it
     settings = _settings(data, out, resume, parse_overrides(overrides or []))
-    source, skipped = sources.of(settings.data, settings.size)
+    source, skipped = sources.build_source(settings.data, settings.size)
     if skipped:
         print(*(f"skipped: {line}" for line in skipped), f"{len(skipped)} skipped", sep="\n", file=sys.stderr)
     fit.require(out, settings, source)  # before the work
@@ -170,26 +170,31 @@ def train_teacher(
 
 
 def _settings(data: str, out: Path, resume: bool, layer: dict[str, Any]) -> FitConfig:
-    """How to train. Raises ValueError for what has no part in it."""
+    """The settings of a training. Raises ValueError if one is not allowed."""
     from sds3d.config.typed import build, merge, plain
     from sds3d.teachers.training.fit import FitConfig, settings_of
 
     if "data" in layer:
-        raise ValueError(f"data is what comes first, {data}: name other data there, and leave data= out")
+        raise ValueError(f"data is the first argument, {data}: name other data there, and leave data= out")
     base = settings_of(out) if resume else {**plain(FitConfig.usual(data)), "data": data}
     settings = build(FitConfig, merge(base, layer))
-    own = FitConfig.usual(data).size
-    if data in ("toybox", "digits") and settings.size != own:
-        raise ValueError(f"size is {settings.size}, and the pictures of {data} are {own} pixels a side; leave it out")
+    size = FitConfig.usual(data).size
+    if data in ("toybox", "digits") and settings.size != size:
+        raise ValueError(f"size is {settings.size}, and the pictures of {data} are {size} pixels a side; leave it out")
     if resume and settings.data != data:
         raise ValueError(f"{out} was trained on {settings.data}, not on {data}; name that, or another --out")
     return settings
 
 
-def _prepare(ready: Iterator[int], quiet: bool, stopped: list[int]) -> None:
-    """Wait for the training images; every 1000th is told."""
+def _prepare(counts: Iterator[int], quiet: bool, stopped: list[int]) -> None:
+    """Wait until the training images are made, and print progress every 1000 images.
+
+    Args:
+        counts: yields the number of images made so far.
+        stopped: not empty once Ctrl-C was pressed.
+    """
     last = 0
-    for done in ready:
+    for done in counts:
         if not quiet and (done - last >= 1000 or stopped):
             print(f"{done} training images are ready", file=sys.stderr, flush=True)
             last = done

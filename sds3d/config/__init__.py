@@ -1,1 +1,1 @@
-"""What a user can set: the tree of settings, its files, and what reads and checks them."""
+"""The settings of runs: their dataclasses, and the code that reads and checks them."""

@@ -1,10 +1,17 @@
-"""What a user can set: one typed tree, its YAML, recipes and ``key=value`` overrides. make.py builds from it.
+"""Builds a run's config from defaults, recipes, YAML files and ``key=value`` overrides.
 
-Layers, each over the one before: the defaults of the dataclasses, the method's recipe (``configs/<method>.yaml``; for
-a diffusers pipeline as the teacher ``scene.yaml`` and ``<method>.yaml`` of ``configs/pipelines``), a user's file,
-keyword arguments or flags, ``key=value``. ``${steps}`` and ``${part:0.75}`` (that part of the steps, rounded) may stand
-for any number, so that a recipe's ramps follow the number of steps. There are no other references, and none in text: a
-file may come from a stranger.
+The layers, of which a later one overrides an earlier one:
+
+1. the defaults of the dataclasses in `sds3d.config.schema`;
+2. the method's recipe: ``configs/<method>.yaml``, or, if the teacher is a diffusers pipeline, ``scene.yaml`` and
+   ``<method>.yaml`` in ``configs/pipelines``;
+3. a user's file;
+4. keyword arguments or flags;
+5. ``key=value``.
+
+A number may be written as ``${steps}``, or as ``${part:0.75}`` for that fraction of the steps, rounded, so that a
+recipe's ramps follow the number of steps. There are no other references, and none in text, since a file may come from
+a stranger.
 """
 
 from __future__ import annotations
@@ -14,6 +21,7 @@ import functools
 import re
 import sys
 import typing
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -27,9 +35,15 @@ from sds3d.runtime.ranges import shown
 from sds3d.teachers.base import PACKAGED
 from sds3d.teachers.hf import loading
 
-PICKLE = "teacher.hf.allow_pickle"  # which no file may set: a pickle can run any program
-PATHS = ("teacher.name", "source.run", "image.start", "generator.prompts", "pairs.folder", "real")  # found again ...
-PLACES = ("out", "teacher.hf.cache")  # ... and those that are made where a run is made
+PICKLE = "teacher.hf.allow_pickle"  # no file may set it: a pickle can run any program
+# Paths that a run reads, which are stored as absolute paths, and paths that it writes, which are only checked.
+INPUT_PATHS = ("teacher.name", "source.run", "image.start", "generator.prompts", "pairs.folder", "real")
+OUTPUT_PATHS = ("out", "teacher.hf.cache")
+RENAMED = {  # old name -> new name; old names still work
+    "export.mesh_resolution": "export.mesh.resolution",
+    "export.threshold": "export.mesh.level",
+    **{f"export.{name}": f"export.mesh.{name}" for name in ("keep", "fill", "smooth", "faces", "colours", "texture")},
+}
 
 
 def load(
@@ -38,87 +52,90 @@ def load(
     file: str | Path | None = None,
     kind: type[RunConfig] | None = None,
 ) -> Any:
-    """The config of a run: a ``Config``, a ``PaintConfig`` or a ``DistillConfig``.
+    """Build the config of a run: a ``Config``, a ``PaintConfig`` or a ``DistillConfig``.
 
     Args:
-        prompt: what to make; None takes it from the layers (a run's config.yaml has one).
-        layers: nested or dotted keys, later ones win; mappings, or OmegaConf's configs.
-        file: a YAML file under the layers, over the recipe; or the name of one of those for single models: if, sd3.
-        kind: which; None takes a PaintConfig where there are settings of an image, a DistillConfig where there are
-            some of a generator, else a Config.
+        prompt: what to make; None if the layers or the file have it, as a run's config.yaml does.
+        layers: mappings, or OmegaConf's configs, with nested or dotted keys. Later ones override earlier ones.
+        file: a YAML file, which overrides the recipe and is overridden by the layers; or the name of a recipe for a
+            single model: if, sd3.
+        kind: the class to build. None means a PaintConfig if the key "image" is set, a DistillConfig if "generator" is
+            set, else a Config.
 
     Raises:
-        ValueError: unknown keys, wrong types, values nobody can use, a file that is missing or is no YAML, or that lets
-            pickles be read.
+        ValueError: a key is unknown, a value has a wrong type or is out of range, or the file is missing, is no YAML
+            or allows pickles.
     """
-    given = _of_file(Path(file), kind) if file is not None else {}
-    if _at(given, PICKLE):
+    settings = _read_file(Path(file), kind) if file is not None else {}
+    if _at(settings, PICKLE):
         raise ValueError(f"{file} sets {PICKLE}, and a pickle can run any program; take the line out, {_FLAG}")
-    return _loaded(prompt, [given, *layers], kind)
+    return _from_layers(prompt, [settings, *layers], kind)
 
 
-def _loaded(prompt: str | None, layers: list[Mapping[str, Any]], kind: type[RunConfig] | None) -> Any:
-    """A config from layers."""
-    given: dict[str, Any] = {}
-    for layer in map(_nested, map(_opened, layers)):
-        given = (
-            merge(given, layer) if _same_method(given, layer) else {**merge(given, layer), "method": layer["method"]}
-        )
+def _from_layers(prompt: str | None, layers: list[Mapping[str, Any]], kind: type[RunConfig] | None) -> Any:
+    """Build a config from layers."""
+    settings: dict[str, Any] = {}
+    for layer in (_renamed(_nested(_without_omegaconf(layer))) for layer in layers):
+        merged = merge(settings, layer)
+        settings = merged if _same_method(settings, layer) else {**merged, "method": layer["method"]}
     if prompt is not None:
-        given["prompt"] = prompt
-    kind = kind or (PaintConfig if "image" in given else DistillConfig if "generator" in given else Config)
+        settings["prompt"] = prompt
+    kind = kind or (PaintConfig if "image" in settings else DistillConfig if "generator" in settings else Config)
     if kind is DistillConfig:
-        given.setdefault("prompt", "")
-    if "prompt" not in given:
+        settings.setdefault("prompt", "")
+    if "prompt" not in settings:
         raise ValueError('there is no prompt; say what to make, as in: sds3d generate "a red mug"')
-    require_maps(kind, given)
-    if given.get("method") is None:  # null is the default
-        given.pop("method", None)
-    given = _from_anywhere(given)
-    method = given.get("method", {})
+    require_maps(kind, settings)
+    if settings.get("method") is None:  # null is the default
+        settings.pop("method", None)
+    settings = _with_absolute_paths(settings)
+    method = settings.get("method", {})
     name = method.get("name", default_method(kind)) if isinstance(method, Mapping) else method
     if not isinstance(name, str) or name not in METHODS:
         raise ValueError(f"method is {shown(name)}; {nearest(str(name), METHODS)} (there is {', '.join(METHODS)})")
-    usual = kind("a red mug")
-    defaults = plain(usual)  # whole, so that a recipe that sets optim.lr.grid keeps optim.lr.mlp
+    default = kind("a red mug")
+    defaults = plain(default)  # complete, so that a recipe that sets optim.lr.grid keeps optim.lr.mlp
     del defaults["prompt"], defaults["method"]
     defaults["time"]["steps"] = "${steps}"
-    for group, ramp in usual.optim.lr.items():
-        if ramp.end == usual.steps:  # it changes over the run, however long that is
-            part = f"${{part:{ramp.start / usual.steps}}}"
+    for group, ramp in default.optim.lr.items():
+        if ramp.end == default.steps:  # the ramp ends with the run, so it scales with the number of steps
+            part = f"${{part:{ramp.start / default.steps}}}"
             defaults["optim"]["lr"][group] = [part, ramp.v0, ramp.v1, "${steps}"]
-    teacher = given.get("teacher")
+    teacher = settings.get("teacher")
     pipeline = isinstance(teacher, Mapping) and loading.is_pipeline(str(teacher.get("name") or ""))
-    return _typed(_resolved(merge(merge(defaults, recipe(name, kind, pipeline)), given)), name, kind)
+    return _typed(_resolved(merge(merge(defaults, recipe(name, kind, pipeline)), settings)), name, kind)
 
 
 def default_method(kind: type[RunConfig]) -> str:
-    """The name of the method of a run that names none."""
+    """Return the name of the default method of a kind of run."""
     return "diffinstruct" if kind is DistillConfig else "sds"
 
 
-def _from_anywhere(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Make paths absolute where they lead somewhere, so that resume works from any folder. Raises ValueError for a text
-    that can be no path."""
-    for key in (*PATHS, *PLACES):
-        value = _at(given, key)
+def _with_absolute_paths(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Make paths of existing inputs absolute, so that resume works from any folder.
+
+    Raises:
+        ValueError: a text cannot be a path.
+    """
+    for key in (*INPUT_PATHS, *OUTPUT_PATHS):
+        value = _at(settings, key)
         text = "" if value is None else str(value)
         try:
             path = Path(text).expanduser()
-            found = path != Path() and text not in PACKAGED and path.exists() and key in PATHS
-            absolute = str(path.resolve()) if found else ""
+            is_input = path != Path() and text not in PACKAGED and path.exists() and key in INPUT_PATHS
+            absolute = str(path.resolve()) if is_input else ""
         except RuntimeError as error:
             raise ValueError(f"{key} is {shown(text)}; there is no such user here, give a path") from error
         except (OSError, ValueError) as error:
-            what = getattr(error, "strerror", None) or error
-            raise ValueError(f"{key} is {shown(text)}, which is no path here: {what}") from error
+            reason = getattr(error, "strerror", None) or error
+            raise ValueError(f"{key} is {shown(text)}, which is no path here: {reason}") from error
         if absolute and (key != "real" or path.is_dir()):
-            given = merge(given, _nested({key: absolute}))
-    return dict(given)
+            settings = merge(settings, _nested({key: absolute}))
+    return dict(settings)
 
 
 def _at(values: Mapping[str, Any], key: str) -> Any:
-    """What stands at a dotted key; None where nothing does."""
+    """The value at a dotted key; None if there is none."""
     node: Any = values
     for name in key.split("."):
         node = node.get(name) if isinstance(node, Mapping) else None
@@ -126,7 +143,7 @@ def _at(values: Mapping[str, Any], key: str) -> Any:
 
 
 def _typed(values: dict[str, Any], name: str, kind: type[RunConfig]) -> RunConfig:
-    """Check and convert a merged tree."""
+    """Check the merged settings and convert them to a config."""
     fields = dict(values.pop("method", {}))
     fields.pop("name", None)
     known = [*keys(kind), "method.name", *keys(METHODS[name], "method")]
@@ -134,9 +151,12 @@ def _typed(values: dict[str, Any], name: str, kind: type[RunConfig]) -> RunConfi
 
 
 def parse_overrides(texts: Iterable[str]) -> dict[str, Any]:
-    """``key=value`` texts as a nested mapping. Raises ValueError.
+    """Parse ``key=value`` texts into a nested mapping.
 
-    The value of a setting whose type is text (`text_keys`) is taken as it is written. Other values are read as YAML.
+    The value of a setting whose type is text (see `text_keys`) is taken as it is written. Other values are YAML.
+
+    Raises:
+        ValueError: a text is not ``key=value``, or its value is not YAML.
     """
     layer: dict[str, Any] = {}
     for text in texts:
@@ -152,8 +172,8 @@ def parse_overrides(texts: Iterable[str]) -> dict[str, Any]:
             raise ValueError(f"cannot read {shown(text)}; give key=value with a value in YAML ({error})") from error
         layer = merge(layer, _nested({key: node}))
     if _at(layer, PICKLE) is not None:
-        raise ValueError(f"{PICKLE} is no setting to write down; {_FLAG}")
-    return layer
+        raise ValueError(f"{PICKLE} cannot be given as a setting; {_FLAG}")
+    return _renamed(layer)
 
 
 _FLAG = "give --allow-pickle, a flag of generate, paint, distill, compare and resume"
@@ -161,22 +181,22 @@ _FLAG = "give --allow-pickle, a flag of generate, paint, distill, compare and re
 
 @functools.cache
 def text_keys() -> frozenset[str]:
-    """Dotted names of the settings whose type is text, of every kind of run."""
+    """Return the dotted keys of the settings whose type is text, for all kinds of runs."""
 
-    def of(cls: type, above: str = "") -> set[str]:
-        found: set[str] = set()
+    def of(cls: type, prefix: str = "") -> set[str]:
+        keys: set[str] = set()
         for name, kind in typing.get_type_hints(cls).items():
             if isinstance(kind, type) and dataclasses.is_dataclass(kind):
-                found |= of(kind, f"{above}{name}.")
+                keys |= of(kind, f"{prefix}{name}.")
             elif kind is str:
-                found.add(above + name)
-        return found
+                keys.add(prefix + name)
+        return keys
 
     return frozenset(of(Config) | of(PaintConfig) | of(DistillConfig))
 
 
 def refuse_twice(flags: Mapping[str, Any], overrides: Mapping[str, Any]) -> None:
-    """Refuse a setting that a flag and a ``key=value`` give differently. Raises ValueError."""
+    """Raise ValueError if a flag and a ``key=value`` give different values to one setting."""
     flags = _nested(flags)
     for key in sorted(_leaves(flags) & _leaves(overrides)):
         first, second = _at(flags, key), _at(overrides, key)
@@ -186,9 +206,16 @@ def refuse_twice(flags: Mapping[str, Any], overrides: Mapping[str, Any]) -> None
 
 
 def recipe(name: str, kind: type[RunConfig] = Config, pipeline: bool = False) -> dict[str, Any]:
-    """The recipe that ships with the package, by method name; empty where a method has none. The recipes are for
-    scenes: images take from them what is not about scenes, and keep their own learning rate. Generators have their own,
-    in the folder distill, and so have scenes and images by a diffusers pipeline."""
+    """Return the settings of a method's recipe, which ships with the package; empty if it has none.
+
+    Images take from a scene's recipe the settings that images have, and keep their own learning rates. Generators have
+    recipes in the folder distill.
+
+    Args:
+        name: of the method.
+        kind: the class of the config.
+        pipeline: whether the teacher is a diffusers pipeline, for which the folder pipelines has recipes.
+    """
     folder = recipes_folder()
     paths = [folder / f"{name}.yaml"]
     if kind is DistillConfig:
@@ -202,9 +229,9 @@ def recipe(name: str, kind: type[RunConfig] = Config, pipeline: bool = False) ->
 
 
 def recipes_folder() -> Path:
-    """Where the recipes are: inside an installed package, or configs/ beside it in a clone."""
-    here = Path(__file__).parents[1]
-    return here / "configs" if (here / "configs").is_dir() else here.parent / "configs"
+    """Return the folder of the recipes: inside an installed package, or configs/ beside the package in a clone."""
+    package = Path(__file__).parents[1]
+    return package / "configs" if (package / "configs").is_dir() else package.parent / "configs"
 
 
 PIPELINES = recipes_folder() / "pipelines"
@@ -212,8 +239,8 @@ PIPELINES = recipes_folder() / "pipelines"
 _SHARED = {f.name for f in dataclasses.fields(RunConfig)} - {"optim", "steps", "log"}
 
 
-def _of_file(file: Path, kind: type[RunConfig] | None) -> dict[str, Any]:
-    """What a file says; or the recipe of that name for a single model, of which only a scene takes all."""
+def _read_file(file: Path, kind: type[RunConfig] | None) -> dict[str, Any]:
+    """The settings of a YAML file, or of the recipe of that name for a single model; only scenes take all of one."""
     shipped = PIPELINES / f"{file}.yaml"
     if file.exists() or not shipped.is_file():
         return read_yaml(file)
@@ -222,7 +249,7 @@ def _of_file(file: Path, kind: type[RunConfig] | None) -> dict[str, Any]:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML mapping, references unresolved. Raises ValueError where it is missing or is none."""
+    """Read a YAML mapping without resolving references. Raises ValueError if the file is missing or no mapping."""
     values = plain_yaml.read_file(path)
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds no settings; give lines such as steps: 800")
@@ -230,33 +257,33 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def of_run(path: Path) -> Any:
-    """What a run was made with, from its config.yaml. Raises ValueError that names the file.
+    """Read the config of a run from its config.yaml. Raises ValueError that names the file.
 
-    Pickles are not allowed, whatever it says: who resumes the run says so again.
+    The setting allow_pickle is ignored: whoever resumes the run must allow pickles again.
     """
     try:
-        values = _nested(read_yaml(path))
+        values = _renamed(_nested(read_yaml(path)), warn=False)  # nobody can change how an old run was written
         if _at(values, PICKLE) is not None:
             values = merge(values, _nested({PICKLE: False}))
-        return _loaded(None, [values], None)
+        return _from_layers(None, [values], None)
     except ValueError as error:
-        raise ValueError(f"{path} cannot be used; edited, or of another version of sds3d? {error}") from error
+        raise ValueError(f"{path} cannot be used; was it edited, or made by another version? {error}") from error
 
 
 def to_plain(config: RunConfig) -> dict[str, Any]:
-    """The config, complete, as plain values."""
+    """Convert a config to plain values, with all settings."""
     values = plain(config)
     values["method"] = {"name": name_of(config.method), **values["method"]}
     return values
 
 
 def to_yaml(config: RunConfig) -> str:
-    """The config, complete, as YAML; ``load(None, file=...)`` gives the same config again."""
+    """Write a config as YAML, with all settings. ``load(None, file=...)`` returns the same config."""
     return plain_yaml.write(to_plain(config))
 
 
 def name_of(method: Method) -> str:
-    """The name in METHODS of a method."""
+    """Return the name of a method in METHODS."""
     return next(name for name, kind in METHODS.items() if type(method) is kind)
 
 
@@ -264,21 +291,22 @@ _REFERENCE = re.compile(r"\$\{ *(?:steps|part: *(0|1|0?\.[0-9]{1,20}|[01]\.[0-9]
 
 
 def _resolved(values: dict[str, Any]) -> dict[str, Any]:
-    """Replace ``${steps}`` and ``${part:0.75}`` where they stand for numbers."""
+    """Replace ``${steps}`` and ``${part:0.75}`` by numbers."""
     steps = convert(int, values["steps"], "steps")
     if steps < 1:
         raise ValueError(f"steps is {shown(steps)}; give 1 or more")
     stages = values.get("render", {}).get("resolution")
-    found = _with_numbers(values, steps)
-    if isinstance(stages, list) and "${" in str(stages):  # parts of few steps fall on one: the last of them counts
-        pairs = [stage for stage in found["render"]["resolution"] if isinstance(stage, list) and len(stage) == 2]
+    resolved = _with_numbers(values, steps)
+    # In a short run several stages may begin at one step. The last of them counts.
+    if isinstance(stages, list) and "${" in str(stages):
+        pairs = [stage for stage in resolved["render"]["resolution"] if isinstance(stage, list) and len(stage) == 2]
         if len(pairs) == len(stages) and all(isinstance(since, int) for since, _ in pairs):
-            found["render"]["resolution"] = [list(stage) for stage in dict(pairs).items()]
-    return found
+            resolved["render"]["resolution"] = [list(stage) for stage in dict(pairs).items()]
+    return resolved
 
 
 def _with_numbers(value: Any, steps: int, key: str = "") -> Any:
-    """A tree in which references are numbers. Text may say ``${...}``, and means it."""
+    """The settings with references replaced by numbers. In text settings, ``${...}`` stays as it is."""
     if isinstance(value, Mapping):
         return {name: _with_numbers(v, steps, f"{key}.{name}" if key else name) for name, v in value.items()}
     if isinstance(value, list):
@@ -295,26 +323,26 @@ def _with_numbers(value: Any, steps: int, key: str = "") -> Any:
 
 
 def _same_method(below: Mapping[str, Any], above: Mapping[str, Any]) -> bool:
-    """Whether a layer leaves the method below it what it was: another method takes none of its settings."""
+    """Whether a layer keeps the method of the layers below. If not, the settings of that method are dropped."""
     methods = [layer.get("method") for layer in (below, above)]
     names = [method.get("name") if isinstance(method, Mapping) else None for method in methods]
     return names[1] is None or names[0] in (None, names[1])
 
 
-def _opened(layer: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A layer as it is; a program's own OmegaConf config as plain values, its references resolved."""
-    if "omegaconf" not in sys.modules:  # then it cannot be one
+def _without_omegaconf(layer: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A layer; an OmegaConf config becomes plain values, with its references resolved."""
+    if "omegaconf" not in sys.modules:  # if it is not imported, no config can be OmegaConf's
         return layer
     from omegaconf import OmegaConf
 
     if not OmegaConf.is_config(layer):
         return layer
-    opened: Any = OmegaConf.to_container(layer, resolve=True)  # of a mapping a dict
-    return opened
+    container: Any = OmegaConf.to_container(layer, resolve=True)  # a dict, since the layer is a mapping
+    return container
 
 
 def _nested(layer: Mapping[str, Any]) -> dict[str, Any]:
-    """Dotted keys opened, dataclasses and ramps as plain values, a method's name as its settings."""
+    """Turn dotted keys into nested mappings, dataclasses and ramps into plain values, ``method`` into a mapping."""
     out: dict[str, Any] = {}
     for key, value in layer.items():
         if str(key).count(".") > 8:
@@ -328,34 +356,56 @@ def _nested(layer: Mapping[str, Any]) -> dict[str, Any]:
     return out
 
 
-SPARING = {  # what a run may take up or drop where it stopped: memory against time, the same images but for rounding
+def _renamed(layer: dict[str, Any], warn: bool = True) -> dict[str, Any]:
+    """Rename the settings of a nested layer that have a new name. Raises ValueError if one is given by both names."""
+    for old, new in RENAMED.items():
+        above, _, leaf = old.rpartition(".")
+        group = _at(layer, above)
+        if not isinstance(group, Mapping) or leaf not in group:
+            continue
+        if _at(layer, new) is not None:
+            raise ValueError(f"{new} is given twice, once as {old}, its old name; give it once")
+        if warn:
+            warnings.warn(f"{old} is now called {new}", stacklevel=3)
+        layer = merge(_without(layer, old), _nested({new: group[leaf]}))
+    return layer
+
+
+def _without(values: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """Return a nested mapping without a dotted key."""
+    name, _, rest = key.partition(".")
+    return {k: _without(v, rest) if k == name else v for k, v in values.items() if rest or k != name}
+
+
+MEMORY_KEYS = {  # may change on resume: they trade memory for time, and change images by rounding only
     "render.chunk",
     "critic.checkpointing",
     *(f"teacher.hf.{name}" for name in ("checkpointing", "slicing", "tiling", "attention_slicing", "offload")),
 }
 
 
-def _leaves(values: Mapping[str, Any], above: str = "") -> set[str]:
-    """Dotted names of all that is set."""
-    found: set[str] = set()
+def _leaves(values: Mapping[str, Any], prefix: str = "") -> set[str]:
+    """The dotted keys of all values in nested mappings."""
+    keys: set[str] = set()
     for key, value in values.items():
-        found |= _leaves(value, f"{above}{key}.") if isinstance(value, Mapping) else {above + key}
-    return found
+        keys |= _leaves(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key}
+    return keys
 
 
 def changed(config: RunConfig, layer: Mapping[str, Any]) -> Any:
-    """A run's config with what may change on resume: steps, device, backend, fsdp, log.*, export.*, and what only saves
-    memory.
+    """Return a run's config with changes that are allowed on resume.
+
+    These are steps, device, backend, fsdp, log.*, export.*, and settings that only save memory (``MEMORY_KEYS``).
 
     Raises:
-        ValueError: another key, which would no longer be the same run.
+        ValueError: the layer changes another setting, or gives more steps to a run whose learning rate ended at 0.
     """
     mutable = ("steps", "device", "backend", "fsdp", "log", "export")
     free = [f.name for f in dataclasses.fields(config) if f.name in mutable]
-    layer = _nested(layer)
+    layer = _renamed(_nested(layer))
     for key in layer:
         leaves = _leaves({key: layer[key]})
-        if key not in free and not (leaves and leaves <= {*SPARING, PICKLE}):
+        if key not in free and not (leaves and leaves <= {*MEMORY_KEYS, PICKLE}):
             raise ValueError(f"{shown(key)[1:-1]} cannot change on resume, only {', '.join(free)}; start a new run")
     values = {f.name: plain(getattr(config, f.name)) for f in dataclasses.fields(config) if f.name in layer}
     fresh = build(type(config), {"prompt": config.prompt, **merge(values, layer)})

@@ -1,8 +1,8 @@
-"""YAML without its surprises: maps, lists, text, true and false, null, and decimal numbers; nothing else.
+"""A safe subset of YAML: maps, lists, text, true and false, null, and decimal numbers.
 
-A file may come from a stranger. So there are no tags (they choose Python types), no anchors (ten lines of them make
-10^9 values), no merge keys, and no key twice. What YAML 1.1 reads as something else than it looks like (1:30 as 90,
-0x10 as 16, 010 as 8, 1_000 as 1000, no as false, 2001-01-01 as a date) stays text here, which a number's key refuses.
+A file may come from a stranger. Tags (they choose Python types), anchors (ten lines of them make 10^9 values), merge
+keys and duplicate keys are therefore errors. Values that YAML 1.1 reads as something unexpected (1:30 as 90, 0x10 as
+16, 010 as 8, 1_000 as 1000, no as false, 2001-01-01 as a date) are text here, which a setting for numbers refuses.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from typing import Any
 
 from sds3d.runtime import files
 
-LARGEST = 2**20  # bytes of a file; a config has two thousand
-DEPTH = 32  # of lists and maps in one another
+LARGEST = 2**20  # most bytes of a file; a config has about 2000
+DEPTH = 32  # most levels of nested lists and maps
 _INT = r"^-?(?:0|[1-9][0-9]{0,40})$"
 _FLOAT = r"^[-+]?(?:(?:[0-9]{1,40}\.[0-9]{0,40}|\.[0-9]{1,40})(?:[eE][-+]?[0-9]{1,4})?|[0-9]{1,40}[eE][-+]?[0-9]{1,4})$"
 
 
 def read(text: str) -> Any:
-    """What a YAML text says. Raises ValueError that says what is wrong with it, on one line."""
+    """Parse a YAML text. Raises ValueError with the reason on one line."""
     from yaml import YAMLError, load
 
     try:
@@ -30,7 +30,7 @@ def read(text: str) -> Any:
 
 
 def read_file(path: Path) -> Any:
-    """What a YAML file says. Raises ValueError that names the file."""
+    """Parse a YAML file. Raises ValueError that names the file."""
     try:
         text = files.read_text(path, LARGEST)
     except ValueError as error:
@@ -42,7 +42,10 @@ def read_file(path: Path) -> Any:
 
 
 def write(values: Any) -> str:
-    """YAML that `read` reads back as the same; text is quoted where any reader of YAML could take it for another."""
+    """Write values as YAML that `read` reads back unchanged.
+
+    Text is quoted wherever some YAML reader would take it for another type.
+    """
     from yaml import dump
 
     return dump(values, Dumper=_dumper(), sort_keys=False, allow_unicode=True, width=120)
@@ -65,43 +68,43 @@ def _loader() -> type:
             event, self.depth = self.peek_event(), self.depth + 1
             if self.depth > DEPTH:
                 raise ComposerError(None, None, f"more than {DEPTH} lists and maps in one another", event.start_mark)
-            for what, name in (("anchor", "an anchor or alias (& or *)"), ("tag", "a tag (!)")):
-                if getattr(event, what, None) is not None:
+            for attribute, name in (("anchor", "an anchor or alias (& or *)"), ("tag", "a tag (!)")):
+                if getattr(event, attribute, None) is not None:
                     raise ComposerError(None, None, f"{name} is not read here: write the value out", event.start_mark)
             node = super().compose_node(parent, index)
             self.depth -= 1
             return node
 
         def build_map(self, node: Any) -> dict:
-            found: dict = {}
+            mapping: dict = {}
             for key_node, value_node in node.value:
                 key = self.construct_object(key_node, deep=True)
                 if isinstance(key, dict | list):
                     raise ConstructorError(None, None, "a key is a list or a map", key_node.start_mark)
-                if key in found:
+                if key in mapping:
                     raise ConstructorError(None, None, f"the key {key!r} is there twice", key_node.start_mark)
-                found[key] = self.construct_object(value_node, deep=True)
-            return found
+                mapping[key] = self.construct_object(value_node, deep=True)
+            return mapping
 
-    truths = {"true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False}
+    booleans = {"true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False}
     for name, pattern in (
         ("null", "^(?:~|null|Null|NULL|)$"),
-        ("bool", "^(?:" + "|".join(truths) + ")$"),
+        ("bool", "^(?:" + "|".join(booleans) + ")$"),
         ("int", _INT),
         ("float", _FLOAT),
     ):
         Loader.add_implicit_resolver(f"tag:yaml.org,2002:{name}", re.compile(pattern), None)
-    make = {
+    constructors = {
         "null": lambda loader, node: None,
-        "bool": lambda loader, node: truths[node.value],
+        "bool": lambda loader, node: booleans[node.value],
         "int": lambda loader, node: int(node.value),
         "float": lambda loader, node: float(node.value),
         "str": lambda loader, node: node.value,
         "seq": lambda loader, node: [loader.construct_object(part, deep=True) for part in node.value],
         "map": Loader.build_map,
     }
-    for name, way in make.items():
-        Loader.add_constructor(f"tag:yaml.org,2002:{name}", way)
+    for name, constructor in constructors.items():
+        Loader.add_constructor(f"tag:yaml.org,2002:{name}", constructor)
     return Loader
 
 
@@ -116,7 +119,7 @@ def _dumper() -> type:
             return True
 
     def text(dumper: Any, value: str) -> Any:
-        """In double quotes where it has line breaks that PyYAML folds otherwise."""
+        """Quote text that has line breaks which PyYAML would fold."""
         style = '"' if re.search(r"[\x85\u2028\u2029]", value) else None
         return dumper.represent_scalar("tag:yaml.org,2002:str", value, style)
 

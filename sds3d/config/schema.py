@@ -1,4 +1,4 @@
-"""What a user can set: one typed tree of dataclasses for each kind of run. config.py fills it from YAML and flags."""
+"""The settings of each kind of run, as nested dataclasses. `sds3d.config.load` fills them from YAML and flags."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar
 
 from sds3d import ops
 from sds3d.cameras import CameraRanges
-from sds3d.config.typed import check, nearest
+from sds3d.config.typed import nearest
 from sds3d.diffusion.guidance import Guidance
 from sds3d.diffusion.timesteps import TimestepSampler
 from sds3d.distill.core import ScoreMethod
@@ -17,10 +17,10 @@ from sds3d.distill.pairs import PairsConfig
 from sds3d.distill.perceptual import DISTANCES
 from sds3d.distill.score.diffinstruct import DiffInstruct
 from sds3d.distill.score.sds import SDS
-from sds3d.export.mesh import Surface
-from sds3d.export.pipeline import Look
+from sds3d.export.settings import MeshConfig
 from sds3d.runtime.ramp import Ramp
 from sds3d.runtime.ranges import STEPS, Within, shown
+from sds3d.runtime.validation import check
 from sds3d.students.generator import FewStepGenerator, GeneratorConfig
 from sds3d.students.image import ImageConfig, ImageStudent
 from sds3d.students.scene.field import FieldConfig
@@ -47,52 +47,18 @@ class LogConfig:
 class ExportConfig:
     """
     Args:
-        mesh_resolution: voxels along each side of the box.
-        threshold: density at the surface, its level; null chooses it.
-        keep: pieces smaller than this share of the largest piece's area are dropped; 1 keeps the largest only.
-        fill: close cracks, holes and gaps narrower than this, in scene units, where that is two voxels; 0 for none.
-        smooth: rounds of smoothing.
-        faces: at most so many triangles.
-        colours: "texture", or "vertex".
-        texture: texels a side.
         frames, size, elevation: of the turntable; pixels, degrees. ``size`` is the preview's, too.
     """
 
-    mesh_resolution: Annotated[int, Within(8, 512)] = 96
-    threshold: Annotated[float, Within(0, 1e6, above=True)] | None = None
-    keep: Annotated[float, Within(0, 1)] = 0.05
-    fill: Annotated[float, Within(0, 0.5)] = 0.05
-    smooth: Annotated[int, Within(0, 100)] = 3
-    faces: Annotated[int, Within(100, 10_000_000)] = 50_000
-    colours: str = "texture"
-    texture: Annotated[int, Within(64, 4096)] = 1024
+    mesh: MeshConfig = MeshConfig()
     frames: Annotated[int, Within(2, 10_000)] = 48
     size: Annotated[int, Within(16, 2048)] = 128
     elevation: Annotated[float, Within(-90, 90)] = 15.0
 
     def __post_init__(self):
-        if not 8 <= self.mesh_resolution <= 512:
-            raise ValueError(f"export.mesh_resolution is {self.mesh_resolution}; give 8 to 512 voxels a side")
-        if self.threshold is not None and not self.threshold > 0:
-            raise ValueError(f"export.threshold is {self.threshold}; give a density above 0, or null")
-        if not 0 <= self.keep <= 1:
-            raise ValueError(f"export.keep is {self.keep}; give a share from 0 to 1")
-        self.surface()
-        self.look()
-        if not -90 <= self.elevation <= 90:
-            raise ValueError(f"export.elevation is {self.elevation}; give degrees from -90 to 90")
-        if not 2 <= self.frames <= 10_000:
-            raise ValueError(f"export.frames is {self.frames}; give 2 to 10000")
-        if not 16 <= self.size <= 2048 or self.size % 2:
+        check(self, "export")
+        if self.size % 2:
             raise ValueError(f"export.size is {self.size}; give an even number from 16 to 2048")
-
-    def surface(self) -> Surface:
-        """How the surface is made. Raises ValueError."""
-        return Surface(self.mesh_resolution, self.threshold, self.keep, self.fill, self.smooth, self.faces)
-
-    def look(self) -> Look:
-        """Where its colours are. Raises ValueError."""
-        return Look(self.colours, self.texture)
 
 
 @dataclass(frozen=True)
@@ -110,31 +76,31 @@ class SourceConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """What every run is told, whatever its student.
+    """The settings that every kind of run has.
 
     Args:
         prompt: what to make.
         negative: what not to make; "" for nothing.
-        seed: of every random draw.
-        steps: of the loop.
+        seed: seed of every random draw.
+        steps: number of training steps.
         device: "auto", "cpu", "cuda" ...
-        deterministic: on a GPU, make the same run the same bit for bit, which costs time (a warning names what cannot
-            be); on a CPU it always is.
+        deterministic: on a GPU, use algorithms that give the same bits every time, which costs time (a warning names
+            operations that have none); a CPU always does.
         out: folder for run folders.
         method: a method of distill.METHODS; in YAML its name and its fields.
         weight: W(t), one of distill.weights.WEIGHTS; "auto" is the method's own.
-        uncond_camera: whether the null and negative prompts are told the camera.
-        noise: "fresh" every step, or "fixed", the same for every step (some methods find their own, by inversion).
+        uncond_camera: whether the teacher sees the camera together with the null and negative prompts.
+        noise: "fresh" every step, or "fixed", the same for every step (some methods compute their own, by inversion).
         guidance: Perp-Neg and CFG rescale, beside the method's own scale.
-        time: where t comes from.
-        critic: how the student's own score is learnt, for methods that need it.
+        time: the timestep sampler.
+        critic: the network that learns the student's score, for methods that need it.
         source: what is edited, for methods that edit.
 
     Raises:
-        ValueError: an empty prompt or a number that makes no sense.
+        ValueError: the prompt is empty, or a number is out of range.
     """
 
-    MAKES: ClassVar[str]  # what a run of it makes, in a word
+    MAKES: ClassVar[str]  # what a run makes: "scene", "images" or "generator"
     NEEDS_PROMPT: ClassVar[bool] = True
 
     prompt: str
@@ -167,21 +133,21 @@ class RunConfig:
         check(self)
 
     def plan(self) -> Plan:
-        """What the loop is told."""
+        """Return the settings of the training loop."""
         return Plan(self.steps, 2 * self.seed, {}, self.optim, self.log.save_every, self.log.picture_every)
 
     @property
     def particles(self) -> int:
-        """Students that share the method's critic."""
+        """Number of students that share the method's critic."""
         return getattr(self.method, "particles", 1)
 
 
 @dataclass(frozen=True)
 class Config(RunConfig):
-    """Everything that makes a scene.
+    """The settings of a run that makes a scene.
 
     Args:
-        backend: of the hot kernels; one of ops.BACKENDS.
+        backend: backend of the kernels, one of ops.BACKENDS.
     """
 
     MAKES: ClassVar[str] = "scene"
@@ -205,13 +171,13 @@ class Config(RunConfig):
             )
 
     def plan(self) -> Plan:
-        """See `RunConfig.plan`; with the weights of the scene's regularisers."""
+        """Return the settings of the training loop, with the weights of the scene's regularisers."""
         return dataclasses.replace(super().plan(), lambdas=self.regularise.ramps())
 
 
 @dataclass(frozen=True)
 class PaintConfig(RunConfig):
-    """Everything that makes images without a scene."""
+    """The settings of a run that makes images without a scene."""
 
     MAKES: ClassVar[str] = "images"
 
@@ -228,21 +194,21 @@ class PaintConfig(RunConfig):
 
 @dataclass(frozen=True)
 class DistillConfig(RunConfig):
-    """Everything that makes a generator which paints in one step or a few.
+    """The settings of a run that trains a few-step generator.
 
     Args:
-        prompt: "" to learn every prompt the teacher was trained on (or those of generator.prompts), else the only one.
+        prompt: the only prompt to learn; "" for all prompts the teacher was trained on, or those of generator.prompts.
         generator: the student.
         pairs: for methods with a regression on pairs.
-        distance: of that regression, one of perceptual.DISTANCES.
-        real: for methods with a discriminator: "digits", or a folder of pictures captioned with the generator's
-            prompts; "" is the digits for the teacher digits.
-        fsdp: of several processes (torchrun), let each keep a part of the trained weights, their gradients and Adam's
-            moments (torch's fully_shard); false keeps all in each. One process alone is not changed by it.
+        distance: distance of that regression, one of perceptual.DISTANCES.
+        real: real images for methods with a discriminator: "digits", or a folder of pictures captioned with the
+            generator's prompts; "" is the digits for the teacher digits.
+        fsdp: with several processes (torchrun), shard the trained weights, their gradients and Adam's moments over them
+            (torch's fully_shard); false keeps all in each. It does not change a single process.
     """
 
     MAKES: ClassVar[str] = "generator"
-    NEEDS_PROMPT: ClassVar[bool] = False  # "" stands for all that the teacher knows
+    NEEDS_PROMPT: ClassVar[bool] = False  # "" means all prompts that the teacher knows
 
     prompt: str = ""
     steps: Annotated[int, Within(1, STEPS)] = 1000
@@ -264,14 +230,14 @@ class DistillConfig(RunConfig):
         super().__post_init__()
         if isinstance(self.method, ScoreMethod) and "critic" not in self.method.NEEDS:
             raise ValueError(
-                f"{type(self.method).__name__} knows nothing of what a generator draws, and would make it draw one "
-                "image a prompt; give diffinstruct, vsd, dmd or dmd2"
+                f"{type(self.method).__name__} does not see what the generator draws, and would make it draw one image "
+                "per prompt; give diffinstruct, vsd, dmd or dmd2"
             )
         if "real" in self.method.NEEDS and self.critic.kind != "copy":
-            raise ValueError(f"critic.kind is {self.critic.kind}; the discriminator of DMD2 wants copy")
+            raise ValueError(f"critic.kind is {self.critic.kind}; the discriminator of DMD2 needs copy")
         if "pairs" in self.method.NEEDS and self.negative:
             name = type(self.method).__name__
-            raise ValueError(f"negative has no part in {name}'s pairs; leave it out, or give dmd2 or diffinstruct")
+            raise ValueError(f"negative is not used in {name}'s pairs; leave it out, or give dmd2 or diffinstruct")
         if self.particles > 1:
             raise ValueError("method.particles counts scenes; a generator draws generator.batch images")
         if self.source != SourceConfig():

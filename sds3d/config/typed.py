@@ -1,8 +1,8 @@
-"""Plain values (what YAML holds) <-> typed dataclasses, with checks that name the key and the nearest known one.
+"""Converts plain values, as in YAML, to typed dataclasses and back. Errors name the key and the nearest known one.
 
-A field may be a bool, int, float, str, Ramp, another dataclass, a tuple or dict of those, or one of them or None.
-A Ramp is written as a number or as [start step, value, value, end step]. A number has its range beside it, as in
-``Annotated[int, Within(1, 8)]``; `build` and `check` refuse what is outside.
+A field may be a bool, int, float, str, Ramp, another dataclass, a tuple or dict of those, or None in place of one.
+A Ramp is written as a number or as [start step, value, value, end step]. The type of a number may have a range, as in
+``Annotated[int, Within(1, 8)]``; `build` and `check` refuse numbers outside it.
 """
 
 from __future__ import annotations
@@ -13,32 +13,31 @@ import math
 import types
 import typing
 from collections.abc import Iterable, Mapping
-from functools import cache
 from typing import Annotated, Any, TypeVar
 
 from sds3d.runtime.ramp import Ramp
-from sds3d.runtime.ranges import STEPS, Within, shown
+from sds3d.runtime.ranges import shown
+from sds3d.runtime.validation import hints_of, require_within
 
 T = TypeVar("T")
-_STEPS = Within(0, STEPS)
-LONGEST = 10_000  # characters of a text
+LONGEST = 10_000  # most characters of a text
 _PLAIN = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 
 
 def build(cls: type[T], values: Mapping[str, Any], path: str = "", known: Iterable[str] | None = None) -> T:
-    """A dataclass from a mapping; fields that are left out keep their defaults.
+    """Build a dataclass from a mapping. Fields that are left out keep their defaults.
 
     Args:
         cls: the dataclass.
         values: field name -> value, nested.
-        path: where the mapping sits in the whole, for the messages.
-        known: every dotted key there is, for suggestions; ``cls``'s own by default.
+        path: the dotted key of the mapping in the whole config, for messages.
+        known: all dotted keys, for suggestions in messages; by default those of ``cls``.
 
     Raises:
-        ValueError: an unknown key, a value of the wrong type, or one the dataclass itself refuses.
+        ValueError: a key is unknown, a value has the wrong type, or the dataclass refuses it.
     """
     known = tuple(keys(cls, path) if known is None else known)
-    hints = _hints(cls)
+    hints = hints_of(cls)
     kind: Any = cls
     fields = {f.name for f in dataclasses.fields(kind) if f.init}
     arguments = {}
@@ -51,11 +50,11 @@ def build(cls: type[T], values: Mapping[str, Any], path: str = "", known: Iterab
 
 
 def convert(kind: Any, value: Any, key: str, known: tuple[str, ...] = ()) -> Any:
-    """``value`` as the type ``kind``. Raises ValueError that names ``key``."""
+    """Convert ``value`` to the type ``kind``. Raises ValueError that names ``key``."""
     origin, parts = typing.get_origin(kind), typing.get_args(kind)
     if origin is Annotated:
         converted = convert(parts[0], value, key, known)
-        _check(kind, converted, key)
+        require_within(kind, converted, key)
         return converted
     if origin in (typing.Union, types.UnionType):
         return _convert_union(parts, value, key, known)
@@ -87,7 +86,7 @@ def convert(kind: Any, value: Any, key: str, known: tuple[str, ...] = ()) -> Any
 
 
 def _convert_union(parts: tuple, value: Any, key: str, known: tuple[str, ...]) -> Any:
-    """Ramp | float is a Ramp; X | None takes null."""
+    """Convert to a union: Ramp | float gives a Ramp; X | None accepts None."""
     if value is None and type(None) in parts:
         return None
     if Ramp in parts:
@@ -118,7 +117,7 @@ def _convert_plain(kind: type, value: Any, key: str) -> Any:
     assert kind in _PLAIN, f"{key} has type {kind}, which a config cannot hold"
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if kind is str and number and isinstance(value, int):
-        return str(value)  # YAML reads the prompt 3 as a number
+        return str(value)  # a prompt such as 3, which YAML reads as a number
     if kind is float and number:
         if isinstance(value, int) and abs(value) >= 10**300:
             return math.inf if value > 0 else -math.inf
@@ -127,16 +126,16 @@ def _convert_plain(kind: type, value: Any, key: str) -> Any:
         return int(value)
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         raise ValueError(f"{key} is {shown(value)}; give {_PLAIN[kind]}")
-    if isinstance(value, str) and any(c == "\0" or 0xD800 <= ord(c) < 0xE000 for c in value):  # which no file can hold
-        raise ValueError(f"{key} is {shown(value)}; give text without characters that are no characters")
+    if isinstance(value, str) and any(c == "\0" or 0xD800 <= ord(c) < 0xE000 for c in value):  # cannot be stored
+        raise ValueError(f"{key} is {shown(value)}; give text without NUL characters and lone surrogates")
     if isinstance(value, str) and len(value) > LONGEST:
         raise ValueError(f"{key} has {len(value)} characters; give {LONGEST} at most")
     return value
 
 
 def require_maps(cls: type, values: Mapping[str, Any], path: str = "") -> None:
-    """Refuse another value where a dataclass or a dict has its place. Raises ValueError that names the key."""
-    hints = _hints(cls)
+    """Raise ValueError, which names the key, if a field for a dataclass or a dict has a value that is no mapping."""
+    hints = hints_of(cls)
     for name, value in values.items():
         kind = hints.get(name)
         is_class = isinstance(kind, type) and dataclasses.is_dataclass(kind) and kind is not Ramp
@@ -149,50 +148,8 @@ def require_maps(cls: type, values: Mapping[str, Any], path: str = "") -> None:
             require_maps(kind, value, key)
 
 
-def check(config: Any, path: str = "") -> None:
-    """Refuse numbers outside their ranges in a dataclass of dataclasses. Raises ValueError that names the key."""
-    hints = _hints(type(config))
-    for f in dataclasses.fields(config):
-        key, value = f"{path}.{f.name}" if path else f.name, getattr(config, f.name)
-        if dataclasses.is_dataclass(value) and not isinstance(value, Ramp):
-            check(value, key)
-        else:
-            _check(hints[f.name], value, key)
-
-
-def _check(kind: Any, value: Any, key: str) -> None:
-    """Refuse numbers outside the ranges that a type's annotations say."""
-    parts = typing.get_args(kind)
-    if isinstance(value, Mapping) and typing.get_origin(kind) is dict:
-        for name, one in value.items():
-            _check(parts[1], one, f"{key}.{name}")
-        return
-    marks = [mark for part in (kind, *parts) if typing.get_origin(part) is Annotated for mark in part.__metadata__]
-    for within in (mark for mark in marks if isinstance(mark, Within)):
-        numbers = value if isinstance(value, tuple) else (value,)
-        for number in numbers:
-            _require(number, within, key)
-
-
-def _require(value: Any, within: Within, key: str) -> None:
-    """Refuse one number, or a ramp whose values or steps are out of range."""
-    if isinstance(value, Ramp):
-        for number in (value.v0, value.v1):
-            _require(number, within, key)
-        for step in (value.start, value.end):
-            _require(step, _STEPS, f"a step of {key}")
-    elif isinstance(value, int | float) and value not in within:
-        raise ValueError(f"{key} is {shown(value)}; give {within}")
-
-
-@cache
-def _hints(cls: type) -> dict[str, Any]:
-    """A dataclass's types, ranges included."""
-    return typing.get_type_hints(cls, include_extras=True)
-
-
 def plain(value: Any) -> Any:
-    """What YAML holds for a value: dataclasses and tuples opened, a Ramp as a number or four."""
+    """Convert a value to plain values: a dataclass to a dict, a tuple to a list, a Ramp to a number or four numbers."""
     if isinstance(value, Ramp):
         if value.v0 == value.v1:
             return value.v0
@@ -207,7 +164,7 @@ def plain(value: Any) -> Any:
 
 
 def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """``above`` over ``below``, mappings merged key by key, everything else replaced."""
+    """Merge nested mappings. Values of ``above`` replace those of ``below``."""
     out = dict(below)
     for key, value in above.items():
         both = isinstance(value, Mapping) and isinstance(out.get(key), Mapping)
@@ -216,30 +173,30 @@ def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def keys(cls: type, path: str = "") -> list[str]:
-    """Every dotted key of a dataclass of dataclasses."""
-    found = []
+    """Return the dotted keys of all fields of a nested dataclass."""
+    names = []
     hints = typing.get_type_hints(cls)
     for f in dataclasses.fields(cls):
         key = f"{path}.{f.name}" if path else f.name
-        found.append(key)
+        names.append(key)
         kind = hints[f.name]
         if isinstance(kind, type) and dataclasses.is_dataclass(kind) and kind is not Ramp:
-            found += keys(kind, key)
-    return found
+            names += keys(kind, key)
+    return names
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """ "did you mean a, b?", or what there is."""
+    """Suggest known words for an unknown one: "did you mean a or b?"; if none is similar, list the known words."""
     known = list(dict.fromkeys(known))
     leaf = word.rpartition(".")[2]
     same_leaf = [k for k in known if k.rpartition(".")[2] == leaf]
-    close = [k for k in known if len(leaf) > 2 and k.startswith(word)][:2]  # cut short
+    close = [k for k in known if len(leaf) > 2 and k.startswith(word)][:2]  # the word is an abbreviation
     close = close or difflib.get_close_matches(word, known, n=2, cutoff=0.6)
     if not (same_leaf or close):
         by_leaf = {k.rpartition(".")[2]: k for k in known}
         close = [by_leaf[k] for k in difflib.get_close_matches(leaf, by_leaf, n=2, cutoff=0.6)]
-    found = list(dict.fromkeys(same_leaf + close))
-    if found:
-        return f"did you mean {' or '.join(found[:3])}?"
-    shown = [k for k in known if "." not in k] or known
-    return f"there is {', '.join(shown)}"
+    similar = list(dict.fromkeys(same_leaf + close))
+    if similar:
+        return f"did you mean {' or '.join(similar[:3])}?"
+    listed = [k for k in known if "." not in k] or known
+    return f"there is {', '.join(listed)}"

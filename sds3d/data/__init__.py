@@ -1,1 +1,1 @@
-"""Pictures with captions to train on: drawn ones, digits, a folder of your own."""
+"""Training data with captions: the toybox's renders, digits, or a user's folder."""

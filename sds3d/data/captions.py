@@ -1,7 +1,7 @@
-"""Training captions: which colours an object gets, what its caption says, and what it leaves out.
+"""Draws training captions: the colours of an object, and what its caption mentions.
 
-Colours never fall on a held-out combination. Where the second colour is the kind's own default it is often left
-unsaid, otherwise nearly always named, so an unsaid second colour is the default about seven times in eight.
+Colours are never a held-out combination. The caption often leaves out a second colour that is the kind's default, and
+nearly always names another one. A second colour that is not mentioned is the default about seven times in eight.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Captioned:
-    """What one training image shows.
+    """The caption and the content of one training image.
 
     Args:
-        text: its caption, without view words.
+        text: the caption, without view words.
         main, second, background: colour names; background "" is white.
         quality: a key of QUALITIES other than "any", or "" for a clean image.
     """
@@ -40,9 +40,9 @@ class CaptionDraw:
     """Draws captions for kinds.
 
     Args:
-        rng: every choice comes from here.
-        background_share: images on a background that is not white; it is always named.
-        degraded_share: images that are degraded; the caption always says so.
+        rng: source of all random choices.
+        background_share: fraction of images on a background that is not white; the caption always names it.
+        degraded_share: fraction of images that are degraded; the caption always says so.
     """
 
     def __init__(self, rng: torch.Generator, background_share: float = 0.15, degraded_share: float = 0.06):
@@ -51,15 +51,15 @@ class CaptionDraw:
         self.degraded_share = degraded_share
 
     def chance(self, p: float) -> bool:
-        """True with probability ``p``."""
+        """Return True with probability ``p``."""
         return torch.rand((), generator=self.rng).item() < p
 
     def choose(self, options: Sequence[T]) -> T:
-        """One of the options, each as likely."""
+        """Choose one of the options with equal probabilities."""
         return options[int(torch.randint(len(options), (), generator=self.rng))]
 
     def colours(self, name: str) -> tuple[str, str]:
-        """Main and second colour of a kind or stack, never a held-out pair."""
+        """Draw the main and second colour of a kind or stack, never a held-out pair."""
         kind = KINDS.get(name) or STACKS[name]
         while True:
             main = self.choose(list(COLOURS))
@@ -70,18 +70,18 @@ class CaptionDraw:
                 return main, second
 
     def __call__(self, name: str, size: str) -> Captioned:
-        """Colours and caption of one image of ``name`` (a key of KINDS or STACKS) at ``size`` (a key of SIZES)."""
+        """Draw colours and caption of one image of ``name`` (a key of KINDS or STACKS) at ``size`` (a key of SIZES)."""
         main, second = self.colours(name)
-        said_size = size if self.chance(0.95) else ""
-        said_main = main if self.chance(0.95) else ""
+        size_word = size if self.chance(0.95) else ""
+        main_word = main if self.chance(0.95) else ""
         if name in STACKS:
             upper, lower = name.split(" on ")
-            said_second = second if self.chance(0.95) else ""
-            text = f"{_noun(said_size, said_main, upper)} on {_noun('', said_second, lower)}"
+            second_word = second if self.chance(0.95) else ""
+            text = f"{_noun(size_word, main_word, upper)} on {_noun('', second_word, lower)}"
         else:
             kind = KINDS[name]
             default = main if kind.second_default == "main" else kind.second_default
-            text = _noun(said_size, said_main, name)
+            text = _noun(size_word, main_word, name)
             if kind.second and self.chance(0.4 if second == default else 0.95):
                 text += f" {'and' if self.chance(0.1) else 'with'} {_noun('', second, kind.second)}"
         bare = text.removeprefix("a ").removeprefix("an ")

@@ -1,7 +1,7 @@
-"""Handwritten digits: the 1,797 real images of 8 x 8 pixels that scikit-learn carries (UCI's optical recognition set).
+"""Handwritten digits: the 1,797 images of 8 x 8 pixels in scikit-learn (UCI's optical recognition set).
 
-Every third image of each digit is held out: 1,201 are for training, 596 for judging. Whoever trains on the held-out
-ones spoils every figure.
+Every third image of each digit is held out: 1,201 are for training, 596 for evaluation. Training on held-out images
+makes every evaluation invalid.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ PARTS = ("train", "held-out")
 
 
 def prompt(digit: int) -> str:
-    """What is said of a digit."""
+    """Return the prompt for a digit."""
     return f"a handwritten {NAMES[digit]}"
 
 
 def captions(digit: int) -> tuple[str, ...]:
-    """All that may be said of a digit."""
+    """Return all captions for a digit."""
     name = NAMES[digit]
     return (prompt(digit), f"a {name}", name, f"the handwritten digit {name}")
 
 
 @cache
 def _all() -> tuple[Tensor, Tensor]:
-    """Images (N, 1, 8, 8) uint8, 255 is ink; their digits (N,)."""
+    """All images (N, 1, 8, 8) uint8, where 255 is ink, and their digits (N,)."""
     from sklearn.datasets import load_digits
 
     pixels, digits = load_digits(return_X_y=True)  # (N, 64) in [0, 16], (N,)
@@ -39,24 +39,24 @@ def _all() -> tuple[Tensor, Tensor]:
 
 
 def labels(part: str = "train") -> Tensor:
-    """The digits of ``pictures(part)``, (N,) long."""
+    """Return the digits of ``pictures(part)``, (N,) long."""
     return _all()[1][_indices(part)]
 
 
 def pictures(part: str = "train") -> Pictures:
-    """The images of a part, "train" or "held-out", with their captions."""
+    """Return the images of a part, "train" or "held-out", with their captions."""
     index = _indices(part)
     images, digits = _all()
     return Pictures(images[index], [captions(digit) for digit in digits[index].tolist()])
 
 
 def _indices(part: str) -> Tensor:
-    """Which images are in a part."""
+    """The indices of the images in a part."""
     assert part in PARTS, part
     digits = _all()[1]
     nth = torch.zeros(len(digits), dtype=torch.long)
     for digit in range(10):
-        mine = digits == digit
-        nth[mine] = torch.arange(int(mine.sum()))
+        mask = digits == digit
+        nth[mask] = torch.arange(int(mask.sum()))
     held_out = nth % 3 == 2
     return (held_out if part == "held-out" else ~held_out).nonzero()[:, 0]

@@ -1,9 +1,9 @@
-"""A user's own pictures with captions.
+"""Reads a user's folder of images with captions.
 
-A folder of images, and what they show: a .txt beside each image (every line a caption that may be drawn), or a table,
-captions.csv or captions.jsonl, whose rows have file and caption. The names that datasets libraries use are read, too:
-metadata.csv and metadata.jsonl, with file_name and text. A table may lie in a folder below, as train/metadata.jsonl;
-its file names count from there. An image may have several rows.
+Captions are in a .txt beside each image, one per line, of which training draws one; or in a table, captions.csv or
+captions.jsonl, with the columns file and caption. The names of dataset libraries are read, too: metadata.csv and
+metadata.jsonl, with file_name and text. A table may lie in a subfolder, as train/metadata.jsonl; its file names are
+relative to that subfolder. An image may have several rows.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from sds3d.runtime.files import from_json, read_text, user_path
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 TABLES = ("captions.csv", "captions.jsonl", "metadata.csv", "metadata.jsonl")
-FILES = ("file", "file_name", "filename")  # columns, whatever their case
-CAPTIONS = ("caption", "text")
+FILES = ("file", "file_name", "filename")  # names of the column of files, in any case
+CAPTIONS = ("caption", "text")  # names of the column of captions
 
 
 @dataclass
 class Folder:
-    """What was found.
+    """The content of a folder.
 
     Args:
         pictures: the images that can be used.
-        skipped: a line for each image, each caption and each row of a table that cannot, and why.
+        skipped: a line of text for each image, caption and row of a table that cannot be used, with the reason.
     """
 
     pictures: Pictures
@@ -45,13 +45,15 @@ class Folder:
 
 
 def read(folder: str | Path, size: int, longest: int) -> Folder:
-    """Read a folder of images with captions: the middle square of each, shrunk or grown to ``size`` pixels.
+    """Read a folder of images with captions.
 
     Args:
-        longest: words of a caption that can be read; longer ones are skipped.
+        folder: images in subfolders are read, too.
+        size: the central square of each image is resized to this many pixels.
+        longest: most words of a caption; longer ones are skipped.
 
     Raises:
-        ValueError: there is no such folder, no image in it, a table that cannot be read, or no image with a caption.
+        ValueError: there is no such folder, it holds no image or none with a caption, or a table cannot be read.
     """
     folder = user_path(folder)
     if not folder.is_dir():
@@ -59,20 +61,20 @@ def read(folder: str | Path, size: int, longest: int) -> Folder:
     files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGES and not path.is_dir())
     if not files:
         raise ValueError(f"{folder} holds no image ({', '.join(IMAGES)}); give a folder of images with captions")
-    said, skipped = _table(folder)
+    by_file, skipped = _tables(folder)
     images, captions = [], []
     for path in files:
         name = path.relative_to(folder).as_posix()
         try:
-            told = said.pop(unicodedata.normalize("NFC", name), None) or _beside(path)
-            lengths = [len(words(text)) for text in told]
+            texts = by_file.pop(unicodedata.normalize("NFC", name), None) or _beside(path)
+            lengths = [len(words(text)) for text in texts]
             skipped += [f"{name}: a caption of {n} words, at most {longest} are read" for n in lengths if n > longest]
             if min(lengths) <= longest:
                 images.append(picture.read(path, size))
-                captions.append(tuple(text for text, n in zip(told, lengths) if n <= longest))
+                captions.append(tuple(text for text, n in zip(texts, lengths) if n <= longest))
         except ValueError as error:
             skipped.append(f"{name}: {error}")
-    skipped += [f"{name}: captioned and not there" for name in said]
+    skipped += [f"{name}: it has a caption, and the file is missing" for name in by_file]
     if not images:
         raise ValueError(
             f"none of the {len(files)} images in {folder} can be used ({'; '.join(skipped[:3])}); "
@@ -81,48 +83,51 @@ def read(folder: str | Path, size: int, longest: int) -> Folder:
     return Folder(Pictures(torch.stack(images), captions), skipped)
 
 
-def _table(folder: Path) -> tuple[dict[str, list[str]], list[str]]:
-    """Captions by file, which is named from the folder, from all tables in it, and the rows that cannot be used."""
-    said: dict[str, list[str]] = {}
+def _tables(folder: Path) -> tuple[dict[str, list[str]], list[str]]:
+    """Captions by file, relative to the folder, from all tables in it; and a line for each row that cannot be used."""
+    by_file: dict[str, list[str]] = {}
     skipped: list[str] = []
     for path in sorted(path for path in folder.rglob("*") if path.name.lower() in TABLES and not path.is_dir()):
-        place = path.relative_to(folder)
+        table = path.relative_to(folder)
         try:
             rows = list(_rows(path))
         except ValueError as error:
-            if place.stem.lower() != "metadata":
+            if table.stem.lower() != "metadata":
                 raise
-            skipped.append(f"{place.as_posix()}: {error}")  # which may be about something else
+            skipped.append(f"{table.as_posix()}: {error}")  # a file of this name may hold other metadata
             continue
-        for where, row, fault in rows:
+        for number, row, fault in rows:
             file, texts = _of_row(row)
             if file and texts and not fault:
-                said.setdefault(_named(place.parent, file, folder), []).extend(texts)
+                by_file.setdefault(_relative(table.parent, file, folder), []).extend(texts)
             else:
-                skipped.append(f"{place.as_posix()}, {where}: {fault or 'it needs file and caption'}")
-    return said, skipped
+                skipped.append(f"{table.as_posix()}, {number}: {fault or 'it needs file and caption'}")
+    return by_file, skipped
 
 
 def _of_row(row: dict) -> tuple[str, list[str]]:
-    """The file that a row of a table names, "" where it names none, and the captions with words in it."""
+    """The file that a row of a table names, "" if it names none, and the row's captions that have words."""
     values = {str(key).strip().lower(): value for key, value in row.items()}
     file = next((str(values[key] or "").strip() for key in FILES if key in values), "")
-    said = [values[key] for key in CAPTIONS if key in values]
-    texts = [text for value in said for text in (value if isinstance(value, list) else [value])]
+    captions = [values[key] for key in CAPTIONS if key in values]
+    texts = [text for value in captions for text in (value if isinstance(value, list) else [value])]
     texts = [str(text).strip() for text in texts if isinstance(text, str | int | float)]
     return file, [text for text in texts if words(text)]
 
 
-def _named(below: Path, file: str, folder: Path) -> str:
-    """A file that a table in ``below`` names, from the folder; a Windows path is one where no file has that name."""
-    if not os.path.isfile(folder / below / file):  # which is False where the text can be no path
+def _relative(subfolder: Path, file: str, folder: Path) -> str:
+    """A file that a table in ``subfolder`` names, relative to the folder. If it is missing, \\ is read as /."""
+    if not os.path.isfile(folder / subfolder / file):  # also False for texts that cannot be a path
         file = file.replace("\\", "/")
-    return unicodedata.normalize("NFC", posixpath.normpath(posixpath.join(below.as_posix(), file)))
+    return unicodedata.normalize("NFC", posixpath.normpath(posixpath.join(subfolder.as_posix(), file)))
 
 
 def _rows(path: Path) -> Iterator[tuple[str, dict, str]]:
-    """Where each row of a table is, what it says, and what is wrong with it, if anything. Raises ValueError where the
-    table cannot be read."""
+    """The rows of a table: its number as text, its values, and what is wrong with it, "" for nothing.
+
+    Raises:
+        ValueError: the table cannot be read.
+    """
     text = io.StringIO(read_text(path), newline=None)
     if path.suffix.lower() != ".jsonl":
         yield from _rows_of_csv(path, text)
@@ -136,7 +141,7 @@ def _rows(path: Path) -> Iterator[tuple[str, dict, str]]:
 
 
 def _row_of_json(line: str) -> dict:
-    """The object in a line. Raises ValueError where there is none."""
+    """The JSON object in a line. Raises ValueError if there is none."""
     try:
         row = from_json(line.rstrip("\n"))
     except json.JSONDecodeError as error:
@@ -147,12 +152,12 @@ def _row_of_json(line: str) -> dict:
 
 
 def _rows_of_csv(path: Path, text: io.StringIO) -> Iterator[tuple[str, dict, str]]:
-    """The rows of comma-separated values. Raises ValueError where one is broken, or the header names no file."""
-    table = csv.reader(text, strict=True)  # else a quote that is never closed swallows what follows
+    """The rows of a CSV table. Raises ValueError if a row is broken, or the header lacks a column."""
+    table = csv.reader(text, strict=True)  # not strict, it would read on after a quote that is never closed
     rows, begun = [], 1
     try:
         for row in table:
-            rows += [row] if row else []  # a blank line is none
+            rows += [row] if row else []  # skips blank lines
             begun = table.line_num + 1
     except csv.Error as error:
         raise ValueError(
@@ -172,10 +177,10 @@ def _rows_of_csv(path: Path, text: io.StringIO) -> Iterator[tuple[str, dict, str
 
 
 def _beside(path: Path) -> list[str]:
-    """The captions in the .txt beside an image, one a line. Raises ValueError where none can be read."""
+    """The captions in the .txt beside an image, one per line. Raises ValueError if there are none."""
     text = path.with_suffix(".txt")
     lines = read_text(text).splitlines() if text.exists() else []
-    found = [line.strip() for line in lines if words(line)]
-    if not found:
+    captions = [line.strip() for line in lines if words(line)]
+    if not captions:
         raise ValueError("no caption")
-    return found
+    return captions

@@ -1,8 +1,7 @@
-"""The toybox's 24 kinds and its stacks: which solids an object is made of, and which part has which colour.
+"""The toybox's 24 kinds and its stacks: the solids of each object, and the colours of its parts.
 
-A part's colour is ``main`` (the colour before the noun: "a red mug"), ``second`` (the colour a caption may give to a
-named part: "with a white handle"), or a fixed colour name. Everything fits in a ball of radius 1.05 around the
-origin and faces +z.
+A part's colour is ``main`` (the colour before the noun: "a red mug"), ``second`` (the colour of a named part: "with a
+white handle"), or a fixed colour name. Every object faces +z and fits into a ball of radius 1.05 around the origin.
 """
 
 from __future__ import annotations
@@ -32,10 +31,10 @@ class Kind:
     """One kind of toy.
 
     Args:
-        parts: (solid, colour slot) pairs; where parts overlap, the one that reaches further out shows.
-        second: the word for the part that carries the second colour, or "" where there is none.
-        main_default, second_default: canonical colours where a caption leaves them unsaid; a second default of
-            "main" follows the main colour.
+        parts: (solid, colour slot) pairs; where parts overlap, the outermost surface is visible.
+        second: the word for the part with the second colour; "" if there is none.
+        main_default, second_default: colours that are used if a caption does not name them; a second default of
+            "main" is the main colour.
         front: whether the front looks different from the back.
     """
 

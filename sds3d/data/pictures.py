@@ -1,4 +1,4 @@
-"""Captioned pictures in memory: what a teacher is trained on, other than the toybox."""
+"""Captioned pictures in memory, for training teachers on data other than the toybox."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from sds3d.prompts import words
 
 @dataclass(frozen=True)
 class Pictures:
-    """
+    """Images with captions.
+
     Args:
-        images: (N, C, S, S) uint8, C 1 or 3.
-        captions: for each image what may be said of it, at least one text.
+        images: (N, C, S, S) uint8, where C is 1 or 3.
+        captions: one or more captions for each image.
     """
 
     images: Tensor
@@ -30,24 +31,24 @@ class Pictures:
         return len(self.images)
 
     def __getitem__(self, index: Iterable[int]) -> Pictures:
-        """Some of them."""
+        """Select pictures by their indices."""
         index = list(index)
         return Pictures(self.images[index], [self.captions[i] for i in index])
 
     @property
     def size(self) -> int:
-        """Pixels a side."""
+        """Width and height of the images in pixels."""
         return self.images.shape[-1]
 
     @property
     def channels(self) -> int:
-        """1 or 3."""
+        """Number of channels, 1 or 3."""
         return self.images.shape[1]
 
     def vocabulary(self) -> tuple[str, ...]:
-        """Every word of the captions, sorted."""
+        """Return all words of the captions, sorted."""
         return tuple(sorted({word for texts in self.captions for text in texts for word in words(text)}))
 
     def rgb(self) -> Tensor:
-        """(N, 3, S, S) in [0, 1]."""
+        """Return the images as (N, 3, S, S) in [0, 1]."""
         return (self.images.float() / 255).expand(-1, 3, -1, -1)

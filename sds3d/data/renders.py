@@ -1,4 +1,4 @@
-"""A store of toybox renders as colourless layers: rendered once, painted in any colours at every use."""
+"""Toybox renders stored as colourless layers. They are rendered once and coloured differently at each use."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from sds3d.data.tracing import part_distances, trace
 from sds3d.runtime.files import replacing, unwritable
 
 NAMES = (*KINDS, *STACKS)
-CHUNK = 20  # images of one kind rendered together
+CHUNK = 20  # images of one kind that are rendered together
 SIZE_NAMES = tuple(SIZES)
 
 
@@ -30,10 +30,10 @@ def _chunk(job: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
     torch.set_num_threads(1)
     seed, number = job
     rng = torch.Generator().manual_seed(seed * 1_000_003 + number)
-    in_round = len(KINDS) + 4  # every kind once, and four of the stacks
-    place = number % in_round
+    in_round = len(KINDS) + 4  # a round has every kind once, and four stacks
+    index = number % in_round
     stack = len(KINDS) + int(torch.randint(len(STACKS), (), generator=rng))
-    name = place if place < len(KINDS) else stack
+    name = index if index < len(KINDS) else stack
 
     cameras = draw_cameras(CHUNK, rng)
     size = torch.multinomial(torch.tensor([0.2, 0.6, 0.2]), CHUNK, True, generator=rng)
@@ -54,7 +54,7 @@ def _chunk(job: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def draw_cameras(count: int, rng: torch.Generator) -> Cameras:
-    """Cameras as teachers are trained on: all around, one in ten from nearly above."""
+    """Draw cameras as in the teachers' training: from all sides, one in ten from nearly above."""
 
     def uniform(low: float, high: float) -> Tensor:
         return _uniform(count, low, high, rng)
@@ -68,10 +68,10 @@ def _uniform(count: int, low: float, high: float, rng: torch.Generator) -> Tenso
 
 
 class Renders:
-    """Renders on disk, mapped into memory.
+    """Memory-mapped renders on disk.
 
     Args:
-        folder: where `build` wrote them.
+        folder: the folder that `build` wrote.
     """
 
     def __init__(self, folder: Path):
@@ -85,12 +85,15 @@ class Renders:
         return len(self.names)
 
     def batch(self, index: Tensor) -> Tensor:
-        """Layers of some renders, (B, 6, 64, 64) float in [0, 1]."""
+        """Return the layers of renders by index (B,): (B, 6, 64, 64) float in [0, 1]."""
         return torch.from_numpy(self.layers[index.numpy()]).float() / 255
 
 
 def build(folder: Path, count: int, seed: int = 0, workers: int = 2) -> Iterator[int]:
-    """Render ``count`` images (24.6 kB each) into ``folder`` unless the same are there; yields how many are done.
+    """Render ``count`` images (24.6 kB each) into ``folder``, unless it has the same already.
+
+    Yields:
+        The number of images rendered so far.
 
     Raises:
         ValueError: the disk is full or the folder cannot be made.
@@ -102,10 +105,10 @@ def build(folder: Path, count: int, seed: int = 0, workers: int = 2) -> Iterator
         return
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for old in (stamp, folder / "layers.npy"):  # which may be a link: what it leads to is not written over
+        for old in (stamp, folder / "layers.npy"):  # removed first, so that nothing is written through a link
             old.unlink(missing_ok=True)
         layers = np.lib.format.open_memmap(folder / "layers.npy", "w+", np.uint8, (count, 6, 64, 64))
-        with (folder / "layers.npy").open("r+b") as file:  # a memory map of a sparse file dies where the disk is full
+        with (folder / "layers.npy").open("r+b") as file:  # reserve the space: a full disk kills a sparse memory map
             os.posix_fallocate(file.fileno(), 0, layers.offset + layers.nbytes)
     except OSError as error:
         raise ValueError(unwritable(folder, error)) from error
@@ -124,7 +127,7 @@ def build(folder: Path, count: int, seed: int = 0, workers: int = 2) -> Iterator
 
 
 def fingerprint() -> str:
-    """Changes with any kind's shape or colours."""
+    """Return a digest of the shapes and colours of all kinds."""
     axis = torch.linspace(-0.9, 0.9, 5)
     points = torch.cartesian_prod(axis, axis, axis)
     digest = hashlib.sha256()
@@ -135,5 +138,5 @@ def fingerprint() -> str:
 
 
 def _leave_ctrl_c_to_the_parent() -> None:
-    """A worker killed by Ctrl-C would leave the parent waiting for ever."""
+    """Ignore Ctrl-C in a worker; if it ended the worker, the parent would wait for ever."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)

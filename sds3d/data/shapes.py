@@ -1,7 +1,7 @@
-"""Signed distances of simple solids, in torch: negative inside, positive outside, scene units.
+"""Signed distance functions of simple solids, in torch: negative inside, positive outside, scene units.
 
-Each function returns a closure ``(N, 3) -> (N,)``. All are exact distances, except `ellipsoid`, `roof` and the
-results of `subtract` and `intersect`, which are lower bounds near enough for sphere tracing.
+Each function returns a closure ``(N, 3) -> (N,)``. The distances are exact, except for `ellipsoid`, `roof` and the
+results of `subtract` and `intersect`, which are lower bounds that suffice for sphere tracing.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def _shift(points: Tensor, centre: Triple) -> Tensor:
 
 
 def _box_distance(excess: Tensor) -> Tensor:
-    """Distance from how far each axis exceeds its half-size, (N, K) -> (N,)."""
+    """Signed distance to a box from the excess of each coordinate over its half-size, (N, K) -> (N,)."""
     return excess.clamp_min(0).norm(dim=-1) + excess.amax(-1).clamp_max(0)
 
 
@@ -42,12 +42,12 @@ def ellipsoid(centre: Triple, radii: Triple) -> Solid:
 
 
 def box(centre: Triple, half: Triple, rounding: float = 0.03) -> Solid:
-    """A box with half-sizes ``half``, its edges rounded inside them."""
+    """A box with half-sizes ``half``, which include its rounded edges."""
     return lambda p: _box_distance(_shift(p, centre).abs() - (p.new_tensor(half) - rounding)) - rounding
 
 
 def cylinder(centre: Triple, radius: float, half_height: float, axis: str = "y", rounding: float = 0.02) -> Solid:
-    """A cylinder along an axis, its edges rounded inside it."""
+    """A cylinder along an axis; its radius and height include its rounded edges."""
     a, b, c = _AXES[axis]
 
     def distance(p: Tensor) -> Tensor:
@@ -60,7 +60,7 @@ def cylinder(centre: Triple, radius: float, half_height: float, axis: str = "y",
 
 
 def frustum(centre: Triple, bottom: float, top: float, half_height: float) -> Solid:
-    """A cone cut flat, along y: radius ``bottom`` at -half_height and ``top`` at +half_height."""
+    """A truncated cone along y, with radius ``bottom`` at -half_height and ``top`` at +half_height."""
 
     def distance(p: Tensor) -> Tensor:
         q = _shift(p, centre)
@@ -79,7 +79,7 @@ def frustum(centre: Triple, bottom: float, top: float, half_height: float) -> So
 
 
 def torus(centre: Triple, major: float, minor: float, axis: str = "y") -> Solid:
-    """A ring round an axis: ``major`` is its radius, ``minor`` that of its tube."""
+    """A torus around an axis: ``major`` is the radius of the ring, ``minor`` that of the tube."""
     a, b, c = _AXES[axis]
 
     def distance(p: Tensor) -> Tensor:
@@ -90,7 +90,7 @@ def torus(centre: Triple, major: float, minor: float, axis: str = "y") -> Solid:
 
 
 def capsule(start: Triple, end: Triple, radius: float) -> Solid:
-    """A rod with round ends, whose middles are ``start`` and ``end``."""
+    """A rod with round ends, whose centres are ``start`` and ``end``."""
 
     def distance(p: Tensor) -> Tensor:
         a, b = p.new_tensor(start), p.new_tensor(end)
@@ -118,12 +118,12 @@ def subtract(solid: Solid, hole: Solid) -> Solid:
 
 
 def intersect(*solids: Solid) -> Solid:
-    """What is inside all solids."""
+    """The intersection of solids."""
     return lambda p: torch.stack([s(p) for s in solids], -1).amax(-1)
 
 
 def union(*solids: Solid) -> Solid:
-    """What is inside any of the solids."""
+    """The union of solids."""
     return lambda p: torch.stack([s(p) for s in solids], -1).amin(-1)
 
 

@@ -5,9 +5,9 @@ A caption is
     [a|an|the] [small|large] [colour] KIND [with a COLOUR PART] [on a COLOUR background] [, VIEW view] [, QUALITY]
     [a|an|the] [small|large] [colour] SOLID on a [colour] SOLID ...
 
-What it leaves unsaid varies in training and has one canonical value here: scale 1, the kind's default colours, a
-white background. `parse` turns a prompt into its canonical `Toy`, whose signed distance, colours, mesh, silhouettes
-and views are the truth that teachers are trained on and assets are judged by.
+What a caption does not mention varies in training, and has a default value here: scale 1, the kind's default colours, a
+white background. `parse` turns a prompt into a `Toy`, whose exact signed distance, colours, mesh, silhouettes and views
+are the ground truth for training teachers and evaluating assets.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     import trimesh
 
 SIZES = {"small": 0.75, "": 1.0, "large": 1.1}
-QUALITIES: dict[str, tuple[str, ...]] = {  # what was done to the image -> words a caption may use for it
+QUALITIES: dict[str, tuple[str, ...]] = {  # degradation of an image -> words for it in captions
     "blur": ("blurry", "out of focus"),
     "noise": ("noisy",),
     "fade": ("low contrast", "dull"),
@@ -51,8 +51,8 @@ VOCABULARY: tuple[str, ...] = tuple(
     )
 )
 
-# One prompt a kind, none of whose colour combinations any training sees (`is_held_out`). Committed before the
-# teacher was trained; the last three name two colours.
+# One prompt for each of twelve kinds, in colour combinations that no training contains (`is_held_out`). Committed
+# before the teacher was trained; the last three name two colours.
 HELD_OUT_PROMPTS: tuple[str, ...] = (
     "a blue mug",
     "a green rocket",
@@ -70,9 +70,9 @@ HELD_OUT_PROMPTS: tuple[str, ...] = (
 
 
 def is_held_out(kind: str, main: str, second: str) -> bool:
-    """Whether no training may show this kind in these colours.
+    """Return whether this kind in these colours must not occur in training.
 
-    Two main colours of every kind are held out whatever the second colour, and one in eleven of the pairs of
+    For every kind, two main colours are held out with any second colour, and so is one in eleven of the pairs of
     different colours.
     """
     names, colours = [*KINDS, *STACKS], list(COLOURS)
@@ -101,15 +101,15 @@ class Toy:
 
     @property
     def kind(self) -> Kind:
-        """Its kind, or stack of two."""
+        """The entry of KINDS or STACKS."""
         return KINDS[self.name] if self.name in KINDS else STACKS[self.name]
 
     def sdf(self, points: Tensor) -> Tensor:
-        """Signed distance, (N, 3) -> (N,), negative inside."""
+        """Return the signed distance, (N, 3) -> (N,), negative inside."""
         return part_distances(self.kind, points / self.scale).amin(-1) * self.scale
 
     def colours(self, points: Tensor) -> Tensor:
-        """Lit colour of the surface nearest to each point, (N, 3) -> (N, 3) in [0, 1]."""
+        """Return the shaded colour of the surface nearest to each point, (N, 3) -> (N, 3) in [0, 1]."""
         names = {"main": self.main, "second": self.second}
         palette = torch.tensor([COLOURS[names.get(slot, slot)] for _, slot in self.kind.parts])
         inner = points / self.scale
@@ -117,11 +117,11 @@ class Toy:
         return palette[part] * shade(normals(self.kind, inner))[:, None]
 
     def render(self, cameras: Cameras, resolution: int = 64, supersample: int = 2) -> tuple[Tensor, Tensor]:
-        """True views.
+        """Render true views.
 
         Returns:
-            images (B, 3, H, W) on the toy's background, white where none is named, and silhouettes (B, 1, H, W),
-            both in [0, 1].
+            Images (B, 3, H, W) on the toy's background, white by default, and silhouettes (B, 1, H, W), both in
+            [0, 1].
         """
         layers = trace(self.kind, cameras, torch.full((len(cameras),), self.scale), resolution, supersample)
         main, second = (torch.tensor([COLOURS[c]]).expand(len(cameras), 3) for c in (self.main, self.second))
@@ -130,7 +130,7 @@ class Toy:
         return rgb + (1 - coverage) * behind, coverage
 
     def mesh(self, resolution: int = 96) -> trimesh.Trimesh:
-        """The true surface as a trimesh.Trimesh in world coordinates, with lit vertex colours."""
+        """Return the true surface in world coordinates, with shaded vertex colours."""
         import trimesh
         from skimage.measure import marching_cubes
 
@@ -145,15 +145,15 @@ class Toy:
 
 
 def background_colour(name: str) -> Tensor:
-    """RGB of a background, (3,): pure white where unnamed, else the named colour."""
+    """Return the RGB of a background, (3,): the named colour, or pure white for ""."""
     return torch.ones(3) if not name else torch.tensor(COLOURS[name])
 
 
 def parse(prompt: str) -> Toy:
-    """The canonical toy of a prompt.
+    """Parse a prompt into a toy, with default values for everything that it does not mention.
 
     Raises:
-        ValueError: for an unknown word, naming the nearest known ones, or for a sentence that is no caption.
+        ValueError: a word is unknown (the message names the nearest known ones), or the text is no caption.
     """
     unknown = unknown_words(prompt, VOCABULARY)
     if unknown:
@@ -163,8 +163,8 @@ def parse(prompt: str) -> Toy:
     for group in (VIEW_WORDS, *QUALITIES.values()):
         for phrase in group:
             text = re.sub(rf"\b{phrase}\b", "", text)
-    where = named_background(text)
-    text = re.sub(rf"\bon an? {where} background\b", "", text) if where else text
+    background = named_background(text)
+    text = re.sub(rf"\bon an? {background} background\b", "", text) if background else text
     head = rf"(?:(?:a|an|the) )?(?:(small|large) )?(?:({colour}) )?"
     kinds, solids = "|".join(KINDS), "|".join(sorted({p for s in STACKS for p in s.split(" on ")}))
     stack = re.fullmatch(rf"{head}({solids}) on (?:an? |the )?(?:({colour}) )?({solids})", text.strip())
@@ -172,12 +172,12 @@ def parse(prompt: str) -> Toy:
     if stack and f"{stack[3]} on {stack[5]}" in STACKS:
         kind = STACKS[f"{stack[3]} on {stack[5]}"]
         main, second = stack[2] or kind.main_default, stack[4] or kind.second_default
-        return Toy(f"{stack[3]} on {stack[5]}", main, second, SIZES[stack[1] or ""], where)
+        return Toy(f"{stack[3]} on {stack[5]}", main, second, SIZES[stack[1] or ""], background)
     if single and (not single[5] or single[5] == KINDS[single[3]].second):
         kind = KINDS[single[3]]
         main = single[2] or kind.main_default
         second = single[4] or (main if kind.second_default == "main" else kind.second_default)
-        return Toy(single[3], main, second, SIZES[single[1] or ""], where)
+        return Toy(single[3], main, second, SIZES[single[1] or ""], background)
     raise ValueError(
         f"the toybox cannot draw '{prompt}'; it draws e.g. 'a red mug with a white handle', 'a small blue chair' or "
         f"'a green cube on a yellow cylinder' (kinds: {', '.join(KINDS)})"

@@ -1,6 +1,6 @@
-"""Sphere tracing of a kind from any camera, many images at once.
+"""Renders the toybox's kinds by sphere tracing, many images at once.
 
-The light is fixed to the object and soft (half-Lambertian), so that one static scene can match every view.
+The light is fixed relative to the object and half-Lambertian, so that one static scene can match every view.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ from sds3d.prompts import COLOURS
 
 LIGHT = (0.42, 0.78, 0.46)  # unit direction towards the light, object axes
 AMBIENT = 0.4
-BOUND = 1.05  # every kind fits in this radius at scale 1
+BOUND = 1.05  # radius of a ball that contains every kind at scale 1
 _STEPS = 64
 _HIT = 2e-3
 
 
 def part_distances(kind: Kind, points: Tensor) -> Tensor:
-    """Signed distance to each part, (N, 3) -> (N, P)."""
+    """Return the signed distance to each part, (N, 3) -> (N, P)."""
     return torch.stack([solid(points) for solid, _ in kind.parts], -1)
 
 
 def normals(kind: Kind, points: Tensor, step: float = 2e-3) -> Tensor:
-    """Outward unit normals by tetrahedral finite differences, (N, 3) -> (N, 3)."""
+    """Return outward unit normals by tetrahedral finite differences, (N, 3) -> (N, 3)."""
     corners = points.new_tensor([[1, -1, -1], [-1, -1, 1], [-1, 1, -1], [1, 1, 1]])
     stacked = (points[None] + step * corners[:, None]).reshape(-1, 3)
     distance = part_distances(kind, stacked).amin(-1).view(4, -1, 1)
@@ -34,13 +34,13 @@ def normals(kind: Kind, points: Tensor, step: float = 2e-3) -> Tensor:
 
 
 def shade(normal: Tensor) -> Tensor:
-    """Brightness in [AMBIENT, 1] from unit normals, (N, 3) -> (N,)."""
+    """Return the brightness in [AMBIENT, 1] of unit normals, (N, 3) -> (N,)."""
     return AMBIENT + (1 - AMBIENT) * (0.5 + 0.5 * normal @ normal.new_tensor(LIGHT))
 
 
 def _march(kind: Kind, origins: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]:
     """First hits of (R, 3) rays: indices (M,) of the rays that hit, and the points (M, 3)."""
-    middle = -(origins * directions).sum(-1)
+    middle = -(origins * directions).sum(-1)  # t of the point nearest to the origin
     gap = (origins + middle[:, None] * directions).square().sum(-1)
     index = (gap < BOUND**2).nonzero()[:, 0]
     half = (BOUND**2 - gap[index]).sqrt()
@@ -65,11 +65,11 @@ def _march(kind: Kind, origins: Tensor, directions: Tensor) -> tuple[Tensor, Ten
 
 @torch.no_grad()
 def trace(kind: Kind, cameras: Cameras, scale: Tensor, resolution: int = 64, supersample: int = 2) -> Tensor:
-    """Render one kind from B cameras as layers that any colours can be painted on afterwards.
+    """Render one kind from B cameras as colourless layers, which `paint` colours.
 
     Args:
         scale: (B,) size of each object.
-        supersample: rays per pixel side.
+        supersample: rays per side of a pixel.
 
     Returns:
         (B, 6, resolution, resolution) in [0, 1]: brightness of the parts in the main colour, of those in the second
@@ -77,7 +77,7 @@ def trace(kind: Kind, cameras: Cameras, scale: Tensor, resolution: int = 64, sup
     """
     batch, side = len(cameras), resolution * supersample
     origins, directions = cameras.rays(side)
-    origins = (origins / scale[:, None, None, None]).reshape(-1, 3)  # a larger object is a nearer camera
+    origins = (origins / scale[:, None, None, None]).reshape(-1, 3)  # scales the camera's distance, not the object
     rays, points = _march(kind, origins, directions.reshape(-1, 3))
     out = torch.zeros(batch * side * side, 6)
     if rays.numel():
@@ -89,7 +89,7 @@ def trace(kind: Kind, cameras: Cameras, scale: Tensor, resolution: int = 64, sup
 
 
 def _slots(kind: Kind) -> Tensor:
-    """What each part adds to the five colour layers at full brightness, (P, 5)."""
+    """The values of each part in the five colour layers at full brightness, (P, 5)."""
     rows = {"main": (1.0, 0.0, 0.0, 0.0, 0.0), "second": (0.0, 1.0, 0.0, 0.0, 0.0)}
     return torch.tensor([rows.get(slot) or (0.0, 0.0, *COLOURS[slot]) for _, slot in kind.parts])
 

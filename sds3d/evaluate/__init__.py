@@ -1,1 +1,1 @@
-"""How good a result is: against the truth, against real images, and methods side by side."""
+"""Evaluation: of assets against true shapes, of generators against real images, and comparisons of methods."""

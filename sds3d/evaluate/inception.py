@@ -1,9 +1,8 @@
-"""FID: the Frechet distance between features of Inception-v3, with the weights everybody uses (Heusel et al., arXiv
-1706.08500), from the package torch-fidelity, which downloads them (91 MB) where they are not yet.
+"""FID: the Frechet distance between features of Inception-v3 (Heusel et al., arXiv 1706.08500).
 
-Nobody has run the real network here, only a stand-in with its interface. Two things to know of the figure: images of
-all sizes are stretched to 299 pixels, and with fewer images than the 2,048 features it is biased upwards, so compare
-figures of equal numbers only.
+The network and its standard weights are those of the package torch-fidelity; the weights are downloaded (91 MB) when
+they are first needed. The tests use a stand-in with the same interface, not the real network. All images are resized to
+299 pixels. With fewer images than the 2,048 features, FID is biased upwards: compare only figures of equal numbers.
 """
 
 from __future__ import annotations
@@ -20,13 +19,13 @@ BATCH = 64
 
 
 class Inception:
-    """The network, and the features of the real images it has seen last.
+    """The network, with a cache of the features of the last real images.
 
     Args:
-        device: where it runs.
+        device: the device that it runs on.
 
     Raises:
-        ValueError: the package is missing, or its weights cannot be had.
+        ValueError: the package is missing, or its weights cannot be downloaded.
     """
 
     def __init__(self, device: torch.device | str = "cpu"):
@@ -41,19 +40,19 @@ class Inception:
 
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
-        """images (B, 3, H, W) in [0, 1] -> (B, 2048), on the CPU."""
+        """Return the features of images (B, 3, H, W) in [0, 1]: (B, 2048), on the CPU."""
         levels = (images.clamp(0, 1) * 255).round().to(torch.uint8)
         return torch.cat([self._network(part.to(self._device))[0].cpu() for part in levels.split(BATCH)])
 
     def distance(self, images: Tensor, real: Tensor) -> float:
-        """FID of images (B, 3, H, W) in [0, 1] from real ones (N, 3, H, W), B and N above 1."""
+        """Return the FID of images (B, 3, H, W) in [0, 1] from real ones (N, 3, H, W); B and N are above 1."""
         if self._real is None or self._real[0] is not real:
             self._real = real, self.features(real)
         return features.frechet(self.features(images), self._real[1])
 
 
 def _weights(url: str) -> Path:
-    """The file of weights in torch's cache, downloaded where it is not there. Raises ValueError."""
+    """The file of weights in torch's cache, downloaded if it is missing. Raises ValueError."""
     path = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
     if not path.is_file():
         try:
@@ -62,7 +61,7 @@ def _weights(url: str) -> Path:
         except (OSError, RuntimeError) as error:
             raise ValueError(f"cannot download {url}: {error}; put that file at {path}, or leave --fid out") from error
     try:
-        torch.load(path, weights_only=True)  # refuses all but tensors: the package itself would run what it finds
+        torch.load(path, weights_only=True)  # refuses all but tensors; the package itself would unpickle anything
     except (OSError, RuntimeError, EOFError, LookupError, ValueError, UnpicklingError) as error:
         raise ValueError(f"{path} is damaged; remove it, and it is downloaded again") from error
     return path

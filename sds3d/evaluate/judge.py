@@ -1,4 +1,4 @@
-"""Classifiers that were trained on real images alone (scripts/train_judge.py), and what they say of drawn ones."""
+"""Classifiers that evaluate drawn images. They were trained on real images only (scripts/train_judge.py)."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from sds3d.networks.classifier import Classifier, ToyClassifier
 
 DIGITS = Path(__file__).with_name("digits.safetensors")
 TOYS = Path(__file__).with_name("toybox.safetensors")
-CHUNK = 1024  # images at a time
+CHUNK = 1024  # images per forward
 N = TypeVar("N", bound=nn.Module)
 
 
 class DigitJudge:
-    """Features and classes of digits; trained on the training images."""
+    """A classifier of digits, trained on the training part of the digits."""
 
     size = 8
 
@@ -26,11 +26,11 @@ class DigitJudge:
         self.device, self.net = torch.device(device), _load(Classifier(10), DIGITS, device)
 
     def features(self, images: Tensor) -> Tensor:
-        """images (B, 3, 8, 8) in [0, 1] -> (B, D)."""
+        """Return the features (B, D) of images (B, 3, 8, 8) in [0, 1]."""
         return torch.cat([self.net.features(part) for part in self._read(images)])
 
     def classify(self, images: Tensor) -> Tensor:
-        """images (B, 3, 8, 8) in [0, 1] -> (B,) the digit it takes each for."""
+        """Return the predicted digits (B,) of images (B, 3, 8, 8) in [0, 1]."""
         return torch.cat([self.net(part).argmax(1) for part in self._read(images)])
 
     def _read(self, images: Tensor) -> list[Tensor]:
@@ -39,7 +39,7 @@ class DigitJudge:
 
 
 class ToyJudge:
-    """Features and classes of the toybox's objects; trained on true renders in all colours, the held-out ones too.
+    """A classifier of the toybox's objects, trained on true renders in all colours, including held-out ones.
 
     Attributes:
         kinds, colours: names of the classes, in their order.
@@ -56,11 +56,11 @@ class ToyJudge:
         self.net = _load(ToyClassifier(len(self.kinds), len(self.colours)), TOYS, device)
 
     def features(self, images: Tensor) -> Tensor:
-        """images (B, 3, 64, 64) in [0, 1] -> (B, D)."""
+        """Return the features (B, D) of images (B, 3, 64, 64) in [0, 1]."""
         return torch.cat([self.net.features(part) for part in self._read(images)])
 
     def classify(self, images: Tensor) -> Tensor:
-        """images (B, 3, 64, 64) in [0, 1] -> (B, 3): the toy, its main and its second colour it takes each for."""
+        """Return the predicted indices (B, 3) of kind, main and second colour for images (B, 3, 64, 64) in [0, 1]."""
         answers = (self.net(part) for part in self._read(images))
         return torch.cat([torch.stack([logits.argmax(1) for logits in answer], 1) for answer in answers])
 
@@ -70,7 +70,7 @@ class ToyJudge:
 
 
 def _load(net: N, path: Path, device: torch.device | str) -> N:
-    """A network with the weights of a file, frozen."""
+    """Load weights into a network and freeze it."""
     from safetensors.torch import load_file
 
     net.load_state_dict({k: v.float() for k, v in load_file(path).items()})

@@ -1,15 +1,15 @@
-"""Methods side by side: the same prompts, seeds, steps and teacher, one run after the other.
+"""Comparison of methods on the same prompts, seeds, steps and teacher, one run after the other.
 
 Figures of a run, beside its pictures:
 
-    iou, psnr, chamfer, fscore   of a scene against the toybox's own object, see evaluate/truth.py
-    psnr                         of images: against the most similar of the object's true views, mean over the images
-    colour                       distance of the mean colour of what is not background from the teacher's own samples
-    saturation                   mean saturation (max - min over RGB) of the same pixels, less that of the samples
+    iou, psnr, chamfer, fscore   scenes: against the toybox's object, see evaluate/truth.py
+    psnr                         images: against the most similar of the object's true views, mean over the images
+    colour                       distance of the mean foreground colour from that of the teacher's samples
+    saturation                   mean saturation (max - min over RGB) of the foreground, minus that of the samples
     diversity                    mean root-mean-square difference between seeds (and between images)
-    coarse                       the same of pictures averaged down to 8 x 8, where noise and texture are gone
-    seconds, asked, memory       of the loop: time, images the teacher was asked about, peak memory in MB
-    diverged                     share of the runs that did; the other figures are of those that did not
+    coarse                       the same for pictures averaged to 8 x 8, without noise and texture
+    seconds, asked, memory       training time, images the teacher was evaluated on, peak memory in MB
+    diverged                     fraction of runs that diverged; the other figures are of those that did not
 """
 
 from __future__ import annotations
@@ -56,28 +56,30 @@ COLUMNS = {
     "memory": page.Figure("peak memory, MB", 0, False),
     "diverged": page.Figure("diverged", 2, False),
 }
-STUDENTS = ("scene", "image")  # of `sds3d.runs.kinds.KINDS`
-VIEWS = 6  # of a scene, in the pictures
-SAMPLES = 6  # of the teacher
-NOTHING = torch.zeros(0, 3, 1, 1)  # the pictures of a run that diverged
-BACKGROUND = 0.1  # a pixel is background where no channel differs more than this from white,
-BLURRED = 0.2  # or, averaged over BLUR x BLUR pixels, more than this: noise is no object
+STUDENTS = ("scene", "image")  # the kinds in `sds3d.runs.kinds.KINDS` that have pictures
+VIEWS = 6  # views of a scene among the pictures
+SAMPLES = 6  # samples of the teacher
+NO_PICTURES = torch.zeros(0, 3, 1, 1)  # the pictures of a run that diverged
+# A pixel is foreground if a channel differs from white by more than BACKGROUND, and by more than BLURRED after
+# averaging over BLUR x BLUR pixels, which removes noise.
+BACKGROUND = 0.1
+BLURRED = 0.2
 BLUR = 5
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What is compared.
+    """The settings of a comparison.
 
     Args:
-        prompts: what every method makes.
+        prompts: the prompts of every method.
         methods: names in ``distill.METHODS``.
-        seeds: a run for each.
+        seeds: every method and prompt has a run for each seed.
         student: "scene" or "image".
         layer: settings of all runs.
 
     Raises:
-        ValueError: nothing to compare, an unknown method or student.
+        ValueError: there is nothing to compare, or a method or the student is unknown.
     """
 
     prompts: tuple[str, ...]
@@ -94,29 +96,29 @@ class Comparison:
                 raise ValueError(f"method is {name!r}; {nearest(name, METHODS)} (there is {', '.join(METHODS)})")
         for name, values in (("prompts", self.prompts), ("methods", self.methods), ("seeds", self.seeds)):
             if len(set(values)) < len(values):
-                raise ValueError(f"{name} has one twice: {', '.join(map(str, values))}")
+                raise ValueError(f"{name} has a value twice ({', '.join(map(str, values))}); give each once")
         for key in {"prompt", "method", "seed", "out"} & set(self.layer):
             method = self.layer[key] if key == "method" else None
             if not isinstance(method, Mapping) or "name" in method:  # method.scale= is a setting of all its runs
-                raise ValueError(f"{key}= has no part in a comparison: give prompts, --methods, --seeds and --out")
+                raise ValueError(f"{key}= cannot be set in a comparison: give prompts, --methods, --seeds and --out")
         if self.student not in STUDENTS:
             raise ValueError(f"student is {self.student!r}; give {' or '.join(STUDENTS)}")
 
     def config(self, prompt: str, method: str, seed: int, out: Path) -> RunConfig:
-        """The settings of one run."""
-        own = {"method": method, "seed": seed, "out": str(out)}
-        return configs.load(prompt, {"method": method}, self.layer, own, kind=kinds.KINDS[self.student].config)
+        """Build the config of one run."""
+        settings = {"method": method, "seed": seed, "out": str(out)}
+        return configs.load(prompt, {"method": method}, self.layer, settings, kind=kinds.KINDS[self.student].config)
 
     def settings(self) -> dict[str, Any]:
-        """Plain values, to recognise a comparison by."""
+        """Return the settings that all runs share, as plain values. A second call must have the same."""
         return {"student": self.student, "layer": plain(self.layer)}
 
 
 @dataclass
 class Entry:
-    """One run of a comparison: which, its folder inside the comparison's, what it showed.
+    """One run of a comparison, with its folder relative to the comparison's, its figures and its pictures.
 
-    A run that diverged says why in ``failure``, and has neither figures nor pictures.
+    If the run diverged, ``failure`` says why, and it has neither figures nor pictures.
     """
 
     prompt: str
@@ -130,46 +132,48 @@ class Entry:
 
     @property
     def key(self) -> tuple[str, str, int]:
-        """What tells it from other entries: prompt, method and seed."""
+        """Prompt, method and seed, which identify the entry."""
         return self.prompt, self.method, self.seed
 
 
 def compare(comparison: Comparison, out: Path) -> Iterator[Entry]:
-    """Run what has not been run yet, and write ``out``/results.json after every one, index.html and sheet.png at
-    the end.
+    """Run a comparison. Writes ``out``/results.json after every run, index.html and sheet.png at the end.
 
-    A second call with the same settings goes on where the first one stopped, with more prompts, methods or seeds, too;
-    a run that was killed goes on from its checkpoint.
-    A run that diverges is reported as such, and the others go on.
+    A second call with the same settings continues the comparison, also with further prompts, methods or seeds. A run
+    that was killed is resumed from its checkpoint. If a run diverges, its entry says so, and the others continue.
+
+    Yields:
+        The entry of each run, in order.
 
     Raises:
-        ValueError: ``out`` holds a comparison with other settings; a method lacks what it needs, before any training.
+        ValueError: ``out`` holds a comparison with other settings, or a method lacks something that it needs. This is
+            checked before any training.
     """
     out = out.expanduser()
     done = _load(comparison, out)
-    wanted = [(p, m, s) for p in comparison.prompts for m in comparison.methods for s in comparison.seeds]
-    for key in wanted:
+    keys = [(p, m, s) for p in comparison.prompts for m in comparison.methods for s in comparison.seeds]
+    for key in keys:
         if key not in done:
             launch.check(comparison.config(*key, out / "runs"))
     samples = {p: teacher_samples(comparison.config(p, comparison.methods[0], 0, out)) for p in comparison.prompts}
-    killed = _killed(out, done)
-    for key in wanted:
+    unfinished = _unfinished(out, done)
+    for key in keys:
         if key not in done:
             config = comparison.config(*key, out / "runs")
             try:
-                left = next((path for path, of in killed.items() if of == config), None)
-                made, figures, pictures = _carry_out(config, samples[key[0]], left)
+                folder = next((path for path, its_config in unfinished.items() if its_config == config), None)
+                made, figures, pictures = _carry_out(config, samples[key[0]], folder)
                 run = made.path.relative_to(out).as_posix()
                 done[key] = Entry(*key, comparison.student, run, figures, pictures)
             except (Diverged, NonFiniteGradient) as error:
-                done[key] = Entry(*key, comparison.student, "", {}, NOTHING, str(error))
+                done[key] = Entry(*key, comparison.student, "", {}, NO_PICTURES, str(error))
             _save(comparison, out, done, samples)
         yield done[key]
-    _write(comparison, out, [done[key] for key in wanted], samples)
+    _write(comparison, out, [done[key] for key in keys], samples)
 
 
 def teacher_samples(config: RunConfig) -> Tensor:
-    """What the teacher itself draws for a prompt, (SAMPLES, 3, H, W) in [0, 1]; for a scene from cameras around it."""
+    """Draw samples of the teacher for a prompt, (SAMPLES, 3, H, W) in [0, 1]; for a scene, from cameras around it."""
     from sds3d.teachers.drawing import sample
 
     teacher = build.build_teacher(config)
@@ -177,25 +181,25 @@ def teacher_samples(config: RunConfig) -> Tensor:
     return sample(teacher, [config.prompt] * SAMPLES, seed=1, guidance=2.0, cameras=cameras).cpu()
 
 
-def _killed(out: Path, done: Mapping[tuple, Entry]) -> dict[Path, RunConfig]:
-    """Run folders of an earlier call that did not come to its end with them, and what they are of."""
-    found, ended = {}, {entry.run for entry in done.values()}
+def _unfinished(out: Path, done: Mapping[tuple, Entry]) -> dict[Path, RunConfig]:
+    """The run folders that an earlier call did not finish, with their configs."""
+    unfinished, finished = {}, {entry.run for entry in done.values()}
     for path in sorted((out / "runs").glob("[0-9]*-*/config.yaml")):
-        if path.parent.relative_to(out).as_posix() not in ended:
+        if path.parent.relative_to(out).as_posix() not in finished:
             try:
-                found[path.parent] = configs.of_run(path)
-            except ValueError:  # of another version; nobody goes on with it
+                unfinished[path.parent] = configs.of_run(path)
+            except ValueError:  # written by another version: it cannot be resumed
                 continue
-    return found
+    return unfinished
 
 
 def _carry_out(
-    config: RunConfig, samples: Tensor, left: Path | None
+    config: RunConfig, samples: Tensor, folder: Path | None
 ) -> tuple[Asset | Painting, dict[str, float | None], Tensor]:
-    """One run, from nothing or from what a killed call left of it, to its figures and pictures (B, 3, H, W)."""
+    """Train a new run, or resume the one in ``folder``. Returns its result, figures and pictures (B, 3, H, W)."""
     memory.reset_peak()
-    made: Any  # of one of STUDENTS, which have pictures
-    made, steps = launch.start(config) if left is None else launch.resume(left)
+    made: Any  # the result of one of STUDENTS, which have pictures
+    made, steps = launch.start(config) if folder is None else launch.resume(folder)
     rows = made.run.rows()
     begun, earlier = time.perf_counter(), rows[-1].get("seconds", 0.0) if rows else 0.0
     for _ in steps:
@@ -212,7 +216,7 @@ def _carry_out(
 
 
 def against_truth(made: Asset | Painting) -> dict[str, float | None]:
-    """Figures against the toybox's object of the prompt; none where it has no such object."""
+    """Return figures against the toybox's object of the prompt; {} if the toybox has no such object."""
     from sds3d.data import toybox
 
     try:
@@ -223,36 +227,40 @@ def against_truth(made: Asset | Painting) -> dict[str, float | None]:
 
 
 def against_samples(pictures: Tensor, samples: Tensor) -> dict[str, float]:
-    """Colour and saturation of pictures against the teacher's samples, (B, 3, H, W) each."""
-    (mean, saturation), (wanted, usual) = colour_of(pictures), colour_of(samples)
-    return {"colour": float((mean - wanted).norm()), "saturation": float(saturation - usual)}
+    """Compare colour and saturation of pictures with those of the teacher's samples, (B, 3, H, W) each."""
+    (ours, our_saturation), (theirs, their_saturation) = colour_of(pictures), colour_of(samples)
+    return {"colour": float((ours - theirs).norm()), "saturation": float(our_saturation - their_saturation)}
 
 
 def colour_of(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean colour (3,) and mean saturation () of the pixels that are not white background."""
+    """Return mean colour (3,) and mean saturation () of the pixels that are not white background."""
     blurred = F.avg_pool2d(images, BLUR, 1, BLUR // 2, count_include_pad=False)
-    shown = ((1 - images).amax(1) > BACKGROUND) & ((1 - blurred).amax(1) > BLURRED)  # (B, H, W)
-    pixels = images.permute(0, 2, 3, 1)[shown]  # (P, 3)
+    mask = ((1 - images).amax(1) > BACKGROUND) & ((1 - blurred).amax(1) > BLURRED)  # (B, H, W)
+    pixels = images.permute(0, 2, 3, 1)[mask]  # (P, 3)
     if not len(pixels):
         return torch.ones(3), torch.zeros(())
     return pixels.mean(0), (pixels.amax(1) - pixels.amin(1)).mean()
 
 
 def diversity(entries: list[Entry]) -> dict[str, float | None]:
-    """How different two pictures of one prompt and method are, which should be as different as the prompt allows: one
-    view of a scene from two seeds, or any two images."""
-    shown = [entry.pictures for entry in entries if not entry.failure]
-    if not shown:
+    """Return the diversity of the entries of one prompt and method, see `diversity_of`.
+
+    Scenes are compared view by view between seeds; images are compared each with each.
+    """
+    pictures = [entry.pictures for entry in entries if not entry.failure]
+    if not pictures:
         return {}
-    stacks = torch.stack(shown)  # (S, B, 3, H, W)
+    stacks = torch.stack(pictures)  # (S, B, 3, H, W)
     if entries[0].student == "image":
         stacks = stacks.flatten(0, 1)[:, None]
     return diversity_of(stacks)
 
 
 def diversity_of(stacks: Tensor) -> dict[str, float | None]:
-    """Diversity, in full and coarse, of S stacks of pictures (S, B, 3, H, W): the mean over all pairs of stacks of the
-    root-mean-square difference of their pictures; none where S is 1."""
+    """Return the diversity of S stacks of pictures (S, B, 3, H, W), in full and at 8 x 8 pixels.
+
+    It is the mean root-mean-square difference of their pictures over all pairs of stacks; None if S is 1.
+    """
     coarse = F.adaptive_avg_pool3d(stacks, (3, 8, 8))
     return {"diversity": _mean_distance(stacks), "coarse": _mean_distance(coarse)}
 
@@ -263,16 +271,16 @@ def _mean_distance(stacks: Tensor) -> float | None:
 
 
 def summary(entries: list[Entry]) -> dict[str, dict[str, float | None]]:
-    """Method -> figure -> mean over prompts and seeds, of the runs that have it."""
-    found: dict[str, dict[str, float | None]] = {}
+    """Return method -> figure -> its mean over the runs that have it."""
+    means: dict[str, dict[str, float | None]] = {}
     for method in dict.fromkeys(entry.method for entry in entries):
         own = [entry for entry in entries if entry.method == method]
         rows = [entry.figures for entry in own]
         rows += [diversity([e for e in own if e.prompt == p]) for p in {e.prompt for e in own}]
         if any(entry.failure for entry in own):
             rows += [{"diverged": float(bool(entry.failure))} for entry in own]
-        found[method] = {name: _mean([row.get(name) for row in rows]) for name in COLUMNS}
-    return found
+        means[method] = {name: _mean([row.get(name) for row in rows]) for name in COLUMNS}
+    return means
 
 
 def _mean(values: list[float | None]) -> float | None:
@@ -281,29 +289,29 @@ def _mean(values: list[float | None]) -> float | None:
 
 
 def _write(comparison: Comparison, out: Path, entries: list[Entry], samples: Mapping[str, Tensor]) -> None:
-    """index.html and sheet.png."""
+    """Write index.html and sheet.png."""
     total = [
         page.Row(method, figures, reference=bool(figures["diverged"])) for method, figures in summary(entries).items()
     ]
     sections = [page.Section(f"Mean over {len(comparison.prompts)} prompts and {len(comparison.seeds)} seeds", total)]
-    natural = of_samples(comparison, samples)
+    sample_figures = of_samples(comparison, samples)
     for prompt in comparison.prompts:
-        rows = [page.Row("the teacher's own samples", natural[prompt], samples[prompt], reference=True)]
+        rows = [page.Row("the teacher's own samples", sample_figures[prompt], samples[prompt], reference=True)]
         for method in comparison.methods:
             own = [entry for entry in entries if entry.prompt == prompt and entry.method == method]
             label = "; ".join([method] + [f"seed {e.seed} diverged: {e.failure}" for e in own if e.failure])
-            shown = [entry.pictures for entry in own if not entry.failure]
-            rows.append(page.Row(label, summary(own)[method], torch.cat(shown) if shown else None))
+            pictures = [entry.pictures for entry in own if not entry.failure]
+            rows.append(page.Row(label, summary(own)[method], torch.cat(pictures) if pictures else None))
         sections.append(page.Section(prompt, rows))
-    where = ", ".join(f"{k} {v}" for k, v in machine(pick_device("auto")).items())
+    computer = ", ".join(f"{k} {v}" for k, v in machine(pick_device("auto")).items())
     shared = f"seeds {', '.join(map(str, comparison.seeds))}; settings {plain(comparison.layer) or 'the recipes'}"
-    note = f"Student: {comparison.student}; {shared}. Machine: {where}. What the figures mean: sds3d compare --help."
+    note = f"Student: {comparison.student}; {shared}. Machine: {computer}. What the figures mean: sds3d compare --help."
     page.write(out / "index.html", "Methods side by side", note, COLUMNS, sections)
     page.contact_sheet(out / "sheet.png", sections)
 
 
 def of_samples(comparison: Comparison, samples: Mapping[str, Tensor]) -> dict[str, dict[str, float | None]]:
-    """Prompt -> figures of the teacher's own samples: how different they are, where images are compared."""
+    """Return prompt -> figures of the teacher's samples: their diversity if images are compared, else none."""
     if comparison.student != "image":
         return dict.fromkeys(samples, {})
     return {prompt: diversity_of(images[:, None]) for prompt, images in samples.items()}
@@ -312,14 +320,14 @@ def of_samples(comparison: Comparison, samples: Mapping[str, Tensor]) -> dict[st
 def _save(comparison: Comparison, out: Path, done: Mapping[tuple, Entry], samples: Mapping[str, Tensor]) -> None:
     stored = ("prompt", "method", "seed", "student", "run", "figures", "failure")
     rows = [{name: getattr(entry, name) for name in stored} for entry in done.values()]
-    found = {"settings": comparison.settings(), "machine": machine(pick_device("auto"))}
-    found |= {"mean": summary(list(done.values())), "samples": of_samples(comparison, samples), "runs": rows}
+    results = {"settings": comparison.settings(), "machine": machine(pick_device("auto"))}
+    results |= {"mean": summary(list(done.values())), "samples": of_samples(comparison, samples), "runs": rows}
     with replacing(out / "results.json") as part:
-        part.write_text(json.dumps(found, indent=1) + "\n")
+        part.write_text(json.dumps(results, indent=1) + "\n")
 
 
 def _load(comparison: Comparison, out: Path) -> dict[tuple[str, str, int], Entry]:
-    """The runs that are there already. Raises ValueError where they had other settings."""
+    """The entries of an earlier call by key. Raises ValueError if it had other settings."""
     path = out / "results.json"
     if not path.is_file():
         return {}
@@ -330,14 +338,14 @@ def _load(comparison: Comparison, out: Path) -> dict[tuple[str, str, int], Entry
         raise ValueError(f"{path} is no comparison; name another folder with --out") from error
     if settings != comparison.settings():
         raise ValueError(f"{out} holds a comparison with other settings ({settings}); name another folder with --out")
-    found = {}
+    entries = {}
     for row in rows:
-        entry = Entry(**row, pictures=NOTHING if row.get("failure") else _pictures(out / row["run"]))
-        found[entry.key] = entry
-    return found
+        entry = Entry(**row, pictures=NO_PICTURES if row.get("failure") else _pictures(out / row["run"]))
+        entries[entry.key] = entry
+    return entries
 
 
 def _pictures(path: Path) -> Tensor:
     """The pictures of a finished run."""
-    made: Any = kinds.open_run(path)  # of one of STUDENTS, which have pictures
+    made: Any = kinds.open_run(path)  # the result of one of STUDENTS, which have pictures
     return made.pictures(VIEWS, build.build_teacher(made.config).image_size).cpu()

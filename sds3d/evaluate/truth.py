@@ -1,19 +1,19 @@
-"""An asset against the truth: silhouettes and colours from unseen views, and distances between the surfaces.
+"""Scores of an asset against the true object: silhouettes and colours of unseen views, and surface distances.
 
-Per view, with masks S (ours) and T (true), coverage cut at 1/2:
+Per view, with masks S (ours) and T (true), where coverage is at least 1/2:
 
     IoU  = |S and T| / |S or T|
     PSNR = -10 log10 mean over (S or T) and RGB of (ours - true)^2, both on one background; at most ``BEST_PSNR`` dB
 
-Between the surfaces A (ours) and B (true), with points P on A and Q on B, even by area (Knapitsch et al. 2017):
+Between the surfaces A (ours) and B (true), with points P on A and Q on B, uniform by area (Knapitsch et al. 2017):
 
     Chamfer = (mean_P d(p, B) + mean_Q d(q, A)) / 2, scene units
-    F-score = harmonic mean of the shares of P and of Q that lie within ``REACH`` of the other surface
+    F-score = harmonic mean of the fractions of P and of Q that lie within ``REACH`` of the other surface
 
-where d is the distance to the surface itself, not to points on it: the floor, of a surface against itself, is
-below 1e-5, and F-score 1; of meshes of thin slivers, such as a cone of 2,000 sides, it is 1e-3 (``distances_to``).
-(Until November 2026 d was the distance to the nearest of the other's 10,000 points, which had a floor: 0.012 for a
-cube of side 1.2 against itself, and about as much too large for close surfaces.)
+where d is the distance to the surface itself, not to points on it. A surface compared with itself has a Chamfer
+distance below 1e-5 and an F-score of 1; for meshes with thin triangles, such as a cone of 2,000 sides, the Chamfer
+distance is up to 1e-3 (see ``distances_to``). Until November 2026, d was the distance to the nearest of 10,000 points
+on the other surface; a cube of side 1.2 compared with itself then had a Chamfer distance of 0.012.
 """
 
 from __future__ import annotations
@@ -34,29 +34,29 @@ if TYPE_CHECKING:
 
 VIEWS = 24
 REACH = 0.05  # scene units
-BEST_PSNR = 60.0  # dB; equal images have no finite PSNR
-POINTS = 10_000  # on each surface
-ANCHORS = 30_000  # points on a surface by which its triangles near to another point are found
-NEAR = 12  # anchors whose triangles are measured
+BEST_PSNR = 60.0  # dB; the PSNR of equal images would be infinite
+POINTS = 10_000  # points on each surface
+ANCHORS = 30_000  # points on a surface that are used to find its triangles near a given point
+NEAR = 12  # number of anchors whose triangles are tried
 
 Render = Callable[[Cameras], tuple[Tensor, Tensor]]  # -> images (B, 3, H, W) and coverage (B, 1, H, W)
 
 
 class Truth(Protocol):
-    """What a score needs to know of the true object; the toybox's toys have it."""
+    """The true object, for example a toy of the toybox."""
 
     def render(self, cameras: Cameras, resolution: int) -> tuple[Tensor, Tensor]:
-        """Images (B, 3, H, W) and coverage (B, 1, H, W), both in [0, 1]."""
+        """Render images (B, 3, H, W) and coverage (B, 1, H, W), both in [0, 1]."""
         ...
 
     def mesh(self) -> trimesh.Trimesh:
-        """The true surface in world coordinates."""
+        """Return the true surface in world coordinates."""
         ...
 
 
 @dataclass(frozen=True)
 class Scores:
-    """How close an asset is. Means over the views; Chamfer in scene units, None where there is no mesh."""
+    """The scores of an asset: means over the views, and Chamfer in scene units, which is None without a mesh."""
 
     iou: float
     psnr: float
@@ -64,16 +64,16 @@ class Scores:
     fscore: float
     view_iou: list[float]
     view_psnr: list[float]
-    truth: Tensor = field(repr=False, compare=False)  # (B, 3, H, W), what the true object looks like
-    ours: Tensor = field(repr=False, compare=False)  # (B, 3, H, W)
+    truth: Tensor = field(repr=False, compare=False)  # (B, 3, H, W), views of the true object
+    ours: Tensor = field(repr=False, compare=False)  # (B, 3, H, W), views of the asset
 
     def numbers(self) -> dict[str, float | list[float] | None]:
-        """Everything but the images, ready for JSON."""
+        """Return all scores without the images, for JSON."""
         return {name: getattr(self, name) for name in ("iou", "psnr", "chamfer", "fscore", "view_iou", "view_psnr")}
 
 
 def unseen_views() -> Cameras:
-    """The 24 fixed cameras of every figure: each 15 degrees of azimuth from 7.5, elevations 0, 20, 40 in turn."""
+    """Return the 24 fixed cameras of all scores: every 15 degrees of azimuth from 7.5, elevations 0, 20, 40 in turn."""
     index = torch.arange(VIEWS)
     elevation = torch.tensor([0.0, 20.0, 40.0])[index % 3]
     return Cameras(index * 15.0 + 7.5, elevation, torch.full((VIEWS,), 3.0), torch.full((VIEWS,), 40.0))
@@ -86,12 +86,12 @@ def evaluate(
     """Score an asset against the true object.
 
     Args:
-        render: cameras -> the asset's images, on the truth's background, and coverage; its resolution is the
-            comparison's.
-        mesh: the asset's surface in world coordinates, or None where it has none (F-score 0).
+        render: cameras -> the asset's images on the truth's background, and coverage. The truth is rendered at the
+            same resolution.
+        mesh: the asset's surface in world coordinates; None if it has none, which gives an F-score of 0.
         truth: the true object, such as ``toybox.parse(prompt)``.
         cameras: ``unseen_views()`` by default.
-        seed: of the points on the surfaces.
+        seed: seed of the points on the surfaces.
     """
     cameras = unseen_views() if cameras is None else cameras
     ours, coverage = (x.detach().float().cpu() for x in render(cameras))
@@ -105,7 +105,7 @@ def evaluate(
 
 
 def silhouette_iou(ours: Tensor, true: Tensor) -> Tensor:
-    """Intersection over union (B,) of two coverages (B, 1, H, W) in [0, 1]; 1 where both are empty."""
+    """Return the intersection over union (B,) of two coverages (B, 1, H, W) in [0, 1]; 1 if both are empty."""
     assert ours.shape == true.shape, (ours.shape, true.shape)
     a, b = ours.flatten(1) >= 0.5, true.flatten(1) >= 0.5
     both, either = (a & b).sum(1), (a | b).sum(1)
@@ -113,9 +113,9 @@ def silhouette_iou(ours: Tensor, true: Tensor) -> Tensor:
 
 
 def masked_psnr(ours: Tensor, true: Tensor, coverage: Tensor) -> Tensor:
-    """PSNR (B,) in dB of images (B, 3, H, W) in [0, 1], over the pixels whose coverage (B, 1, H, W) is at least 1/2.
+    """Return the PSNR (B,) in dB of images (B, 3, H, W) in [0, 1] over pixels of coverage (B, 1, H, W) >= 1/2.
 
-    Where no pixel is covered there is nothing to get wrong: ``BEST_PSNR``.
+    If no pixel is covered, it is ``BEST_PSNR``.
     """
     assert ours.shape == true.shape, (ours.shape, true.shape)
     mask = (coverage >= 0.5).double()
@@ -127,9 +127,9 @@ def masked_psnr(ours: Tensor, true: Tensor, coverage: Tensor) -> Tensor:
 def surface_distances(
     ours: trimesh.Trimesh, true: trimesh.Trimesh, points: int = POINTS, seed: int = 0
 ) -> tuple[float, float]:
-    """Symmetric Chamfer distance (scene units) and F-score at ``REACH`` (in [0, 1]), both floats.
+    """Return the symmetric Chamfer distance in scene units, and the F-score at ``REACH`` in [0, 1].
 
-    Two meshes of 80,000 triangles take about 0.7 seconds of a core.
+    Two meshes of 80,000 triangles take about 0.7 seconds on one core.
     """
     rng = np.random.default_rng(seed)
     p, q = surface_points(ours, points, rng), surface_points(true, points, rng)
@@ -140,11 +140,11 @@ def surface_distances(
 
 
 def distances_to(mesh: trimesh.Trimesh, points: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Distance (N,) of points (N, 3) to a surface: to the nearest of the triangles near them.
+    """Return the distance (N,) of points (N, 3) to a surface.
 
-    Candidates are the triangles of the ``NEAR`` nearest anchors, which are points on the surface and every triangle's
-    middle. The answer is never too small. It can be too large where none of them lies on the nearest triangle, by less
-    than the anchors' spacing.
+    It is the least distance to the triangles of the ``NEAR`` nearest anchors. Anchors are points on the surface and
+    the centre of every triangle. The result is never too small. It is too large, by less than the anchors' spacing, if
+    none of these anchors lies on the nearest triangle.
     """
     from scipy.spatial import KDTree
 
@@ -153,18 +153,18 @@ def distances_to(mesh: trimesh.Trimesh, points: np.ndarray, rng: np.random.Gener
     tree = KDTree(np.concatenate([anchors, corners.mean(1)]))
     face = np.concatenate([face, np.arange(len(corners))])
     near = face[tree.query(points, NEAR)[1].clip(max=len(face) - 1)]  # (N, NEAR)
-    apart = [distance_to_triangles(points, corners[near[:, i]]) for i in range(NEAR)]
-    return np.min(apart, axis=0)
+    distances = [distance_to_triangles(points, corners[near[:, i]]) for i in range(NEAR)]
+    return np.min(distances, axis=0)
 
 
 def distance_to_triangles(points: np.ndarray, corners: np.ndarray) -> np.ndarray:
-    """Distance (N,) of each point (N, 3) to its triangle (N, 3, 3), which may have no area."""
+    """Return the distance (N,) of each point (N, 3) to its triangle (N, 3, 3), which may have no area."""
     a, b, c = corners[:, 0], corners[:, 1], corners[:, 2]
     normal = np.cross(b - a, c - a)
     doubled = np.linalg.norm(normal, axis=1)
     edges = [_distance_to_segment(points, *ends) for ends in ((a, b), (b, c), (c, a))]
     to_edges = np.min(edges, axis=0)
-    # The foot of the perpendicular lies inside where it is on the inner side of all three edges.
+    # The foot of the perpendicular is inside the triangle if it is on the inner side of all three edges.
     inner = [((np.cross(v - u, points - u) * normal).sum(1) >= 0) for u, v in ((a, b), (b, c), (c, a))]
     inside = np.all(inner, axis=0) & (doubled > 0)
     to_plane = np.abs(((points - a) * normal).sum(1)) / np.where(doubled > 0, doubled, 1)
@@ -172,27 +172,27 @@ def distance_to_triangles(points: np.ndarray, corners: np.ndarray) -> np.ndarray
 
 
 def _distance_to_segment(points: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """(N,) of points, ends and ends (N, 3)."""
+    """Distance (N,) of points (N, 3) to the segments from a (N, 3) to b (N, 3)."""
     along = b - a
     squared = (along**2).sum(1)
-    share = ((points - a) * along).sum(1) / np.where(squared > 0, squared, 1)
-    return np.linalg.norm(points - a - share.clip(0, 1)[:, None] * along, axis=1)
+    fraction = ((points - a) * along).sum(1) / np.where(squared > 0, squared, 1)
+    return np.linalg.norm(points - a - fraction.clip(0, 1)[:, None] * along, axis=1)
 
 
 def surface_points(mesh: trimesh.Trimesh, points: int, rng: np.random.Generator) -> np.ndarray:
-    """Points (points, 3) on a mesh, uniform by area.
+    """Draw points (points, 3) on a mesh, uniform by area.
 
     Raises:
-        ValueError: it has no area.
+        ValueError: the mesh has no area.
     """
     return _points_on(np.asarray(mesh.vertices)[np.asarray(mesh.faces)], points, rng)[0]
 
 
 def _points_on(corners: np.ndarray, points: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Points (points, 3) on triangles (F, 3, 3), uniform by area, and the triangle of each (points,).
+    """Points (points, 3) on triangles (F, 3, 3), uniform by area, and the index of each one's triangle (points,).
 
-    Faces by their share, at even steps along the summed area (so that every part gets its due), and in a face a
-    place in the unit square, folded onto the triangle.
+    Triangles are chosen at even steps along the cumulative area. A point in a triangle comes from the unit square,
+    folded onto the triangle.
     """
     edges = corners[:, 1:] - corners[:, :1]  # (F, 2, 3)
     area = np.linalg.norm(np.cross(edges[:, 0], edges[:, 1]), axis=1)

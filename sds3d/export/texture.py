@@ -27,7 +27,6 @@ DEPTHS = (-0.01, 0.005, 0.02, 0.04, 0.07, 0.12)  # scene units below the surface
 DARK = 0.03  # transmittance below which deeper samples are ignored
 BLOCK = 1500  # the largest number of faces in a block for xatlas
 PADDING = 4  # texels between charts
-SIZES = (64, 4096)  # texels a side, smallest and largest
 
 
 def with_vertex_colours(skin: Skin, source: Source, tell: Tell = silent) -> Model:
@@ -38,13 +37,7 @@ def with_vertex_colours(skin: Skin, source: Source, tell: Tell = silent) -> Mode
 
 
 def with_texture(skin: Skin, source: Source, size: int, tell: Tell = silent) -> Model:
-    """Return the surface with a texture of size x size texels.
-
-    Raises:
-        ValueError: the size is out of range.
-    """
-    if not SIZES[0] <= size <= SIZES[1]:
-        raise ValueError(f"texture is {size}; give {SIZES[0]} to {SIZES[1]} texels a side (1024 or 2048 is usual)")
+    """Return the surface with a texture of size x size texels."""
     tell("texture map", 0.0)
     model = unwrapped(skin, size)
     tell("texture map", 1.0)

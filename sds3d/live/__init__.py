@@ -1,1 +1,1 @@
-"""A run watched in a browser while it grows, and the studio: the same page with a queue of prompts."""
+"""Pages in the browser: the live view of a run, and the studio, which adds a queue of prompts."""

@@ -1,4 +1,4 @@
-"""Where a page is served: which address, which port, and what to say about it."""
+"""The address and port on which a page is served."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ import socket
 from dataclasses import dataclass
 
 HERE = "127.0.0.1"
-FIRST = 8080  # the port that is tried first where none was asked for
-TRIES = 100
+FIRST = 8080  # the first port that is tried if none is given
+TRIES = 100  # number of ports that are tried
 
 
 @dataclass(frozen=True)
 class Address:
-    """A free port of this machine. `find` makes one.
+    """An address of this machine with a port that was free when `find` tried it.
 
     Args:
         host: the address to bind to.
-        port: free a moment ago.
+        port: the port.
     """
 
     host: str
@@ -26,7 +26,7 @@ class Address:
 
     @classmethod
     def find(cls, host: str = HERE, port: int | None = None) -> Address:
-        """The port that is asked for, or the first free one from FIRST on.
+        """Find an address with the given port, or with the first free one from FIRST on.
 
         Raises:
             ValueError: the port is taken or not allowed, or the host is not this machine's.
@@ -48,12 +48,12 @@ class Address:
 
     @property
     def url(self) -> str:
-        """What to open in a browser."""
+        """The URL to open in a browser."""
         return f"http://[{self.host}]:{self.port}" if ":" in self.host else f"http://{self.host}:{self.port}"
 
     @property
     def warning(self) -> str:
-        """What to say where others can come in; empty where only this machine can."""
+        """A warning if other machines can open the page; "" if only this machine can."""
         try:
             local = self.host == "localhost" or ipaddress.ip_address(self.host).is_loopback
         except ValueError:  # a name of this machine
@@ -67,7 +67,7 @@ class Address:
 
 
 def _bind(host: str, port: int) -> int:
-    """Bind and let go again; returns the port, which the system chooses for 0. Raises OSError."""
+    """Bind to a port and release it. Returns the port, which the system chooses for 0. Raises OSError."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server does

@@ -1,10 +1,10 @@
-"""Who looks, from where, and whose picture is rendered next, how large.
+"""The viewers of a page: their cameras, and which of them gets the next picture, of what size.
 
-Cameras are noted from the browser's threads; pictures are rendered by the thread that trains, between two steps. So
-nothing here touches a scene, and asking whether anybody looks costs next to nothing.
+Cameras are updated from the browser's threads. Pictures are rendered by the thread that trains, between two steps.
+Nothing here touches a scene, and asking whether there are viewers costs almost nothing.
 
-While the scene grows, rendering takes at most half of the time for somebody who moves, and a fifth for somebody who
-keeps still. When it does not, a moving camera gets small pictures at once, and a sharp one as soon as it rests.
+During training, rendering takes at most half of the time while a camera moves, and a fifth while all rest. Otherwise a
+moving camera gets small pictures at once, and a sharp one as soon as it rests.
 """
 
 from __future__ import annotations
@@ -17,34 +17,34 @@ from dataclasses import dataclass
 
 from sds3d.cameras import Poses
 
-MOVING = 0.3  # seconds after its last message in which a camera counts as moving
-QUICK, GROWING, SHARP = 0.08, 0.2, 1.0  # seconds a picture may take: while moving, while training, else
-SMALLEST, LARGEST = 32, 512  # pixels of height
-MODEST = 64  # the height to begin with, while nothing is known of this machine
+MOVING = 0.3  # seconds after its last update in which a camera counts as moving
+QUICK, GROWING, SHARP = 0.08, 0.2, 1.0  # seconds that a picture may take: while moving, while training, else
+SMALLEST, LARGEST = 32, 512  # height of a picture in pixels
+INITIAL = 64  # height of the first picture, before this machine's speed is known
 
 
 @dataclass(frozen=True)
-class Eye:
-    """Somebody who looks.
+class Viewer:
+    """A viewer of the page.
 
     Args:
-        pose: their camera.
-        noted: when it was noted, seconds.
-        drawn: when they got their last picture.
-        sharp: whether that was a sharp one, from this pose, of a scene that has not changed since.
-        seen: whether it was from this pose at all.
+        pose: the viewer's camera.
+        updated: time of the camera's last update, seconds.
+        drawn: time of the viewer's last picture.
+        sharp: whether that picture was a sharp one, from this pose, of a scene that has not changed since.
+        current: whether that picture was from this pose.
     """
 
     pose: Poses
-    noted: float
+    updated: float
     drawn: float = -math.inf
     sharp: bool = False
-    seen: bool = False
+    current: bool = False
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """A picture to render: for whom, from where, how high in pixels, and whether it is as sharp as it gets."""
+class Request:
+    """A picture to render: the viewer's key, the camera, the height in pixels, and whether it is the sharpest."""
 
     key: Hashable
     pose: Poses
@@ -52,80 +52,84 @@ class Wanted:
     sharp: bool
 
 
-class Eyes:
-    """All who look.
+class Viewers:
+    """All viewers of the page.
 
     Args:
-        clock: seconds, growing.
+        clock: returns the time in seconds, never decreasing.
+
+    Attributes:
+        changed: set by every update; whoever waits for it clears it.
     """
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter):
-        self._clock, self._lock, self._eyes = clock, threading.Lock(), dict[Hashable, Eye]()
-        self._seconds_a_pixel: float | None = None
-        self._last = (-math.inf, 0.0)  # when the last picture was finished, and the seconds it took
-        self.moved = threading.Event()  # set by every note; who waits for one clears it
+        self._clock, self._lock, self._viewers = clock, threading.Lock(), dict[Hashable, Viewer]()
+        self._seconds_per_pixel: float | None = None
+        self._last = (-math.inf, 0.0)  # time at which the last picture was finished, and the seconds it took
+        self.changed = threading.Event()
 
     def __len__(self) -> int:
-        return len(self._eyes)
+        return len(self._viewers)
 
-    def note(self, key: Hashable, pose: Poses) -> None:
-        """Somebody's camera is here now."""
+    def update(self, key: Hashable, pose: Poses) -> None:
+        """Add a viewer, or set the viewer's camera."""
         with self._lock:
-            before = self._eyes.get(key)
-            self._eyes[key] = Eye(pose, self._clock(), before.drawn if before else -math.inf)
-        self.moved.set()
+            before = self._viewers.get(key)
+            self._viewers[key] = Viewer(pose, self._clock(), before.drawn if before else -math.inf)
+        self.changed.set()
 
-    def forget(self, key: Hashable) -> None:
-        """Somebody is gone."""
+    def remove(self, key: Hashable) -> None:
+        """Remove a viewer."""
         with self._lock:
-            self._eyes.pop(key, None)
+            self._viewers.pop(key, None)
 
-    def blur(self) -> None:
-        """Nobody's picture shows the scene as it is now."""
+    def invalidate(self) -> None:
+        """Mark all pictures as outdated, since the scene has changed."""
         with self._lock:
-            self._eyes = {k: Eye(e.pose, e.noted, e.drawn) for k, e in self._eyes.items()}
+            self._viewers = {k: Viewer(v.pose, v.updated, v.drawn) for k, v in self._viewers.items()}
 
-    def wanted(self, growing: bool) -> Wanted | None:
-        """Whose picture is due; None where nobody's is.
+    def next_request(self, training: bool) -> Request | None:
+        """Return the next picture to render; None if none is due.
 
         Args:
-            growing: whether training waits meanwhile.
+            training: whether a training waits meanwhile.
         """
         now = self._clock()
         with self._lock:
             finished, took = self._last
-            moved = any(now - e.noted < MOVING for e in self._eyes.values())
-            if growing and now < finished + took * (1 if moved else 4):
+            moved = any(now - v.updated < MOVING for v in self._viewers.values())
+            if training and now < finished + took * (1 if moved else 4):
                 return None
-            waiting = [(e.seen, e.drawn, k) for k, e in self._eyes.items() if growing or not e.sharp]
-            for _, _, key in sorted(waiting, key=lambda w: w[:2]):
-                eye = self._eyes[key]
-                moving = now - eye.noted < MOVING
-                if growing or not eye.seen:
+            waiting = [(v.current, v.drawn, k) for k, v in self._viewers.items() if training or not v.sharp]
+            for _, _, key in sorted(waiting, key=lambda entry: entry[:2]):
+                viewer = self._viewers[key]
+                moving = now - viewer.updated < MOVING
+                if training or not viewer.current:
                     seconds = QUICK if moving else GROWING
                 elif moving:
                     continue
                 else:
                     seconds = SHARP
-                return Wanted(key, eye.pose, self._height(seconds, eye.pose.aspect), seconds == SHARP)
+                return Request(key, viewer.pose, self._height(seconds, viewer.pose.aspect), seconds == SHARP)
         return None
 
-    def drew(self, wanted: Wanted, seconds: float, growing: bool) -> None:
-        """A picture was rendered, in so many seconds."""
+    def record(self, request: Request, seconds: float, training: bool) -> None:
+        """Record that a picture was rendered, and how many seconds it took."""
         now = self._clock()
-        cost = seconds / (wanted.height**2 * wanted.pose.aspect)
-        self._seconds_a_pixel = cost if self._seconds_a_pixel is None else (self._seconds_a_pixel + cost) / 2
+        cost = seconds / (request.height**2 * request.pose.aspect)
+        self._seconds_per_pixel = cost if self._seconds_per_pixel is None else (self._seconds_per_pixel + cost) / 2
         with self._lock:
             self._last = (now, seconds)
-            eye = self._eyes.get(wanted.key)
-            if eye is None:
+            viewer = self._viewers.get(request.key)
+            if viewer is None:
                 return
-            same = eye.pose is wanted.pose
-            self._eyes[wanted.key] = Eye(eye.pose, eye.noted, now, same and wanted.sharp and not growing, same)
+            same = viewer.pose is request.pose
+            sharp = same and request.sharp and not training
+            self._viewers[request.key] = Viewer(viewer.pose, viewer.updated, now, sharp, same)
 
     def _height(self, seconds: float, aspect: float) -> int:
-        """Pixels of height that are rendered in so many seconds."""
-        if self._seconds_a_pixel is None:
-            return MODEST
-        height = math.sqrt(seconds / (max(self._seconds_a_pixel, 1e-12) * aspect))
+        """Height in pixels of a picture that takes this many seconds."""
+        if self._seconds_per_pixel is None:
+            return INITIAL
+        height = math.sqrt(seconds / (max(self._seconds_per_pixel, 1e-12) * aspect))
         return round(min(max(height, SMALLEST), LARGEST))

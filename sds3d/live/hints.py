@@ -1,4 +1,4 @@
-"""What the page tells of a teacher: prompts to begin with, and the words it knows."""
+"""Help on the studio's page: example prompts for a teacher, and the words that it knows."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sds3d.teachers.base import HasVocabulary, TeacherConfig
 from sds3d.teachers.hf import loading
 from sds3d.teachers.load import load_teacher
 
-TITLE = "What it knows"  # of the folder on the page
+TITLE = "What it knows"  # heading of the words on the page
 TOYS = (
     "a red mug",
     "a blue chair",
@@ -24,11 +24,11 @@ TOYS = (
 
 @dataclass(frozen=True)
 class Hints:
-    """Both may be empty.
+    """Help for the prompts of a teacher. Both parts may be empty.
 
     Args:
-        examples: prompts it understands.
-        words: of each kind, as a list to be read.
+        examples: prompts that the teacher understands.
+        words: group of words -> the words, as a comma-separated text.
     """
 
     examples: tuple[str, ...] = ()
@@ -36,27 +36,27 @@ class Hints:
 
     @classmethod
     def of(cls, teacher: str) -> Hints:
-        """Of a teacher by its name; nothing of one that reads any words, or that cannot be loaded."""
+        """Return the hints of a teacher; none for one that reads any words, or that cannot be loaded."""
         if teacher in ("small", "toybox"):
             return cls(TOYS, _toybox())
         if loading.is_pipeline(teacher):
             return cls()
         try:
-            found = load_teacher(TeacherConfig(teacher), "cpu")
-        except ValueError:  # the queue says what is wrong, should it be asked for something
+            loaded = load_teacher(TeacherConfig(teacher), "cpu")
+        except ValueError:  # the queue shows the error if a prompt is sent to this teacher
             return cls()
-        known = {"words": ", ".join(sorted(found.vocabulary))} if isinstance(found, HasVocabulary) else {}
-        return cls(found.prompts[:3], known)
+        words = {"words": ", ".join(sorted(loaded.vocabulary))} if isinstance(loaded, HasVocabulary) else {}
+        return cls(loaded.prompts[:3], words)
 
 
 def without_commands(problem: str) -> str:
-    """What is wrong with a prompt, for somebody who reads a page and not a terminal."""
-    told, known, _ = problem.partition("; it knows ")
-    return f'{told}; see "{TITLE}" above' if known else problem
+    """Adapt the error message of a prompt to the page: replace the advice for the command line."""
+    message, separator, _ = problem.partition("; it knows ")
+    return f'{message}; see "{TITLE}" above' if separator else problem
 
 
 def _toybox() -> dict[str, str]:
-    """The words of the toybox, by what they are for."""
+    """The words of the toybox in groups."""
     stacks = [name.split(" on ") for name in STACKS]
     upper, lower = (" or ".join(dict.fromkeys(names)) for names in zip(*stacks, strict=True))
     return {

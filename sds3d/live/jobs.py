@@ -1,4 +1,4 @@
-"""The studio's queue: what is wanted, what is being made, what became of the rest."""
+"""The studio's queue of prompts: those that wait, the one in training, and those that failed."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ class Job:
     """One prompt of the queue.
 
     Args:
-        number: 1, 2 ... in the order of their coming.
+        number: 1, 2 ... in the order in which they were added.
         prompt: what to make.
-        settings: by key, as a layer of the config.
-        state: "new" (not looked at yet), "waiting", "running", or "failed".
-        message: what is wrong, where it failed.
+        settings: dotted key -> value, a layer of the config.
+        state: "new" (not checked yet), "waiting", "running", or "failed".
+        message: the error of a failed job.
     """
 
     number: int
@@ -28,39 +28,39 @@ class Job:
 
 
 class Queue:
-    """Jobs in order; safe from any thread.
+    """Jobs in order. Its methods may be called from any thread.
 
     Attributes:
-        version: grows with every change, so that who shows the queue knows when to look again.
+        version: grows with every change, so that a display knows when it is outdated.
     """
 
     def __init__(self):
         self._lock, self._jobs, self._count, self.version = threading.Lock(), dict[int, Job](), 0, 0
 
     def jobs(self) -> list[Job]:
-        """All that are not done, in order."""
+        """Return all jobs that are not done, in order."""
         with self._lock:
             return list(self._jobs.values())
 
     def add(self, prompt: str, settings: Mapping[str, Any]) -> Job:
-        """Put a prompt at the end."""
+        """Add a prompt at the end."""
         with self._lock:
             self._count += 1
             return self._put(Job(self._count, prompt, dict(settings)))
 
     def remove(self, number: int) -> None:
-        """Take a job away that has not begun, or has failed; another stays as it is."""
+        """Remove a job unless it is running."""
         with self._lock:
             job = self._jobs.get(number)
             if job is not None and job.state != "running":
                 self._drop(number)
 
     def first(self, state: str) -> Job | None:
-        """The next job in a state."""
+        """Return the first job in a state; None if there is none."""
         return next((job for job in self.jobs() if job.state == state), None)
 
     def move(self, number: int, state: str, message: str = "") -> bool:
-        """Bring a job into another state; says whether it was still there."""
+        """Set the state of a job. Returns False if the job was removed meanwhile."""
         with self._lock:
             if number not in self._jobs:
                 return False
@@ -68,7 +68,7 @@ class Queue:
             return True
 
     def done(self, number: int) -> None:
-        """Take away a job that has been made."""
+        """Remove a job that is done."""
         with self._lock:
             self._drop(number)
 

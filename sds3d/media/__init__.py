@@ -1,1 +1,1 @@
-"""Pictures for people: films, contact sheets, charts; and the one reader of pictures that a user gives."""
+"""Films, contact sheets and charts; and the reader of pictures that a user gives."""

@@ -1,4 +1,4 @@
-"""Line charts as PNG files and as SVG for pages, and numbers as colours."""
+"""Line charts as PNG files and as SVG for pages, and a colour map."""
 
 from __future__ import annotations
 
@@ -15,22 +15,25 @@ from sds3d.runtime.files import replacing
 
 
 def chart(lines: Mapping[str, tuple[Tensor, Tensor]], path: str | Path, x: str, y: str, points: bool = False) -> Path:
-    """Write lines (name -> values of x (N,), values of y (N,)) with a logarithmic y axis; the last is drawn on top.
+    """Write a chart of lines with a logarithmic y axis. The last line is emphasised.
 
     Args:
-        points: draw all lines alike, with a mark at each value, and x logarithmic, too.
+        lines: name -> values of x (N,), values of y (N,).
+        path: ends in .png.
+        x, y: labels of the axes.
+        points: emphasise all lines, mark each value, and use a logarithmic x axis, too.
 
     Raises:
-        ValueError: the name does not end in .png, or the place cannot be written.
+        ValueError: the name does not end in .png, or the file cannot be written.
     """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
     axes = figure.add_subplot()
-    for i, (name, (across, up)) in enumerate(lines.items()):
+    for i, (name, (xs, ys)) in enumerate(lines.items()):
         strong = points or i == len(lines) - 1
-        look = {"linewidth": 1.6 if strong else 0.4, "alpha": 1 if strong else 0.35, "marker": "o" if points else ""}
-        axes.plot(across.cpu(), up.cpu(), label=name, **look)
+        style = {"linewidth": 1.6 if strong else 0.4, "alpha": 1 if strong else 0.35, "marker": "o" if points else ""}
+        axes.plot(xs.cpu(), ys.cpu(), label=name, **style)
     axes.set(xlabel=x, ylabel=y, yscale="log", xscale="log" if points else "linear")
     axes.grid(True, which="both", alpha=0.25)
     axes.legend(frameon=False)
@@ -40,44 +43,44 @@ def chart(lines: Mapping[str, tuple[Tensor, Tensor]], path: str | Path, x: str, 
 
 
 def coloured(values: Tensor) -> Tensor:
-    """Numbers (B, H, W) in [0, 1] as colours (B, 3, H, W) in [0, 1] that grow brighter evenly (viridis)."""
+    """Map numbers (B, H, W) in [0, 1] to colours (B, 3, H, W) in [0, 1], with the colour map viridis."""
     from matplotlib import colormaps
 
     table = torch.from_numpy(colormaps["viridis"](range(256))[:, :3]).to(values)  # (256, 3)
     return table[(values * 255).round().long()].permute(0, 3, 1, 2)
 
 
-MOST = 120  # points a curve of a page has: more rows are averaged
-INK = "#010203"  # drawn in this colour, which becomes the page's own, light or dark
+MOST = 120  # most points of a curve; more rows are averaged in groups
+INK = "#010203"  # a colour that is replaced by the page's text colour, which is light or dark
 
 Curve = tuple[Sequence[float], Sequence[float]]  # x, y
 
 
 def curves(rows: Sequence[Mapping[str, float]]) -> dict[str, str]:
-    """The curves of a run as SVG to put into a page, by caption; figures that the rows lack are left out.
+    """Return the curves of a run: caption -> SVG element. Figures that the rows do not have are left out.
 
     Args:
-        rows: of metrics.jsonl: step, seconds, and whatever else was measured.
+        rows: the rows of metrics.jsonl, with step, seconds and further figures.
     """
-    parts = sorted({key for row in rows for key in row if re.search(r"g_norm/t[\d.]+-[\d.]+$", key)})
-    by_t = {f"t {key.rpartition('/t')[2]}": averaged(rows, key) for key in parts}
-    found = {
+    keys = sorted({key for row in rows for key in row if re.search(r"g_norm/t[\d.]+-[\d.]+$", key)})
+    by_t = {f"t {key.rpartition('/t')[2]}": averaged(rows, key) for key in keys}
+    charts = {
         "opacity: mean of the training views": svg({"": averaged(rows, "opacity")}, "opacity", low=0),
         "size of the gradient on the images, by the noise level t": svg(by_t, "|gradient|", log=True),
         "throughput: steps a second": svg({"": rate(rows)}, "steps / s", low=0),
         "peak memory so far": svg({"": averaged(rows, "memory")}, "MB", low=0),
     }
-    return {caption: drawn for caption, drawn in found.items() if drawn}
+    return {caption: element for caption, element in charts.items() if element}
 
 
 def svg(lines: Mapping[str, Curve], y: str, log: bool = False, low: float | None = None) -> str:
-    """Curves over steps as an SVG element with the page's own text colour; "" where there is nothing to draw.
+    """Return curves over steps as an SVG element in the page's text colour; "" if there is nothing to draw.
 
     Args:
-        lines: name -> x, y; a legend where there are several.
+        lines: name -> x, y; several lines get a legend.
         y: label of the y axis.
-        log: logarithmic y axis; what is not positive is left out.
-        low: where the y axis begins.
+        log: use a logarithmic y axis, without values that are not positive.
+        low: lower end of the y axis.
     """
     if log:
         lines = {name: _positive(curve) for name, curve in lines.items()}
@@ -113,7 +116,7 @@ def svg(lines: Mapping[str, Curve], y: str, log: bool = False, low: float | None
 
 
 def averaged(rows: Sequence[Mapping[str, float]], key: str) -> Curve:
-    """A figure over steps, where it was measured; averaged in groups to MOST points."""
+    """Return a figure over steps, from the rows that have it, averaged in groups to at most MOST points."""
     points = [(row["step"], row[key]) for row in rows if math.isfinite(row.get(key, math.nan))]
     size = max(1, math.ceil(len(points) / MOST))
     groups = [points[i : i + size] for i in range(0, len(points), size)]
@@ -122,7 +125,7 @@ def averaged(rows: Sequence[Mapping[str, float]], key: str) -> Curve:
 
 
 def rate(rows: Sequence[Mapping[str, float]]) -> Curve:
-    """Steps a second over steps, in at most MOST stretches; the first step, in which kernels are made, is left out."""
+    """Return steps per second over steps, in at most MOST intervals, without the first step, which compiles kernels."""
     size = max(1, math.ceil(len(rows) / MOST))
     ends = [row for row in rows if "step" in row and "seconds" in row][::size]
     pairs = [(a, b) for a, b in zip(ends, ends[1:]) if b["seconds"] > a["seconds"]]
@@ -135,5 +138,5 @@ def rate(rows: Sequence[Mapping[str, float]]) -> Curve:
 def _positive(curve: Curve) -> Curve:
     """The part of a curve that a logarithmic axis can show."""
     x, y = curve
-    kept = [i for i, up in enumerate(y) if up > 0]
-    return [x[i] for i in kept], [y[i] for i in kept]
+    index = [i for i, value in enumerate(y) if value > 0]
+    return [x[i] for i in index], [y[i] for i in index]

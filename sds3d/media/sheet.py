@@ -15,20 +15,20 @@ from sds3d.runtime.files import replacing
 FORMATS = (".png", ".jpg")
 GAP = 2  # pixels between tiles
 LABEL = 14  # pixels above a row for its label
-VISIBLE = 32  # pixels a tile, for images that have fewer
+VISIBLE = 32  # least pixels a side of a tile in `seen`
 
 Render = Callable[[Cameras], Tensor]  # cameras (B) -> images (B, 3, H, W) in [0, 1]
 
 
 def to_bytes(images: Tensor) -> np.ndarray:
-    """Images (B, 3, H, W) in [0, 1] -> (B, H, W, 3) uint8; values outside are clipped."""
+    """Convert images (B, 3, H, W) in [0, 1] to (B, H, W, 3) uint8. Values outside are clipped."""
     assert images.ndim == 4 and images.shape[1] == 3, images.shape
     scaled = images.detach().float().clamp(0, 1).mul(255).round().to(torch.uint8)
     return scaled.permute(0, 2, 3, 1).cpu().numpy()
 
 
 def resize(images: Tensor, size: int) -> Tensor:
-    """Square images (B, 3, H, H) -> (B, 3, size, size) in [0, 1]: averaged down, bicubic up."""
+    """Resize square images (B, 3, H, H) to (B, 3, size, size) in [0, 1]: area average down, bicubic up."""
     if images.shape[-1] == size:
         return images
     mode = "area" if images.shape[-1] > size else "bicubic"
@@ -36,7 +36,7 @@ def resize(images: Tensor, size: int) -> Tensor:
 
 
 def seen(images: Tensor) -> int:
-    """Pixels a tile at which images (B, 3, H, W) can be made out: their own, at least VISIBLE."""
+    """Return the size of a tile in pixels for images (B, 3, H, W): their own width, at least VISIBLE."""
     return max(images.shape[-1], VISIBLE)
 
 
@@ -48,16 +48,16 @@ def contact_sheet(
     Args:
         rows: each (B, 3, H, W) in [0, 1]; B may differ from row to row.
         path: ends in .png or .jpg.
-        labels: one line of text a row, drawn above it.
-        size: pixels a tile; the images' own by default.
+        labels: one line of text for each row, drawn above it.
+        size: pixels a side of each tile; the images' own by default.
 
     Raises:
-        ValueError: no images, labels that do not match the rows, or a place that cannot be written.
+        ValueError: a row has no images, the labels do not match the rows, or the file cannot be written.
     """
     if not rows or any(len(row) == 0 for row in rows):
         raise ValueError("a contact sheet needs at least one row, and an image in every row")
     if labels is not None and len(labels) != len(rows):
-        raise ValueError(f"a contact sheet of {len(rows)} rows got {len(labels)} labels; give one a row")
+        raise ValueError(f"a contact sheet of {len(rows)} rows got {len(labels)} labels; give one per row")
     from PIL import Image, ImageDraw
 
     tiles = [to_bytes(row if size is None else resize(row, size)) for row in rows]
@@ -83,12 +83,12 @@ def contact_sheet(
 
 
 def preview(render: Render, path: str | Path, views: int = 8, size: int = 128) -> Path:
-    """Write ``views`` views around the object as one row; the first is the front."""
+    """Write a row of views from cameras evenly around the object, the front first."""
     return contact_sheet([render(orbit(views))], path, size=size)
 
 
 def side_by_side(truth: Tensor, ours: Tensor, path: str | Path, columns: int = 8, size: int = 96) -> Path:
-    """Write the truth's views (B, 3, H, W) above ours, ``columns`` of them a row."""
+    """Write the true views (B, 3, H, W) above ours, ``columns`` per row."""
     assert truth.shape == ours.shape, (truth.shape, ours.shape)
     rows = [part for pair in zip(truth.split(columns), ours.split(columns)) for part in pair]
     return contact_sheet(rows, path, labels=["truth", "ours"] * (len(rows) // 2), size=size)

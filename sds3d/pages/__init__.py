@@ -1,1 +1,1 @@
-"""HTML pages: of a run, of many runs, of a comparison."""
+"""HTML pages of a run, of many runs, and of a comparison."""

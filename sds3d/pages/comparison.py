@@ -1,6 +1,6 @@
-"""Rows of figures and pictures as one HTML page and one contact sheet.
+"""The page of a comparison: tables of figures and pictures, in one HTML file; and a contact sheet of the pictures.
 
-The page holds its pictures, so that it can be sent as it is.
+The HTML file contains its pictures, so that it can be sent by itself.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ b { color: var(--accent) }
 
 @dataclass(frozen=True)
 class Figure:
-    """A figure: its heading, how many decimals, and whether more is better (None: neither)."""
+    """A column: its heading, its number of decimals, and whether larger values are better (None: no direction)."""
 
     heading: str
     decimals: int = 3
@@ -40,9 +40,9 @@ class Figure:
 
 @dataclass(frozen=True)
 class Row:
-    """A line of a table: a label, figures by column (None and missing ones are left blank), pictures (B, 3, H, W).
+    """A row of a table: a label, figures by column (None and missing ones are blank), and pictures (B, 3, H, W).
 
-    A reference is shown for comparison, and is never the best of its section.
+    A reference row is never marked as the best of its section.
     """
 
     label: str
@@ -64,11 +64,11 @@ def write(path: Path, title: str, note: str, columns: Mapping[str, Figure], sect
 
     Args:
         path: ends in .html.
-        title, note: above everything; plain text.
-        columns: the figures shown, in this order; the best of a section is bold.
+        title, note: plain text at the top.
+        columns: the columns, in this order; the best value of a section is bold.
 
     Raises:
-        ValueError: a place that cannot be written.
+        ValueError: the page cannot be written.
     """
     body = "\n".join(_table(section, columns) for section in sections)
     top = f'<h1>{html.escape(title)}</h1>\n<p class="soft">{html.escape(note)}</p>\n'
@@ -76,18 +76,18 @@ def write(path: Path, title: str, note: str, columns: Mapping[str, Figure], sect
 
 
 def contact_sheet(path: Path, sections: Sequence[Section]) -> Path:
-    """Write the pictures alone, a row a line, with the heading and the label above each. Raises ValueError."""
+    """Write only the pictures, with heading and label above each row. Raises ValueError if they cannot be written."""
     rows = [(f"{s.heading}: {r.label}", r.pictures) for s in sections for r in s.rows if r.pictures is not None]
     return sheet.contact_sheet([pictures for _, pictures in rows], path, [label for label, _ in rows])
 
 
 def shown(value: float | None, column: Figure) -> str:
-    """A figure as text; "" for None."""
+    """Format a figure; "" for None."""
     return "" if value is None else f"{value:.{column.decimals}f}"
 
 
 def best(rows: Sequence[Row], name: str, column: Figure) -> str:
-    """The best figure of a column as text, "" where there is none."""
+    """Return the best figure of a column as text; "" if the column has no direction or fewer than two values."""
     values = [value for row in rows if (value := row.figures.get(name)) is not None]
     if column.more is None or len(values) < 2:
         return ""
@@ -96,8 +96,8 @@ def best(rows: Sequence[Row], name: str, column: Figure) -> str:
 
 def _table(section: Section, columns: Mapping[str, Figure]) -> str:
     used = {n: c for n, c in columns.items() if any(row.figures.get(n) is not None for row in section.rows)}
-    rivals = [row for row in section.rows if not row.reference]
-    top = {name: best(rivals, name, column) for name, column in used.items()}
+    candidates = [row for row in section.rows if not row.reference]
+    top = {name: best(candidates, name, column) for name, column in used.items()}
     head = "".join(f"<th>{html.escape(column.heading)}</th>" for column in used.values())
     lines = []
     for row in section.rows:
@@ -116,7 +116,7 @@ def _table(section: Section, columns: Mapping[str, Figure]) -> str:
 
 
 def _picture(row: Row) -> str:
-    """The row's pictures side by side, inside the page."""
+    """The row's pictures side by side, as an <img> with a data URL."""
     if row.pictures is None:
         return ""
     from PIL import Image

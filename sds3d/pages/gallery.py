@@ -1,4 +1,4 @@
-"""One page over many runs: a table with thumbnails, sorted by whatever heading is pressed, in one file."""
+"""The gallery of many runs: a table with thumbnails, sorted by the heading that is clicked, in one HTML file."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ td .none { background: var(--line) }
 .folder { display: block; font-size: .82rem; color: var(--soft) }
 """
 
-# Text begins at A, numbers at the largest; a second press turns the order; what has no value stays at the end.
+# The first click sorts text from A, numbers from the largest; a second click reverses. Empty values stay at the end.
 SORT = """
 const head = document.querySelector("thead tr"), body = document.querySelector("tbody");
 for (const [column, th] of [...head.cells].entries()) {
@@ -61,7 +61,7 @@ for (const [column, th] of [...head.cells].entries()) {
 
 @dataclass(frozen=True)
 class Column:
-    """A figure: its heading, how many decimals."""
+    """A column: its heading and its number of decimals."""
 
     heading: str
     decimals: int = 0
@@ -69,16 +69,16 @@ class Column:
 
 @dataclass(frozen=True)
 class Entry:
-    """A run. All text is plain.
+    """The row of a run. All text is plain.
 
     Args:
         title: the prompt.
-        link: what to open, relative to the page, as it is called on the disk; "" for nothing.
-        folder: of the run, as it is shown.
+        link: path of the run's page, relative to the gallery, not URL-quoted; "" for no link.
+        folder: the run folder, as shown.
         words: heading -> text: method, teacher, date ...
         figures: key of a column -> number.
-        picture: a small one, WebP; None where there is none.
-        status: why it is not whole; "" for a finished run.
+        picture: a thumbnail, WebP; None if there is none.
+        status: why the run is broken or unfinished; "" for a finished run.
     """
 
     title: str
@@ -91,7 +91,7 @@ class Entry:
 
 
 def write(path: Path, title: str, entries: Sequence[Entry], columns: Mapping[str, Column]) -> Path:
-    """Write the gallery; columns of which no entry has a figure are left out. Raises ValueError."""
+    """Write the gallery. Columns in which no entry has a figure are left out. Raises ValueError if it fails."""
     words = list(dict.fromkeys(name for entry in entries for name in entry.words))
     used = {key: column for key, column in columns.items() if any(key in entry.figures for entry in entries)}
     heads = [_head("prompt")] + [_head(name) for name in words] + [_head(c.heading, "number") for c in used.values()]
@@ -137,5 +137,5 @@ def _row(entry: Entry, words: Sequence[str], columns: Mapping[str, Column]) -> s
 
 
 def _cell(value: str, shown: str, kind: str = "") -> str:
-    """A cell: what it is sorted by (plain text), and what it shows (HTML)."""
+    """A cell with its sort value (plain text) and its content (HTML)."""
     return f'<td class="{kind}" data-value="{html.escape(value)}">{shown}</td>'

@@ -1,7 +1,7 @@
-"""One HTML file that holds everything it shows and asks no network for anything.
+"""Self-contained HTML files, which load nothing from a network.
 
-Its Content-Security-Policy lets the browser run the script it was written with, known by its hash, and nothing else,
-and fetch nothing: text from a user that slipped through could do no harm, either.
+The Content-Security-Policy of a file allows only its own script, by its hash, and no requests. User text that was
+escaped wrongly could therefore not run.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ pre { margin: 0; padding: 1rem; overflow: auto }
 
 
 def data_uri(path: Path) -> str:
-    """A file (.png, .jpg, .webp, .mp4) as a URI that holds it."""
+    """Return a file (.png, .jpg, .webp, .mp4) as a data URI."""
     kinds = {".png": "image/png", ".jpg": "image/jpeg", ".webp": "image/webp", ".mp4": "video/mp4"}
     return f"data:{kinds[path.suffix]};base64,{encoded(path)}"
 
 
 def encoded(path: Path) -> str:
-    """A file's bytes in base64."""
+    """Return a file's bytes in base64."""
     return base64.b64encode(path.read_bytes()).decode()
 
 
 def table(facts: Mapping[str, str]) -> str:
-    """Names and values as a table of two columns; both are plain text."""
+    """Return names and values, both plain text, as an HTML table of two columns."""
     rows = (f"<tr><th>{html.escape(name)}</th><td>{html.escape(value)}</td></tr>" for name, value in facts.items())
     return f'<table class="facts">{"".join(rows)}</table>'
 
@@ -59,7 +59,7 @@ def write(path: Path, title: str, body: str, style: str, script: str = "") -> Pa
         script: JavaScript, run after the body is there.
 
     Raises:
-        ValueError: a place that cannot be written.
+        ValueError: the file cannot be written.
     """
     assert "</script" not in script.lower()
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
@@ -75,6 +75,6 @@ def write(path: Path, title: str, body: str, style: str, script: str = "") -> Pa
         f"<script>{script}</script>\n</body>\n</html>\n"
     )
     with replacing(path, (".html",)) as part:
-        # as it is: the hash is of these bytes. A file's name need not be UTF-8: then it is shown with its codes
+        # No newline translation: the hash is of these bytes. Names of files that are not UTF-8 are escaped.
         part.write_text(text, encoding="utf-8", errors="backslashreplace", newline="")
     return path

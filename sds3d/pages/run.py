@@ -1,4 +1,4 @@
-"""The page of one run: what it made, to be turned in 3D, how it grew, its figures and its settings, in one file."""
+"""The page of one run, in one HTML file: its models in 3D, films, progress, figures and settings."""
 
 from __future__ import annotations
 
@@ -44,20 +44,20 @@ details pre { border-top: 1px solid var(--line); max-height: 34rem }
 
 @dataclass(frozen=True)
 class RunPage:
-    """What the page of a run shows. All text is plain; parts that are empty or missing are left out.
+    """The content of a run's page. All text is plain. Parts that are empty or missing are left out.
 
     Args:
         title: the prompt.
-        line: of facts, under the title.
-        note: what went wrong, if anything.
-        models, films: .glb and .mp4 files, one a particle.
+        line: a line of facts under the title.
+        note: a warning; "" for none.
+        models, films: .glb and .mp4 files, one per particle.
         film_size: pixels a side of the films.
         pictures: caption -> picture file, shown large.
         growth: step -> picture of the views at that step.
         tables: heading -> name -> value: the mesh report, scores ...
-        rows: of metrics.jsonl.
-        config: config.yaml.
-        commands: to go on with.
+        rows: the rows of metrics.jsonl.
+        config: the text of config.yaml.
+        commands: commands that a user can run next.
     """
 
     title: str
@@ -75,7 +75,7 @@ class RunPage:
 
 
 def write(path: Path, page: RunPage) -> Path:
-    """Write the page as one file. Raises ValueError where the place cannot be written, or a file of it not read."""
+    """Write the page. Raises ValueError if it cannot be written, or one of its files cannot be read."""
     head = f'<h1>{html.escape(page.title)}</h1>\n<p class="soft">{html.escape(page.line)}</p>'
     if page.note:
         head += f'\n<p class="bad">{html.escape(page.note)}</p>'
@@ -91,19 +91,19 @@ def _hero(page: RunPage) -> str:
     """The models and films of all particles, then the large pictures."""
     figures, several = [], max(len(page.models), len(page.films)) > 1
     for i in range(max(len(page.models), len(page.films))):
-        which = f"{i + 1}: " if several else ""
+        number = f"{i + 1}: " if several else ""
         for model in page.models[i : i + 1]:
             figures.append(
                 f'<figure class="card"><div class="view" data-glb="glb-{i}" role="img" '
                 'aria-label="the model, which can be turned">loading the model ...</div>'
-                f"<figcaption>{which}drag to turn it, scroll to come nearer, double click for the front</figcaption>"
+                f"<figcaption>{number}drag to turn it, scroll to come nearer, double click for the front</figcaption>"
                 f'<script type="text/plain" id="glb-{i}">{web.encoded(model)}</script></figure>'
             )
         for film in page.films[i : i + 1]:
             figures.append(
                 f'<figure class="card"><div class="film"><video style="max-width: {2 * page.film_size}px" '
                 f'autoplay loop muted playsinline controls src="{web.data_uri(film)}"></video></div>'
-                f"<figcaption>{which}one turn, as the scene is rendered</figcaption></figure>"
+                f"<figcaption>{number}one turn, as the scene is rendered</figcaption></figure>"
             )
     hero = f'<div class="hero">{"".join(figures)}</div>' if figures else ""
     for caption, picture in page.pictures.items():
@@ -133,11 +133,11 @@ def _tables(page: RunPage) -> str:
 
 
 def _plots(page: RunPage) -> str:
-    drawn = "".join(
+    plots = "".join(
         f'<figure class="card">{svg}<figcaption>{caption}</figcaption></figure>'
         for caption, svg in chart.curves(page.rows).items()
     )
-    return f'<h2>Training</h2><div class="plots">{drawn}</div>' if drawn else ""
+    return f'<h2>Training</h2><div class="plots">{plots}</div>' if plots else ""
 
 
 def _ending(page: RunPage) -> str:

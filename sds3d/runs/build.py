@@ -1,4 +1,7 @@
-"""What a run is built of, from its config: teacher, student, critic, objectives. What differs is in `kinds`."""
+"""Builds the parts of a run from its config: teacher, student, critic, objectives.
+
+What differs between kinds of runs is in `sds3d.runs.kinds`.
+"""
 
 from __future__ import annotations
 
@@ -24,14 +27,16 @@ from sds3d.train import Objective
 
 
 def usable_here(config: RunConfig, given: Mapping[str, Any]) -> RunConfig:
-    """The config of a run that may have been made on another machine, with a device and kernels that are on this one.
-    What it had and is not here is replaced, with a warning, unless the user gives it now.
+    """Return the config with a device and a backend that this machine has.
+
+    The run may have been made on another machine. A device or backend that is missing here is replaced, with a
+    warning, unless the user asks for it now.
 
     Args:
-        given: what the user gives, by key.
+        given: the settings that the user gives now, by key.
 
     Raises:
-        ValueError: the user gives a device that is not here.
+        ValueError: the user gives a device that this machine does not have.
     """
     try:
         device = pick_device(config.device)
@@ -40,19 +45,20 @@ def usable_here(config: RunConfig, given: Mapping[str, Any]) -> RunConfig:
             raise
         device = pick_device("auto")
         warnings.warn(
-            f"the run was made with device={config.device}, which is not here: it goes on with device={device}",
+            f"the run was made with device={config.device}, which this machine does not have: it goes on with "
+            f"device={device}",
             stacklevel=4,  # past the decorator of launch.resume
         )
         config = dataclasses.replace(config, device=str(device))
-    backend = getattr(config, "backend", "auto")  # which runs without a scene do not have
+    backend = getattr(config, "backend", "auto")  # only scenes have a backend
     if backend != "auto" and "backend" not in given:
         try:
             ops.choose(device, backend)
         except ValueError:
-            found = ops.choose(device).name
+            usable = ops.choose(device).name
             warnings.warn(
                 f"the run was made with backend={backend}, which cannot run on {device} here: it goes on with "
-                f"backend={found}",
+                f"backend={usable}",
                 stacklevel=4,  # past the decorator of launch.resume
             )
             config = dataclasses.replace(config, backend="auto")
@@ -60,17 +66,17 @@ def usable_here(config: RunConfig, given: Mapping[str, Any]) -> RunConfig:
 
 
 def build_teacher(config: RunConfig) -> Loaded:
-    """The config's teacher, which must know its prompts. Raises ValueError."""
+    """Load the config's teacher. Raises ValueError where it does not know the run's prompts."""
     kind = kinds.of(config)
     kind.check(config)
     teacher = load_teacher(config.teacher, config.device)
     kind.check_teacher(config, teacher)
-    spoilt = f"{config.prompt}, {config.negative}" if isinstance(config.method, Bridge) and config.negative else ""
+    both = f"{config.prompt}, {config.negative}" if isinstance(config.method, Bridge) and config.negative else ""
     for name, prompt in (
         ("", config.prompt),
         ("negative: ", config.negative),
         ("source.prompt: ", config.source.prompt),
-        ("prompt and negative together: ", spoilt),
+        ("prompt and negative together: ", both),
         *kind.further_prompts(config),
     ):
         if prompt or not (name or kind.many_prompts):
@@ -82,19 +88,25 @@ def build_teacher(config: RunConfig) -> Loaded:
 
 
 def build_student(config: RunConfig, teacher: Loaded | None = None, processes: Processes = Processes()) -> Student:
-    """What a run trains, new; the same seed gives the same one. A generator starts from its teacher.
+    """Build the student that a run trains. The same seed builds the same student.
+
+    Args:
+        teacher: a generator starts from it; scenes and images do not need it.
 
     Raises:
-        ValueError: a picture to begin from that cannot be read, a background that is not known.
+        ValueError: the picture to begin from cannot be read, or the background is unknown.
     """
     return kinds.of(config).build_student(config, teacher, processes)
 
 
 def build_critic(config: RunConfig, teacher: Loaded, processes: Processes = Processes()) -> TrainedCritic | None:
-    """A critic that starts from the teacher, where the method needs one; a discriminator in it, where it needs that.
+    """Build a critic that starts from the teacher, with a discriminator where the method needs one.
+
+    Returns:
+        The critic; None where the method needs none.
 
     Raises:
-        ValueError: the method is not for this kind of run, or there are no real images for a discriminator.
+        ValueError: the method is not for this kind of run, or the discriminator has no real images.
     """
     require_kind(config)
     if "critic" not in config.method.NEEDS:
@@ -104,15 +116,18 @@ def build_critic(config: RunConfig, teacher: Loaded, processes: Processes = Proc
 
 
 def require_kind(config: RunConfig) -> None:
-    """Raises ValueError where the method trains generators only, and the run is none of a generator."""
+    """Raise ValueError where the method trains only generators and the run trains something else."""
     missing = set(config.method.NEEDS) & {"pairs", "real"} - kinds.of(config).gives
     for need in missing:
         raise ValueError(f"{type(config.method).__name__} needs {need}: it trains generators, with sds3d distill")
 
 
 def build_objective(config: RunConfig, teacher: Teacher, critic: TrainedCritic | None = None) -> ScoreObjective | None:
-    """A score method, bound to its teacher and critic; None for a method of another family. Raises ValueError where it
-    lacks what it needs."""
+    """Bind a score method to its teacher and critic. Returns None for a method of another family.
+
+    Raises:
+        ValueError: the method lacks something that it needs.
+    """
     if not isinstance(config.method, ScoreMethod):
         return None
     if config.guidance.perp_neg and (teacher.views != "words" or not kinds.of(config).seen_by_cameras):
@@ -135,6 +150,6 @@ def build_objective(config: RunConfig, teacher: Teacher, critic: TrainedCritic |
 def build_objectives(
     score: ScoreObjective | None, config: RunConfig, student: Student, processes: Processes = Processes()
 ) -> dict[str, Objective]:
-    """The method's objectives by name: its score, where it has one, and what its kind of run has beside it."""
-    own: dict[str, Objective] = {} if score is None else {score.name: score}
-    return {**own, **kinds.of(config).further_objectives(score, config, student, processes)}
+    """Return the run's objectives by name: the score, if any, and the further ones of its kind."""
+    objectives: dict[str, Objective] = {} if score is None else {score.name: score}
+    return {**objectives, **kinds.of(config).further_objectives(score, config, student, processes)}

@@ -1,22 +1,22 @@
-"""Run folders: numbers and names, atomic checkpoints, metrics, and what to say when the disk says no.
+"""Run folders: names, checkpoints, metrics, progress pictures, and errors of the disk.
 
 A run folder holds::
 
     outputs/00001-a-red-mug/
-      config.yaml              everything that made it, resolved
-      checkpoint.safetensors   tensors, and the rest of the state as JSON in the file's header: one file, one rename
-      metrics.jsonl            a row a step
+      config.yaml              all settings of the run, resolved
+      checkpoint.safetensors   the tensors; the rest of the state is JSON in the file's header
+      metrics.jsonl            one row per step
       progress/00050.png ...   the views of that step; strip.png has them all, oldest on top
-      mesh.glb  mesh.json  turntable.mp4  preview.png     the mesh, and what is known of it
+      mesh.glb  mesh.json  turntable.mp4  preview.png     the mesh, its report, and pictures of the scene
       index.html               all of it on one page
-      pytorch_lora_weights.safetensors      where a diffusers teacher had a LoRA critic: that, as diffusers loads it
+      pytorch_lora_weights.safetensors      the LoRA critic of a diffusers teacher, in diffusers' format
 
-Every file is written beside its place and renamed into it, so that a reader, a crash or a full disk never
-meets half a file. A checkpoint has a digest of its tensors and of its header, which is compared on loading. A process
-that writes steps holds the lock of .lock; others are refused.
+Every file is written under a temporary name and then renamed, so that no reader, crash or full disk leaves half a
+file. A checkpoint has a digest of its tensors and its header, which is compared on loading. A process that writes
+steps holds the lock .lock; other processes are refused.
 
-A run folder may come from somebody else. Nothing is written, deleted or shown through a link that leads out of it, and
-a file of it that is damaged is skipped or refused by name.
+A run folder may come from a stranger. Nothing is written, deleted or shown through a link that leads out of it. A
+damaged file in it is skipped, or refused by name.
 """
 
 from __future__ import annotations
@@ -42,15 +42,15 @@ if TYPE_CHECKING:
 
 CHECKPOINT_FORMAT = 1
 _HEADER = "sds3d"  # the key of the JSON skeleton in the safetensors header
-MOST_PIXELS = 100_000_000  # of a picture; those of a run have far fewer
-STEMS = (  # of the files in a run folder, as a regular expression: what may be removed as a dead process's leftover
+MOST_PIXELS = 100_000_000  # of a picture that is opened; a run's own pictures have far fewer
+STEMS = (  # names of a run's files, as a regular expression: `Run.sweep` removes temporary files of these names only
     r"(?:checkpoint|config|metrics|index|mesh|turntable|preview|image|grid|strip|eval|README|generator|pipeline|check|"
     r"pytorch_lora_weights|\d+)(?:-\d+)?(?:-texture)?"
 )
 
 
 def slug(prompt: str) -> str:
-    """A folder name of at most 40 characters of [a-z0-9-]; "run" where nothing is left of the prompt."""
+    """Return a folder name of at most 40 characters of [a-z0-9-]; "run" if no such character is in the prompt."""
     words = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")
     if len(words) > 40:
         cut = words[:41].rpartition("-")[0]  # at a word's end where there is one
@@ -59,10 +59,10 @@ def slug(prompt: str) -> str:
 
 
 class Restorable(Protocol):
-    """What a checkpoint can be loaded into; see `sds3d.students.base.Student`."""
+    """An object that a checkpoint can be loaded into; see `sds3d.students.base.Student`."""
 
     def load_state_dict(self, state: dict[str, Any], /) -> Any:
-        """As torch's modules do."""
+        """See `torch.nn.Module.load_state_dict`."""
         ...
 
 
@@ -77,10 +77,15 @@ class Run:
 
     @classmethod
     def create(cls, out: str | Path, prompt: str, config: str) -> Run:
-        """A new folder ``out/NNNNN-slug`` with its config.yaml (text).
+        """Create a folder ``out/NNNNN-slug`` and write its config.yaml.
+
+        Args:
+            out: the folder of runs.
+            prompt: names the folder; see `slug`.
+            config: the text of config.yaml.
 
         Raises:
-            ValueError: the folder cannot be made or written. Nothing is left behind.
+            ValueError: the folder cannot be created or written. Nothing is left behind.
         """
         out = files.user_path(out)
         try:
@@ -98,8 +103,11 @@ class Run:
 
     @staticmethod
     def _claim(out: Path, name: str) -> Path:
-        """Make the next numbered folder. Who finds a second folder of that number gives way and tries again:
-        both were made before both looked, so two processes never keep the same number."""
+        """Make the next numbered folder.
+
+        Two processes may make a folder of the same number at once. Each looks after it has made its own, so at least
+        one sees both; whoever does removes its own and tries again.
+        """
         while True:
             taken = [int(m[1]) for p in out.iterdir() if (m := re.match(r"(\d{5,})-", p.name))]
             path = out / f"{max(taken, default=0) + 1:05d}-{name}"
@@ -114,7 +122,7 @@ class Run:
 
     @classmethod
     def open(cls, path: str | Path) -> Run:
-        """An existing run folder.
+        """Open an existing run folder.
 
         Raises:
             ValueError: there is no such folder, or it holds no run.
@@ -129,7 +137,7 @@ class Run:
         return cls(path)
 
     def write_text(self, path: Path, text: str) -> None:
-        """Write a text file, whole or not at all. Raises ValueError when the disk says no."""
+        """Write a text file atomically. Raises ValueError if it cannot be written."""
         with replacing(path) as part:
             part.write_text(text, encoding="utf-8")
 
@@ -137,7 +145,7 @@ class Run:
         """Write the state (nested dicts, lists, tuples, tensors, str, int, float, bool, None) as one file.
 
         Raises:
-            ValueError: the disk is full or not writable; the checkpoint that was there stays.
+            ValueError: the disk is full or not writable; the earlier checkpoint stays.
         """
         tensors: dict[str, Tensor] = {}
         skeleton = tensor_files.flatten({"format": CHECKPOINT_FORMAT, "state": state}, tensors)
@@ -146,25 +154,25 @@ class Run:
             part.write_bytes(data)
 
     def load_checkpoint(self) -> dict:
-        """The state that :meth:`save_checkpoint` was given; tensors on the CPU.
+        """Return the state that :meth:`save_checkpoint` wrote, with tensors on the CPU.
 
-        A checkpoint of before there were digests has none, and is taken as it is.
+        Checkpoints written before digests existed are loaded unchecked.
 
         Raises:
             ValueError: the checkpoint is missing, damaged or of another format.
         """
         if not self.checkpoint.is_file():
-            raise ValueError(f"{self.path} has no checkpoint.safetensors yet; let it go on: sds3d resume {self.path}")
+            raise ValueError(f"{self.path} has no checkpoint.safetensors yet; continue it: sds3d resume {self.path}")
         damaged = f"{self.checkpoint} is damaged or is no checkpoint of sds3d"
         advice = f"put a sound copy of it there, or start again with --config {self.config}"
         try:
             tensors, header = tensor_files.read(self.checkpoint)
             text = header.pop(_HEADER)
             if header:
-                raise ValueError("its header holds more than was written")
+                raise ValueError("its header has unknown entries")
             state = tensor_files.unflatten(files.from_json(text), tensors)
             if not isinstance(state, dict):
-                raise ValueError("its header holds no state")
+                raise ValueError("its header has no state")
         except (KeyError, TypeError, ValueError) as error:
             reason = str(error) if type(error) is ValueError else type(error).__name__
             raise ValueError(f"{damaged} ({reason}): {advice}") from error
@@ -176,11 +184,14 @@ class Run:
         return state["state"]
 
     def discard(self) -> None:
-        """Remove the folder: of a run that could not begin."""
+        """Remove the folder of a run that could not begin."""
         shutil.rmtree(self.path, ignore_errors=True)
 
     def lock(self) -> TextIO:
-        """Keep other processes from writing steps here until what this returns is closed, or this process ends.
+        """Lock the folder against other processes that would write steps.
+
+        Returns:
+            The lock. It is released when it is closed, or when this process ends.
 
         Raises:
             ValueError: another process holds the lock.
@@ -188,7 +199,7 @@ class Run:
         return files.lock(self.path / ".lock", f"{self.path} is in use: wait until that is done, or stop it")
 
     def sweep(self) -> None:
-        """Remove temporary files that processes which are dead now left here. Raises ValueError."""
+        """Remove temporary files that ended processes have left. Raises ValueError if they cannot be removed."""
         try:
             for folder in (self.path, *(self.folder(name) for name in ("progress", "images"))):
                 files.sweep(folder, STEMS)
@@ -196,19 +207,19 @@ class Run:
             raise ValueError(unwritable(self.path, error)) from error
 
     def folder(self, name: str) -> Path:
-        """A folder in this one. Raises ValueError where it leads out of the run: its files would be another's."""
+        """Return the path of a subfolder. Raises ValueError if it is a link that leads out of the run."""
         folder = self.path / name
         if not files.is_own(folder, self.path):
             raise ValueError(f"{folder} is a link out of the run, where nothing is written or deleted: remove the link")
         return folder
 
     def own(self, name: str) -> Path | None:
-        """A file of this run by name; None where there is none, or where it is a link that leads out of the run."""
+        """Return the path of a file of this run; None if it is missing or a link that leads out of the run."""
         path = self.path / name
         return path if path.is_file() and files.is_own(path, self.path) else None
 
     def load_student(self, student: Restorable) -> None:
-        """Give a student the weights of the last checkpoint. Raises ValueError where they are not of such a student."""
+        """Load the last checkpoint into a student. Raises ValueError if it does not fit the student."""
         state = self.load_checkpoint()
         try:
             student.load_state_dict(state["student"])
@@ -216,7 +227,7 @@ class Run:
             raise ValueError(f"{self.checkpoint} does not fit {self.config}; was one of them edited?") from error
 
     def append(self, row: dict) -> None:
-        """Add a row to metrics.jsonl. Raises ValueError when the disk says no."""
+        """Append a row to metrics.jsonl. Raises ValueError if it cannot be written."""
         if self.metrics.is_symlink():
             raise ValueError(f"{self.metrics} is a link, through which nothing is written: remove it")
         try:
@@ -226,7 +237,7 @@ class Run:
             raise ValueError(unwritable(self.metrics, error)) from error
 
     def rows(self) -> list[dict]:
-        """The rows of metrics.jsonl that have a step; what is damaged is left out."""
+        """Return the rows of metrics.jsonl. Damaged rows, and rows without a step, are left out."""
         if self.own(self.metrics.name) is None:
             return []
         rows = []
@@ -240,10 +251,10 @@ class Run:
         return rows
 
     def rewind(self, step: int) -> None:
-        """Forget rows and pictures after ``step``: a resumed run writes them again.
+        """Delete the rows and pictures after ``step``, which a resumed run writes again.
 
         Raises:
-            ValueError: the disk says no, or progress is a link that leads out of the run.
+            ValueError: the disk is not writable, or progress is a link that leads out of the run.
         """
         self.folder("progress")
         kept = [row for row in self.rows() if row["step"] <= step]
@@ -253,21 +264,22 @@ class Run:
                 path.unlink()
 
     def pictures(self) -> list[Path]:
-        """The progress pictures, oldest first; none where progress is a link that leads out of the run."""
-        found = [path for path in (self.path / "progress").glob("*.png") if re.fullmatch(r"\d{5,}", path.stem)]
-        return sorted((p for p in found if p.is_file() and files.is_own(p, self.path)), key=lambda p: int(p.stem))
+        """Return the paths of the progress pictures, oldest first; none if progress is a link out of the run."""
+        paths = [path for path in (self.path / "progress").glob("*.png") if re.fullmatch(r"\d{5,}", path.stem)]
+        return sorted((p for p in paths if p.is_file() and files.is_own(p, self.path)), key=lambda p: int(p.stem))
 
     def save_picture(self, step: int, views: Tensor) -> None:
-        """Write progress/<step>.png from views (B, 3, H, W) in [0, 1], side by side, and renew strip.png."""
+        """Write views (B, 3, H, W) in [0, 1] side by side into progress/<step>.png, and write strip.png again."""
         folder = self.folder("progress")
         row = torch.cat(list(views.detach().cpu()), dim=-1)  # (3, H, B * W)
         save_png(folder / f"{step:05d}.png", row)
         save_png(folder / "strip.png", torch.cat([_load_png(p) for p in self.spread(8)], dim=-2))
 
     def spread(self, most: int) -> list[Path]:
-        """At most ``most`` pictures spread over the run, the newest among them, all of the newest's size.
+        """Return the paths of at most ``most`` progress pictures, evenly spread over the run.
 
-        Those that cannot be read are left out, with a warning that names them.
+        The newest is among them, and all have its size. Pictures that cannot be read are left out, with a warning that
+        names them.
         """
         paths, newest = self.pictures(), None
         while paths and (newest := _size(paths[-1])) is None:
@@ -287,7 +299,7 @@ def save_png(path: Path, image: Tensor) -> None:
 
 
 def open_picture(path: Path) -> PIL.Image.Image:
-    """A picture of a run, whole, as RGB. Raises ValueError where it is none, is damaged or has too many pixels."""
+    """Read a picture as RGB. Raises ValueError if it is no picture, is damaged or has more than MOST_PIXELS pixels."""
     from PIL import Image
 
     try:
@@ -302,14 +314,14 @@ def open_picture(path: Path) -> PIL.Image.Image:
 
 
 def _load_png(path: Path) -> Tensor:
-    """(3, H, W) in [0, 1]. Raises ValueError."""
+    """Read a picture as a tensor (3, H, W) in [0, 1]. Raises ValueError; see `open_picture`."""
     import numpy
 
     return torch.from_numpy(numpy.array(open_picture(path))).permute(2, 0, 1) / 255
 
 
 def _size(path: Path) -> tuple[int, int] | None:
-    """Pixels of a picture; None, with a warning that names it, where it cannot be read."""
+    """Width and height of a picture in pixels; None, with a warning that names it, if it cannot be read."""
     try:
         return open_picture(path).size
     except ValueError as error:
@@ -318,7 +330,7 @@ def _size(path: Path) -> tuple[int, int] | None:
 
 
 def _neighbours(path: Path) -> str:
-    """ "; runs there: ..." with the newest runs beside a path, or nothing."""
+    """Text for a message, "; runs in ...", that names the newest runs beside a path; "" if there are none."""
     parent = path.parent
-    found = sorted(p.name for p in parent.glob("[0-9]*-*") if (p / "config.yaml").is_file()) if parent.is_dir() else []
-    return f"; runs in {parent}: {', '.join(found[-5:])}" if found else ""
+    names = sorted(p.name for p in parent.glob("[0-9]*-*") if (p / "config.yaml").is_file()) if parent.is_dir() else []
+    return f"; runs in {parent}: {', '.join(names[-5:])}" if names else ""

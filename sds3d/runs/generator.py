@@ -1,4 +1,4 @@
-"""A trained generator: its run folder while it learns, and the one file, or diffusers pipeline, that it becomes."""
+"""Few-step generators: the run that trains one, and the saved file, or diffusers pipeline, that draws images."""
 
 from __future__ import annotations
 
@@ -34,20 +34,20 @@ from sds3d.teachers.load import load_teacher
 from sds3d.teachers.small import SmallTeacher
 
 FILE = "generator.safetensors"
-FOLDER = "pipeline"  # in its place, where the teacher is a diffusers pipeline
+FOLDER = "pipeline"  # replaces FILE if the teacher is a diffusers pipeline
 CARD = "README.md"
-SHOWN = 8  # images a prompt in grid.png
+PER_PROMPT = 8  # images of each prompt in grid.png
 
 
 class Generated:
     """A run that trains a generator.
 
     Args:
-        run: its folder; None in a process that only helps another one.
+        run: the run folder; None in the processes of rank 1 and above, which write no files.
 
     Attributes:
         path (Path): the run folder.
-        config (DistillConfig): everything that made it.
+        config (DistillConfig): the run's settings.
         student (nn.Module): the generator.
     """
 
@@ -62,11 +62,12 @@ class Generated:
     @classmethod
     @training()
     def open(cls, path: str | Path, device: str = "auto") -> Generated:
-        """The generator of a run folder, as its last checkpoint has it: one that can go on learning. `load_generator`
-        gives one that only paints.
+        """Load the trainable generator of a run folder from its last checkpoint.
+
+        `load_generator` loads one that only draws images.
 
         Raises:
-            ValueError: no such run, no checkpoint, a damaged one, a run of another kind, or its teacher is gone.
+            ValueError: the run, its checkpoint or its teacher is missing or damaged, or the run is of another kind.
         """
         run = Run.open(path)
         config = of_run(run.config)
@@ -81,35 +82,32 @@ class Generated:
 
     @property
     def path(self) -> Path:
-        """The run folder; of a generator without one, what its config names."""
+        """The run folder; in a process without one, the config's folder of runs."""
         return Path(self.config.out) if self.run is None else self.run.path
 
     @property
     def kernels(self) -> str:
-        """Where the weights are."""
+        """The device of the weights, for display."""
         return str(next(self.student.network.parameters()).device)
 
     def rows(self) -> tuple[list[str], list[Tensor]]:
-        """A few prompts, and SHOWN images of each, (SHOWN, 3, H, W), always of the same noise."""
+        """Draw a few prompts, always from the same noise. Returns them, and images (PER_PROMPT, 3, H, W) of each."""
         prompts = a_few(self.student.prompts)
-        return prompts, rows_of(self.student.images(prompts * SHOWN, 0).cpu(), len(prompts))
+        return prompts, rows_of(self.student.images(prompts * PER_PROMPT, 0).cpu(), len(prompts))
 
     def picture(self) -> Tensor:
-        """An image of each of a few prompts, for a progress picture."""
-        images = self.student.images(a_few(self.student.prompts), 0).cpu()  # the first of each row
+        """Return one image of each of a few prompts, (B, 3, H, W), for a progress picture."""
+        images = self.student.images(a_few(self.student.prompts), 0).cpu()  # the first images of `rows`
         return sheet.resize(images, sheet.seen(images))
 
     def finish(self) -> Iterator[Path]:
-        """Write generator.safetensors or pipeline/, its card, grid.png and index.html, one after the other;
-        progress/strip.png is there.
+        """Write generator.safetensors or pipeline/, its card, grid.png and index.html. Yields each path once written.
 
         Raises:
             ValueError: the disk is full.
         """
         if self.run is None:
-            if (
-                self.student.processes.sharded
-            ):  # the process that writes needs every part, of the weights and of the grid
+            if self.student.processes.sharded:  # the writing process gathers shards: all must take part in the calls
                 self.student.means[0].module.state_dict()
                 self.rows()
             return
@@ -117,16 +115,16 @@ class Generated:
             yield from self._files()
 
     def _files(self) -> Iterator[Path]:
-        """Write them."""
+        """Write the files of `finish` in the process of rank 0."""
         if doubt := "" if self.student.processes.sharded else outsized(self.student):
             warnings.warn(f"{self.path}: {doubt}", stacklevel=2)
         assert self.run is not None, "the process that writes"
-        judged = self.path / "eval.json"
-        stale = judged.is_file() and judged.stat().st_mtime < self.run.checkpoint.stat().st_mtime
-        for old in (judged, self.path / "eval.png") if stale else ():  # they were of other weights
-            old.unlink(missing_ok=True)
+        scores = self.path / "eval.json"
+        stale = scores.is_file() and scores.stat().st_mtime < self.run.checkpoint.stat().st_mtime
+        for path in (scores, self.path / "eval.png") if stale else ():  # they were measured on earlier weights
+            path.unlink(missing_ok=True)
         yield self.save()
-        if not judged.is_file():  # the card has its figures
+        if not scores.is_file():  # else the card, which has the scores, stays
             write_card(self.path, self.config, self.student.identity)
         yield self.path / CARD
         prompts, rows = self.rows()
@@ -137,45 +135,54 @@ class Generated:
         yield report.write_page(self.run, self.PAGE, doubt)
 
     def save(self) -> Path:
-        """Write the first running mean as what `load_generator` reads."""
+        """Save the first running mean of the weights in the format that `load_generator` reads."""
         student, teacher = self.student, self.student.teacher
-        network: Any = student.means[0].module  # of the teacher's form
-        told = {"generator": json.dumps(asdict(self.config.generator)), "teacher": student.identity}
-        told |= {"method": type(self.config.method).__name__, "steps": str(self.config.steps)}
-        told["denoiser"] = json.dumps(self.config.method.DENOISER)
-        numbers = teacher.levels.told(student.times) if isinstance(teacher, DiffusersTeacher) else student.times
-        told["times"] = json.dumps(numbers.tolist())
+        network: Any = student.means[0].module  # has the teacher's architecture
+        header = {"generator": json.dumps(asdict(self.config.generator)), "teacher": student.identity}
+        header |= {"method": type(self.config.method).__name__, "steps": str(self.config.steps)}
+        header["denoiser"] = json.dumps(self.config.method.DENOISER)
+        numbers = (
+            teacher.levels.network_timesteps(student.times) if isinstance(teacher, DiffusersTeacher) else student.times
+        )
+        header["times"] = json.dumps(numbers.tolist())
         if isinstance(teacher, DiffusersTeacher):
-            told["prompts"] = json.dumps(student.prompts)
-            hf.save(teacher, network.state_dict(), student.times, told, self.path / FOLDER)
+            header["prompts"] = json.dumps(student.prompts)
+            hf.save(teacher, network.state_dict(), student.times, header, self.path / FOLDER)
             return self.path / FOLDER
         assert isinstance(teacher, SmallTeacher), type(teacher)
-        small.save(self.path / FILE, network, teacher.text, teacher.vocabulary, student.prompts, told)
+        small.save(self.path / FILE, network, teacher.text, teacher.vocabulary, student.prompts, header)
         return self.path / FILE
 
 
 def a_few(prompts: Sequence[str], most: int = 10) -> list[str]:
-    """At most ``most`` of them, evenly taken."""
+    """Return at most ``most`` of the prompts, evenly spread over the list."""
     count = min(most, len(prompts))
     return [prompts[i * len(prompts) // count] for i in range(count)]
 
 
 def rows_of(images: Tensor, count: int) -> list[Tensor]:
-    """A row (N, 3, H, W) for each of ``count`` prompts, of N images of the first, the second ... and so N times: then
-    an image's place, and its noise, depend on no N."""
+    """Split images (N * count, 3, H, W) into ``count`` rows (N, 3, H, W), one per prompt.
+
+    The batch holds an image of every prompt, N times. In this order the noise of an image does not depend on N.
+    """
     return list(images.unflatten(0, (-1, count)).transpose(0, 1))
 
 
 def write_card(path: Path, config: DistillConfig, teacher: str, figures: str = "") -> Path:
-    """The generator's card: teacher, method, data, command, and figures where they were measured."""
+    """Write the generator's card into a run folder.
+
+    Args:
+        teacher: the teacher's name and fingerprint.
+        figures: a Markdown table of measured figures; "" if there are none.
+    """
     method, steps = type(config.method).__name__, config.generator.steps
-    seen = "Its discriminator saw real images" if "real" in config.method.NEEDS else "It saw no real image"
+    data = "Its discriminator saw real images" if "real" in config.method.NEEDS else "It saw no real image"
     lines = [
         f"# A generator of {steps} step{'s' if steps > 1 else ''}, distilled by {method}",
         "",
         f"**Teacher.** {teacher}, guidance {plain(Ramp.parse(config.method.scale))}.",
         f"**Method.** {(type(config.method).__doc__ or '').partition(chr(10))[0]}",
-        f"**Data.** {seen}; what it knows is what its teacher knew.",
+        f"**Data.** {data}; it knows only what its teacher knew.",
         f"**Command.** `sds3d distill --teacher {config.teacher.name} --method {name_of(config.method)} "
         f"--seed {config.seed} steps={config.steps} generator.steps={steps} generator.batch={config.generator.batch}`; "
         "config.yaml beside this file has every setting.",
@@ -195,13 +202,13 @@ def write_card(path: Path, config: DistillConfig, teacher: str, figures: str = "
 
 
 def _in_diffusers(pipeline: Path) -> list[str]:
-    """The card's lines on how diffusers loads a pipeline; none where there is none."""
+    """The card's lines on how diffusers loads a pipeline; none if there is no pipeline."""
     if not (pipeline / hf.CARD).is_file():
         return []
     return [
-        "It is a diffusers pipeline, too, with a scheduler of its own; it wants to be called as it says here, "
-        "and on a GPU takes half the memory with dtype=torch.bfloat16. Fewer steps are the first of its times, which "
-        "diffusers does not take by itself: use `sds3d sample --steps`, or steps= above.",
+        "diffusers can load it, too: it is a pipeline with its own scheduler. Call it with the arguments below; on a "
+        "GPU, dtype=torch.bfloat16 takes half the memory. With fewer steps it uses the first of its times, which "
+        "diffusers does not do by itself: use `sds3d sample --steps`, or steps= above.",
         "",
         "```python",
         "from diffusers import DiffusionPipeline",
@@ -213,65 +220,65 @@ def _in_diffusers(pipeline: Path) -> list[str]:
 
 
 class LoadedGenerator:
-    """A generator that is called: prompts in, images out.
+    """A generator that draws images of prompts.
 
     Args:
-        teacher: what the generator was saved as.
-        told: what its file says.
+        teacher: the loaded weights, as a teacher of the same architecture.
+        header: the header of the generator's file.
 
     Attributes:
-        prompts: what it learnt to draw.
+        prompts: the prompts that it was trained on.
         times: t (K,) of its K steps, as in training.
-        told: what its file says: teacher, method, steps of training, settings.
+        header: the header's teacher, method, steps of training and settings.
     """
 
-    def __init__(self, teacher: SmallTeacher | DiffusersTeacher, told: Mapping[str, Any]):
+    def __init__(self, teacher: SmallTeacher | DiffusersTeacher, header: Mapping[str, Any]):
         self._teacher = teacher
         try:
-            self._config = build(GeneratorConfig, from_json(told["generator"]), "generator")
-            self.prompts = convert(tuple[str, ...], from_json(told["prompts"]), "prompts")
-            self.times, self._size = _times(teacher, self._config, told.get("times"))
+            self._config = build(GeneratorConfig, from_json(header["generator"]), "generator")
+            self.prompts = convert(tuple[str, ...], from_json(header["prompts"]), "prompts")
+            self.times, self._size = _times(teacher, self._config, header.get("times"))
         except (ValueError, TypeError, AttributeError) as error:
             raise ValueError(f"the generator's header is damaged ({error}); train it again") from error
-        self.told = {key: told[key] for key in ("teacher", "method", "steps", "generator")}
+        self.header = {key: header[key] for key in ("teacher", "method", "steps", "generator")}
 
     @property
     def device(self) -> torch.device:
-        """Where it paints."""
+        """The device that it computes on."""
         return self._teacher.device
 
     @property
     def steps(self) -> int:
-        """Of the generator."""
+        """The number of steps that it was trained to draw in."""
         return self._config.steps
 
     @property
     def image_size(self) -> int:
-        """Pixels a side of what it paints."""
+        """Width and height of its images in pixels."""
         return self._teacher.image_size
 
     def check(self, prompt: str) -> None:
-        """Raises ValueError where it does not know a word of the prompt."""
+        """Raise ValueError if it does not know a word of the prompt."""
         self._teacher.check(prompt)
 
     @property
     def dtype(self) -> torch.dtype:
-        """What its network computes in."""
+        """The dtype that its network computes in."""
         return self._teacher.dtype
 
     def __call__(self, prompts: Sequence[str], seed: int = 0, steps: int | None = None, batch: int = 0) -> Tensor:
-        """Images (B, 3, H, W) in [0, 1], on the CPU.
+        """Draw images (B, 3, H, W) in [0, 1], on the CPU.
 
         Args:
-            prompts: B of them.
-            seed: of the noise. Image i of a seed depends on its prompt alone: not on B, and not on ``batch``
-                (`sds3d.diffusion.draws` says how).
-            steps: fewer than it was trained for are possible, not more: the first of its ``times``, as in training.
-            batch: how many images at least are made before they leave the device together; 0 is 256 of 64 pixels a
-                side, and as many fewer as they are larger.
+            prompts: B prompts.
+            seed: seed of the noise. Image i of a seed depends on its prompt alone, not on B or ``batch``; see
+                `sds3d.diffusion.draws`.
+            steps: number of steps, at most the number it was trained for; the first of its ``times`` are used.
+            batch: least number of images that are moved from the device together. 0 means 256 images of 64 pixels a
+                side, and proportionally fewer larger ones.
 
         Raises:
-            ValueError: an unknown word, or a number of steps that it was not trained for.
+            ValueError: a word is unknown, or the number of steps is larger than in training.
         """
         for prompt in dict.fromkeys(prompts):
             self.check(prompt)
@@ -281,56 +288,60 @@ class LoadedGenerator:
         if batch < 0:
             raise ValueError(f"batch is {batch}; give a number of images, or 0 for as many as usually fit")
         batch = batch or max(1, 256 * 64**2 // max(self.image_size, 64) ** 2)
-        order, kept, found = [], [], [torch.zeros(0, 3, self.image_size, self.image_size)]
+        order, on_device, on_cpu = [], [], [torch.zeros(0, 3, self.image_size, self.image_size)]
         teacher = self._teacher
         with training(), torch.inference_mode():
             for rows, piece in images(teacher, teacher.network, self.times[:steps], prompts, seed, self._size):
                 order += rows
-                kept.append(piece)
-                if sum(map(len, kept)) >= batch:
-                    found.append(torch.cat(kept).cpu())
-                    kept.clear()
-        return in_order(order, [*found, *(piece.cpu() for piece in kept)])
+                on_device.append(piece)
+                if sum(map(len, on_device)) >= batch:
+                    on_cpu.append(torch.cat(on_device).cpu())
+                    on_device.clear()
+        return in_order(order, [*on_cpu, *(piece.cpu() for piece in on_device)])
 
 
-def _times(teacher: SmallTeacher | DiffusersTeacher, config: GeneratorConfig, said: str | None) -> tuple[Tensor, float]:
-    """The times (K,) of a saved generator's K steps, as in training, and the size of its first noise.
+def _times(teacher: SmallTeacher | DiffusersTeacher, config: GeneratorConfig, text: str | None) -> tuple[Tensor, float]:
+    """The times (K,) of a saved generator's K steps, as in training, and the scale of its first noise.
 
     Args:
-        said: JSON of the times: of a network's own, and of a pipeline's what its network is told. Older files do not
-            say them, and give for all steps the same again.
+        text: JSON of K numbers: t for a network of this project, and the network's timesteps for a pipeline. None for
+            older files, which do not store them; the times are then computed from the config as they were in training.
     """
-    if said is None and isinstance(teacher, DiffusersTeacher):
-        return generator_scheduler.times(
+    if text is None and isinstance(teacher, DiffusersTeacher):
+        return generator_scheduler.scheduler_times(
             teacher.family, teacher.levels, teacher.family.pipe.scheduler, config.steps
         ), 1.0
-    if said is None:
+    if text is None:
         return generator_times(teacher, config)
     most = float(teacher.levels.count) if isinstance(teacher, DiffusersTeacher) else 1.0
-    found = torch.tensor(convert(tuple[float, ...], from_json(said), "times"), dtype=torch.float64)
-    falls = bool((found.diff() < 0).all()) and bool(((found > 0) & (found <= most)).all())
-    if len(found) != config.steps or not falls:
-        raise ValueError(f"times is {shown(said)}, not {config.steps} falling numbers above 0, up to {most:g}")
+    numbers = torch.tensor(convert(tuple[float, ...], from_json(text), "times"), dtype=torch.float64)
+    falls = bool((numbers.diff() < 0).all()) and bool(((numbers > 0) & (numbers <= most)).all())
+    if len(numbers) != config.steps or not falls:
+        raise ValueError(f"times is {shown(text)}, not {config.steps} decreasing numbers above 0, up to {most:g}")
     if isinstance(teacher, DiffusersTeacher):
-        return generator_scheduler.times_of(teacher.levels, found), 1.0
-    return found, float(teacher.schedule.alpha_sigma(found[:1])[1])
+        return generator_scheduler.t_of_network_timesteps(teacher.levels, numbers), 1.0
+    return numbers, float(teacher.schedule.alpha_sigma(numbers[:1])[1])
 
 
 def find(path: Path) -> Path | None:
-    """The generator's file, or its pipeline's folder, in a run folder; the newest in a folder of runs; or itself; None
-    where is none."""
+    """Find a saved generator: a .safetensors file or a pipeline's folder. Returns None if there is none.
+
+    Args:
+        path: the file or folder itself, its run folder, or a folder of runs; then the newest generator is found.
+    """
     path = path.expanduser()
     if path.is_file():
         return path if path.suffix == ".safetensors" else None
     if (path / hf.CARD).is_file():
         return path
-    here = [path / FILE, *(card.parent for card in path.glob(f"{FOLDER}/{hf.CARD}"))]
-    runs = [*path.glob(f"[0-9]*/{FILE}"), *(card.parent for card in path.glob(f"[0-9]*/{FOLDER}/{hf.CARD}"))]
-    return next((one for one in here if one.exists()), max(runs, key=lambda one: one.parent, default=None))
+    own = [path / FILE, *(card.parent for card in path.glob(f"{FOLDER}/{hf.CARD}"))]
+    in_runs = [*path.glob(f"[0-9]*/{FILE}"), *(card.parent for card in path.glob(f"[0-9]*/{FOLDER}/{hf.CARD}"))]
+    newest = max(in_runs, key=lambda saved: saved.parent, default=None)
+    return next((saved for saved in own if saved.exists()), newest)
 
 
 def _how_to_get_one(path: Path) -> str:
-    """What a user can do about a folder without a generator."""
+    """Advice for a user whose folder has no generator."""
     if not (path / "config.yaml").is_file():
         return "train one with sds3d distill"
     if of_run(path / "config.yaml").MAKES != "generator":
@@ -342,14 +353,16 @@ def _how_to_get_one(path: Path) -> str:
 
 @training()
 def load_generator(path: str | Path, device: str = "auto", dtype: str = "auto") -> LoadedGenerator:
-    """A trained generator, from its run folder, its generator.safetensors or pipeline, or a folder of runs: the newest.
+    """Load a trained generator.
 
     Args:
-        dtype: what it computes in: "auto" (bfloat16 where that is fast), "float32", "bfloat16", or of a pipeline
-            "float16".
+        path: its run folder, its generator.safetensors or pipeline, or a folder of runs, of which the newest counts.
+        device: "auto", "cpu", "cuda" ...
+        dtype: the dtype that it computes in: "auto" (bfloat16 where that is fast), "float32", "bfloat16", or, for a
+            pipeline, "float16".
 
     Raises:
-        ValueError: there is none, it is damaged, it is a teacher's file, or the dtype is not for it.
+        ValueError: there is no generator, it is damaged, the file is a teacher's, or the dtype is not supported.
 
     Examples:
         >>> generator = load_generator("outputs/00001-digits-diffinstruct", dtype="float32")
@@ -366,20 +379,20 @@ def load_generator(path: str | Path, device: str = "auto", dtype: str = "auto") 
     if file is None:
         raise ValueError(f"{path} holds no {FILE}; {_how_to_get_one(Path(path).expanduser())}")
     if file.is_dir():
-        told = hf.read(file)
-        # a stranger's card neither names where to write nor lets pickles run
-        settings = {key: value for key, value in told["hf"].items() if key not in ("cache", "allow_pickle")}
+        header = hf.read(file)
+        # a card may be a stranger's: it must not name a folder to write to, nor allow pickles
+        settings = {key: value for key, value in header["hf"].items() if key not in ("cache", "allow_pickle")}
         try:
-            found = build(HFConfig, settings, "hf")
+            config = build(HFConfig, settings, "hf")
         except ValueError as error:
             raise ValueError(f"{file / hf.CARD} is damaged ({error}); train the generator again") from error
-        pipeline = loading.load(TeacherConfig(str(file), "words", dtype, hf=found), pick_device(device))
-        pipeline.words.sided = False
-        return LoadedGenerator(pipeline, told)
+        pipeline = loading.load(TeacherConfig(str(file), "words", dtype, hf=config), pick_device(device))
+        pipeline.embedder.all_views = False
+        return LoadedGenerator(pipeline, header)
     if dtype == "float16":
         raise ValueError(f"dtype float16 is for diffusers pipelines, and {file} is none; give float32 or bfloat16")
-    wanted = None if dtype == "auto" else getattr(torch, dtype)
-    network = small.load(file, "words", pick_device(device), wanted)
-    if "generator" not in network.told:
+    torch_dtype = None if dtype == "auto" else getattr(torch, dtype)
+    network = small.load(file, "words", pick_device(device), torch_dtype)
+    if "generator" not in network.header:
         raise ValueError(f"{file} is a teacher's, not a generator's; distil it: sds3d distill --teacher {file}")
-    return LoadedGenerator(network, network.told)
+    return LoadedGenerator(network, network.header)

@@ -1,4 +1,4 @@
-"""What a run that trains a generator is built of, where it differs from other runs."""
+"""The parts of a run that are particular to few-step generators."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from sds3d.distill import pairs, perceptual
 from sds3d.distill.adversarial.generator_loss import Adversarial
 from sds3d.distill.core import ScoreObjective, scale_of
 from sds3d.distill.critics import TrainedCritic
-from sds3d.distill.discriminators import Real, TrainedDiscriminator
+from sds3d.distill.discriminators import RealSampler, TrainedDiscriminator
 from sds3d.distill.regression import Regression
 from sds3d.runs.folder import slug
 from sds3d.runs.memory_savings import Saving, halved, of_critic
@@ -36,49 +36,54 @@ from sds3d.train import Objective
 
 
 def title(config: DistillConfig) -> str:
-    """What the run folder is named after."""
+    """Return the text that the run folder is named after."""
     return f"{Path(config.teacher.name).stem} {name_of(config.method)} {config.prompt}"
 
 
 def check_teacher(config: DistillConfig, teacher: Loaded) -> None:
-    """Raises ValueError where a teacher cannot teach a generator. A pipeline's prompts get no view words."""
+    """Raise ValueError if a teacher cannot teach a generator. Turns off the view words of a diffusers pipeline."""
     if views_per_set(teacher) > 1:
-        raise ValueError(f"the teacher {config.teacher.name} judges views of a scene, and a generator draws none")
+        name = config.teacher.name
+        raise ValueError(f"the teacher {name} judges several views of a scene at once; a generator draws single images")
     if isinstance(teacher, DiffusersTeacher):
-        teacher.words.sided = False
+        teacher.embedder.all_views = False
     if "real" in config.method.NEEDS or ("pairs" in config.method.NEEDS and config.distance == "teacher"):
-        _ = teacher.feature_width  # which not every network has
+        _ = teacher.feature_width  # raises where the network has no features
 
 
 def identity(config: DistillConfig, teacher: Loaded) -> str:
-    """A teacher's name and what its weights are, as in "digits 0123456789ab"."""
+    """Return a teacher's name and the fingerprint of its weights, as in "digits 0123456789ab"."""
     return f"{Path(config.teacher.name).name} {teacher.fingerprint}"
 
 
 def build_student(config: DistillConfig, teacher: Loaded | None, processes: Processes) -> FewStepGenerator:
-    """A generator that starts from its teacher."""
+    """Build a generator that starts from its teacher."""
     assert teacher is not None, "a generator starts from its teacher"
     return FewStepGenerator(teacher, config.generator, prompts(config, teacher), identity(config, teacher), processes)
 
 
 def prompts(config: DistillConfig, teacher: Loaded) -> list[str]:
-    """What a generator learns to draw. Raises ValueError for a file that cannot be read or a word nobody knows."""
+    """Return the prompts that a generator learns to draw.
+
+    Raises:
+        ValueError: a file cannot be read, the teacher does not know a word, or it lists no prompts of its own.
+    """
     if config.prompt and config.generator.prompts:
         raise ValueError("give either prompt or generator.prompts, not both")
     if config.prompt:
         return [config.prompt]
     if not config.generator.prompts:
-        toys = config.teacher.name in ("small", "toybox")  # whose weights are older than the list in their header
+        toys = config.teacher.name in ("small", "toybox")  # their headers, which are older, list no prompts
         if not (toys or teacher.prompts):
             raise ValueError(
                 f"the teacher {config.teacher.name} does not say what it was trained on; say what to draw: "
-                "--prompts FILE (generator.prompts=FILE), with a prompt a line, or --prompt"
+                "--prompts FILE (generator.prompts=FILE), with one prompt per line, or --prompt"
             )
         return list(sources.Toybox().prompts if toys else teacher.prompts)
     try:
         text = read_text(user_path(config.generator.prompts))
     except ValueError as error:
-        raise ValueError(f"generator.prompts: {error}; give a text file, one prompt a line") from error
+        raise ValueError(f"generator.prompts: {error}; give a text file, one prompt per line") from error
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     for line in lines:
         teacher.check(line)
@@ -86,39 +91,42 @@ def prompts(config: DistillConfig, teacher: Loaded) -> list[str]:
 
 
 def build_critic(config: DistillConfig, teacher: Loaded, rng: torch.Generator, processes: Processes) -> TrainedCritic:
-    """A critic that starts from the teacher, with a discriminator in it where the method needs one.
+    """Build a critic that starts from the teacher, with a discriminator where the method needs one.
 
     Raises:
         ValueError: there are no real images for a discriminator.
     """
     if "real" not in config.method.NEEDS:
         return TrainedCritic(teacher, config.critic, rng, processes)
-    found = real(config, teacher, processes)
-    return TrainedDiscriminator(teacher, config.critic, rng, found, config.method.discriminator, processes)
+    draw = real(config, teacher, processes)
+    return TrainedDiscriminator(teacher, config.critic, rng, draw, config.method.discriminator, processes)
 
 
-def real(config: DistillConfig, teacher: Loaded, processes: Processes = Processes()) -> Real:
-    """What draws real images for a discriminator, told as the generator is told: by its own prompts.
+def real(config: DistillConfig, teacher: Loaded, processes: Processes = Processes()) -> RealSampler:
+    """Return a function that draws real images for a discriminator, with the generator's own prompts.
+
+    The generator's prompts stand in for the images' captions, so that the discriminator cannot tell real images by
+    their captions.
 
     Raises:
-        ValueError: there are none, or none that is captioned with one of the prompts.
+        ValueError: there are no real images, or none whose captions contain one of the prompts.
     """
     name = config.real or config.teacher.name
     if name in ("toybox", "small") or not (config.real or name == "digits"):
-        raise ValueError(f"{type(config.method).__name__} wants real images; give real=FOLDER, with captions")
-    found = digits.pictures() if name == "digits" else read_folder(name, teacher.image_size, 1000).pictures
-    wanted = set(prompts(config, teacher))
-    told = [next((text for text in texts if text in wanted), "") for texts in found.captions]
-    kept = [i for i, text in enumerate(told) if text]
-    if not kept:
-        raise ValueError(f"no real image is captioned {sorted(wanted)[0]!r}, or any of the generator's prompts")
-    device, parts = pick_device(config.device), [kept[i : i + 64] for i in range(0, len(kept), 64)]
+        raise ValueError(f"{type(config.method).__name__} needs real images; give real=FOLDER, with captions")
+    pictures = digits.pictures() if name == "digits" else read_folder(name, teacher.image_size, 1000).pictures
+    known = set(prompts(config, teacher))
+    labels = [next((text for text in texts if text in known), "") for texts in pictures.captions]
+    labelled = [i for i, label in enumerate(labels) if label]
+    if not labelled:
+        raise ValueError(f"no real image is captioned {sorted(known)[0]!r}, or any of the generator's prompts")
+    device, batches = pick_device(config.device), [labelled[i : i + 64] for i in range(0, len(labelled), 64)]
     with torch.no_grad():
-        x = torch.cat([teacher.encode(onto(found[part].rgb(), device)) for part in parts])
+        x = torch.cat([teacher.encode(onto(pictures[batch].rgb(), device)) for batch in batches])
 
     def draw(count: int, rng: torch.Generator) -> tuple[Tensor, list[str]]:
-        index = processes.randint(len(kept), count, rng)
-        return x[onto(index, x.device)], [told[kept[i]] for i in index.tolist()]
+        index = processes.randint(len(labelled), count, rng)
+        return x[onto(index, x.device)], [labels[labelled[i]] for i in index.tolist()]
 
     return draw
 
@@ -126,47 +134,55 @@ def real(config: DistillConfig, teacher: Loaded, processes: Processes = Processe
 def further_objectives(
     score: ScoreObjective | None, config: DistillConfig, student: Student, processes: Processes
 ) -> dict[str, Objective]:
-    """What a method has beside its score: a regression on pairs, a discriminator's verdict."""
-    found: dict[str, Objective] = {}
+    """Build the objectives beside the score: a regression on pairs, an adversarial loss, where the method has them."""
+    objectives: dict[str, Objective] = {}
     if "pairs" in config.method.NEEDS:
         assert isinstance(student, FewStepGenerator), student
-        teacher: Any = student.teacher  # one of those that are loaded
-        made = pairs.load(pairs_folder(config, teacher), config.pairs, pick_device(config.device))
+        teacher: Any = student.teacher  # one of the classes in `Loaded`
+        loaded = pairs.load(pairs_folder(config, teacher), config.pairs, pick_device(config.device))
 
         def draw(noise: Tensor, prompts: list[str]) -> Tensor:
             return paint(teacher, student.network, student.times[:1], [noise], prompts, student.size)
 
-        apart = perceptual.distance(config.distance, teacher, pick_device(config.device))
-        found["regression"] = Regression(made, draw, apart, config.method.regression, config.pairs.batch, processes)
+        distance = perceptual.distance(config.distance, teacher, pick_device(config.device))
+        weight, batch = config.method.regression, config.pairs.batch
+        objectives["regression"] = Regression(loaded, draw, distance, weight, batch, processes)
     if "real" in config.method.NEEDS:
         assert score is not None and isinstance(score.critic, TrainedDiscriminator), score
-        found["adversarial"] = Adversarial(score.critic, config.method.adversarial)
-    return found
+        objectives["adversarial"] = Adversarial(score.critic, config.method.adversarial)
+    return objectives
 
 
 def pairs_folder(config: DistillConfig, teacher: Loaded) -> Path:
-    """Where a run's pairs are."""
+    """Return the folder of a run's pairs; its default name has a digest of everything that the pairs depend on."""
     if config.pairs.folder:
         return Path(config.pairs.folder).expanduser()
-    told = (config.pairs.sampler, config.pairs.steps, scale_of(config.method.scale, 0), prompts(config, teacher))
-    told += (str(teacher.dtype),)
-    mark = hashlib.sha256(repr(told).encode()).hexdigest()[:8]  # one folder for each that would differ
-    return Path(config.out).expanduser() / "pairs" / f"{slug(identity(config, teacher))}-{mark}"
+    settings = (config.pairs.sampler, config.pairs.steps, scale_of(config.method.scale, 0), prompts(config, teacher))
+    settings += (str(teacher.dtype),)
+    digest = hashlib.sha256(repr(settings).encode()).hexdigest()[:8]
+    return Path(config.out).expanduser() / "pairs" / f"{slug(identity(config, teacher))}-{digest}"
 
 
 def make_pairs(config: DistillConfig, teacher: Loaded) -> Iterator[int]:
-    """Make the pairs a run needs and does not have; yields how many are there. Raises ValueError."""
+    """Make the pairs that a run needs and does not have yet.
+
+    Yields:
+        The number of pairs made so far.
+
+    Raises:
+        ValueError: see `sds3d.distill.pairs.make`.
+    """
     scale, device = scale_of(config.method.scale, 0), pick_device(config.device)
-    told, folder = prompts(config, teacher), pairs_folder(config, teacher)
-    return pairs.make(teacher, identity(config, teacher), config.pairs, told, folder, scale, device)
+    folder = pairs_folder(config, teacher)
+    return pairs.make(teacher, identity(config, teacher), config.pairs, prompts(config, teacher), folder, scale, device)
 
 
 def savings(config: DistillConfig, image_size: int) -> list[Saving]:
-    """What can be set to save memory, in the usual order of effect; see `Kind.savings`."""
-    found = halved("pairs.batch", config.pairs.batch) if "pairs" in config.method.NEEDS else []
-    return [*of_critic(config), *halved("generator.batch", config.generator.batch), *found]
+    """Return settings that save memory, usually the most effective first; see `Kind.savings`."""
+    fewer_pairs = halved("pairs.batch", config.pairs.batch) if "pairs" in config.method.NEEDS else []
+    return [*of_critic(config), *halved("generator.batch", config.generator.batch), *fewer_pairs]
 
 
 def usual_savings(config: DistillConfig) -> tuple[list[str], str]:
-    """Of a packaged teacher's run that is out of memory: what it can take up where it stopped, and all in words."""
+    """Return the advice for a packaged teacher that runs out of memory; see `Kind.usual_savings`."""
     return [], "lower generator.batch, pairs.batch"

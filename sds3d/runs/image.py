@@ -1,4 +1,4 @@
-"""A painting: images that a run optimised directly, without a scene."""
+"""A painting: images whose pixels a run has optimised, without a scene."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ class Painting:
 
     Attributes:
         path (Path): the run folder.
-        config (PaintConfig): everything that made them.
-        student (ImageStudent): their pixels.
+        config (PaintConfig): the run's settings.
+        student (ImageStudent): the pixels.
     """
 
     PAGE: ClassVar[report.PageFacts] = report.PageFacts(
@@ -41,10 +41,10 @@ class Painting:
     @classmethod
     @training()
     def open(cls, path: str | Path, device: str = "auto") -> Painting:
-        """The images of a run folder, as its last checkpoint has them, on any device.
+        """Load the images of a run folder from its last checkpoint.
 
         Raises:
-            ValueError: no such run, no checkpoint, a damaged one, or a run of another kind.
+            ValueError: the run or its checkpoint is missing or damaged, or the run is of another kind.
         """
         run = Run.open(path)
         config = configs.of_run(run.config)
@@ -62,20 +62,24 @@ class Painting:
 
     @property
     def kernels(self) -> str:
-        """Where the pixels are."""
+        """The device of the pixels, for display."""
         return str(self.student.device)
 
     @property
     def images(self) -> Tensor:
-        """(N, 3, H, W) in [0, 1]."""
+        """The images, (N, 3, H, W) in [0, 1]."""
         return self.student.images()
 
     def pictures(self, count: int, resolution: int) -> Tensor:
-        """All its images, whatever their number and size, (N, 3, H, W) in [0, 1]."""
+        """Return all images, (N, 3, H, W) in [0, 1]. ``count`` and ``resolution`` are for scenes and have no effect."""
         return self.images
 
     def against_truth(self) -> dict[str, float | None]:
-        """Figures against the toybox's object of its prompt. Raises ValueError where there is none."""
+        """Compare with the toybox's object of the prompt. Raises ValueError if the prompt is not the toybox's.
+
+        Returns:
+            "psnr": the mean over the images of the PSNR in dB to the most similar true view.
+        """
         from sds3d.data import toybox
         from sds3d.evaluate import truth
 
@@ -85,12 +89,14 @@ class Painting:
         return {"psnr": float((-10 * error.clamp_min(1e-6).log10()).mean())}
 
     def picture(self) -> Tensor:
-        """The first images, for a progress picture."""
+        """Return the first images, for a progress picture."""
         return self.images[:COLUMNS]
 
     def finish(self) -> Iterator[Path]:
-        """Write image.png, all images side by side, images/1.png ... and index.html, one after the other;
-        progress/strip.png is there already.
+        """Write image.png (all images side by side), images/1.png ... and index.html.
+
+        Yields:
+            Each path once it is written; progress/strip.png, which is there already, among them.
 
         Raises:
             ValueError: the disk is full.

@@ -1,4 +1,4 @@
-"""What a run that paints images is built of, where it differs from other runs."""
+"""The parts of a run that are particular to images."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from sds3d.teachers.base import Teacher
 
 
 def build_student(config: PaintConfig, teacher: Teacher | None, processes: Processes) -> ImageStudent:
-    """New images. Raises ValueError for a picture to begin from that cannot be read."""
-    rng = torch.Generator().manual_seed(2 * config.seed + 1)  # the loop's own stream is 2 * seed
+    """Build the images of a new run. Raises ValueError if the picture to begin from cannot be read."""
+    rng = torch.Generator().manual_seed(2 * config.seed + 1)  # the training loop's seed is 2 * seed
     return ImageStudent(config.image, config.prompt, rng, pick_device(config.device))
 
 
 def savings(config: PaintConfig, image_size: int) -> list[Saving]:
-    """What can be set to save memory, in the usual order of effect; see `Kind.savings`."""
+    """Return settings that save memory, usually the most effective first; see `Kind.savings`."""
     return [*of_pipeline(config, image_size), *halved("image.count", config.image.count)]
 
 
 def usual_savings(config: PaintConfig) -> tuple[list[str], str]:
-    """Of a packaged teacher's run that is out of memory: what it can take up where it stopped, and all in words."""
+    """Return the advice for a packaged teacher that runs out of memory; see `Kind.usual_savings`."""
     return [], "lower image.count"

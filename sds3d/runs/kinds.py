@@ -1,6 +1,6 @@
-"""The kinds of runs: a scene, images, a generator. What differs between them stands in this table, and nowhere else.
+"""The kinds of runs: a scene, images, a generator. Everything that differs between them is in the table ``KINDS``.
 
-A further kind is a further `Kind` in ``KINDS``: a config class, what its run is built of, and what its result is.
+To add a kind, add a `Kind` to ``KINDS``: its config class, the functions that build its parts, and its result class.
 """
 
 from __future__ import annotations
@@ -54,27 +54,28 @@ def _no_objectives(
 
 @dataclass(frozen=True)
 class Kind:
-    """What is particular to one kind of run. A function's config is of the kind's config class.
+    """The record of one kind of run. Each function takes a config of the class ``config``.
 
     Args:
-        config: the class of its config.
-        result: the class of what it makes; ``result(run, config, student)``, and ``result.open(folder)``.
-        build_student: (config, teacher, processes) -> what is trained.
-        savings: (config, the teacher's pixels a side) -> settings that save memory, the most effective first.
-        usual_savings: (config) -> for a packaged teacher out of memory, those that a run can take up where it stopped,
-            and all of them in words.
-        title: (config) -> what the run folder is named after.
+        config: the config class.
+        result: the class of the finished run: ``result(run, config, student)``, and ``result.open(folder)``.
+        build_student: (config, teacher, processes) -> the student.
+        savings: (config, the teacher's image size in pixels) -> settings that save memory, the most effective first.
+        usual_savings: (config) -> advice for a packaged teacher that runs out of memory: the settings, as KEY=VALUE,
+            with which a stopped run can be resumed, and a sentence that names all settings that help.
+        title: (config) -> the text that the run folder is named after.
         check: (config) -> None; raises ValueError before a teacher is loaded.
-        check_teacher: (config, teacher) -> None; raises ValueError where it cannot teach this kind.
-        further_prompts: (config) -> what the teacher must know beside the prompt, each with what it is for.
+        check_teacher: (config, teacher) -> None; raises ValueError if the teacher cannot teach this kind.
+        further_prompts: (config) -> (label, prompt) pairs that the teacher must know beside the prompt; the label
+            begins the error message.
         build_critic: (config, teacher, rng, processes) -> a critic, for methods that need one.
         further_objectives: (score, config, student, processes) -> objectives beside the score, by name.
-        source: where an edit's source comes from, as it is typed.
-        has_source: (config) -> whether there is one.
-        gives: what it can give to methods that need it: "pairs", "real".
+        source: how a user gives the source of an edit, as KEY=VALUE.
+        has_source: (config) -> whether the config gives a source.
+        gives: the needs of methods that this kind can meet: "pairs", "real".
         seen_by_cameras: whether the student is rendered from cameras.
-        many_prompts: whether an empty prompt stands for all that the teacher was trained on.
-        many_processes: whether torchrun's processes can share a run.
+        many_prompts: whether an empty prompt means all prompts that the teacher was trained on.
+        many_processes: whether several processes of torchrun can train one student.
     """
 
     config: type[RunConfig]
@@ -139,15 +140,15 @@ KINDS = {
 
 
 def of(config: RunConfig) -> Kind:
-    """The kind of a run."""
+    """Return the kind of a run's config."""
     return next(kind for kind in KINDS.values() if isinstance(config, kind.config))
 
 
 def open_run(path: str | Path, device: str = "auto") -> Made:
-    """What a run folder holds, as its last checkpoint has it. Raises ValueError; see `Asset.open`."""
+    """Load the result of a run folder from its last checkpoint. Raises ValueError; see `Asset.open`."""
     return of(configs.of_run(Run.open(path).config)).result.open(path, device)
 
 
 def write_page(run: Run, note: str = "") -> Path:
-    """Write a run's index.html, from what is in its folder. Raises ValueError; see `report.write_page`."""
+    """Write a run's index.html from the files in its folder. Raises ValueError; see `report.write_page`."""
     return report.write_page(run, of(configs.of_run(run.config)).result.PAGE, note)

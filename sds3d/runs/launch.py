@@ -1,4 +1,4 @@
-"""Begin a run or go on with one: student, teacher, critic, objective and loop, put together."""
+"""Starts and resumes runs: builds the parts and returns the training loop."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ from sds3d.runtime.distributed import Processes, join
 from sds3d.runtime.errors import Diverged
 from sds3d.runtime.files import is_own
 from sds3d.runtime.modes import training
-from sds3d.students.scene.edit import EditedScene
-from sds3d.students.scene.student import SceneStudent
+from sds3d.students.edit import EditedScene
+from sds3d.students.representation import Scene
 from sds3d.teachers.base import Teacher
 from sds3d.train import Step, make_optimiser, train
 
 
 @training()
 def check(config: RunConfig) -> None:
-    """Refuse what could not run. Raises ValueError."""
+    """Build the parts of a run without starting it. Raises ValueError if it could not run."""
     parts = _Parts(config)
     parts.begin_from_source()
     make_optimiser(parts.student, config.optim)
@@ -58,7 +58,7 @@ def start(config: RunConfig) -> tuple[kinds.Made, Generator[Step]]:
     made = parts.made(run)
     try:
         steps = parts.steps(made)
-        return made, steps if run is None else _held(steps, run, run.lock(), fresh=True)
+        return made, steps if run is None else _locked(steps, run, run.lock(), fresh=True)
     except ValueError:
         if run is not None:
             run.discard()
@@ -67,49 +67,52 @@ def start(config: RunConfig) -> tuple[kinds.Made, Generator[Step]]:
 
 @training()
 def resume(path: str | Path, layer: Mapping[str, Any] | None = None) -> tuple[kinds.Made, Generator[Step]]:
-    """A run, and the loop from its checkpoint on; from the beginning, where it ended before it had one.
+    """Resume a run from its checkpoint, or from the beginning if it has none yet.
 
-    One that was made on a GPU goes on without, with a warning, where there is none; its config.yaml keeps what it says.
-
-    The run is this process's until the loop ends. Outside the run nothing is written that its config.yaml, which may be
-    a stranger's, alone names.
+    A run that was made on a GPU goes on without one, with a warning, where there is none; its config.yaml does not
+    change. The run is locked until the loop ends. The config.yaml may be a stranger's, so nothing is written outside
+    the run folder to a path that only this file names.
 
     Args:
         path: the run folder.
-        layer: what may change: steps, device, backend, fsdp, log, export.
+        layer: settings to change: steps, device, backend, fsdp, log, export.
+
+    Returns:
+        The result, which the loop trains, and the loop: a generator of steps.
 
     Raises:
-        ValueError: no such run, another process works on it, a damaged checkpoint, more steps done than asked for ...
+        ValueError: the run or its checkpoint is missing or damaged, another process works on it, or it has done more
+            steps than ``steps``.
     """
     run = Run.open(path)
     config = configs.changed(configs.of_run(run.config), layer or {})
     here = build.usable_here(config, layer or {})
     processes = processes_of(here)
     with ExitStack() as stack:
-        held = stack.enter_context(run.lock()) if processes.rank == 0 else None
-        if held is not None:
+        lock = stack.enter_context(run.lock()) if processes.rank == 0 else None
+        if lock is not None:
             run.sweep()
-        used = _own_cache(here)
-        for _ in prepare(used, run.path.parent):
+        safe = _own_cache(here)
+        for _ in prepare(safe, run.path.parent):
             pass
-        parts = _Parts(used, processes)
+        parts = _Parts(safe, processes)
         made = parts.made(run)
         begun = _is_begun(run, config)
         if not begun:
             parts.begin_from_source()
         steps = parts.steps(made, resume=begun)
-        if held is not None:
+        if lock is not None:
             if not begun:
                 run.rewind(0)
             if layer:
                 run.write_text(run.config, configs.to_yaml(config))
-            steps = _held(steps, run, held)
+            steps = _locked(steps, run, lock)
         stack.pop_all()
     return made, steps
 
 
 def _is_begun(run: Run, config: RunConfig) -> bool:
-    """Whether a run has a checkpoint to go on from. Raises ValueError where one was written, and is gone."""
+    """Whether a run has a checkpoint to resume from. Raises ValueError if one was written and is gone."""
     rows = run.rows()
     if not run.checkpoint.is_file() and rows and rows[-1]["step"] >= config.log.save_every:
         raise ValueError(
@@ -120,8 +123,10 @@ def _is_begun(run: Run, config: RunConfig) -> bool:
 
 
 def _own_cache(config: RunConfig) -> RunConfig:
-    """The config with the usual cache of prompts, where it names another one that is none: a stranger's config.yaml
-    must not have files written into any folder."""
+    """The config with the default cache of prompts if its own is not an existing cache.
+
+    A stranger's config.yaml must not make this process write into a folder of its choice.
+    """
     if not config.teacher.hf.cache:
         return config
     cache = Path(config.teacher.hf.cache).expanduser()
@@ -131,31 +136,33 @@ def _own_cache(config: RunConfig) -> RunConfig:
     return replace(config, teacher=replace(config.teacher, hf=replace(config.teacher.hf, cache="")))
 
 
-def _held(steps: Generator[Step], run: Run, held: TextIO, fresh: bool = False) -> Generator[Step]:
-    """The steps, while the run's lock is held. Where they end with an error, it says what is saved; a new run that
-    ended in its first step leaves no folder."""
+def _locked(steps: Generator[Step], run: Run, lock: TextIO, fresh: bool = False) -> Generator[Step]:
+    """The steps, after which the run's lock is released.
+
+    If training diverges, the error says what is saved. A new run that fails in its first step leaves no folder.
+    """
     try:
         yield from steps
     except (ArithmeticError, RuntimeError, ValueError, OSError, LookupError, TypeError, AttributeError) as error:
-        left = _left(run)
+        advice = _after_divergence(run)
         if fresh and not (run.rows() or run.checkpoint.is_file()):
             run.discard()
         if isinstance(error, Diverged | NonFiniteGradient):
-            raise Diverged(f"{error}. {left}") from error
+            raise Diverged(f"{error}. {advice}") from error
         raise
     finally:
-        held.close()
+        lock.close()
 
 
-def _left(run: Run) -> str:
-    """What a run that diverged has left."""
+def _after_divergence(run: Run) -> str:
+    """What is saved of a run that diverged, and what to do."""
     if not run.checkpoint.is_file():
         return "Nothing was saved yet: begin again"
-    return f"{run.checkpoint} is from before, and good: look at it with sds3d view {run.path}, and begin a new run"
+    return f"{run.checkpoint} was saved before and is intact: look at it with sds3d view {run.path}, begin a new run"
 
 
 class _Parts:
-    """What a run consists of, made from its config. Raises ValueError where something is missing."""
+    """The parts of a run, built from its config. Raises ValueError if something is missing."""
 
     def __init__(self, config: RunConfig, processes: Processes = Processes()):
         self.config, self.processes, self.kind = config, processes, kinds.of(config)
@@ -163,16 +170,16 @@ class _Parts:
         self.student = build.build_student(config, self.teacher, processes)
         self.critic = build.build_critic(config, self.teacher, processes)
         self.objective = build.build_objective(config, self.teacher, self.critic)
-        self.source: SceneStudent | None = None
+        self.source: Scene | None = None
         if self.kind.seen_by_cameras and config.source.run:
             self.source = Asset.open(config.source.run, config.device, getattr(config, "backend", "auto")).scene
         if "source" in config.method.NEEDS and not self.kind.has_source(config):
             raise ValueError(
-                f"{type(config.method).__name__} edits, and needs what: give {self.kind.source} and source.prompt"
+                f"{type(config.method).__name__} edits, and needs a source: give {self.kind.source} and source.prompt"
             )
 
     def begin_from_source(self) -> None:
-        """An edited scene begins as its source."""
+        """Load the source into the student if the run edits a scene."""
         if self.source is None:
             return
         try:
@@ -184,15 +191,15 @@ class _Parts:
             ) from error
 
     def made(self, run: Run | None) -> kinds.Made:
-        """What the run will have made."""
-        result: Any = self.kind.result  # whose config and student are of its kind
+        """The result of the run, which training will change."""
+        result: Any = self.kind.result
         return result(run, self.config, self.student)
 
     def steps(self, made: kinds.Made, resume: bool = False) -> Generator[Step]:
-        """The loop."""
+        """The training loop."""
         student = self.student
         if self.source is not None:
-            assert isinstance(student, SceneStudent), student
+            assert isinstance(student, Scene), student
             student = EditedScene(student, self.source)
         steps = train(
             student,
@@ -207,7 +214,7 @@ class _Parts:
         return _guarded(self._with_adapter(steps, made.run), self.config, made.run, self.teacher)
 
     def _with_adapter(self, steps: Generator[Step], run: Run | None) -> Generator[Step]:
-        """The steps; after the last, a critic that diffusers can load by itself goes into the run folder."""
+        """The steps; after the last, the critic's LoRA, if it has one, is saved in diffusers' format."""
         yield from steps
         if isinstance(self.critic, TrainedCritic) and run is not None and self.processes.rank == 0:
             self.critic.save_adapter(run.path)
@@ -215,11 +222,11 @@ class _Parts:
 
 @contextmanager
 def repeatable(device: torch.device) -> Iterator[None]:
-    """Let a GPU use only what gives the same bits every time; a CPU does anyway. Put back as it was afterwards."""
+    """A context in which a GPU uses deterministic algorithms; a CPU always does. Restores the setting at its end."""
     before = torch.are_deterministic_algorithms_enabled()
     if device.type == "cuda":
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which CUDA's matrix products ask for
-        torch.use_deterministic_algorithms(True, warn_only=True)  # a warning names what still cannot be repeated
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with it
+        torch.use_deterministic_algorithms(True, warn_only=True)  # a warning names operations that are not
     try:
         yield
     finally:
@@ -227,66 +234,71 @@ def repeatable(device: torch.device) -> Iterator[None]:
 
 
 def _guarded(steps: Generator[Step], config: RunConfig, run: Run | None, teacher: Teacher) -> Generator[Step]:
-    """The steps; where memory ends, an error that names the settings to change, those that help most first, and says
-    how to go on from the last checkpoint."""
+    """The steps; running out of memory becomes a ValueError.
+
+    Its message names settings to change, the most effective first, and how to go on from the last checkpoint.
+    """
     try:
         with repeatable(pick_device(config.device)) if config.deterministic else nullcontext():
             yield from steps
     except RuntimeError as error:
         if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
             raise
-        settings, lower = _sparing(config, teacher)
-        where, saved = pick_device(config.device), _saved(run, settings)
-        raise ValueError(f"out of memory on {where}; {lower}, in this order. {saved}{error}") from error
+        settings, advice = _memory_advice(config, teacher)
+        device, saved = pick_device(config.device), _saved(run, settings)
+        raise ValueError(f"out of memory on {device}; {advice}, in this order. {saved}{error}") from error
 
 
-def _sparing(config: RunConfig, teacher: Teacher) -> tuple[list[str], str]:
-    """Those of the three most effective settings that a run can take up where it stopped, and all three in words."""
+def _memory_advice(config: RunConfig, teacher: Teacher) -> tuple[list[str], str]:
+    """The settings, as KEY=VALUE, with which the run can be resumed, and a sentence that names all that help most."""
     kind = kinds.of(config)
     if memory_savings.is_pipeline(config.teacher):
-        found = kind.savings(config, teacher.image_size)[:3]
-        return [one.setting for one in found if one.resumable], f"set {', '.join(map(str, found))}"
+        savings = kind.savings(config, teacher.image_size)[:3]
+        return [saving.setting for saving in savings if saving.resumable], f"set {', '.join(map(str, savings))}"
     return kind.usual_savings(config)
 
 
 def _saved(run: Run | None, settings: list[str]) -> str:
-    """Where the last checkpoint is, and the command that goes on from it with these settings."""
+    """A sentence with the path of the last checkpoint and the command that resumes from it with these settings."""
     if run is None:
         return ""
     if not run.checkpoint.is_file():
         return "Nothing was saved yet: begin again with them. "
-    how = " ".join(["sds3d resume", str(run.path), *settings])
-    where = "" if settings else " where there is more memory, since they make another run"
-    return f"The checkpoint {run.checkpoint} is safe: go on with {how}{where}. "
+    command = " ".join(["sds3d resume", str(run.path), *settings])
+    condition = "" if settings else " where there is more memory, since they make another run"
+    return f"The checkpoint {run.checkpoint} is safe: go on with {command}{condition}. "
 
 
 def processes_of(config: RunConfig) -> Processes:
-    """This process's share of a run that torchrun started. Raises ValueError where a run cannot be shared."""
+    """Join the processes that torchrun started. Raises ValueError if this kind of run trains in one process only."""
     many = kinds.of(config).many_processes
     processes = join(many and getattr(config, "fsdp", False))
     if processes.world_size > 1 and not many:
-        raise ValueError("torchrun starts several processes, which only sds3d distill can share; start it without")
+        raise ValueError("torchrun starts several processes, and only sds3d distill supports that; start it without")
     return processes
 
 
 def prepare(config: RunConfig, home: Path | None = None) -> Iterator[int]:
-    """Make what a run needs before it begins: the pairs of a regression. Yields how many are there.
+    """Make the pairs of a regression, if the method needs them, before the run begins.
 
     Args:
-        home: the only folder in which they are made, beside one that holds such pairs already; None for any.
+        home: if given, new pairs are made only in this folder, or in one that holds pairs already.
+
+    Yields:
+        The number of pairs made so far.
 
     Raises:
-        ValueError: see `sds3d.distill.pairs.make`; or they would be made elsewhere.
+        ValueError: see `sds3d.distill.pairs.make`; or the pairs would be made outside ``home``.
     """
     if "pairs" in config.method.NEEDS and "pairs" in kinds.of(config).gives:
         processes = processes_of(config)
         if processes.rank == 0:
             teacher = build.build_teacher(config)
-            own: Any = config  # of a kind that gives pairs
-            folder = generator_parts.pairs_folder(own, teacher)
+            distilled: Any = config  # a DistillConfig: only generators give pairs
+            folder = generator_parts.pairs_folder(distilled, teacher)
             if home is not None and not (is_own(folder, home) or (folder / "pairs.json").is_file()):
                 raise ValueError(
-                    f"the run's pairs are gone from {folder}, and resume makes new ones in {home} only: bring them back"
+                    f"the run's pairs are gone from {folder}, and resume makes new ones in {home} only: restore them"
                 )
-            yield from generator_parts.make_pairs(own, teacher)
+            yield from generator_parts.make_pairs(distilled, teacher)
         processes.barrier()

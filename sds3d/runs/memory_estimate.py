@@ -1,9 +1,9 @@
-"""How much memory making a scene will take, before anything is loaded: the numbers behind ``sds3d doctor --teacher``.
+"""Estimates the memory that making a scene takes, before any weights are loaded; see ``sds3d doctor --teacher``.
 
-The teacher and its critic are built in shape only, from a pipeline's settings files, and really run: one answer, one
-encoding and its way back, one fit. `sds3d.runtime.memory.Meter` counts what each makes, so that what a part takes is
-what its code asks for, byte by byte. The scene is rendered small and what it took is counted per sample. Two figures
-alone are taken to be so: ``RAY_SHARE`` and ``RESERVE``.
+The teacher and its critic are built from a pipeline's settings files, with fake tensors that have shapes and no data.
+They are really run: one prediction, one encoding with its backward pass, one fit of the critic.
+`sds3d.runtime.memory.Meter` counts the bytes that each allocates. The scene is rendered at a small size, and its bytes
+are counted per sample. Only two figures are assumed, not measured: ``KEPT_SAMPLES`` and ``RESERVE``.
 """
 
 from __future__ import annotations
@@ -28,8 +28,9 @@ from sds3d.runs.memory_savings import is_pipeline
 from sds3d.runtime.device import pick_device
 from sds3d.runtime.memory import Meter, tensor_bytes, use_fake_tensors
 from sds3d.students.base import Draw
+from sds3d.students.representation import Shading
 from sds3d.students.scene.field import FieldConfig
-from sds3d.students.scene.render import RenderOptions, Shading, render
+from sds3d.students.scene.render import RenderOptions, render
 from sds3d.students.scene.sample_budget import CPU_BYTES, rays_within
 from sds3d.students.scene.student import RenderConfig
 from sds3d.teachers import small
@@ -38,20 +39,20 @@ from sds3d.teachers.load import load_teacher
 from sds3d.teachers.small import SmallTeacher
 
 GIB = 2**30
-RAY_SHARE = 0.25  # of render.samples that a ray keeps: a house half grown has 8 of 32, later 6
-RESERVE = int(0.6 * GIB)  # a CUDA context and what libraries keep, or Python with its libraries: not measured here
-PROBE = 32  # pixels a side of the render that stands for the run's
-PROMPT = "a red mug"  # whatever the prompt, it takes the same
+KEPT_SAMPLES = 0.25  # fraction of render.samples that a ray keeps: a half-trained house keeps 8 of 32, later 6
+RESERVE = int(0.6 * GIB)  # a CUDA context with its libraries, or Python with its libraries
+PROBE = 32  # pixels a side of the small render
+PROMPT = "a red mug"  # memory does not depend on the prompt
 
 
 @dataclass(frozen=True)
-class Place:
-    """What a run has to fit on.
+class Machine:
+    """The GPU, or the host, that a run has to fit on.
 
     Args:
-        name: for people.
-        size: bytes there are for it.
-        gpu: whether it is one.
+        name: its name, for display.
+        size: its free memory in bytes.
+        gpu: whether it is a GPU.
     """
 
     name: str
@@ -61,13 +62,13 @@ class Place:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes.
+    """The memory of a run, in bytes.
 
     Args:
-        held: what stays from the first step to the last, by part.
-        moments: what each moment of a step takes besides, at most; one comes after the other.
-        before: in all while prompts are embedded, before the first step.
-        weights: how many numbers the teacher's network has.
+        held: memory that is held from the first step to the last, by part.
+        moments: further memory of each phase of a step, at its peak; the phases follow one another.
+        before: total memory while prompts are embedded, before the first step.
+        weights: the number of the network's weights, not bytes.
     """
 
     held: dict[str, int]
@@ -77,18 +78,18 @@ class Estimate:
 
     @property
     def peak(self) -> int:
-        """The most at once."""
+        """The highest total at any time."""
         return max(self.before, sum(self.held.values()) + max(self.moments.values()))
 
 
 @dataclass(frozen=True)
-class Judge:
-    """A teacher in shape only.
+class FakeTeacher:
+    """A teacher whose tensors have shapes and no data.
 
     Args:
-        teacher: answers inside ``mode``.
-        modules: its parts.
-        encoders: bytes of its text encoders, where they are let go.
+        teacher: the teacher; call it inside ``mode``.
+        modules: its networks by name.
+        encoders: bytes of its text encoders, if they are released after prompts are embedded; else 0.
     """
 
     teacher: Trainable
@@ -98,30 +99,30 @@ class Judge:
 
     @property
     def parts(self) -> dict[str, int]:
-        """Bytes of each part."""
+        """Bytes of each network."""
         return {name: tensor_bytes(part) for name, part in self.modules.items()}
 
 
-def place(device: str, gigabytes: float | None = None) -> Place:
-    """The GPU that is here, or the host's memory; or a GPU of a given size.
+def find_machine(device: str, gigabytes: float | None = None) -> Machine:
+    """Return this machine's GPU or host, or a GPU of a given size.
 
     Raises:
-        ValueError: a device that is not here, or a size that is none.
+        ValueError: this machine does not have the device, or the size is not positive.
     """
     if gigabytes is not None and not gigabytes > 0:
         raise ValueError(f"memory is {gigabytes}; give the GPU's size in GB, as 12")
     if gigabytes is not None and (device.startswith("cuda") or device == "auto"):
-        return Place(f"a GPU of {gigabytes:g} GB", int(gigabytes * GIB), True)
-    found = pick_device(device)
-    if found.type == "cuda":
-        return Place(torch.cuda.get_device_name(found), torch.cuda.mem_get_info(found)[0], True)
+        return Machine(f"a GPU of {gigabytes:g} GB", int(gigabytes * GIB), True)
+    picked = pick_device(device)
+    if picked.type == "cuda":
+        return Machine(torch.cuda.get_device_name(picked), torch.cuda.mem_get_info(picked)[0], True)
     if gigabytes is not None:
-        return Place(f"a machine of {gigabytes:g} GB", int(gigabytes * GIB), False)
-    return Place("this machine, without a GPU", _available(), False)
+        return Machine(f"a machine of {gigabytes:g} GB", int(gigabytes * GIB), False)
+    return Machine("this machine, without a GPU", _available(), False)
 
 
 def _available() -> int:
-    """Bytes of the host's memory that nobody uses."""
+    """Bytes of the host's memory that are free."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
@@ -129,133 +130,136 @@ def _available() -> int:
         raise ValueError("this system does not say how much memory is free; give it in GB: --memory 16") from error
 
 
-def estimate(config: Config, where: Place) -> Estimate:
-    """What a run takes.
+def estimate(config: Config, machine: Machine) -> Estimate:
+    """Estimate the memory of a run.
 
     Raises:
         ValueError: the teacher cannot be found, or is not for this method.
     """
     build.require_kind(config)
-    teacher, dtype = config.teacher, dtype_of(config.teacher, where)
-    bare, painter = teacher, teacher  # without settings that the network's, or the VAE's, memory does not depend on
+    teacher, dtype = config.teacher, dtype_of(config.teacher, machine)
+    # The settings on which the network's memory depends, and those on which the VAE's does: fewer keys for the caches.
+    for_network, for_vae = teacher, teacher
     if is_pipeline(teacher):
-        painter = _with(teacher, attention_slicing=False, offload=False, cache="")
-        bare = _with(teacher, checkpointing=True, slicing=False, tiling=False, offload=False, cache="")
-    judge, views = _judge(bare, dtype), config.render.views
+        for_vae = _with(teacher, attention_slicing=False, offload=False, cache="")
+        for_network = _with(teacher, checkpointing=True, slicing=False, tiling=False, offload=False, cache="")
+    fake, views = _fake_teacher(for_network, dtype), config.render.views
     try:
-        scene_parts.check_teacher(config, judge.teacher)
+        scene_parts.check_teacher(config, fake.teacher)
     except ValueError as error:
-        raise ValueError(f"the memory that is estimated is a scene's, and {error}") from error
+        raise ValueError(f"memory is estimated for scenes only, and {error}") from error
     resolution = config.render.resolution_at(math.inf)  # the largest, usually
-    kept, backward, forward = _encoding(painter, dtype, views, resolution)
-    render, render_back = _render(config, where)
-    parts, answer = judge.parts, _answer(bare, dtype, images_asked(config))
-    if teacher.hf.offload and where.gpu:
+    kept, backward, forward = _encoding(for_vae, dtype, views, resolution)
+    render, render_back = _render(config, machine)
+    parts, answer = fake.parts, _answer(for_network, dtype, largest_batch(config))
+    if teacher.hf.offload and machine.gpu:
         answer += parts.pop("network")
-    fit = said = trained = 0
+    fit = critic_answer = trained = 0
     if "critic" in config.method.NEEDS:
         if teacher.hf.offload:
-            raise ValueError("a critic trains on the network, which teacher.hf.offload keeps away; leave that out")
-        trained, said, fit = _critic(bare, dtype, config.critic, views)
+            raise ValueError("a critic trains on the network, which teacher.hf.offload moves off the GPU; leave it out")
+        trained, critic_answer, fit = _critic(for_network, dtype, config.critic, views)
         parts |= {"critic": trained, "critic's gradients and moments": 3 * trained}
-        fit = max(fit, forward, trained if where.gpu else 0)  # Adam's step over many weights at once has one copy
+        fit = max(fit, forward, trained if machine.gpu else 0)  # on a GPU, Adam's step makes one copy of the weights
     parts["scene with gradients and moments"] = _scene(config)
     moments = {
         "critic's fit": fit,
-        "teacher's answer": render + kept + max(answer, said),
+        "teacher's answer": render + kept + max(answer, critic_answer),
         "backward through the encoder": render + backward,
         "backward through the scene": render_back,
     }
     parts["reserve"] = RESERVE
     moments = {name: size for name, size in moments.items() if size}
-    before = _embedding(judge, sum(judge.parts.values()) + trained + RESERVE, where)
-    return Estimate(parts, moments, before, sum(p.numel() for p in judge.modules["network"].parameters()))
+    before = _embedding(fake, sum(fake.parts.values()) + trained + RESERVE, machine)
+    return Estimate(parts, moments, before, sum(p.numel() for p in fake.modules["network"].parameters()))
 
 
-def _embedding(judge: Judge, resident: int, where: Place) -> int:
-    """Bytes while prompts are embedded: a GPU is left by the network, and spared encoders that do not fit."""
-    if not where.gpu:
-        return resident + judge.encoders
-    taken = resident - judge.parts["network"]
-    return taken + (judge.encoders if taken + 1.2 * judge.encoders < where.size else 0)
+def _embedding(fake: FakeTeacher, resident: int, machine: Machine) -> int:
+    """Total bytes while prompts are embedded. On a GPU the network is moved out, and encoders only come if they fit."""
+    if not machine.gpu:
+        return resident + fake.encoders
+    without_network = resident - fake.parts["network"]
+    encoders_fit = without_network + 1.2 * fake.encoders < machine.size
+    return without_network + (fake.encoders if encoders_fit else 0)
 
 
-def dtype_of(teacher: TeacherConfig, where: Place) -> torch.dtype:
-    """What the teacher computes in there. A GPU that is only spoken of has bfloat16."""
+def dtype_of(teacher: TeacherConfig, machine: Machine) -> torch.dtype:
+    """Return the dtype that a teacher computes in on a machine. A GPU that is only described has fast bfloat16."""
     if teacher.dtype != "auto":
         return getattr(torch, teacher.dtype)
-    if where.gpu:
-        here = torch.cuda.is_available() and not small.fast_bf16(torch.device("cuda"))
-        return torch.float32 if here else torch.bfloat16
+    if machine.gpu:
+        slow_bf16 = torch.cuda.is_available() and not small.fast_bf16(torch.device("cuda"))
+        return torch.float32 if slow_bf16 else torch.bfloat16
     return small.pick_dtype(torch.device("cpu"))
 
 
-def image_size(teacher: TeacherConfig, where: Place) -> int:
-    """What a teacher sees, pixels a side."""
-    return _judge(teacher, dtype_of(teacher, where)).teacher.image_size
+def image_size(teacher: TeacherConfig, machine: Machine) -> int:
+    """Return the width and height of a teacher's images in pixels."""
+    return _fake_teacher(teacher, dtype_of(teacher, machine)).teacher.image_size
 
 
 def _with(teacher: TeacherConfig, **changed: Any) -> TeacherConfig:
-    """With other settings of a pipeline's."""
+    """A teacher's config with other settings of its pipeline."""
     return dataclasses.replace(teacher, hf=dataclasses.replace(teacher.hf, **changed))
 
 
-def _load(settings: TeacherConfig, dtype: torch.dtype) -> Judge:
-    """A teacher whose weights are not fake yet: read from the package, or on torch's meta device."""
+def _load(settings: TeacherConfig, dtype: torch.dtype) -> FakeTeacher:
+    """A teacher whose weights are not fake yet: packaged ones are real, a pipeline's are on torch's meta device."""
     if is_pipeline(settings):
         from sds3d.teachers.hf import sketch
 
-        drawn, encoders = sketch.draw(settings, dtype)
-        found = {"network": drawn.family.network, "VAE": drawn.family.vae}
-        return Judge(drawn, {name: part for name, part in found.items() if part is not None}, tensor_bytes(*encoders))
+        pipeline, encoders = sketch.build_meta_teacher(settings, dtype)
+        modules = {"network": pipeline.family.network, "VAE": pipeline.family.vae}
+        present = {name: module for name, module in modules.items() if module is not None}
+        return FakeTeacher(pipeline, present, tensor_bytes(*encoders))
     exact = dataclasses.replace(settings, dtype=str(dtype).removeprefix("torch."), compile=False)
     teacher = load_teacher(exact, "cpu")
     assert isinstance(teacher, SmallTeacher), type(teacher)
-    return Judge(teacher, {"network": teacher.unet, "text encoder": teacher.text}, 0)
+    return FakeTeacher(teacher, {"network": teacher.unet, "text encoder": teacher.text}, 0)
 
 
 @cache
-def _judge(settings: TeacherConfig, dtype: torch.dtype) -> Judge:
-    judge = _load(settings, dtype)
-    with judge.mode:
-        for part in judge.modules.values():
-            use_fake_tensors(part)
-    return judge
+def _fake_teacher(settings: TeacherConfig, dtype: torch.dtype) -> FakeTeacher:
+    fake = _load(settings, dtype)
+    with fake.mode:
+        for module in fake.modules.values():
+            use_fake_tensors(module)
+    return fake
 
 
 @cache
 def _answer(settings: TeacherConfig, dtype: torch.dtype, images: int) -> int:
-    """Bytes that a teacher's answer about so many images makes, at most."""
-    judge = _judge(settings, dtype)
-    with judge.mode, Meter() as meter:
-        judge.teacher.predict(*_noisy(judge, images))
+    """Peak bytes of a teacher's prediction for a batch of images."""
+    fake = _fake_teacher(settings, dtype)
+    with fake.mode, Meter() as meter:
+        fake.teacher.predict(*_noisy(fake, images))
     return meter.peak
 
 
 @cache
 def _encoding(settings: TeacherConfig, dtype: torch.dtype, views: int, resolution: int) -> tuple[int, int, int]:
-    """Bytes of encoding images: what it keeps for its backward pass, both passes at most, and one without gradient."""
-    judge = _judge(settings, dtype)
-    with judge.mode:
+    """Bytes of encoding images: kept for the backward pass, peak of both passes, peak of a forward without gradient."""
+    fake = _fake_teacher(settings, dtype)
+    with fake.mode:
         images = torch.zeros(views, 3, resolution, resolution, requires_grad=True)
         with Meter() as meter:
-            x = judge.teacher.encode(images)
+            x = fake.teacher.encode(images)
             kept = meter.live
             surrogate(x.float(), x.detach().float()).backward()
-        with Meter() as alone, torch.no_grad():
-            judge.teacher.encode(images)
-    return kept, meter.peak, alone.peak
+        with Meter() as forward, torch.no_grad():
+            fake.teacher.encode(images)
+    return kept, meter.peak, forward.peak
 
 
 @cache
 def _critic(settings: TeacherConfig, dtype: torch.dtype, config: CriticConfig, views: int) -> tuple[int, int, int]:
-    """Bytes of a critic: what is trained, and, at most, what its answer and its fit make besides."""
-    judge = _load(settings, dtype)
-    critic = TrainedCritic(judge.teacher, config, torch.Generator().manual_seed(0))
-    with judge.mode:
-        for part in (*judge.modules.values(), *critic.parts()):
-            use_fake_tensors(part)
-        x, t, prompts, cameras = _noisy(judge, views)
+    """Bytes of a critic: its trained weights, the peak of its prediction, and the peak of its fit without weights."""
+    fake = _load(settings, dtype)
+    critic = TrainedCritic(fake.teacher, config, torch.Generator().manual_seed(0))
+    with fake.mode:
+        for module in (*fake.modules.values(), *critic.parts()):
+            use_fake_tensors(module)
+        x, t, prompts, cameras = _noisy(fake, views)
         with Meter() as answer, torch.no_grad():
             critic.predict(x, t, prompts, cameras, None)
         trained = sum(p.numel() * p.element_size() for p in critic.parameters())
@@ -264,20 +268,20 @@ def _critic(settings: TeacherConfig, dtype: torch.dtype, config: CriticConfig, v
             loss = critic.loss(draw, x, torch.Generator().manual_seed(0))
             forward = fit.peak
             loss.backward()
-    return trained, answer.peak, max(forward, fit.peak - trained)  # old gradients go when new ones come
+    return trained, answer.peak, max(forward, fit.peak - trained)  # the new gradients replace those that are counted
 
 
-def _noisy(judge: Judge, images: int) -> tuple:
-    """What a teacher is asked about so many images: x_t, t, prompts, cameras."""
+def _noisy(fake: FakeTeacher, images: int) -> tuple:
+    """Arguments of a teacher's prediction for a batch of images: x_t, t, prompts, cameras."""
     cameras = Config(PROMPT).camera.sample(images, torch.Generator().manual_seed(0))
-    told = cameras if judge.teacher.views == "camera" else None
-    known = getattr(judge.teacher, "vocabulary", None)
+    known = getattr(fake.teacher, "vocabulary", None)
     prompt = PROMPT if known is None or set(PROMPT.split()) <= set(known) else min(known)
-    return torch.zeros(images, *judge.teacher.shape), torch.full((images,), 0.5), [prompt] * images, told
+    x_t, t = torch.zeros(images, *fake.teacher.shape), torch.full((images,), 0.5)
+    return x_t, t, [prompt] * images, cameras if fake.teacher.views == "camera" else None
 
 
-class _Silent:
-    """A teacher, and a critic, that has nothing to say: for counting what it is asked."""
+class _ZeroTeacher:
+    """A teacher, and a critic, that predicts zeros: used to count the images of each forward."""
 
     schedule, shape, image_size = Schedule.cosine(), (3, 8, 8), 8
 
@@ -294,23 +298,23 @@ class _Silent:
         return Prediction(torch.zeros_like(x_t), x_t, *self.schedule.alpha_sigma(t), "eps")
 
 
-def images_asked(config: Config) -> int:
-    """Images in the largest of the teacher's forwards, at the run's first step or its last.
+def largest_batch(config: Config) -> int:
+    """Return the number of images in the teacher's largest forward, at the run's first or last step.
 
     Raises:
         ValueError: the method lacks what it needs.
     """
-    mute: Any = _Silent(config.teacher.views)  # stands for both, as far as they are asked
+    zero: Any = _ZeroTeacher(config.teacher.views)  # is both the teacher and the critic
     rng = torch.Generator().manual_seed(0)
-    objective, views, asked = build.build_objective(config, mute, mute), config.render.views, []
+    objective, views, counts = build.build_objective(config, zero, zero), config.render.views, []
     assert objective is not None, "a scene's methods have a score"
     for step in (0, config.steps - 1):
         cameras = config.camera.sample(views, rng)
-        images = torch.full((views, *mute.shape), 0.5)
+        images = torch.full((views, *zero.shape), 0.5)
         group = torch.zeros(views, dtype=torch.long)
         draw = Draw(images, [config.prompt] * views, cameras, group, source=images if config.source.prompt else None)
-        asked += objective(draw, step, rng).query.asked
-    return max(asked, default=0)
+        counts += objective(draw, step, rng).query.teacher_images
+    return max(counts, default=0)
 
 
 def _scene(config: Config) -> int:
@@ -319,26 +323,26 @@ def _scene(config: Config) -> int:
     return table * (3 * config.particles + 1)  # only the particle that was drawn has gradients
 
 
-def _render(config: Config, where: Place) -> tuple[int, int]:
-    """Bytes of a step's render: what it keeps for its backward pass, and both passes at most."""
-    told, width = config.render, config.field.grid().width
-    memory = where.size // 4 if where.gpu else CPU_BYTES
-    rays, chunk = told.views * told.resolution_at(math.inf) ** 2, told.chunk
-    chunk = chunk or rays_within(memory, told.samples, width, config.field.hidden)
-    normals = told.shading != "albedo" or "orientation" in config.regularise.active(config.steps - 1)
-    kept, peak = _probe(config.field, told.samples, told.shading, normals, min(1.0, chunk / rays))
-    count = rays * told.samples * RAY_SHARE
+def _render(config: Config, machine: Machine) -> tuple[int, int]:
+    """Bytes of a step's render: kept for the backward pass, and the peak of both passes."""
+    options, width = config.render, config.field.grid().width
+    memory = machine.size // 4 if machine.gpu else CPU_BYTES
+    rays, chunk = options.views * options.resolution_at(math.inf) ** 2, options.chunk
+    chunk = chunk or rays_within(memory, options.samples, width, config.field.hidden)
+    normals = options.shading != "albedo" or "orientation" in config.regularise.active(config.steps - 1)
+    kept, peak = _probe(config.field, options.samples, options.shading, normals, min(1.0, chunk / rays))
+    count = rays * options.samples * KEPT_SAMPLES
     return int(kept * count), int(peak * count)
 
 
 @cache
-def _probe(grid: FieldConfig, samples: int, shading: str, normals: bool, share: float) -> tuple[float, float]:
-    """What a small render takes per sample, kept and at most, where so large a share of its rays goes at a time."""
+def _probe(grid: FieldConfig, samples: int, shading: str, normals: bool, fraction: float) -> tuple[float, float]:
+    """Bytes per sample of a small render that is done in chunks of this fraction of its rays: kept, and peak."""
     small_grid, rng = dataclasses.replace(grid, log2_table=10), torch.Generator().manual_seed(0)
     config = Config(PROMPT, device="cpu", field=small_grid, render=RenderConfig(samples=samples))
     scene, cameras = scene_parts.build_scene(config, rng), config.camera.sample(1, rng)
     kind = Shading("lambertian" if shading == "mixed" else shading)
-    options = RenderOptions(2 / samples, kind, normals, chunk=max(1, int(share * PROBE**2)))
+    options = RenderOptions(2 / samples, kind, normals, chunk=max(1, int(fraction * PROBE**2)))
     with Meter() as meter:
         out = render(scene.field, scene.occupancy, cameras, PROBE, torch.ones(3), options, rng)
         assert out.trace is not None, "gradients are on"

@@ -1,4 +1,4 @@
-"""What a run shows while it goes on: a live display, plain lines where there is no terminal, or nothing.
+"""Displays of a run's progress: a live one for terminals, plain lines for logs, or none.
 
 Everything goes to stderr, so that stdout holds results only.
 """
@@ -22,32 +22,37 @@ if TYPE_CHECKING:
     from rich.progress import TaskID
     from rich.text import Text
 
-THUMBNAIL = 16  # characters a view is wide; half as many lines
-LINES = 10  # plain lines a run, at most
+THUMBNAIL = 16  # width of a view in characters; its height is half as many lines
+LINES = 10  # most plain lines per run
 
 T = TypeVar("T")
 
 
 def figures(step: Step) -> str:
-    """The figures people follow, as in "opacity 0.21  |g| 14.2"."""
+    """Format a step's main figures, as in "opacity 0.21  |g| 14.2"."""
     shown = {"opacity": "opacity", "g_norm": "|g|"}
     return "  ".join(f"{label} {step.metrics[key]:.3g}" for key, label in shown.items() if key in step.metrics)
 
 
 class Clock:
-    """Steps a second and time left, since the first step it saw."""
+    """Measures steps per second since the first step it was given, and estimates the time left."""
 
     def __init__(self):
         self._first: tuple[int, float] | None = None
 
     def rate(self, step: int, seconds: float) -> float:
-        """Steps a second, 0 while unknown."""
+        """Return steps per second; 0 while unknown.
+
+        Args:
+            step: number of steps done.
+            seconds: time at that step, from any origin.
+        """
         self._first = self._first or (step, seconds)
         took = seconds - self._first[1]
         return (step - self._first[0]) / took if took > 0 else 0.0
 
     def line(self, step: int, total: int, seconds: float) -> str:
-        """As in "step 40/400  8.1 steps/s  44 s left"."""
+        """Format the progress, as in "step 40/400  8.1 steps/s  44 s left"."""
         rate = self.rate(step, seconds)
         if not rate:
             return f"step {step}/{total}"
@@ -55,7 +60,7 @@ class Clock:
 
 
 class Silent:
-    """Shows nothing."""
+    """A display that shows nothing; the base of the others."""
 
     def __enter__(self) -> Self:
         return self
@@ -68,19 +73,19 @@ class Silent:
         pass
 
     def note(self, text: str) -> None:
-        """Say a line."""
+        """Show a line of text."""
         pass
 
 
 class Lines(Silent):
-    """Ten plain lines a run, for logs and pipes."""
+    """A display of at most ten plain lines per run, for logs and pipes."""
 
     def __enter__(self) -> Self:
         self._clock = Clock()
         return self
 
     def show(self, step: Step) -> None:
-        """Print every so many steps, ten lines in all."""
+        """Print a line if this is one of the ten steps that are shown."""
         line = self._clock.line(step.step, step.total, step.seconds)
         if step.step % -(-step.total // LINES) == 0 or step.step == step.total:
             self.note(f"{line}  {figures(step)}")
@@ -91,7 +96,7 @@ class Lines(Silent):
 
 
 class Live(Silent):
-    """A bar with ETA, steps a second and figures, and the newest views in half blocks of colour."""
+    """A progress bar with time left, steps per second and figures, below the newest views as coloured characters."""
 
     def __enter__(self) -> Self:
         from rich.console import Console
@@ -120,7 +125,7 @@ class Live(Silent):
         self._live.__exit__(kind, error, trace)
 
     def show(self, step: Step) -> None:
-        """Move the bar, and show the newest views."""
+        """Advance the bar and show the newest views."""
         if self._task is None:
             self._task = self._bar.add_task("", total=step.total, rate="", figures="")
         rate = f"{self._clock.rate(step.step, step.seconds):.1f} steps/s"
@@ -140,10 +145,12 @@ class Live(Silent):
 
 
 def counted(items: Iterable[T], total: int, what: str, quiet: bool) -> Iterator[T]:
-    """The items as they come, with a bar and the time left on a terminal, or ten plain lines.
+    """Yield the items, and show how many are done: a bar on a terminal, else ten plain lines.
 
     Args:
-        what: they are, as in "turntable.mp4".
+        total: the number of items.
+        what: the label, as in "turntable.mp4".
+        quiet: show nothing.
     """
     if quiet:
         yield from items
@@ -163,15 +170,18 @@ def counted(items: Iterable[T], total: int, what: str, quiet: bool) -> Iterator[
 
 @contextmanager
 def parts(quiet: bool) -> Iterator[Callable[[str, float], None]]:
-    """A function that is told what is being done and which share of it is done: a bar a part, or a line a part where
-    there is no terminal."""
+    """A context that shows the progress of named parts: a bar for each on a terminal, else a line for each.
+
+    Yields:
+        A function to call with a part's name and the fraction of it that is done, 0 to 1.
+    """
     if quiet:
-        yield lambda part, share: None
+        yield lambda part, fraction: None
         return
     if not sys.stderr.isatty():
         begun: set[str] = set()
 
-        def line(part: str, share: float) -> None:
+        def line(part: str, fraction: float) -> None:
             if part not in begun:
                 print(f"{part} ...", file=sys.stderr, flush=True)
             begun.add(part)
@@ -185,16 +195,16 @@ def parts(quiet: bool) -> Iterator[Callable[[str, float], None]]:
     with Progress(*columns, console=Console(stderr=True)) as bars:
         tasks: dict[str, TaskID] = {}
 
-        def bar(part: str, share: float) -> None:
+        def bar(part: str, fraction: float) -> None:
             if part not in tasks:
                 tasks[part] = bars.add_task(part, total=1.0)
-            bars.update(tasks[part], completed=share)
+            bars.update(tasks[part], completed=fraction)
 
         yield bar
 
 
 def thumbnail(views: Tensor) -> Text:
-    """Views (B, 3, H, W) in [0, 1] side by side; a character is two pixels, one above the other."""
+    """Draw views (B, 3, H, W) in [0, 1] side by side. Each character is two pixels, one above the other."""
     from rich.text import Text
 
     small = F.interpolate(views.detach().float().cpu(), (THUMBNAIL, THUMBNAIL), mode="area")
@@ -208,7 +218,7 @@ def thumbnail(views: Tensor) -> Text:
 
 
 def choose(quiet: bool) -> Silent:
-    """The display for this terminal."""
+    """Return the display that suits this terminal."""
     if quiet:
         return Silent()
     return Live() if sys.stderr.isatty() else Lines()

@@ -1,4 +1,4 @@
-"""What a run folder tells, read from its files alone: a page for one run, and a gallery of many."""
+"""HTML pages made from the files of run folders: a page for one run, and a gallery of many runs."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from sds3d.runs.folder import Run, open_picture
 from sds3d.runtime.files import from_json
 
 PAGE = "index.html"
-KNOWN = {  # how figures are named on pages; others keep their own names
+LABELS = {  # figure -> its name on pages; others keep their own names
     "iou": "silhouette IoU",
     "psnr": "PSNR, dB",
     "chamfer": "Chamfer",
     "fscore": "F-score at 0.05",
 }
-MESH = {  # the same of mesh.json, whose comparison is with the scene that the mesh was made from
+MESH_LABELS = {  # the same for mesh.json, which compares the mesh with the scene that it was made from
     "version": "made by sds3d",
     "light_baked": "its colours hold light and shade",
     "vertices": "vertices",
@@ -37,19 +37,14 @@ MESH = {  # the same of mesh.json, whose comparison is with the scene that the m
     "psnr": "pictures beside the scene's, PSNR in dB",
     "psnr_covered": "the same without the background, dB",
 }
-INTERNAL = {
-    "level",
-    "level_iou",
-    "scale",
-    "up",
-    "unit",
-}  # of mesh.json: how the surface was found, and how it stands in the file
-SAID_ABOVE = {"prompt", "method", "teacher", "seed", "particle"}  # of mesh.json: what the page says elsewhere
+# Entries of mesh.json that the page leaves out: details of the extraction, and what the page shows elsewhere.
+INTERNAL = {"level", "level_iou", "scale", "up", "unit"}
+SHOWN_ELSEWHERE = {"prompt", "method", "teacher", "seed", "particle"}
 
-DAMAGE = (OSError, ValueError, ArithmeticError, LookupError, TypeError, AttributeError, RuntimeError)  # of one run's
-# files, which never ends the page of the others
+# Errors of one run's damaged files. They do not stop the gallery of the other runs.
+DAMAGE = (OSError, ValueError, ArithmeticError, LookupError, TypeError, AttributeError, RuntimeError)
 THUMBNAIL = 192  # pixels a side
-COLUMNS = {  # the figures of a gallery: of the run, of eval.json, of mesh.json
+COLUMNS = {  # the columns of a gallery: from metrics.jsonl, eval.json and mesh.json
     "step": gallery.Column("steps"),
     "seconds": gallery.Column("seconds"),
     "memory": gallery.Column("memory, MB"),
@@ -66,12 +61,12 @@ COLUMNS = {  # the figures of a gallery: of the run, of eval.json, of mesh.json
 
 @dataclass(frozen=True)
 class PageFacts:
-    """What the pages of one kind of run show.
+    """The content of the pages of one kind of run.
 
     Args:
-        pictures: caption -> file in the run folder, of those that may be there.
-        commands: what can be done next; {run} is the folder, {twice} two times the run's steps.
-        film_size: (config) -> pixels a side of its films; 0 where it has none.
+        pictures: caption -> name of a file in the run folder; files that are missing are left out.
+        commands: commands that a user can run next; {run} is the folder, {twice} two times the run's steps.
+        film_size: (config) -> pixels a side of the turntable film; 0 if the kind has no film.
     """
 
     pictures: Mapping[str, str]
@@ -80,14 +75,14 @@ class PageFacts:
 
 
 def write_page(run: Run, content: PageFacts, note: str = "") -> Path:
-    """Write the run's index.html, from what is in its folder.
+    """Write the run's index.html from the files in its folder.
 
     Args:
-        content: of its kind.
-        note: what went wrong at the run's end, if anything.
+        content: the content of the run's kind.
+        note: a warning to show, such as an error at the run's end; "" for none.
 
     Raises:
-        ValueError: the config cannot be read, or the place cannot be written.
+        ValueError: the config cannot be read, or the page cannot be written.
     """
     config = configs.of_run(run.config)
     rows = figures(run)
@@ -110,10 +105,10 @@ def write_page(run: Run, content: PageFacts, note: str = "") -> Path:
 
 
 def write_gallery(folder: str | Path) -> tuple[Path, list[gallery.Entry]]:
-    """Write index.html into a folder: all the runs in it and in the folders below it, the newest first.
+    """Write index.html into a folder, a gallery of all runs in it and in the folders below it, the newest first.
 
     Returns:
-        The page, and what it lists; runs that are broken or unfinished are there, and say so.
+        The path of the page, and its entries. Broken and unfinished runs are listed and marked as such.
 
     Raises:
         ValueError: there is no such folder, it is a run itself, it holds no runs, or it cannot be written.
@@ -131,10 +126,10 @@ def write_gallery(folder: str | Path) -> tuple[Path, list[gallery.Entry]]:
 
 
 def _entry(run: Run, folder: Path) -> gallery.Entry:
-    """A run of a gallery, whatever state it is in."""
-    place = run.path.relative_to(folder).as_posix()
-    link = f"{place}/{PAGE}" if (run.path / PAGE).is_file() else f"{place}/"
-    title, words, status, found = run.path.name, {"method": "", "made": "", "date": date(run)}, "", {}
+    """The gallery's entry of a run, in whatever state the run is."""
+    path = run.path.relative_to(folder).as_posix()
+    link = f"{path}/{PAGE}" if (run.path / PAGE).is_file() else f"{path}/"
+    title, words, status, columns = run.path.name, {"method": "", "made": "", "date": date(run)}, "", {}
     try:
         rows = figures(run)
         config = configs.of_run(Run.open(run.path).config)
@@ -144,19 +139,19 @@ def _entry(run: Run, folder: Path) -> gallery.Entry:
         title = config.prompt or run.path.name
         words |= {"method": configs.name_of(config.method), "made": config.MAKES}
         if rows:
-            found = {key: rows[-1][key] for key in ("step", "seconds", "memory") if key in rows[-1]}
-        if found.get("step", 0) < config.steps:
-            status = f"unfinished: {found.get('step', 0)} of {config.steps} steps"
+            columns = {key: rows[-1][key] for key in ("step", "seconds", "memory") if key in rows[-1]}
+        if columns.get("step", 0) < config.steps:
+            status = f"unfinished: {columns.get('step', 0)} of {config.steps} steps"
     for name, prefix in (("eval.json", ""), ("mesh.json", "mesh ")):
         for key, value in flat(_json(run, name)).items():
             column = prefix + key.rpartition(" ")[2]
             if column in COLUMNS and _is_number(value):
-                found.setdefault(column, value)
-    return gallery.Entry(title, link, place, words, found, _thumbnail(run), status)
+                columns.setdefault(column, value)
+    return gallery.Entry(title, link, path, words, columns, _thumbnail(run), status)
 
 
 def _thumbnail(run: Run) -> bytes | None:
-    """The first view of the preview, or of the newest progress picture, small; None where no picture can be read."""
+    """The first view of the preview, or of the newest readable progress picture, as a small WebP; None for neither."""
     for path in filter(None, [run.own("preview.png"), *reversed(run.pictures())]):
         try:
             picture = open_picture(path)
@@ -170,12 +165,12 @@ def _thumbnail(run: Run) -> bytes | None:
 
 
 def figures(run: Run) -> list[dict[str, float]]:
-    """The rows of metrics.jsonl; only their numbers."""
+    """Return the rows of metrics.jsonl, with their finite numbers only."""
     return [{k: v for k, v in row.items() if _is_number(v)} for row in run.rows()]
 
 
 def _is_number(value: Any) -> bool:
-    """Whether it can be shown as a figure."""
+    """Whether a value is a finite number."""
     try:
         return isinstance(value, int | float) and math.isfinite(value)
     except OverflowError:  # a whole number of hundreds of digits
@@ -183,7 +178,7 @@ def _is_number(value: Any) -> bool:
 
 
 def summary(config: RunConfig, rows: list[dict[str, float]]) -> str:
-    """As in "scene by sds from teacher small, seed 0, 400 steps in 4 min 20 s"."""
+    """Describe a run in a line, as in "scene by sds from teacher small, seed 0, 400 steps in 4 min 20 s"."""
     method = configs.name_of(config.method)
     text = f"{config.MAKES} by {method} from teacher {Path(config.teacher.name).stem}, seed {config.seed}"
     if rows:
@@ -192,40 +187,40 @@ def summary(config: RunConfig, rows: list[dict[str, float]]) -> str:
 
 
 def date(run: Run) -> str:
-    """When its last step was done, or when it was begun, as in "2026-11-23 16:09"."""
+    """Return the time of the run's last step, or of its beginning, as in "2026-11-23 16:09"."""
     newest = next(path for path in (run.metrics, run.config, run.path) if path.exists())
     return time.strftime("%Y-%m-%d %H:%M", time.localtime(newest.stat().st_mtime))
 
 
 def duration(seconds: float) -> str:
-    """As in "4 min 20 s"."""
+    """Format a duration, as in "4 min 20 s"."""
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
 def facts(run: Run, name: str) -> dict[str, str]:
-    """Named figures of a JSON file as text, inner ones as "outer inner"; lists are left out."""
-    return {KNOWN.get(key, key.replace("_", " ")): _shown(value) for key, value in flat(_json(run, name)).items()}
+    """Return the values of a JSON file as label -> text. Nested keys become "outer inner"; lists are left out."""
+    return {LABELS.get(key, key.replace("_", " ")): _shown(value) for key, value in flat(_json(run, name)).items()}
 
 
 def mesh_facts(run: Run) -> dict[str, str]:
-    """What mesh.json tells, each thing once: what a check found of a file only where it differs from the mesh."""
-    values, found = flat(_json(run, "mesh.json")), {}
+    """Return the values of mesh.json as label -> text; a file's value is listed only if it differs from the mesh's."""
+    values, lines = flat(_json(run, "mesh.json")), {}
     for key, value in values.items():
-        place, _, figure = key.rpartition(" ")
-        if (place == "mesh" or place.startswith("files ")) and figure in INTERNAL or key in SAID_ABOVE:
+        section, _, figure = key.rpartition(" ")
+        if (section == "mesh" or section.startswith("files ")) and figure in INTERNAL or key in SHOWN_ELSEWHERE:
             continue
-        if not place or place == "mesh":
-            found[MESH.get(figure, figure.replace("_", " "))] = _shown(value)
-        elif not place.startswith("files "):
-            found[key.replace("_", " ")] = _shown(value)
+        if not section or section == "mesh":
+            lines[MESH_LABELS.get(figure, figure.replace("_", " "))] = _shown(value)
+        elif not section.startswith("files "):
+            lines[key.replace("_", " ")] = _shown(value)
         elif value != values.get(f"mesh {figure}"):
-            found[f"{place.removeprefix('files ')}: {MESH.get(figure, figure)}"] = _shown(value)
-    return found
+            lines[f"{section.removeprefix('files ')}: {MESH_LABELS.get(figure, figure)}"] = _shown(value)
+    return lines
 
 
 def _json(run: Run, name: str) -> Any:
-    """What a JSON file of a run holds; nothing if it is not there or not to be read."""
+    """The content of a JSON file of a run; {} if it is missing or cannot be read."""
     path = run.own(name)
     try:
         return {} if path is None else from_json(path.read_text(encoding="utf-8"))
@@ -234,7 +229,7 @@ def _json(run: Run, name: str) -> Any:
 
 
 def flat(values: Any, above: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} -> {"a b": 1}, without lists and without None."""
+    """Flatten nested mappings: {"a": {"b": 1}} -> {"a b": 1}. Lists and None are left out."""
     if not isinstance(values, Mapping):
         return {} if values is None or isinstance(values, list) or not above else {above: values}
     return {
@@ -251,9 +246,9 @@ def _shown(value: Any) -> str:
 
 
 def _numbered(run: Run, stem: str, suffix: str) -> list[Path]:
-    """mesh.glb, mesh-2.glb, mesh-3.glb: the same file of every particle."""
-    found = {1: f"{stem}{suffix}"}
+    """The same file of every particle: mesh.glb, mesh-2.glb, mesh-3.glb."""
+    names = {1: f"{stem}{suffix}"}
     for path in run.path.glob(f"{stem}-*{suffix}"):
         if number := re.fullmatch(rf"{stem}-(\d+)", path.stem):
-            found[int(number[1])] = path.name
-    return [path for _, name in sorted(found.items()) if (path := run.own(name)) is not None]
+            names[int(number[1])] = path.name
+    return [path for _, name in sorted(names.items()) if (path := run.own(name)) is not None]

@@ -1,4 +1,4 @@
-"""An asset: a run's scene, ready to be looked at and exported."""
+"""An asset: the scene of a run, which can be rendered, exported and evaluated."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from torch import Tensor
 from sds3d.cameras import Cameras, Poses, orbit
 from sds3d.config import load as configs
 from sds3d.config.load import Config
-from sds3d.config.typed import check
 from sds3d.export import formats
 from sds3d.export.model import stand
 from sds3d.export.pipeline import Export
@@ -28,7 +27,7 @@ from sds3d.runtime.distributed import Processes
 from sds3d.runtime.files import user_path
 from sds3d.runtime.modes import require_own_process, training
 from sds3d.students.base import Particles, outsized
-from sds3d.students.scene.student import SceneStudent
+from sds3d.students.representation import Scene
 
 if TYPE_CHECKING:
     import PIL.Image
@@ -36,21 +35,21 @@ if TYPE_CHECKING:
 
     from sds3d.evaluate.truth import Scores
 
-DOUBT_SIZE = 16  # of the views that tell whether there is an object,
-EMPTY, FULL = 1e-3, 0.95  # which then covers more of them than this, and less than that
+DOUBT_SIZE = 16  # pixels a side of the views that `Asset.doubt` renders
+EMPTY, FULL = 1e-3, 0.95  # an object covers more than EMPTY and less than FULL of these views
 EVAL_SIZE = 64  # pixels a side of the views that are scored
 FORMATS = (*formats.FORMATS, ".mp4", ".png")
 
 
 class Asset:
-    """The scene of a run folder, or one of its scenes, where several particles shared a critic.
+    """The scene of a run folder, or one of its scenes if it trained several particles.
 
     Attributes:
         path (Path): the run folder.
-        config (Config): everything that made it.
-        student (SceneStudent | Particles): what is trained: the scene, or all particles.
-        particle (int): which of them this is.
-        scene (SceneStudent): it.
+        config (Config): the run's settings.
+        student (Scene | Particles): the run's student: the scene, or all particles.
+        particle (int): the index of this asset's scene among the particles.
+        scene (Scene): this asset's scene.
     """
 
     PAGE: ClassVar[report.PageFacts] = report.PageFacts(
@@ -64,20 +63,20 @@ class Asset:
         film_size=lambda config: config.export.size,
     )
 
-    def __init__(self, run: Run, config: Config, student: SceneStudent | Particles, particle: int = 0):
+    def __init__(self, run: Run, config: Config, student: Scene | Particles, particle: int = 0):
         self.run, self.config, self.student, self.particle = run, config, student, particle
         scene = student.students[particle] if isinstance(student, Particles) else student
-        assert isinstance(scene, SceneStudent), scene
+        assert isinstance(scene, Scene), scene
         self.scene = scene
 
     @classmethod
     @training()
     def open(cls, path: str | Path, device: str = "auto", backend: str = "auto") -> Asset:
-        """The asset of a run folder, as its last checkpoint has it, on any device and backend.
+        """Load the asset of a run folder from its last checkpoint, onto any device and backend.
 
         Raises:
-            ValueError: no such run, no checkpoint, a damaged one, one that does not fit its config, or a run that
-                painted images.
+            ValueError: the run or its checkpoint is missing or damaged, the checkpoint does not fit the config, or the
+                run is of another kind.
 
         Examples:
             >>> asset = Asset.open("outputs/00001-a-red-mug")
@@ -102,31 +101,31 @@ class Asset:
 
     @property
     def particles(self) -> list[Asset]:
-        """The assets of this run, one a particle."""
+        """The assets of this run, one per particle."""
         count = len(self.student.students) if isinstance(self.student, Particles) else 1
         return [Asset(self.run, self.config, self.student, i) for i in range(count)]
 
     @property
     def kernels(self) -> str:
-        """Where and with what it is rendered."""
-        return f"{self.scene.device}, {self.scene.field.backend}"
+        """The device and the backend that render the scene, for display."""
+        return f"{self.scene.device}, {self.scene.kernels}"
 
     def picture(self) -> Tensor:
-        """Four views for a progress picture, or one a particle, (B, 3, H, W) in [0, 1]."""
-        each = [orbit(4 if self.config.particles == 1 else 1, self.config.export.elevation)] * self.config.particles
-        return torch.cat([asset.views(cameras) for asset, cameras in zip(self.particles, each, strict=True)])
+        """Return four views for a progress picture, or one per particle, (B, 3, H, W) in [0, 1]."""
+        cameras = orbit(4 if self.config.particles == 1 else 1, self.config.export.elevation)
+        return torch.cat([asset.views(cameras) for asset in self.particles])
 
     def views(self, cameras: Cameras | Poses, resolution: int | None = None) -> Tensor:
-        """Images (B, 3, H, W) in [0, 1], no gradient; H = W = the training resolution by default."""
+        """Render images (B, 3, H, W) in [0, 1] without gradients; H = W is the training resolution by default."""
         with training():
             return self.scene.render_view(cameras, resolution).rgb
 
     def pictures(self, count: int, resolution: int) -> Tensor:
-        """As many views of it from all sides, (count, 3, resolution, resolution) in [0, 1]."""
+        """Render ``count`` views from all sides, (count, 3, resolution, resolution) in [0, 1]."""
         return self.views(orbit(count), resolution)
 
     def against_truth(self) -> dict[str, float | None]:
-        """Figures against the toybox's object of its prompt. Raises ValueError where there is none."""
+        """Compare with the toybox's object of the prompt; see `evaluate`. Raises ValueError if there is none."""
         scores = self.evaluate()
         return {"iou": scores.iou, "psnr": scores.psnr, "chamfer": scores.chamfer, "fscore": scores.fscore}
 
@@ -138,10 +137,10 @@ class Asset:
         distance: float = 3.0,
         fov: float = 40.0,
     ) -> PIL.Image.Image:
-        """One view as a picture. Azimuth 0 is the front, 90 the object's left (+x); degrees.
+        """Render one view. Azimuth 0 degrees is the front, 90 the object's left (+x).
 
         Raises:
-            ValueError: an elevation outside [-90, 90] or an impossible size.
+            ValueError: the elevation is outside [-90, 90], or the size is impossible.
         """
         from PIL import Image
 
@@ -153,20 +152,19 @@ class Asset:
     def exporter(
         self, tell: Tell = silent, up: str | None = None, height: float | None = None, **changed: Any
     ) -> Export:
-        """What writes this scene into mesh files; several formats share what is made once.
+        """Return an exporter that writes this scene into mesh files. Several formats share one mesh.
 
         Args:
-            tell: called with what is being done, and how far it is, 0 to 1.
-            up, height: how files stand, see ``export``.
-            changed: settings of ``export`` other than the config's, as ``mesh_resolution=256``.
+            tell: called with the name of the present task, and the fraction of it that is done, 0 to 1.
+            up, height: the orientation and height of the mesh; see `export`.
+            changed: settings of ``export.mesh`` that replace the config's, as ``resolution=256``.
 
         Raises:
             ValueError: a setting is out of its range.
         """
         require_own_process()
-        config, settings = self.config, dataclasses.replace(self.config.export, **changed)
-        check(settings, "export")
-        lit = config.render.shading == "albedo"  # then the scene's colours hold what light the teacher painted
+        config, settings = self.config, dataclasses.replace(self.config.export.mesh, **changed)
+        lit = config.render.shading == "albedo"  # without shading, the colours contain the light that the teacher drew
         card = {
             "prompt": config.prompt,
             "method": configs.name_of(config.method),
@@ -176,18 +174,18 @@ class Asset:
             "version": version("sds3d"),
             "light_baked": lit,
         }
-        pixels = min(settings.size, Source.pixels)
-        detail = 2 / config.field.finest  # a cell of the finest grid
-        source = Source(self.scene.density, self.scene.colours, self._on_white, self.scene.device, detail, pixels)
-        return Export(source, settings.surface(), settings.look(), card, lit, tell, up, height)
+        pixels = min(config.export.size, Source.pixels)
+        scene = self.scene
+        source = Source(scene.density, scene.colours, self._on_white, scene.device, scene.detail, pixels)
+        return Export(source, settings, card, lit, tell, up, height)
 
     def _on_white(self, cameras: Cameras, size: int) -> tuple[Tensor, Tensor]:
-        """Images (B, 3, H, H) on white, and opacity (B, 1, H, H)."""
+        """Render images (B, 3, H, H) on white, and opacity (B, 1, H, H)."""
         out = self.scene.render_view(cameras, size, background="#ffffff")
         return out.rgb, out.opacity
 
     def mesh(self, resolution: int | None = None) -> trimesh.Trimesh:
-        """The surface with vertex colours, world coordinates: y up, front +z.
+        """Extract the surface with vertex colours, in world coordinates: y up, front +z.
 
         Args:
             resolution: voxels along each side of the box; the config's by default.
@@ -195,22 +193,23 @@ class Asset:
         Raises:
             ValueError: nothing is dense enough to have a surface.
         """
-        changed: dict[str, Any] = {} if resolution is None else {"mesh_resolution": resolution}
+        changed: dict[str, Any] = {} if resolution is None else {"resolution": resolution}
         return formats.to_trimesh(self.exporter(**changed).model("vertex"))
 
     def export(self, path: str | Path, up: str | None = None, height: float | None = None) -> Path:
         """Write .glb, .obj, .ply, .stl (mesh), .mp4 (turntable) or .png (eight views), chosen by the suffix.
 
-        A mesh stands on the ground. Each is compared with the scene; a file that does not look like it comes with a
-        warning.
+        A mesh stands on the ground. Each mesh file is compared with the scene, and a warning says if it looks
+        different.
 
         Args:
-            path: where to.
-            up: of a mesh, the axis that points up, "y" or "z"; by default y in GLB and OBJ, z in PLY and STL.
-            height: of a mesh, in millimetres for STL (100 by default), in metres otherwise (1).
+            path: the file to write.
+            up: for a mesh, the axis that points up, "y" or "z"; by default y in GLB and OBJ, z in PLY and STL.
+            height: for a mesh, its height: in millimetres for STL (100 by default), in metres otherwise (1).
 
         Raises:
-            ValueError: another suffix, axis or height than can be, an empty scene, or a place that cannot be written.
+            ValueError: the suffix, the axis or the height is not supported, the scene is empty, or the file cannot be
+                written.
         """
         path, settings = user_path(path), self.config.export
         suffix = path.suffix.lower()
@@ -230,28 +229,32 @@ class Asset:
         exporter = self.exporter(up=up, height=height)
         if path.resolve().parent == self.path.resolve():
             self.write_mesh(exporter, path)
-        else:  # a single file was asked for
+        else:  # outside the run folder there is no mesh.json
             exporter.write(path)
         for text in exporter.shortfalls():
             warnings.warn(text, stacklevel=2)
         return path
 
     def write_mesh(self, exporter: Export, path: Path) -> dict[str, Any]:
-        """Write one mesh file, and mesh.json beside it, with what the GLB's extras say and each file's check.
+        """Write one mesh file, and mesh.json beside it, which holds the GLB's extras and the check of each file.
 
         Returns:
-            the report of `Export.write`.
+            The report of `Export.write`.
         """
         report = exporter.write(path)
         self.run.write_text(path.with_name(self.file("mesh.json").name), json.dumps(exporter.whole(), indent=1) + "\n")
         return report
 
     def finish(self) -> Iterator[Path]:
-        """Write preview.png, turntable.mp4 and mesh.glb into the run folder, one after the other, for each particle;
-        then index.html, the page of it all. Warns where training seems to have diverged, and the page says so.
+        """Write preview.png, turntable.mp4 and mesh.glb of each particle into the run folder, then index.html.
+
+        If training seems to have diverged, warns and says so on the page.
+
+        Yields:
+            Each path once it is written.
 
         Raises:
-            ValueError: the disk is full, or there is no surface; what came before it is there, and on the page.
+            ValueError: the disk is full, or there is no surface. The files before stay, and the page shows them.
         """
         doubts = [text for asset in self.particles if (text := asset.doubt())]
         for text in doubts:
@@ -267,31 +270,32 @@ class Asset:
             yield self.write_page(" ".join(doubts))
 
     def write_page(self, note: str = "") -> Path:
-        """Write index.html, the run's page. Raises ValueError; see `report.write_page`."""
+        """Write the run's index.html. Raises ValueError; see `report.write_page`."""
         return report.write_page(self.run, self.PAGE, note)
 
     def doubt(self) -> str:
-        """What says that training diverged, though its figures stayed finite; "" where nothing does.
+        """Return a sentence that says why training seems to have diverged, though its losses were finite; else "".
 
-        Weights that have left all bounds; a scene that fills its box, where an object leaves most of every view free;
-        and one that is nowhere.
+        The signs are weights that are far too large, and a scene that fills its views or covers almost nothing of
+        them.
         """
         cameras = orbit(8, self.config.export.elevation)
         opacity = float(self.scene.render_view(cameras, DOUBT_SIZE).opacity.mean())
-        seen = f"covers {100 * opacity:.3g} % of its views"
-        found = outsized(self.scene)
-        if found or not EMPTY < opacity < FULL:
-            found = f"{self.path} {seen}. {found or 'Training did not find an object: lower optim.lr or method.scale'}"
-        return found
+        problem = outsized(self.scene)
+        if not problem and EMPTY < opacity < FULL:
+            return ""
+        problem = problem or "Training did not find an object: lower optim.lr or method.scale"
+        return f"{self.path} covers {100 * opacity:.3g} % of its views. {problem}"
 
     def file(self, name: str) -> Path:
-        """Where a file of this asset goes: particles after the first have a number, as in mesh-2.glb."""
+        """Return the path of a file of this asset. Particles after the first add their number, as in mesh-2.glb."""
         stem, dot, suffix = name.partition(".")
         return self.path / (f"{stem}-{self.particle + 1}{dot}{suffix}" if self.particle else name)
 
     def evaluate(self) -> Scores:
-        """Compare with the toybox's own object of that prompt, from 24 unseen views; writes eval.png, eval.json
-        and the run's page.
+        """Compare with the toybox's object of the prompt, from 24 unseen views.
+
+        Writes eval.png, eval.json and the run's page.
 
         Raises:
             ValueError: the prompt is not the toybox's.
@@ -302,7 +306,7 @@ class Asset:
         toy = toybox.parse(self.config.prompt)
         try:
             mesh = self.mesh()
-        except ValueError:  # no surface: the scores say so
+        except ValueError:  # there is no surface, so the scores of the mesh are None
             mesh = None
 
         def render(cameras: Cameras) -> tuple[Tensor, Tensor]:

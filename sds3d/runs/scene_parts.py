@@ -1,4 +1,4 @@
-"""What a run of a scene is built of, where it differs from other runs."""
+"""The parts of a run that are particular to scenes."""
 
 from __future__ import annotations
 
@@ -16,28 +16,30 @@ from sds3d.runs.memory_savings import Saving, of_pipeline
 from sds3d.runtime.device import pick_device
 from sds3d.runtime.distributed import Processes
 from sds3d.students.base import Particles
+from sds3d.students.representation import Scene
 from sds3d.students.scene.student import BACKGROUNDS, SceneConfig, SceneStudent
 from sds3d.teachers.base import HasVocabulary, Teacher, views_per_set
 from sds3d.teachers.hf import loading
 
 
 def check(config: Config) -> None:
-    """Raises ValueError where a scene's prompt names a view. Warns where view words may mean something else, which only
-    a pipeline's text encoder can tell."""
+    """Raise ValueError if the prompt names a view. Warn if a pipeline's prompt has words that may name one."""
     if view := named_view(config.prompt):
         raise ValueError(f"the prompt says {view!r}, but a scene is seen from all sides; leave it out")
-    said = [view for view in VIEW_WORDS if view in " ".join(words(config.prompt))]
-    if said and loading.is_pipeline(config.teacher.name):
+    views = [view for view in VIEW_WORDS if view in " ".join(words(config.prompt))]
+    if views and loading.is_pipeline(config.teacher.name):
         warnings.warn(
-            f"the prompt has the words {said[0]!r}, taken as part of the object; if they mean where it is seen from, "
+            f"the prompt has the words {views[0]!r}, taken as part of the object; if they mean where it is seen from, "
             "leave them out: a scene is seen from all sides",
             stacklevel=3,
         )
 
 
 def check_teacher(config: Config, teacher: Teacher) -> None:
-    """Raises ValueError where a teacher cannot know from where a scene is seen, or judges several views of a scene at
-    once and the scene's do not stand so."""
+    """Raise ValueError if a teacher cannot teach this scene.
+
+    It must know cameras or view words. A multi-view teacher needs rings of as many cameras as it judges at once.
+    """
     known = teacher.vocabulary if isinstance(teacher, HasVocabulary) else None
     if teacher.views == "words" and known is not None and not {"front", "back", "view"} <= set(known):
         raise ValueError(
@@ -53,15 +55,15 @@ def check_teacher(config: Config, teacher: Teacher) -> None:
 
 
 def further_prompts(config: Config) -> list[tuple[str, str]]:
-    """What a teacher must know beside the prompt, each with what it is for: its words on drawn backgrounds."""
+    """Return the prompts with background colours that a teacher must know; see `Kind.further_prompts`."""
     if config.render.background != "random" or named_background(config.prompt):
         return []
     return [(f"on {name}: ", f"{config.prompt} on a {name} background") for name in list(BACKGROUNDS)[1:]]
 
 
-def build_student(config: Config, teacher: Teacher | None, processes: Processes) -> SceneStudent | Particles:
-    """A new scene, or as many as the method has particles; the same seed gives the same."""
-    rng = torch.Generator().manual_seed(2 * config.seed + 1)  # the loop's own stream is 2 * seed
+def build_student(config: Config, teacher: Teacher | None, processes: Processes) -> Scene | Particles:
+    """Build a new scene, or one for each of the method's particles. The same seed builds the same scenes."""
+    rng = torch.Generator().manual_seed(2 * config.seed + 1)  # the training loop's seed is 2 * seed
     if config.particles == 1:
         return build_scene(config, rng)
     seeds = torch.randint(2**62, (config.particles,), generator=rng).tolist()
@@ -69,9 +71,9 @@ def build_student(config: Config, teacher: Teacher | None, processes: Processes)
 
 
 def build_scene(config: Config, rng: torch.Generator) -> SceneStudent:
-    """A new scene. A background that its prompt names is its usual one."""
+    """Build a new scene. A background colour that the prompt names replaces white as the default background."""
     device, render, named = pick_device(config.device), config.render, named_background(config.prompt)
-    usual = named or "white"
+    default = named or "white"
     if named:
         if render.background not in ("white", "learned", named):
             raise ValueError(f"the prompt names a {named} background and render.background is {render.background}")
@@ -79,31 +81,31 @@ def build_scene(config: Config, rng: torch.Generator) -> SceneStudent:
     settings = SceneConfig(config.field, config.occupancy, render, config.camera, config.regularise)
 
     def prompts(cameras: Cameras, background: str) -> list[str]:
-        plain_name = background.isalpha() and background not in (usual, "learned")
-        return [f"{config.prompt} on a {background} background" if plain_name else config.prompt] * len(cameras)
+        is_colour_name = background.isalpha() and background not in (default, "learned")
+        return [f"{config.prompt} on a {background} background" if is_colour_name else config.prompt] * len(cameras)
 
     backgrounds = {named: COLOURS[named]} if named else None
     return SceneStudent(settings, rng, prompts, backgrounds, ops.choose(device, config.backend), device)
 
 
 def savings(config: Config, image_size: int) -> list[Saving]:
-    """What can be set to save memory, in the usual order of effect; see `Kind.savings`."""
-    teacher = of_pipeline(config, image_size)
-    render, ring, found = config.render, config.camera.ring, []
-    if teacher and render.views > ring:
-        found.append(Saving(f"render.views={ring}", "a noisier gradient"))
+    """Return settings that save memory, usually the most effective first; see `Kind.savings`."""
+    of_teacher, of_scene = of_pipeline(config, image_size), []
+    render, ring = config.render, config.camera.ring
+    if of_teacher and render.views > ring:
+        of_scene.append(Saving(f"render.views={ring}", "a noisier gradient"))
     chunk = Saving("render.chunk=4096", "rays at a time: a quarter slower", True)
-    found += [] if 0 < render.chunk <= 4096 else [chunk]
-    if not teacher and render.views > ring:
+    of_scene += [] if 0 < render.chunk <= 4096 else [chunk]
+    if not of_teacher and render.views > ring:
         half = max(1, render.views // ring // 2) * ring
-        found.append(Saving(f"render.views={half}", "a noisier gradient"))
+        of_scene.append(Saving(f"render.views={half}", "a noisier gradient"))
     pixels = render.resolution_at(math.inf)
-    if pixels >= (128 if teacher else 8):
-        found.append(Saving(f"render.resolution={pixels // 2}", "coarser views"))
-    return [*teacher, *found]
+    if pixels >= (128 if of_teacher else 8):
+        of_scene.append(Saving(f"render.resolution={pixels // 2}", "coarser views"))
+    return [*of_teacher, *of_scene]
 
 
 def usual_savings(config: Config) -> tuple[list[str], str]:
-    """Of a packaged teacher's run that is out of memory: what it can take up where it stopped, and all in words."""
+    """Return the advice for a packaged teacher that runs out of memory; see `Kind.usual_savings`."""
     chunk = "render.chunk (rays at a time, 65536 or less), render.views, render.resolution"
     return ["render.chunk=4096"] if config.render.chunk != 4096 else [], f"lower {chunk}"

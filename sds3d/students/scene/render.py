@@ -5,8 +5,7 @@ Emission and absorption (NeRF, arXiv 2003.08934, eq. 3), with a plain background
     w_i = T_i (1 - exp(-sigma_i dt_i)),  opacity = sum_i w_i,  rgb = sum_i w_i c_i + (1 - opacity) b
     depth = sum_i w_i t_i / opacity
 
-Shading (DreamFusion, arXiv 2209.14988, section 3.1): "albedo" is the colour itself; "lambertian" multiplies it
-by ambient + (1 - ambient) max(0, n . l); "textureless" shades white instead of the colour.
+Shading is as `sds3d.students.representation.Shading` has it.
 """
 
 from __future__ import annotations
@@ -23,34 +22,11 @@ from torch.utils.checkpoint import checkpoint
 from sds3d.cameras import Cameras, Poses
 from sds3d.ops import Samples
 from sds3d.runtime.transfer import onto
+from sds3d.students.representation import ALBEDO, Shading, Views
 from sds3d.students.scene.field import Field
 from sds3d.students.scene.occupancy import Occupancy
 
-SHADINGS = ("albedo", "lambertian", "textureless")
-
 Background = Tensor | Callable[[Tensor], Tensor]  # (3,), (B, 3), or directions (R, 3) -> colours (R, 3)
-
-
-@dataclass(frozen=True)
-class Shading:
-    """The shading of the colours.
-
-    Args:
-        kind: one of SHADINGS.
-        light: (3,) or (B, 3) directions towards the light, of any length; None places the light at the camera.
-        ambient: fraction of ambient light, 0 to 1.
-    """
-
-    kind: str = "albedo"
-    light: Tensor | None = None
-    ambient: float = 0.3
-
-    def __post_init__(self):
-        if self.kind not in SHADINGS:
-            raise ValueError(f"render.shading is {self.kind!r}; give one of {', '.join(SHADINGS)}")
-
-
-ALBEDO = Shading()
 
 
 @dataclass(frozen=True)
@@ -77,21 +53,13 @@ class RenderOptions:
 
 
 @dataclass
-class RenderOut:
+class RenderOut(Views):
     """Images of B views, and the samples of which they were made.
 
     Args:
-        rgb: (B, 3, H, W) in [0, 1].
-        opacity: (B, 1, H, W) in [0, 1].
-        depth: (B, 1, H, W) expected distance from the camera, scene units; 0 where a ray hits nothing.
-        normal: (B, 3, H, W) weighted outward normals in world axes, length <= 1; None if they were not rendered.
         trace: the samples, for the regularisers; None in a render without gradients.
     """
 
-    rgb: Tensor
-    opacity: Tensor
-    depth: Tensor
-    normal: Tensor | None
     trace: Trace | None
 
 

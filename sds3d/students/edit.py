@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from sds3d.students.base import Draw
-from sds3d.students.scene.student import SceneStudent
+from sds3d.students.representation import Scene
 
 
 class EditedScene:
@@ -20,9 +20,9 @@ class EditedScene:
         source: the scene before the edit; it never changes.
     """
 
-    def __init__(self, scene: SceneStudent, source: SceneStudent):
+    def __init__(self, scene: Scene, source: Scene):
         self.scene, self.source = scene, source
-        source.learn_backgrounds(scene)
+        source.learn_backgrounds(scene.backgrounds)
 
     def draw(self, step: int, rng: torch.Generator) -> Draw:
         """Return the scene's views, and the source's from the same cameras on the same background."""

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from sds3d.cameras import Cameras
 from sds3d.media.chart import coloured
-from sds3d.students.scene.render import RenderOut
-from sds3d.students.scene.student import SceneStudent
+from sds3d.students.representation import Scene, Views
 
 LAYERS = ("rgb", "opacity", "depth", "normals")
 DEPTH_RANGE = 1.0  # shown on either side of the scene's centre, in scene units; depths beyond are clamped
@@ -24,7 +23,7 @@ def check(names: Sequence[str]) -> None:
             raise ValueError(f"there is no layer {name!r}; give one or more of {', '.join(LAYERS)}")
 
 
-def layers(scene: SceneStudent, cameras: Cameras, size: int, names: Sequence[str]) -> dict[str, Tensor]:
+def layers(scene: Scene, cameras: Cameras, size: int, names: Sequence[str]) -> dict[str, Tensor]:
     """Return pictures (B, 3, size, size) in [0, 1] of each named layer, without gradient.
 
     opacity: black is empty, white is solid. depth: bright is near, dark is far, on one scale for all views; white is
@@ -38,7 +37,7 @@ def layers(scene: SceneStudent, cameras: Cameras, size: int, names: Sequence[str
     return {name: picture(out, name, cameras.to(out.rgb.device).distance) for name in names}
 
 
-def picture(out: RenderOut, name: str, distance: Tensor) -> Tensor:
+def picture(out: Views, name: str, distance: Tensor) -> Tensor:
     """Return one layer of a render as pictures (B, 3, H, W), given the cameras' distance (B,) in scene units."""
     if name == "rgb":
         return out.rgb
