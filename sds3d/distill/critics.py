@@ -32,6 +32,7 @@ from sds3d.teachers.base import Teacher, views_per_set
 CAMERA_WIDTH = 16  # hidden width of the small network that embeds a camera
 
 
+@runtime_checkable
 class Trainable(Teacher, Protocol):
     """A teacher whose network may be copied and trained.
 

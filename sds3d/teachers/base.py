@@ -15,6 +15,9 @@ from sds3d.runtime.ranges import Within
 
 PACKAGED = ("small", "toybox", "digits")  # "toybox" is another name of "small"
 VIEWS = ("camera", "words")  # how a teacher gets the viewpoint of an image
+OBJECT = "python:"  # begins teacher.name if the teacher is an object, which cannot be loaded by a name
+
+
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -165,6 +168,11 @@ class HasDevice(Protocol):
     def device(self) -> torch.device:
         """The device of its network and of its inputs."""
         ...
+
+
+def object_name(teacher: Teacher) -> str:
+    """What teacher.name says of a teacher that was given as an object: "python:" and its class."""
+    return f"{OBJECT}{type(teacher).__module__}.{type(teacher).__qualname__}"
 
 
 def views_per_set(teacher: Teacher) -> int:

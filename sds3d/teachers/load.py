@@ -10,7 +10,7 @@ import torch
 
 from sds3d.runtime.device import pick_device
 from sds3d.teachers import small
-from sds3d.teachers.base import PACKAGED, HFConfig, TeacherConfig
+from sds3d.teachers.base import OBJECT, PACKAGED, HFConfig, TeacherConfig
 from sds3d.teachers.hf import loading
 from sds3d.teachers.hf.generator import CARD, read
 from sds3d.teachers.hf.teacher import DiffusersTeacher
@@ -25,6 +25,11 @@ def load_teacher(settings: TeacherConfig, device: str = "auto") -> Loaded:
         ValueError: there is no teacher of that name, its weights are damaged, or it is a generator that does not
             denoise.
     """
+    if settings.name.startswith(OBJECT):
+        raise ValueError(
+            f"the teacher was an object in Python ({settings.name.removeprefix(OBJECT)}), which cannot be loaded by a "
+            "name: give an object of this class again, as in sds3d.resume(run, teacher=...)"
+        )
     if loading.is_pipeline(settings.name):
         folder = Path(settings.name).expanduser()
         if (folder / CARD).is_file():
