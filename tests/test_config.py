@@ -501,7 +501,7 @@ def test_a_config_that_python_makes_is_held_to_the_same_ranges(key, value):
 @pytest.mark.parametrize(
     ("texts", "said"),
     [
-        (["field.levels=64", "field.log2_table=24", "field.finest=65536"], "the hash grid of field would hold"),
+        (["field.levels=64", "field.log2_table=24", "field.finest=65536"], "the hash grid of field would have"),
         (["render.views=256", "render.resolution=1024"], "render.views=256 of 1024 pixels"),
         (["render.resolution=[[0,64],[100000000000,128]]"], "stage from step 100000000000"),
     ],
