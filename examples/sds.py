@@ -1,10 +1,10 @@
-"""Score distillation sampling, written out: four pictures of one object, from four sides, by the packaged teacher.
+"""Score distillation sampling in one file: four images of an object, from four sides, by the packaged teacher.
 
     python examples/sds.py "a red mug" --steps 300 --out mug.png
 
-DreamFusion (arXiv 2209.14988, eq. 3) on a grid of pixels. With x_t = alpha x + sigma eps and the guided answer
+DreamFusion (arXiv 2209.14988, eq. 3) on a grid of pixels. With x_t = alpha x + sigma eps and the guided prediction
 eps_s = eps_u + s (eps_c - eps_u), the gradient on x is W(t) (eps_s - eps); the teacher is never differentiated.
-``sds3d.generate("a red mug")`` does the same with a scene in the place of the pixels.
+``sds3d.generate("a red mug")`` does the same with a scene instead of pixels.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ VIEWS = 4  # cameras around the object
 
 
 def paint(prompt: str, steps: int = 300, scale: float = 2.0, seed: int = 0) -> Tensor:
-    """Images (4, 3, 64, 64) in [0, 1] of the prompt, from the front, the sides and the back."""
+    """Return images (4, 3, 64, 64) in [0, 1] of the prompt, from the front, the sides and the back."""
     teacher = load_teacher(TeacherConfig("small"), "cpu")
-    teacher.check(prompt)  # raises ValueError for words that it does not know
+    teacher.check(prompt)  # raises ValueError for unknown words
     rng = torch.Generator().manual_seed(seed)
     cameras = orbit(VIEWS, elevation=15.0)
     size = teacher.image_size
@@ -35,18 +35,18 @@ def paint(prompt: str, steps: int = 300, scale: float = 2.0, seed: int = 0) -> T
     for step in range(steps):
         x = teacher.encode(images)  # [0, 1] -> [-1, 1]
         done = step / steps
-        t = torch.empty(VIEWS).uniform_(0.95 - 0.35 * done, 1.0 - 0.1 * done, generator=rng)  # coarse, then finer
+        t = torch.empty(VIEWS).uniform_(0.95 - 0.35 * done, 1.0 - 0.1 * done, generator=rng)  # less noise with time
         alpha, sigma = (v.view(-1, 1, 1, 1) for v in teacher.schedule.alpha_sigma(t))
         eps = torch.randn(x.shape, generator=rng)
         x_t = alpha * x.detach() + sigma * eps
 
-        # The prompt with its cameras, and the null prompt without any, in one forward.
+        # The prompt with its cameras, and the null prompt without cameras, in one forward pass.
         answer = teacher.predict(
             torch.cat([x_t, x_t]),
             torch.cat([t, t]),
             [prompt] * VIEWS + [""] * VIEWS,
             cat([cameras, cameras]),
-            torch.arange(2 * VIEWS) < VIEWS,  # which rows see their camera
+            torch.arange(2 * VIEWS) < VIEWS,  # which rows use their camera
         )
         eps_c, eps_u = answer.eps.chunk(2)
         eps_s = eps_u + scale * (eps_c - eps_u)

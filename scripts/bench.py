@@ -1,16 +1,16 @@
-"""Time the hot kernels of every backend that runs here, and say on which machine.
+"""Time the hot kernels of every backend that runs on this machine.
 
-    python scripts/bench.py                                            all of them
-    python scripts/bench.py --only hash_encode --points 65536 --json   one, for a program to read
+    python scripts/bench.py                                            all kernels
+    python scripts/bench.py --only hash_encode --points 65536 --json   one kernel, as JSON
     python scripts/bench.py --device cuda --points 16384,2097152 --log2-table 15,19 --dtype float16
     python scripts/bench.py --clock cpu                                CPU seconds of all threads together:
-                                                                       steadier where others use the machine
+                                                                       steadier on a busy machine
 
-Backends take turns, round by round, so that a busy moment hits all of them; a row holds the median of its
-rounds in milliseconds. ``speedup`` is plain torch's forward_backward_ms over the row's own. ``bytes`` is what the
-forward pass has to read and write at least, each number once where it is used once (an encoding reads eight entries a
-point and level; samples are counted, a march makes fewer than ``points``), and ``of_copy`` the share of the device's
-copy bandwidth, measured here, that this amounts to.
+The backends alternate, round by round, so that a busy moment slows all of them. A row holds the median of its rounds in
+milliseconds. ``speedup`` is plain torch's forward_backward_ms divided by the row's. ``bytes`` is the least that the
+forward pass reads and writes: an encoding reads eight entries a point and level, and marched samples are counted, since
+there are fewer than ``points``. ``of_copy`` is the fraction of the device's copy bandwidth, measured here, that these
+bytes in that time amount to.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Case = tuple[Callable, Callable | None, int]  # forward() -> state, backward(sta
 
 
 def rays(count: int, device: torch.device, generator: torch.Generator) -> tuple[torch.Tensor, ...]:
-    """Rays (R, 3) from (0, 0, 3) through a ball, the ball as a 32^3 grid, and a jitter (R,)."""
+    """Return origins and directions (R, 3) from (0, 0, 3) through a ball, the ball as a 32^3 grid, a jitter (R,)."""
     side = max(1, round(count**0.5))
     line = torch.linspace(-0.34, 0.34, side)
     y, x = torch.meshgrid(line, line, indexing="ij")
@@ -47,27 +47,27 @@ def rays(count: int, device: torch.device, generator: torch.Generator) -> tuple[
 
 
 def hash_case(backend: Backend, points: int, spec: GridSpec, dtype: torch.dtype, device: torch.device) -> Case:
-    """Encode uniform points; the gradient is the table's."""
+    """Encode uniform points; backward computes the table's gradient."""
     generator = torch.Generator().manual_seed(0)
-    place = torch.rand(points, 3, generator=generator).to(device)
+    positions = torch.rand(points, 3, generator=generator).to(device)
     table = torch.randn(spec.entries, spec.features, generator=generator).to(device, dtype).requires_grad_()
     incoming = torch.randn(points, spec.width, generator=generator).to(device, dtype)
     return (
-        lambda: backend.hash_encode(place, table, spec),
+        lambda: backend.hash_encode(positions, table, spec),
         lambda out: torch.autograd.grad(out, table, incoming),
         points,
     )
 
 
 def march_case(backend: Backend, points: int, device: torch.device) -> Case:
-    """March about as many rays as give that many samples."""
+    """March the number of rays that gives about ``points`` samples."""
     origins, directions, occupancy, jitter = rays(points // 12, device, torch.Generator().manual_seed(0))
     march = partial(backend.march, origins, directions, occupancy, 0.05, jitter)
     return march, None, march().t.shape[0]
 
 
 def composite_case(backend: Backend, points: int, device: torch.device) -> Case:
-    """Blend colour and distance of marched samples; the gradients are the density's and the values'."""
+    """Blend colour and distance of marched samples; backward computes the gradients of density and values."""
     generator = torch.Generator().manual_seed(0)
     origins, directions, occupancy, jitter = rays(points // 12, device, generator)
     samples = reference.march(origins, directions, occupancy, 0.05, jitter)
@@ -82,16 +82,16 @@ def composite_case(backend: Backend, points: int, device: torch.device) -> Case:
 
 
 def bytes_of(op: str, points: int, spec: GridSpec, dtype: torch.dtype) -> int:
-    """What the forward pass of an op reads and writes for so many points or samples, see above."""
+    """Return the bytes that an op's forward pass reads and writes for this number of points or samples."""
     if op == "hash_encode":
         return points * (12 + (8 + 1) * spec.width * dtype.itemsize)
     if op == "march":
-        return points * (8 + 12 + 4)  # ray, place and distance of each sample
+        return points * (8 + 12 + 4)  # ray, point and distance of each sample
     return points * (4 + 4 + 16 + 4)  # density, length, four values; the weight
 
 
 def copy_bandwidth(device: torch.device, rounds: int = 5) -> float:
-    """Bytes a second that a large copy reads and writes."""
+    """Return the bytes a second that a large copy reads and writes."""
     source = torch.empty(2**28 if device.type == "cuda" else 2**26, dtype=torch.uint8, device=device).fill_(1)
     target, best = torch.empty_like(source), 0.0
     for _ in range(rounds):
@@ -104,13 +104,13 @@ def copy_bandwidth(device: torch.device, rounds: int = 5) -> float:
 
 
 def wait(device: torch.device) -> None:
-    """Until the device has done what it was told."""
+    """Wait for the device's queued work."""
     if device.type == "cuda":
         torch.cuda.synchronize()
 
 
 def measure(cases: dict[str, Case], rounds: int, clock: Callable[[], float], device: torch.device) -> dict[str, list]:
-    """Seconds (forward, backward) of each round, by backend; the first turn compiles and is dropped."""
+    """Return the seconds (forward, backward) of each round, by backend; the first round compiles and is dropped."""
     seconds = {name: [] for name in cases}
     for turn in range(rounds + 1):
         for name, (forward, backward, _) in cases.items():
@@ -128,7 +128,7 @@ def measure(cases: dict[str, Case], rounds: int, clock: Callable[[], float], dev
 
 
 def rows_of(op: str, points: int, seconds: dict[str, list], moved: int, bandwidth: float) -> list[dict]:
-    """One row a backend."""
+    """Return one row for each backend."""
     rows = []
     for name, turns in seconds.items():
         forward = statistics.median(a for a, _ in turns)
@@ -180,8 +180,8 @@ def main() -> None:
                 }
                 cases = {backend.name: build[op](backend) for backend in backends}
                 moved = bytes_of(op, next(iter(cases.values()))[2], spec, dtype)
-                found = rows_of(op, points, measure(cases, args.rounds, clock, device), moved, bandwidth)
-                rows += [row | ({"log2_table": log2_table} if op == "hash_encode" else {}) for row in found]
+                measured = rows_of(op, points, measure(cases, args.rounds, clock, device), moved, bandwidth)
+                rows += [row | ({"log2_table": log2_table} if op == "hash_encode" else {}) for row in measured]
     about = machine(device) | {"copy_gb_s": round(bandwidth / 1e9, 1)}
     lines = [f"{key}: {value}" for key, value in about.items()] + [f"clock: {args.clock}"]
     print(*lines, sep="\n", file=sys.stderr if args.json else sys.stdout)
@@ -193,12 +193,12 @@ def main() -> None:
 
 
 def numbers(text: str) -> list[int]:
-    """ "1,2" -> [1, 2]"""
+    """Return the numbers of a text such as "1,2"."""
     return [int(part) for part in text.split(",")]
 
 
 def backends_here(op: str, device: torch.device) -> list[str]:
-    """The backends that have their own kernel for an op on this device, and are installed."""
+    """Return the installed backends that have a kernel of their own for an op on this device."""
     own = {"torch": OPS, "numba": OPS} if device.type == "cpu" else {"torch": OPS, "triton": OPS}
     if device.type == "cuda":
         own |= {"tinycudann": ("hash_encode",), "nerfacc": ("march", "composite")}

@@ -1,8 +1,8 @@
-"""The configuration reference, in Markdown, from the dataclasses of sds3d/config/schema.py and the methods.
+"""Generate the configuration reference, in Markdown, from the dataclasses of sds3d/config/schema.py and the methods.
 
     python scripts/config_reference.py > settings.md
 
-At every build of the site it takes the place of ``<!-- settings -->`` in docs/configuration.md (scripts/docs_site.py).
+At every build of the site it replaces ``<!-- settings -->`` in docs/configuration.md (scripts/docs_site.py).
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import re
-import sys
 import types
 import typing
 from typing import Any
 
 from sds3d.config.load import default_method
+from sds3d.config.meanings import meanings_of
 from sds3d.config.schema import Config, DistillConfig, PaintConfig, RunConfig
 from sds3d.config.typed import plain
 from sds3d.distill.score import METHODS
@@ -23,11 +23,12 @@ from sds3d.runtime.ramp import Ramp
 from sds3d.runtime.ranges import STEPS
 
 KINDS = {"scenes": Config, "images": PaintConfig, "generators": DistillConfig}
+POWERS = {STEPS: "10^7", 2**30: "2^30", 10**12: "10^12", 2**62 - 1: "2^62 - 1"}  # ends of ranges, readably
 WORDS = {bool: "true or false", int: "integer", float: "number", str: "text", Ramp: "number or ramp", Any: "a method"}
 
 
 def reference() -> str:
-    """All settings: those that every run has, those of each kind of run, and those of each method."""
+    """Return the tables of all settings: of every run, of each kind of run, and of each method."""
     defaults = {name: plain(kind("a red mug")) | {"method": default_method(kind)} for name, kind in KINDS.items()}
     shared = {f.name for f in dataclasses.fields(RunConfig)}
     parts = ["## Every run", _section(RunConfig, "", defaults)]
@@ -43,64 +44,30 @@ def reference() -> str:
 
 
 def _section(cls: type, above: str, defaults: dict[str, dict[str, Any]], only: set[str] | None = None) -> str:
-    """A table of a dataclass's own settings, then a section for each dataclass in it."""
+    """Return a table of a dataclass's own settings, then a section for each nested dataclass."""
     hints, meanings = typing.get_type_hints(cls, include_extras=True), meanings_of(cls)
     rows, below = [], []
     for name in (f.name for f in dataclasses.fields(cls) if only is None or f.name in only):
         kind, key = hints[name], above + name
         if dataclasses.is_dataclass(kind) and kind is not Ramp:
             intro = inspect.cleandoc(kind.__doc__ or "").split("\n\n")[0]
-            head = [f"### {key}"] + ([] if intro.startswith(("Args:", kind.__name__ + "(")) else [_one_line(intro)])
+            head = [f"### {key}"]
+            if not intro.startswith(("Args:", kind.__name__ + "(")):
+                head.append(" ".join(intro.split()))
             below.append("\n\n".join([*head, _section(kind, f"{key}.", defaults)]))
         else:
-            rows.append(f"| `{key}` | {_takes(kind)} | {_default(key, defaults)} | {meanings.get(name, '')} |")
+            meaning = meanings.get(name, "").replace("|", "\\|")  # a bar would end the table's cell
+            rows.append(f"| `{key}` | {_takes(kind)} | {_default(key, defaults)} | {meaning} |")
     table = ["| setting | takes | default | meaning |", "|---|---|---|---|", *rows] if rows else []
     return "\n\n".join(part for part in ("\n".join(table), *below) if part)
 
 
-def meanings_of(cls: type) -> dict[str, str]:
-    """What each field means: the Args of the docstrings, the comment beside a field or above it, or, of a weight
-    ``lambda_<name>``, the first line of the function of that name beside the class."""
-    found: dict[str, str] = {}
-    for base in reversed(cls.__mro__):
-        if not dataclasses.is_dataclass(base):
-            continue
-        found |= _comments(inspect.getsource(base))
-        found |= _arguments(inspect.cleandoc(base.__doc__ or ""))
-    for name in (f.name for f in dataclasses.fields(cls)):
-        function = getattr(sys.modules[cls.__module__], name.removeprefix("lambda_"), None)
-        if name not in found and name.startswith("lambda_") and function is not None:
-            found[name] = "weight of: " + inspect.cleandoc(function.__doc__ or "").split("\n")[0]
-    return {name: _one_line(text) for name, text in found.items()}
-
-
-def _arguments(docstring: str) -> dict[str, str]:
-    """The Args section of a docstring, by name; names that share a line share its text."""
-    section = re.search(r"^Args:\n(.*?)(?:\n\S|\Z)", docstring, re.S | re.M)
-    found: dict[str, str] = {}
-    for names, text in re.findall(r"^    (\w[\w, ]*): (.*?)(?=^    \w|\Z)", section[1] if section else "", re.S | re.M):
-        found |= dict.fromkeys(names.split(", "), text)
-    return found
-
-
-def _comments(source: str) -> dict[str, str]:
-    """Comments beside fields, or in the lines above them."""
-    found: dict[str, str] = {}
-    above: list[str] = []
-    for line in map(str.strip, source.splitlines()):
-        field = re.match(r"(\w+): [^#]*?(?:#\s*(.*))?$", line)
-        if field and (field[2] or above):
-            found[field[1]] = field[2] or " ".join(above)
-        above = [*above, line.lstrip("# ")] if line.startswith("#") else []
-    return found
-
-
 def _takes(kind: Any) -> str:
-    """A type in words, with its range."""
+    """Return a type and its range in words."""
     origin, parts = typing.get_origin(kind), typing.get_args(kind)
     if origin is typing.Annotated:
         text = f"{_takes(parts[0])}, {parts[1]}".replace("number, a number", "number")
-        return text.replace(str(2**62 - 1), "2^62 - 1").replace(str(STEPS), "10^7").replace(str(2**30), "2^30")
+        return re.sub(r"\b\d{8,}\b", lambda number: POWERS.get(int(number[0]), number[0]), text)
     if origin in (typing.Union, types.UnionType):
         kinds = [part for part in parts if part is not type(None) and not (part is float and Ramp in parts)]
         return " or ".join([*map(_takes, kinds), *(["null"] if type(None) in parts else [])])
@@ -114,7 +81,7 @@ def _takes(kind: Any) -> str:
 
 
 def _default(key: str, defaults: dict[str, dict[str, Any]]) -> str:
-    """The default; where kinds of runs differ, each of them."""
+    """Return the default, or, if the kinds of runs differ, each kind's default."""
     values = {name: _shown(_at(tree, key)) for name, tree in defaults.items()}
     if len(set(values.values())) == 1:
         return next(iter(values.values()))
@@ -128,7 +95,7 @@ def _at(tree: Any, key: str) -> Any:
 
 
 def _shown(value: Any) -> str:
-    """A plain value as it is written in a setting."""
+    """Return a plain value as a user writes it in a setting."""
     if isinstance(value, dict):
         return ", ".join(f"`{name}`: {_shown(item)}" for name, item in value.items()) or "none"
     if value == "a red mug":
@@ -137,10 +104,6 @@ def _shown(value: Any) -> str:
     if text is None or (isinstance(value, int | float) and not isinstance(value, bool)):
         text = str(value)
     return f"`{text}`"
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split()).replace("|", "\\|")
 
 
 if __name__ == "__main__":

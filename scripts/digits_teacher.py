@@ -1,4 +1,4 @@
-"""The digits teacher at 1 to 35 evaluations by each sampler, and real digits against real ones as the floor.
+"""Measure the digits teacher at 1 to 35 evaluations by each sampler, and real digits against real ones as the floor.
 
     python scripts/digits_teacher.py --json benchmarks/digits_teacher.json --chart benchmarks/digits_teacher.png
 
@@ -37,15 +37,15 @@ def main() -> None:
     floor = real.floor()
     print("real against real:", {key: round(value, 3) for key, value in floor.items()}, flush=True)
     for name in SAMPLERS:
-        found = []
-        for wanted in options.evaluations:
-            sampler = Sampler.within(name, wanted)
+        points = []
+        for evaluations in options.evaluations:
+            sampler = Sampler.within(name, evaluations)
             draw = evaluation.by_teacher(teacher, name, sampler.steps)
             row = evaluation.summary(list(evaluation.measure(draw, options.images, options.seeds, real)))
             rows[f"{name}, {sampler.evaluations} evaluations"] = row
-            found.append((sampler.evaluations, row["fd_feat"].mean))
+            points.append((sampler.evaluations, row["fd_feat"].mean))
             print(name, sampler.evaluations, *(f"{key} {value}" for key, value in row.items()), flush=True)
-        lines[name] = tuple(torch.tensor(column, dtype=torch.float32) for column in zip(*found))
+        lines[name] = tuple(torch.tensor(column, dtype=torch.float32) for column in zip(*points))
     print(evaluation.table(rows))
     if options.json:
         report = {"floor": floor, "teacher": plain(rows), "images": options.images, "seeds": options.seeds}

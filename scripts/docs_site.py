@@ -1,7 +1,7 @@
-"""What mkdocs calls while it builds the site (``hooks`` in mkdocs.yml).
+"""Hooks that mkdocs calls while it builds the site (``hooks`` in mkdocs.yml).
 
-Pages in docs/ link to files of the repository as ``../benchmarks/held_out.png``, which works in the repository. Such
-files become part of the site, and the links follow. The configuration reference is generated at every build.
+Pages in docs/ link to other files of the repository by paths such as ``../benchmarks/held_out.png``. The hooks copy
+these files into the site and adapt the links. They also generate the configuration reference at every build.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ MARK = "<!-- settings -->"
 
 
 def on_files(files: Any, config: Any) -> Any:
-    """Add the files beside docs/ that the navigation names or a page links to."""
+    """Add the files outside docs/ that the navigation names or that a page links to."""
     pages = [Path(file.abs_src_path) for file in files.documentation_pages()]
     linked = {path for page in pages for path in OUTSIDE.findall(page.read_text(encoding="utf-8"))}
     named = set(re.findall(r"'([^']+\.md)'", str(config["nav"]))) - {file.src_uri for file in files}
@@ -29,7 +29,7 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
-    """Links as they are on the site; the settings where they belong."""
+    """Adapt a page's links to the site, and insert the settings at MARK."""
     if MARK in markdown:
         sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
         from config_reference import reference

@@ -1,10 +1,11 @@
-"""What a step of a generator costs beyond its networks' own passes.
+"""Compare the time of a generator's step with that of its networks' passes.
 
     python scripts/generator_step.py --methods diffinstruct,vsd,dmd2
 
-Expected: at most 1.15 times the sum of the passes, each measured alone on the same batch: forward and backward of the
-generator and of the critic (once for each of its fits), forward of the generator for each fit, of the teacher and of
-the critic; DMD2 adds the discriminator's ways down. The two are measured in turns, so that a busy machine slows both.
+Expected: at most 1.15 times the sum of the passes, each measured alone on the same batch. The passes are forward and
+backward of the generator and of the critic (once for each of the critic's fits), and forward of the generator (for each
+fit), of the teacher and of the critic. DMD2 adds passes through the U-Net's encoder for the discriminator. Steps and
+passes are measured alternately, so that a busy machine slows both.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ def milliseconds(call: Callable[[], object]) -> float:
 
 
 def passes(teacher, batch: int, prompts: list[str]) -> dict[str, Callable[[], object]]:
-    """A network's forward, its forward and backward, and the same of its way down; the three kinds of passes."""
+    """Return the three kinds of passes of a network: forward; forward and backward; the latter of its encoder only."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn((batch, *teacher.shape), generator=generator)
     t, text = torch.rand(batch, generator=generator), teacher._embed([prompts[i % len(prompts)] for i in range(batch)])
@@ -52,15 +53,15 @@ def passes(teacher, batch: int, prompts: list[str]) -> dict[str, Callable[[], ob
 
 
 def counts(method: str, fits: int) -> dict[str, int]:
-    """How many passes of each kind a step has."""
-    found = {"forward": 2 + fits, "backward": 1 + fits}
+    """Return the number of passes of each kind in a step."""
+    numbers = {"forward": 2 + fits, "backward": 1 + fits}
     if method == "dmd2":
-        found["down"] = 1 + 2 * fits
-    return found
+        numbers["down"] = 1 + 2 * fits
+    return numbers
 
 
 def measure(method: str, batch: int, repeats: int) -> dict[str, float]:
-    """Median milliseconds of a step, of its passes, and their ratio."""
+    """Return the median milliseconds of a step and of its passes, and the median of their ratio."""
     layer = {"method": method, "generator.batch": batch, "steps": repeats + 3, "log.picture_every": 0}
     settings = configs.load(None, layer, kind=DistillConfig)
     teacher = build.build_teacher(settings)

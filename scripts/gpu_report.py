@@ -1,10 +1,10 @@
-"""What this machine's GPU does: are the kernels right, how fast are they, what does the main job take?
+"""Check the kernels on this machine's GPU, and measure them and the main jobs.
 
     python scripts/gpu_report.py                    on a GPU: under 8 minutes, no network
-    python scripts/gpu_report.py --quick            small sizes; on a CPU always so, with Triton interpreted
+    python scripts/gpu_report.py --quick            small sizes; always used on a CPU, with Triton interpreted
 
-Writes benchmarks/gpu_report.json and .md, stamped with device, versions, commit and command. Every kernel is compared
-with the reference in float64, on random and edge inputs; the exit code is 1 where one is wrong.
+The script writes benchmarks/gpu_report.json and .md with device, versions, commit and command. It compares every kernel
+with the reference in float64, on random and edge inputs. The exit code is 1 if a kernel is wrong or a part failed.
 """
 
 from __future__ import annotations
@@ -42,13 +42,14 @@ SMALL_GRIDS = [GridSpec(3, features, 8, 4, 16) for features in (1, 2, 3, 8)]
 
 
 def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32, normal: bool = False) -> torch.Tensor:
-    """Reproducible numbers on the device."""
+    """Return reproducible random numbers on the device."""
     generator = torch.Generator().manual_seed(seed)
     return (torch.randn if normal else torch.rand)(shape, generator=generator).to(DEVICE, dtype)
 
 
 def edge_points(count: int, spec: GridSpec, dtype: torch.dtype) -> torch.Tensor:
-    """(count, 3): a quarter on the finest level's cell borders, the rest random, some outside; faces, NaN, infinite."""
+    """Return points (count, 3): a quarter on the finest level's cell borders, the rest random, some of them outside the
+    box; and the box's corners, NaN and infinite ones."""
     points = draw(count, 3, dtype=dtype) * 1.1 - 0.05
     fine = spec.scales[-1]
     points[: count // 4] = ((points[: count // 4] * fine).floor() + 0.5) / fine
@@ -57,17 +58,17 @@ def edge_points(count: int, spec: GridSpec, dtype: torch.dtype) -> torch.Tensor:
 
 
 def error(got: torch.Tensor, expected: torch.Tensor) -> float:
-    """The largest difference as a share of the largest value."""
+    """Return the largest difference divided by the largest value."""
     if not got.numel():
         return 0.0
     return float((got.double() - expected.double()).abs().max() / expected.double().abs().max().clamp_min(1e-12))
 
 
 def encoding_errors(quick: bool) -> Iterator[tuple[str, torch.dtype, float]]:
-    """Name, dtype and error of every encoding kernel: features, their gradients, and those gradients' own.
+    """Yield name, dtype and error of every encoding kernel: features, their gradients, and second derivatives.
 
-    The gradient in the points jumps at a cell's border, where rounding decides on which side a point lies: it and what
-    follows from it are compared in float64 only, and not on borders.
+    The gradient in the points jumps at a cell's border, and rounding decides on which side of it a point lies. So this
+    gradient and its derivatives are compared in float64 only, and not on borders.
     """
     kernels, count = choose(DEVICE, "triton"), 200 if quick else 100_003
     names = (
@@ -84,20 +85,20 @@ def encoding_errors(quick: bool) -> Iterator[tuple[str, torch.dtype, float]]:
             weights = draw(count, spec.width, seed=2, dtype=dtype, normal=True)
             along = draw(count, 3, seed=3, dtype=torch.float64, normal=True)
             along[: count // 4] = 0
-            found = []
+            results = []
             for encode, wide in ((kernels.hash_encode, None), (reference.hash_encode, torch.float64)):
                 p, t, w = (x.clone().to(wide or x.dtype).requires_grad_() for x in (points, table, weights))
                 out = encode(p, t, spec)
                 in_table, in_points = torch.autograd.grad(out, (t, p), w, create_graph=True)
                 pull = (in_points[count // 4 :] * along[count // 4 :]).sum()
                 twice = torch.autograd.grad(pull, (t, w)) if dtype == torch.float64 else ()
-                found.append([x.detach() for x in (out, in_table, in_points[count // 4 :], *twice)])
-            for name, got, expected in list(zip(names, *found))[: 5 if dtype == torch.float64 else 2]:
+                results.append([x.detach() for x in (out, in_table, in_points[count // 4 :], *twice)])
+            for name, got, expected in list(zip(names, *results))[: 5 if dtype == torch.float64 else 2]:
                 yield f"hash_encode {name}, F = {spec.features}", dtype, error(got, expected)
 
 
 def ray_errors(quick: bool) -> Iterator[tuple[str, torch.dtype, float]]:
-    """Marching, sample for sample, and compositing with its gradients."""
+    """Yield name, dtype and error of marching, sample for sample, and of compositing with its gradients."""
     kernels, count = choose(DEVICE, "triton"), 100 if quick else 20_000
     origins = torch.nn.functional.normalize(draw(count, 3, seed=1, normal=True), dim=-1) * 3
     directions = torch.nn.functional.normalize(draw(count, 3, seed=2) * 2 - 1 - origins, dim=-1)
@@ -110,19 +111,19 @@ def ray_errors(quick: bool) -> Iterator[tuple[str, torch.dtype, float]]:
         yield f"march, {rays} rays", torch.float32, error(got.points, expected.points) if same else float("inf")
         total = len(expected.t)
         sigma, values = draw(total, seed=5) * 20, draw(total, 4, seed=6)
-        found = []
+        results = []
         for composite, wide in ((kernels.composite, torch.float32), (reference.composite, torch.float64)):
             s, v = sigma.to(wide).requires_grad_(), values.to(wide).requires_grad_()
             out = composite(s, expected.dt.to(wide), v, expected.offsets)
             pull = sum((x * draw(*x.shape, seed=7 + i, dtype=wide)).sum() for i, x in enumerate(out))
-            found.append((*(x.detach() for x in out), *torch.autograd.grad(pull, (s, v))))
+            results.append((*(x.detach() for x in out), *torch.autograd.grad(pull, (s, v))))
         names = ("weights", "opacity", "accumulated", "density gradient", "value gradient")
-        for name, got, expected in zip(names, *found, strict=True):
+        for name, got, expected in zip(names, *results, strict=True):
             yield f"composite {name}, {rays} rays", torch.float32, error(got, expected)
 
 
 def benchmarks(quick: bool) -> list[dict]:
-    """The rows of scripts/bench.py."""
+    """Return the rows of scripts/bench.py."""
     runs = [["--only", "hash_encode", "--points", "256", "--levels", "2", "--log2-table", "15", "--rounds", "1"]]
     if not quick:
         sizes = ",".join(str(2**k) for k in (14, 16, 18, 20, 21, 22))
@@ -144,7 +145,7 @@ DTYPES = ("float32", "float16")
 
 
 def main_job(quick: bool) -> dict:
-    """300 steps of the main job with the embedded teacher: time, memory, quality."""
+    """Return time, memory and quality of 300 steps of a scene with the packaged teacher."""
     with tempfile.TemporaryDirectory() as folder:
         layer = {"out": folder, "steps": 4 if quick else 300, "device": DEVICE.type}
         asset, steps = launch.start(config.load("a red house", layer))
@@ -156,46 +157,46 @@ def main_job(quick: bool) -> dict:
         seconds = time.perf_counter() - begun
         scores = asset.evaluate()
         peak = torch.cuda.max_memory_allocated() / 2**20 if DEVICE.type == "cuda" else None
-        found = {"steps": layer["steps"], "seconds": seconds, "ms a step": 1e3 * seconds / layer["steps"]}
-        return found | {"peak MB": peak, "kernels": asset.kernels, "iou": scores.iou, "psnr": scores.psnr}
+        times = {"steps": layer["steps"], "seconds": seconds, "ms a step": 1e3 * seconds / layer["steps"]}
+        return times | {"peak MB": peak, "kernels": asset.kernels, "iou": scores.iou, "psnr": scores.psnr}
 
 
 def deterministic(quick: bool) -> dict:
-    """What sums that can be repeated bit for bit cost: the encoding's backward pass, by mode, in milliseconds."""
+    """Return the milliseconds of the encoding's forward and backward pass with atomic and with deterministic sums."""
     count, levels = (2**8, 2) if quick else (2**20, 16)
-    work, found = encoding(count, DEVICE, "triton", levels), {"points": count, "levels": levels}
-    for name, wanted in (("atomic ms", False), ("fixed point ms", True)):
-        torch.use_deterministic_algorithms(wanted)
-        found[name] = cost(work, DEVICE, 1 if quick else 9)["ms"]
+    work, row = encoding(count, DEVICE, "triton", levels), {"points": count, "levels": levels}
+    for name, repeatable in (("atomic ms", False), ("fixed point ms", True)):
+        torch.use_deterministic_algorithms(repeatable)
+        row[name] = cost(work, DEVICE, 1 if quick else 9)["ms"]
     torch.use_deterministic_algorithms(False)
-    return found | {"cost": found["fixed point ms"] / found["atomic ms"]}
+    return row | {"cost": row["fixed point ms"] / row["atomic ms"]}
 
 
 def student_step(quick: bool) -> dict:
-    """Render, backward and Adam of one view."""
+    """Return the cost of render, backward and Adam for one view."""
     side = 32 if quick else 512
     return {"pixels a side": side, **cost(scene_step(side, 15, DEVICE), DEVICE, 2 if quick else 20)}
 
 
 def one_step_generators(quick: bool) -> list[dict]:
-    """Diff-Instruct on the digits and on the toys at 64 pixels, both judged."""
+    """Train and measure one-step generators by Diff-Instruct, of digits and of toys at 64 pixels."""
     rows, plans = [], (("digits", 3 if quick else 1000, 8 if quick else 128, 600 if quick else 5000),)
     plans += (("toybox", 1 if quick else 1000, 2 if quick else 64, 8 if quick else 2000),)
     with tempfile.TemporaryDirectory() as folder:
         for teacher, steps, batch, images in plans:
             begun = time.perf_counter()
             layer = {"teacher.name": teacher, "steps": steps, "generator.batch": batch, "log.picture_every": 0}
-            made = api.train_generator(**layer, out=folder, device=DEVICE.type)
+            trained = api.train_generator(**layer, out=folder, device=DEVICE.type)
             row = {"teacher": teacher, "steps": steps, "batch": batch, "seconds": time.perf_counter() - begun}
-            row["seconds a step"] = made.run.rows()[-1]["seconds"] / steps
-            painter = load_generator(made.path, DEVICE.type)
+            row["seconds a step"] = trained.run.rows()[-1]["seconds"] / steps
+            painter = load_generator(trained.path, DEVICE.type)
             real = evaluation.real_for(painter.prompts, images)
             rows.append(row | next(evaluation.measure(evaluation.by_generator(painter), images, 1, real)))
     return rows
 
 
 def latent_step(quick: bool) -> dict:
-    """scripts/latent_step.py: what is not the networks' at Stable Diffusion 2.1's size."""
+    """Run scripts/latent_step.py, which measures a step at Stable Diffusion 2.1's size, and return its row."""
     command = [sys.executable, "scripts/latent_step.py", "--device", DEVICE.type, *(["--tiny"] if quick else [])]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
@@ -204,14 +205,14 @@ def latent_step(quick: bool) -> dict:
 
 
 def gpu_tests() -> str:
-    """The last line of the tests that want a GPU: the step that waits for nothing, the optional backends."""
+    """Run the tests marked gpu (a step that never waits, the optional backends) and return pytest's last line."""
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     return (done.stdout.strip().splitlines() or [done.stderr.strip()])[-1]
 
 
 def table(rows: list[dict]) -> str:
-    """Rows of the same keys as Markdown."""
+    """Return rows as a Markdown table."""
     if not rows:
         return ""
     keys = list(dict.fromkeys(key for row in rows for key in row))
@@ -224,19 +225,19 @@ def table(rows: list[dict]) -> str:
 
 
 def commit() -> str:
-    """The commit of this working tree, "" where git cannot say."""
+    """Return the commit of this working tree, "" if git does not know it."""
     done = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
     return done.stdout.strip()
 
 
 def write(report: dict, out: Path) -> None:
-    """Both files, with the parts that there are."""
+    """Write both files with the parts measured so far."""
     out.mkdir(parents=True, exist_ok=True)
     (out / "gpu_report.json").write_text(json.dumps(report, indent=1) + "\n")
     parts = [f"# GPU report\n\n{table([report['about']])}"]
     if DEVICE.type == "cpu":
-        parts.append("No GPU: the kernels were interpreted. What is right is right; the times mean nothing.")
-    parts.append(f"Tests that want a GPU: {report['gpu tests']}")
+        parts.append("No GPU: the kernels were interpreted. The checks are valid; the times mean nothing.")
+    parts.append(f"Tests that need a GPU: {report['gpu tests']}")
     for name in (
         "main job",
         "one-step generators",
@@ -269,8 +270,8 @@ def main() -> None:
         "command": " ".join(["python", *sys.argv]),
     }
     checks = [
-        {"kernel": name, "dtype": str(dtype).removeprefix("torch."), "error": found, "right": found <= TOLERANCE[dtype]}
-        for name, dtype, found in [*encoding_errors(quick), *ray_errors(quick)]
+        {"kernel": name, "dtype": str(dtype).removeprefix("torch."), "error": size, "right": size <= TOLERANCE[dtype]}
+        for name, dtype, size in [*encoding_errors(quick), *ray_errors(quick)]
     ]
     wrong = [check for check in checks if not check["right"]]
     print(f"{len(checks) - len(wrong)} of {len(checks)} kernel checks right", *wrong, sep="\n", flush=True)
@@ -285,7 +286,7 @@ def main() -> None:
     ):
         try:
             report[name] = part(quick)
-        except (RuntimeError, ValueError, ImportError) as problem:  # the other parts are worth having
+        except (RuntimeError, ValueError, ImportError) as problem:  # go on with the other parts
             report[name] = {"failed": f"{type(problem).__name__}: {problem}"}
         report["seconds"] = time.perf_counter() - begun
         print(f"{name}: done after {report['seconds']:.0f} s", flush=True)

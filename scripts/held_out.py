@@ -1,9 +1,9 @@
-"""Make the twelve held-out prompts with one recipe and score them against the truth.
+"""Make scenes of the twelve held-out prompts and score them against the true shapes.
 
     python scripts/held_out.py --json benchmarks/held_out.json --sheet benchmarks/held_out.png
     python scripts/held_out.py teacher.views=words
 
-No teacher's training has seen these combinations of kind and colours (`sds3d.data.toybox.is_held_out`).
+No teacher was trained on these combinations of kind and colours (`sds3d.data.toybox.is_held_out`).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from sds3d.runtime.device import pick_device
 from sds3d.runtime.machine import machine
 
 SCORES = ("iou", "psnr", "chamfer", "fscore")
-SHOWN = (1, 7, 13, 19)  # of the 24 views, in the sheet
+SHOWN = (1, 7, 13, 19)  # which of the 24 views the sheet shows
 
 
 def main() -> None:
@@ -46,7 +46,7 @@ def main() -> None:
             try:
                 for _ in asset.finish():
                     pass
-            except ValueError as error:  # no surface to mesh: a score like any other
+            except ValueError as error:  # a scene without a surface is scored like any other
                 print(f"{prompt}: {error}")
             seconds = time.monotonic() - begun
             scores = asset.evaluate()
@@ -63,7 +63,7 @@ def main() -> None:
 
 
 def report(overrides: list[str], rows: dict[str, dict[str, float | None]]) -> dict[str, Any]:
-    """What was measured so far, with command and machine; a prompt without a mesh has no Chamfer distance."""
+    """Return the scores so far with command and machine. A prompt without a mesh has no Chamfer distance."""
     known = {key: [row[key] for row in rows.values() if row[key] is not None] for key in (*SCORES, "seconds")}
     return {
         "command": " ".join(["python scripts/held_out.py", *overrides]),

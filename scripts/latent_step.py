@@ -1,10 +1,10 @@
-"""What everything but the teacher takes of a step at Stable Diffusion 2.1's size.
+"""Measure how much of a step at Stable Diffusion 2.1's size is not the teacher's networks.
 
     python scripts/latent_step.py --device cuda            its architecture, random weights, 512 x 512, CFG
     python scripts/latent_step.py --tiny                   the same code with small networks, on a CPU
 
-The networks' own passes are the U-Net's forward (prompt and null prompt in one batch) and the VAE encoder's forward and
-backward. The rest, render, core, backward of the scene and Adam, should stay under 15 % of the step.
+The networks' passes are the U-Net's forward (prompt and null prompt in one batch) and the VAE encoder's forward and
+backward. The rest (render, core, backward of the scene, Adam) should take less than 15 % of the step.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class Latent:
     """A `sds3d.teachers.base.Teacher` of Stable Diffusion 2.1's architecture with random weights.
 
     Args:
-        tiny: narrow networks.
-        dtype: of both.
+        tiny: whether to build narrow networks.
+        device, dtype: of both networks.
     """
 
     schedule, views = Schedule.linear(), "words"
@@ -69,7 +69,7 @@ class Latent:
         self.dtype = dtype
 
     def check(self, prompt: str) -> None:
-        """Anything goes."""
+        """Accept any prompt."""
 
     def decode(self, x: Tensor) -> Tensor:
         return self.vae.decode(x.to(self.dtype)).sample.float()
@@ -94,7 +94,7 @@ class Latent:
 
 
 class Clock:
-    """Marks on the device's own timeline."""
+    """Time marks in the order of the device's work."""
 
     def __init__(self, device: torch.device):
         self.device, self.marks = device, []
@@ -108,7 +108,7 @@ class Clock:
             self.marks.append((name, time.perf_counter()))
 
     def read(self) -> tuple[float, float]:
-        """Milliseconds from the first mark to the last, and of them between "begin" and "end"; forgets the marks."""
+        """Return the milliseconds from the first mark to the last and those of "begin" to "end"; clear the marks."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 
@@ -123,7 +123,7 @@ class Clock:
 
 
 def measure(tiny: bool, device: torch.device, rounds: int) -> dict[str, float]:
-    """Median step and what of it is not the networks'."""
+    """Return the milliseconds of the median step, of its networks and of the rest."""
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     teacher = Latent(tiny, device, dtype)
     layer = {"device": str(device), "render.resolution": teacher.image_size, "render.views": 1, "log.picture_every": 0}

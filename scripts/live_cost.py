@@ -1,4 +1,4 @@
-"""What a live page costs that nobody looks at: two runs step by turns, one of them served on a page.
+"""Measure the cost of a live page without viewers: two runs alternate their steps, and one of them has a page.
 
 python scripts/live_cost.py --steps 60
 """
@@ -19,7 +19,7 @@ from sds3d.runs import launch
 
 
 def timed(step: Callable[[], object]) -> tuple[float, float]:
-    """Seconds on the wall and of CPU, all threads."""
+    """Return the wall seconds and the CPU seconds (of all threads) of one step."""
     wall, cpu = time.perf_counter(), time.process_time()
     step()
     return time.perf_counter() - wall, time.process_time() - cpu

@@ -1,9 +1,9 @@
-"""Plant a bug in every method and in the core, one at a time, and see which test fails.
+"""Plant bugs in the methods and the core, one at a time, and report which test catches each.
 
     python scripts/mutants.py                              prints a line a bug; exit code 1 if one survives
     python scripts/mutants.py distill/score/dds.py diffusion/noise.py      only the bugs of these files
 
-Works on a copy: the checkout stays as it is.
+The script works on a copy of the checkout.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-TESTS = (  # the quickest first: a run stops at the first that fails
+TESTS = (  # the fastest first: a run stops at the first failure
     "guidance prompts timesteps one_step discriminators pairs methods distill answers samplers critics hf_generators"
 ).split()
-MUTANTS = (  # file under sds3d/, what stands there, what is put there
+MUTANTS = (  # file under sds3d/, text to replace, replacement
     ("distill/score/sds.py", ") - q.noise", ") + q.noise"),
     (
         "distill/score/sds.py",
@@ -88,7 +88,7 @@ MUTANTS = (  # file under sds3d/, what stands there, what is put there
     ("distill/regression.py", "chosen.x).mean()", "chosen.x).sum()"),
     ("distill/regression.py", "chosen.prompts), chosen.x)", "chosen.prompts), chosen.noise)"),
     ("distill/regression.py", "self.processes.randint(len(self.pairs.prompts)", "self.processes.randint(self.batch"),
-    ("distill/regression.py", "self.processes.of(self.batch), rng", "self.batch, rng"),
+    ("distill/regression.py", "self.processes.local_batch(self.batch), rng", "self.batch, rng"),
     ("distill/discriminators.py", "F.softplus(-self.verdict(real", "F.softplus(self.verdict(real"),
     ("distill/discriminators.py", "F.softplus(self.verdict(x", "F.softplus(-self.verdict(x"),
     ("distill/discriminators.py", "self.verdict(real, prompts", "self.verdict(real, draw.prompts"),
@@ -103,7 +103,7 @@ MUTANTS = (  # file under sds3d/, what stands there, what is put there
     ("students/generator.py", "/ config.steps)", "/ (config.steps + 1))"),
     ("students/generator.py", "noised(x, fresh, a, s)", "noised(torch.zeros_like(x), fresh, a, s)"),
     ("students/generator.py", "noised(x, fresh, a, s)", "noised(x, noise[0], a, s)"),
-    ("students/generator.py", "when, prompts).x0", "when, prompts).eps"),
+    ("students/generator.py", "t_k, prompts).x0", "t_k, prompts).eps"),
     ("students/generator.py", " and i == len(noise) - 1", ""),
     ("students/generator.py", "torch.randint(self.config.steps, (), generator=rng)", "self.config.steps - 1"),
     ("students/generator.py", "torch.randint(self.config.steps, (), generator=rng)", "0"),
@@ -151,7 +151,7 @@ MUTANTS = (  # file under sds3d/, what stands there, what is put there
 
 
 def catcher(copy: Path, file: str, old: str, new: str) -> str:
-    """The test that caught a bug, or "" where none did."""
+    """Return the name of the test that catches a bug, "" if none does."""
     path = copy / "sds3d" / file
     text = path.read_text()
     assert text.count(old) >= 1, f"{file} no longer says {old!r}; bring the list up to date"
@@ -161,23 +161,23 @@ def catcher(copy: Path, file: str, old: str, new: str) -> str:
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
     done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True)
     path.write_text(text)
-    found = re.search(r"^(?:FAILED|ERROR) (.+?)(?: - |$)", done.stdout, re.MULTILINE)
-    return found[1] if found else ""
+    failure = re.search(r"^(?:FAILED|ERROR) (.+?)(?: - |$)", done.stdout, re.MULTILINE)
+    return failure[1] if failure else ""
 
 
 def main() -> None:
-    wanted = [mutant for mutant in MUTANTS if not sys.argv[1:] or mutant[0] in sys.argv[1:]]
+    mutants = [mutant for mutant in MUTANTS if not sys.argv[1:] or mutant[0] in sys.argv[1:]]
     alive = 0
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder)
         for name in ("sds3d", "tests", "configs"):
             shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
         shutil.copy(ROOT / "pyproject.toml", copy)
-        for file, old, new in wanted:
+        for file, old, new in mutants:
             caught = catcher(copy, file, old, new)
             alive += not caught
             print(f"{file}: {old}  ->  {new or '(nothing)'}\n    {caught or 'SURVIVES'}", flush=True)
-    print(f"{len(wanted) - alive} of {len(wanted)} bugs were caught")
+    print(f"{len(mutants) - alive} of {len(mutants)} bugs were caught")
     sys.exit(bool(alive))
 
 

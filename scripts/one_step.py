@@ -1,10 +1,10 @@
-"""What the teacher makes of a noisy true view in one step: PSNR of its x0 inside the true silhouette, dB.
+"""Measure the teacher's one-step denoising of noisy true views: the PSNR (dB) of its x0 inside the true silhouette.
 
     python scripts/one_step.py                                 the packaged weights
-    python scripts/one_step.py --weights teacher.safetensors   others
+    python scripts/one_step.py --weights teacher.safetensors   other weights
 
-Eight prompts that are not held out, eight cameras each. "true" starts from the true view; "grey" from the true
-silhouette without its colour, so that only the prompt can tell it.
+Eight prompts that are not held out, eight cameras each. "true" starts from the true view. "grey" starts from the true
+silhouette in grey, so that the colour can come from the prompt only.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ CAMERAS = 8
 
 
 def psnr(ours: Tensor, true: Tensor, mask: Tensor) -> float:
-    """Mean over images (B, 3, H, W) of the PSNR where mask (B, 1, H, W) is 1."""
+    """Return the mean over images (B, 3, H, W) of the PSNR of the pixels where mask (B, 1, H, W) is 1."""
     error = ((ours - true).square() * mask).flatten(1).sum(1) / (3 * mask.flatten(1).sum(1))
     return float((-10 * error.log10()).mean())
 
 
 def measure(teacher: small.SmallTeacher, prompt: str, generator: torch.Generator) -> dict[tuple, float]:
-    """(start, scale, t) -> PSNR."""
-    cameras, found = orbit(CAMERAS, elevation=20, start=10), {}
+    """Return the PSNR by (start, scale, t)."""
+    cameras, values = orbit(CAMERAS, elevation=20, start=10), {}
     images, coverage = toybox.parse(prompt).render(cameras, teacher.image_size)
     inside, true = (coverage > 0.5).float(), 2 * images - 1
     for start, x in (("true", true), ("grey", torch.where(inside > 0, 0.0, true))):
@@ -49,8 +49,8 @@ def measure(teacher: small.SmallTeacher, prompt: str, generator: torch.Generator
             away = teacher.predict(x_t, t, [""] * CAMERAS, cameras, torch.zeros(CAMERAS, dtype=torch.bool))
             for scale in SCALES:
                 x0 = Prediction(cfg(away.v, cond.v, scale), x_t, alpha, sigma, "v").x0.clamp(-1, 1)
-                found[start, scale, level] = psnr(x0 / 2 + 0.5, images, inside)
-    return found
+                values[start, scale, level] = psnr(x0 / 2 + 0.5, images, inside)
+    return values
 
 
 def main() -> None:

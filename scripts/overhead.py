@@ -1,10 +1,10 @@
-"""Where the time of a step goes: the student, the networks, and the core's own share, method by method.
+"""Measure how a step's time divides into student, networks and distillation core, for each method.
 
     python scripts/overhead.py                                     scenes, the recipes' settings, every method
     python scripts/overhead.py --methods sds,vsd --steps 40 --json
 
-The core's share is what an objective takes beyond its networks' forwards: noise, weights, guidance, arithmetic,
-metrics. It should stay under 5 % of the step. "rest" is the loop's bookkeeping.
+The core's time is an objective's time without its networks' forwards: noise, weights, guidance, arithmetic, metrics. It
+should be less than 5 % of the step. "rest" is the loop's bookkeeping.
 """
 
 from __future__ import annotations
@@ -29,8 +29,11 @@ from sds3d.train import train
 
 
 class Stopwatch:
-    """Seconds by name, of functions that are wrapped while it runs; time inside another watched call counts there
-    alone, but for a critic's fit, which is all the critic's."""
+    """Seconds spent in wrapped functions, by label.
+
+    Time in a nested wrapped call counts for the inner label only. A critic's fit is the exception: all of its time
+    counts for "critic".
+    """
 
     def __init__(self):
         self.seconds: dict[str, float] = defaultdict(float)
@@ -38,7 +41,7 @@ class Stopwatch:
 
     @contextmanager
     def watch(self, owner: Any, name: str, label: str):
-        """Time every call of ``owner.name``."""
+        """Time every call of ``owner.name`` inside the block."""
         original = getattr(owner, name)
         setattr(owner, name, self.timed(original, label))
         yield
@@ -63,7 +66,7 @@ class Stopwatch:
 
 
 def step_shares(method: str, steps: int, prompt: str) -> dict[str, float]:
-    """Milliseconds a step, by part, of a scene after ``steps`` steps of warming up."""
+    """Return the milliseconds a step, by part, of a scene's ``steps`` steps after as many warm-up steps."""
     layer = {"method": method, "steps": 2 * steps, "log.picture_every": 0}
     settings = config.load(prompt, layer)
     teacher, student = build.build_teacher(settings), build.build_student(settings)
@@ -79,10 +82,10 @@ def step_shares(method: str, steps: int, prompt: str) -> dict[str, float]:
         watch.watch(TextEncoder, "forward", "networks"),
         watch.watch(critic, "fit", "critic") if critic else nullcontext(),
     ):
-        asked = {objective.name: watch.timed(objective, "core")}
+        objectives = {objective.name: watch.timed(objective, "core")}
         begun = 0.0
         companions = {"critic": critic} if critic else {}
-        for step in train(student, asked, settings.plan(), companions=companions):
+        for step in train(student, objectives, settings.plan(), companions=companions):
             if step.step == steps:
                 watch.seconds.clear()
                 begun = time.perf_counter()
@@ -95,8 +98,8 @@ def step_shares(method: str, steps: int, prompt: str) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     able = [name for name, kind in METHODS.items() if not {"source", "pairs", "real"} & set(kind.NEEDS)]
-    parser.add_argument("--methods", default=",".join(able), help="names with commas between")
-    parser.add_argument("--steps", type=int, default=30, help="measured steps, after as many to warm up")
+    parser.add_argument("--methods", default=",".join(able), help="comma-separated names")
+    parser.add_argument("--steps", type=int, default=30, help="measured steps, after as many warm-up steps")
     parser.add_argument("--prompt", default="a red mug")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args()

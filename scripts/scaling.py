@@ -1,11 +1,11 @@
-"""Time and memory against size, on log-log axes: is twice the work ever more than twice the time?
+"""Plot time and memory against size on log-log axes, to see whether the time grows faster than the work.
 
     python scripts/scaling.py --out benchmarks             scaling.png and scaling.json
     python scripts/scaling.py --device cuda --out benchmarks
 
-Points: encode them and their gradient in the table. Resolution: a step of a scene without its teacher (render,
-backward, Adam), one view. Table: the same step against the entries a level. A slope is fitted over the upper half of
-each line, where launching no longer counts; it should be at most 1 (of pixels, not of pixels a side).
+points: the encoding of points, forward and backward in the table. pixels: a step of a scene without its teacher
+(render, backward, Adam) with one view. entries a level: the same step against the size of the hash table. A slope is
+fitted to the upper half of each line, where launch overhead is negligible. It should be at most 1.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ from sds3d.train import make_optimiser
 
 
 def encoding(points: int, device: torch.device, backend: str = "auto", levels: int = 16) -> Callable[[], None]:
-    """One forward and backward of the hash encoding."""
+    """Return a function that runs one forward and backward of the hash encoding."""
     generator, spec = torch.Generator().manual_seed(0), GridSpec(levels, 2, 17, 16, 512)
     kernels = ops.choose(device, backend)
-    place = torch.rand(points, 3, generator=generator).to(device)
+    positions = torch.rand(points, 3, generator=generator).to(device)
     table = torch.randn(spec.entries, 2, generator=generator).to(device).requires_grad_()
     incoming = torch.randn(points, spec.width, generator=generator).to(device)
-    return lambda: torch.autograd.grad(kernels.hash_encode(place, table, spec), table, incoming)
+    return lambda: torch.autograd.grad(kernels.hash_encode(positions, table, spec), table, incoming)
 
 
 def scene_step(resolution: int, log2_table: int, device: torch.device) -> Callable[[], None]:
-    """One step of a scene with a gradient of ones in the place of a teacher's."""
+    """Return a function that runs one step of a scene, with a gradient of ones instead of a teacher's."""
     layer = {"device": str(device), "render.resolution": resolution, "render.views": 1, "field.log2_table": log2_table}
     settings = load("a red mug", layer)
     student, generator = build_scene(settings, torch.Generator().manual_seed(0)), torch.Generator().manual_seed(1)
@@ -60,13 +60,13 @@ def scene_step(resolution: int, log2_table: int, device: torch.device) -> Callab
 
 
 def cost(work: Callable[[], None], device: torch.device, rounds: int) -> dict[str, float]:
-    """Milliseconds (median) and the most megabytes in use."""
+    """Return the median milliseconds and the peak MiB."""
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     work()  # compiles
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     else:
-        Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak starts anew
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak, on Linux
     seconds = []
     for _ in range(rounds):
         wait()
@@ -83,7 +83,7 @@ def cost(work: Callable[[], None], device: torch.device, rounds: int) -> dict[st
 
 
 def sweeps(device: torch.device) -> Iterator[tuple[str, int, Callable[[], None]]]:
-    """(line, size, work), the smallest first within a line."""
+    """Yield (line, size, work), the smallest size of a line first."""
     large = device.type == "cuda"
     for power in range(12, 23 if large else 20):
         yield "points", 2**power, encoding(2**power, device)
@@ -94,7 +94,7 @@ def sweeps(device: torch.device) -> Iterator[tuple[str, int, Callable[[], None]]
 
 
 def slope(sizes: list[int], values: list[float]) -> float:
-    """Of the upper half, on log-log axes, by least squares."""
+    """Return the slope of the upper half on log-log axes, by least squares."""
     half = len(sizes) // 2
     x, y = ([math.log(v) for v in row[half:]] for row in (sizes, values))
     return statistics.linear_regression(x, y).slope
@@ -108,9 +108,9 @@ def main() -> None:
     options = parser.parse_args()
     device, lines = torch.device(options.device), {}
     for name, size, work in sweeps(device):
-        found = cost(work, device, options.rounds)
-        lines.setdefault(name, []).append({"size": size, **found})
-        print(f"{name} {size}: {found['ms']:.2f} ms, {found['peak_mb']:.0f} MB", file=sys.stderr, flush=True)
+        measured = cost(work, device, options.rounds)
+        lines.setdefault(name, []).append({"size": size, **measured})
+        print(f"{name} {size}: {measured['ms']:.2f} ms, {measured['peak_mb']:.0f} MB", file=sys.stderr, flush=True)
     report = {"machine": machine(device), "command": " ".join(["python", *sys.argv]), "lines": lines, "slopes": {}}
     drawn = {}
     for name, rows in lines.items():

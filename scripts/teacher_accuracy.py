@@ -1,12 +1,12 @@
-"""How often does the embedded teacher draw what a held-out caption says? Judged by a small classifier.
+"""Measure how often the packaged teacher draws what a held-out caption says, judged by a small classifier.
 
     python scripts/teacher_accuracy.py --images 400 --json benchmarks/teacher_accuracy.json
 
     python scripts/teacher_accuracy.py --captions trained --guidance 1.5,2,3 --images 90      which guidance is best
 
-The classifier (scripts/train_judge.py) was trained on true renders in all colours, also the held-out ones. Its own
-accuracy is measured on fresh true renders of the same held-out captions and views, and printed beside the teacher's. A
-sample is right when the kind, the main colour and, where the toy has one, the second colour are.
+The classifier (scripts/train_judge.py) was trained on true renders in all colours, including the held-out ones. Its own
+accuracy is measured on fresh true renders of the same captions and views, and printed beside the teacher's. A sample is
+right if its kind, its main colour and, if the toy has one, its second colour are right.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ NAMES, PAINTS = list(KINDS | STACKS), list(COLOURS)
 
 
 def draw(teacher: small.SmallTeacher, cases: list[Case], guidance: float) -> list[Tensor]:
-    """One sample a case, each (1, 3, 64, 64)."""
-    told = [case.camera if teacher.views == "camera" else None for case in cases]
-    return [sample(teacher, [case.caption], i, guidance, told[i]) for i, case in enumerate(cases)]
+    """Return one sample (1, 3, 64, 64) for each case."""
+    cameras = [case.camera if teacher.views == "camera" else None for case in cases]
+    return [sample(teacher, [case.caption], i, guidance, cameras[i]) for i, case in enumerate(cases)]
 
 
 @dataclass
@@ -51,8 +51,12 @@ class Case:
 
 
 def draw_cases(count: int, held_out: bool, generator: torch.Generator) -> list[Case]:
-    """Captions of combinations that are held out, or that are not, in turn over all kinds and stacks, each seen from a
-    random camera."""
+    """Return captions with random cameras, taking all kinds and stacks in turn.
+
+    Args:
+        count: number of cases.
+        held_out: whether the combinations of colours are held out from training, or are not.
+    """
     cases = []
     for n in range(count):
         name = NAMES[n % len(NAMES)]
@@ -79,18 +83,18 @@ def draw_cases(count: int, held_out: bool, generator: torch.Generator) -> list[C
 
 
 def judge(reader: ToyJudge, images: Tensor, cases: list[Case]) -> list[dict[str, bool]]:
-    """What is right in each of the images (N, 3, 64, 64): kind, main, second colour if the caption has one, all."""
-    found = []
+    """Return what is right in each of the images (N, 3, 64, 64): kind, main, second colour if there is one, all."""
+    verdicts = []
     for (kind, main, second), case in zip(reader.classify(images).tolist(), cases, strict=True):
         right = {"kind": reader.kinds[kind] == case.toy.name, "main": reader.colours[main] == case.toy.main}
         if case.toy.kind.second:
             right["second"] = reader.colours[second] == case.toy.second
-        found.append(right | {"all": all(right.values())})
-    return found
+        verdicts.append(right | {"all": all(right.values())})
+    return verdicts
 
 
-def shares(verdicts: list[dict[str, bool]]) -> dict[str, float]:
-    """How often each is right, of the images that have it."""
+def accuracy(verdicts: list[dict[str, bool]]) -> dict[str, float]:
+    """Return the fraction of right images for each property, of the images that have it."""
     having = {key: [v[key] for v in verdicts if key in v] for key in ("kind", "main", "second", "all")}
     return {key: sum(values) / len(values) for key, values in having.items()}
 
@@ -99,7 +103,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", type=Path, help="a teacher; the packaged one by default")
     parser.add_argument("--images", type=int, default=400)
-    parser.add_argument("--guidance", default="2", help="one scale, or several with commas between")
+    parser.add_argument("--guidance", default="2", help="one scale, or several, comma-separated")
     parser.add_argument("--captions", choices=("held-out", "trained"), default="held-out")
     parser.add_argument("--views", default="camera", choices=VIEWS)
     parser.add_argument("--json", type=Path)
@@ -115,10 +119,12 @@ def main() -> None:
         drawn = draw(teacher, cases, guidance)
         verdicts = judge(reader, torch.cat(drawn), cases)
         readable = [v for v, t in zip(verdicts, on_truth, strict=True) if t["all"]]
-        judged[guidance] = shares(verdicts) | {"all, where the judge reads the true render": shares(readable)["all"]}
+        judged[guidance] = accuracy(verdicts) | {
+            "all, where the judge reads the true render": accuracy(readable)["all"]
+        }
         print(f"guidance {guidance}: {judged[guidance]}", file=sys.stderr, flush=True)
     result = {
-        "classifier_on_true_renders": shares(on_truth),
+        "classifier_on_true_renders": accuracy(on_truth),
         "teacher": judged if len(judged) > 1 else judged[guidance],
         "images": len(cases),
         "captions": options.captions,

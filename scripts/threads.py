@@ -1,11 +1,11 @@
-"""What a step takes by how OpenMP's threads wait, how many they are and in which precision; what the default loses.
+"""Measure a step's time for each wait policy of OpenMP's threads, number of threads and precision.
 
-    python scripts/threads.py                                        the whole table, ten minutes; run nothing beside it
+    python scripts/threads.py                                        the whole table, ten minutes, on an idle machine
     python scripts/threads.py --work scene,generator --seconds 8 --json
 
-Three kinds of work: a step of the default scene, of a one-step generator (Diff-Instruct on digits) and of a teacher's
-training (digits). Each combination runs in a process of its own, because OpenMP reads its settings once. "default" is
-what the package does where nothing is set. The bar: at most 1.3 times the time of the best combination.
+There are three kinds of work: a step of the default scene, of a one-step generator (Diff-Instruct on digits) and of a
+teacher's training (digits). Each combination runs in its own process, because OpenMP reads its settings once. "default"
+is the package's behaviour if the user sets nothing. It should take at most 1.3 times as long as the best combination.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ BAR = 1.3
 
 
 def stepper(work: str, precision: str) -> Callable[[], object]:
-    """A function that does one step of a kind of work."""
+    """Return a function that does one step of a kind of work."""
     import torch
 
     from sds3d.config import load as config
@@ -56,8 +56,8 @@ def stepper(work: str, precision: str) -> Callable[[], object]:
 
 
 def measure(work: str, precision: str, threads: int, seconds: float) -> float:
-    """Milliseconds a step, the median of what fits into the time after three steps, at least two."""
-    import sds3d  # noqa: F401  before torch, whose threads it sets up
+    """Return the median milliseconds of the steps that fit into the time, at least two, after three warm-up steps."""
+    import sds3d  # noqa: F401  before torch, whose threads it configures
 
     import torch  # isort: skip
 
@@ -74,7 +74,7 @@ def measure(work: str, precision: str, threads: int, seconds: float) -> float:
 
 
 def in_process(work: str, precision: str, threads: int, policy: str, seconds: float) -> float:
-    """``measure`` in a process of its own."""
+    """Run ``measure`` in a new process."""
     environment = {k: v for k, v in os.environ.items() if k not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
     environment |= {"OMP_NUM_THREADS": str(threads)}
     environment |= {} if policy == "default" else {"OMP_WAIT_POLICY": policy}
@@ -84,30 +84,32 @@ def in_process(work: str, precision: str, threads: int, policy: str, seconds: fl
 
 
 def table(work: list[str], precisions: list[str], seconds: float) -> list[dict[str, object]]:
-    """A row for every combination, with the default's first of each kind of work."""
+    """Return a row for every combination; the first row of each kind of work is the default."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     rows: list[dict[str, object]] = []
     for kind in work:
-        found: list[dict[str, object]] = []
+        measured: list[dict[str, object]] = []
         for precision, threads, policy in itertools.product(("auto", *precisions), sorted({cores, 1}), POLICIES):
             if precision == "auto" and (threads, policy) != (cores, "default"):
                 continue
             row = {"work": kind, "precision": precision, "threads": threads, "policy": policy}
             row["ms"] = round(in_process(kind, precision, threads, policy, seconds), 1)
-            found.append(row)
+            measured.append(row)
             print(*row.values(), sep="  ", file=sys.stderr, flush=True)
-        best = min(row["ms"] for row in found)
-        rows += [row | {"times the best": round(row["ms"] / best, 2)} for row in found]
+        best = min(row["ms"] for row in measured)
+        rows += [row | {"times the best": round(row["ms"] / best, 2)} for row in measured]
     return rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", default=",".join(WORK), help="kinds of work, with commas between")
-    parser.add_argument("--precisions", default=",".join(PRECISIONS), help="with commas between")
+    parser.add_argument("--work", default=",".join(WORK), help="kinds of work, comma-separated")
+    parser.add_argument("--precisions", default=",".join(PRECISIONS), help="comma-separated")
     parser.add_argument("--seconds", type=float, default=5, help="how long each combination is measured")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--one", nargs=3, metavar=("WORK", "PRECISION", "THREADS"), help="one combination, here")
+    parser.add_argument(
+        "--one", nargs=3, metavar=("WORK", "PRECISION", "THREADS"), help="one combination, in this process"
+    )
     options = parser.parse_args()
     if options.one:
         work, precision, threads = options.one

@@ -1,11 +1,11 @@
-"""Train a classifier that judges drawn images, on real ones alone: its weights are beside sds3d/evaluate/judge.py.
+"""Train a classifier that judges drawn images, on real images only. Its weights lie beside sds3d/evaluate/judge.py.
 
     python scripts/train_judge.py digits
-    python scripts/train_judge.py toybox --renders work/teacher/renders      made there if missing
+    python scripts/train_judge.py toybox --renders work/teacher/renders      creates the renders if they are missing
 
-That of digits learns from the training images, noised besides, and prints its accuracy on the held-out ones. That of
-toys learns from true renders in all colours, also those that no teacher may see (it has to know them), noised and
-blurred besides, and prints its accuracy on fresh renders of held-out captions.
+The classifier of digits is trained on the training images with added noise, and its accuracy on the held-out images is
+printed. The classifier of toys is trained on true renders with noise and blur, in all colours, including those that no
+teacher is trained on. scripts/teacher_accuracy.py prints its accuracy.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ NAMES = list(KINDS | STACKS)
 
 
 def train_digits(steps: int = 3000, batch: int = 128) -> None:
-    """Train, write the weights, print what it knows."""
+    """Train the classifier of digits, write its weights, and print its accuracy."""
     generator = torch.Generator().manual_seed(0)
     train, held_out = (digits.pictures(part).rgb().mean(1, keepdim=True) * 2 - 1 for part in digits.PARTS)
-    known, asked = (digits.labels(part) for part in digits.PARTS)
+    train_labels, held_out_labels = (digits.labels(part) for part in digits.PARTS)
     torch.manual_seed(0)
     net = Classifier(10)
     optimiser = torch.optim.AdamW(net.parameters(), 2e-3, weight_decay=1e-2)
@@ -46,19 +46,19 @@ def train_digits(steps: int = 3000, batch: int = 128) -> None:
         index = torch.randint(len(train), (batch,), generator=generator)
         x = train[index]
         x = x + 0.3 * torch.rand((), generator=generator) * torch.randn(x.shape, generator=generator)
-        loss = F.cross_entropy(net(x), known[index], label_smoothing=0.05)
+        loss = F.cross_entropy(net(x), train_labels[index], label_smoothing=0.05)
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
         decay.step()
     write(net, judge.DIGITS, "digits", data=json.dumps({"train": len(train), "held-out": len(held_out)}))
-    for name, x, wanted in (("train", train, known), ("held-out", held_out, asked)):
-        right = (judge.DigitJudge().classify((x / 2 + 0.5).expand(-1, 3, -1, -1)) == wanted).double().mean()
+    for name, x, labels in (("train", train, train_labels), ("held-out", held_out, held_out_labels)):
+        right = (judge.DigitJudge().classify((x / 2 + 0.5).expand(-1, 3, -1, -1)) == labels).double().mean()
         print(f"{name}: {100 * right:.1f} % of {len(x)}")
 
 
 def train_toys(store: renders.Renders, steps: int = 5000, batch: int = 64) -> None:
-    """Train, write the weights; scripts/teacher_accuracy.py prints what it knows."""
+    """Train the classifier of toys and write its weights; scripts/teacher_accuracy.py prints its accuracy."""
     generator = torch.Generator().manual_seed(1)
     torch.manual_seed(0)
     net = ToyClassifier(len(NAMES), len(COLOURS))
@@ -81,13 +81,13 @@ def train_toys(store: renders.Renders, steps: int = 5000, batch: int = 64) -> No
 
 
 def spoil(x: Tensor, generator: torch.Generator) -> Tensor:
-    """A little noise and, now and then, blur: images (B, 3, H, W)."""
+    """Add a little noise to images (B, 3, H, W), and blur them with probability 0.3."""
     x = x + 0.05 * torch.rand((), generator=generator) * torch.randn(x.shape, generator=generator)
     return F.avg_pool2d(x, 3, 1, 1) if torch.rand((), generator=generator) < 0.3 else x
 
 
 def write(net: nn.Module, path: Path, data: str, **header: str) -> None:
-    """Keep the weights in half precision. Raises Diverged, and keeps what was there, where one is not finite."""
+    """Write the weights in half precision. Raise Diverged, and keep the old file, if one is not finite."""
     if not all(bool(torch.isfinite(w.half()).all()) for w in net.state_dict().values()):
         raise Diverged(f"the judge's weights are not finite; {path} stays as it was")
     header |= {"command": f"scripts/train_judge.py {data}"}
@@ -98,7 +98,9 @@ def write(net: nn.Module, path: Path, data: str, **header: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", choices=("digits", "toybox"))
-    parser.add_argument("--renders", type=Path, default=Path("work/teacher/renders"), help="made there if missing")
+    parser.add_argument(
+        "--renders", type=Path, default=Path("work/teacher/renders"), help="folder of the renders; created if missing"
+    )
     options = parser.parse_args()
     if options.data == "digits":
         train_digits()

@@ -23,10 +23,10 @@ from sds3d.runtime.distributed import Processes
 from sds3d.runtime.errors import Diverged
 from sds3d.runtime.modes import stepwise_training, training
 from sds3d.runtime.ramp import Ramp
-from sds3d.runtime.transfer import Figures
+from sds3d.runtime.transfer import StepMetrics
 from sds3d.students.base import Draw, Phased, Student
-from sds3d.students.companions import Companion, DrawlessCompanion, DrawnCompanion
-from sds3d.students.optim import OptimConfig, lay_out, make_optimiser
+from sds3d.students.companions import Companion, FittedCompanion, UpdatedCompanion
+from sds3d.students.optim import OptimConfig, make_optimiser, match_layout
 
 
 class Judged(Protocol):
@@ -261,27 +261,27 @@ def _loop(
         raise
 
 
-def _one_step(state: _State, objectives: Mapping[str, Objective], plan: Plan) -> Figures:
+def _one_step(state: _State, objectives: Mapping[str, Objective], plan: Plan) -> StepMetrics:
     """Do one step. Returns its figures, "loss" among them."""
-    student, step, rng, figures = state.student, plan.step_in_phase(state.done), state.rng, Figures()
+    student, step, rng, figures = state.student, plan.step_in_phase(state.done), state.rng, StepMetrics()
     if step == 0 and state.done:
         assert isinstance(student, Phased), student
         student.begin_phase()
         state.optimiser = make_optimiser(student, plan.optim)
     optimiser = state.optimiser
     for name, companion in state.companions.items():
-        if isinstance(companion, DrawlessCompanion):
+        if isinstance(companion, UpdatedCompanion):
             companion.update(step)
         elif companion.steps:
             figures.add(name, _fit(name, companion, state, step, figures))
     total = _loss(state, objectives, plan, figures)
     optimiser.zero_grad(set_to_none=True)
     total.backward()
-    state.processes.average([p for group in optimiser.param_groups for p in group["params"]])
+    state.processes.average_gradients([p for group in optimiser.param_groups for p in group["params"]])
     for group in optimiser.param_groups:
         group["lr"] = plan.optim.lr[group["name"]](step)
         limit = plan.optim.clip.get(group["name"], float("inf"))
-        norm = state.processes.whole(torch.nn.utils.clip_grad_norm_(group["params"], limit))
+        norm = state.processes.full_tensor(torch.nn.utils.clip_grad_norm_(group["params"], limit))
         _require_finite(figures, norm, f"the gradient of {group['name']!r}", state.done)
         figures.add(f"grad/{group['name']}", norm)
     optimiser.step()
@@ -291,7 +291,7 @@ def _one_step(state: _State, objectives: Mapping[str, Objective], plan: Plan) ->
     return figures
 
 
-def _loss(state: _State, objectives: Mapping[str, Objective], plan: Plan, figures: Figures) -> Tensor:
+def _loss(state: _State, objectives: Mapping[str, Objective], plan: Plan, figures: StepMetrics) -> Tensor:
     """The sum of the objectives' losses and the weighted regularisers, (). Adds their figures to ``figures``."""
     student, step, rng = state.student, plan.step_in_phase(state.done), state.rng
     needs_draw = not all(isinstance(objective, DrawlessObjective) for objective in objectives.values())
@@ -316,7 +316,7 @@ def _loss(state: _State, objectives: Mapping[str, Objective], plan: Plan, figure
     return sum(terms[1:], terms[0])
 
 
-def _fit(name: str, companion: DrawnCompanion, state: _State, step: int, figures: Figures) -> Tensor:
+def _fit(name: str, companion: FittedCompanion, state: _State, step: int, figures: StepMetrics) -> Tensor:
     """Fit a companion for one step. Returns the mean loss of its fits, ()."""
     losses = []
     for _ in range(companion.steps):
@@ -328,7 +328,7 @@ def _fit(name: str, companion: DrawnCompanion, state: _State, step: int, figures
     return loss
 
 
-def _require_finite(figures: Figures, value: Tensor, what: str, step: int) -> None:
+def _require_finite(figures: StepMetrics, value: Tensor, what: str, step: int) -> None:
     error = Diverged(f"{what} is not finite at step {step}: lower optim.lr or the method's scale")
     figures.require(torch.isfinite(value).all(), error)
 
@@ -368,7 +368,7 @@ def _restore(
     try:
         student.load_state_dict(state["student"])
         optimiser.load_state_dict(state["optimiser"])
-        lay_out(optimiser)
+        match_layout(optimiser)
         rng.set_state(state["generator"])
         states = _of_companions(state)
         if states.keys() != companions.keys():

@@ -21,7 +21,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes, each of whi
 
 TINY = (
     "steps=6 field.levels=4 field.log2_table=10 field.finest=32 field.hidden=8 render.views=2 render.resolution=16 "
-    "render.samples=24 occupancy.resolution=8 export.mesh_resolution=24 export.texture=128 export.frames=4 "
+    "render.samples=24 occupancy.resolution=8 export.mesh.resolution=24 export.mesh.texture=128 export.frames=4 "
     "export.size=32 log.save_every=4 log.picture_every=3 backend=torch"
 ).split()
 

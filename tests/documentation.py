@@ -17,7 +17,7 @@ MARKS = ("slow", "gpu", "cluster", "exit 0 or 1")  # <!-- test: slow --> above a
 
 # A scene, an image, a generator of a second or two. A command keeps its own settings, but for these.
 SMALLER = (
-    "steps=2 render.fine_samples=16 export.mesh_resolution=16 export.texture=64 export.frames=2 export.size=16 "
+    "steps=2 render.fine_samples=16 export.mesh.resolution=16 export.mesh.texture=64 export.frames=2 export.size=16 "
     "log.save_every=100 log.picture_every=50"
 )
 SCENE = [f"{key}={value}" for key, value in dict(s.split("=") for s in (*TINY, *SMALLER.split())).items()]

@@ -71,7 +71,7 @@ HOMES = {  # package -> the only files that may import it
     "matplotlib": {"media/chart.py"},
     "typer": {
         f"cli/{name}.py"
-        for name in ("__init__", "generators", "live", "methods", "pictures", "scenes", "shared", "teacher")
+        for name in ("__init__", "generators", "live", "methods", "options", "pictures", "scenes", "shared", "teacher")
     },
     "sklearn": {"data/digits.py"},
     "viser": {"live/stage.py"},

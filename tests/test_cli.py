@@ -7,13 +7,17 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import fields
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 import torch
 from conftest import settings
 
 import sds3d
+from sds3d.cli.scenes import MeshOptions
+from sds3d.export.settings import MeshConfig
 
 ROOT = Path(__file__).parents[1]
 
@@ -48,7 +52,7 @@ def test_generate_leaves_everything_in_the_run_folder(call, tiny, in_folder):
     assert mesh.bounds[:, 1].tolist() == pytest.approx([0, 1])  # it stands on the ground and is one high
     told = json.loads((run / "mesh.json").read_text())
     assert told["prompt"] == "a red ball" and told["light_baked"] and told["files"]["mesh.glb"]["iou"] > 0.9
-    for said in ("torch (asked for)", "step 6/6", "opacity", "|g|", "done in", "sds3d export", "sds3d resume"):
+    for said in ("torch (requested)", "step 6/6", "opacity", "|g|", "done in", "sds3d export", "sds3d resume"):
         assert said in err
 
 
@@ -252,6 +256,15 @@ def test_export_writes_every_format(call, made, in_folder):
     code, _, err = call("export", made, "--resolution", "4")
     assert code == 2
     assert "give 8 to 512" in err
+
+
+def test_export_has_a_flag_for_each_setting_of_a_mesh():
+    types = get_type_hints(MeshOptions, include_extras=True)
+    for field in fields(MeshConfig):
+        kind, option = get_args(types[field.name])
+        assert kind == get_type_hints(MeshConfig)[field.name] | None
+        assert option.help, field.name
+    assert MeshOptions(faces=700, up="z").changed() == {"faces": 700}
 
 
 def test_eval_compares_with_the_toybox(call, made):

@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from sds3d.config import load as configs
-from sds3d.config.load import Config, load, parse_overrides, recipes_folder, to_yaml
+from sds3d.config.load import Config, changed, load, of_run, parse_overrides, recipes_folder, to_yaml
 from sds3d.config.typed import build, keys, merge, nearest, plain
 from sds3d.distill.score import METHODS
 from sds3d.distill.weights import WEIGHTS
+from sds3d.export.settings import MeshConfig
 from sds3d.prompts import COLOURS
 from sds3d.runs.build import build_student, build_teacher
 from sds3d.runtime.device import pick_device
@@ -187,7 +188,7 @@ MISTAKES = {
     "render.resolution=[[0,64],[9,2000]]": "render.resolution is 2000; give a number from 4",
     "render.resolution=big": "render.resolution is 'big'; give a whole number",
     "render.views=-2": "render.views is -2; give 1 to 256",
-    "export.mesh_resolution=100000": "export.mesh_resolution is 100000; give 8 to 512",
+    "export.mesh.resolution=100000": "export.mesh.resolution is 100000; give 8 to 512",
     "export.size=33": "export.size is 33; give an even number",
     "export.frames=1": "export.frames is 1; give 2",
     "camera.fov=[1,2,3]": r"camera.fov is \[1, 2, 3\]; give 2 values",
@@ -210,6 +211,24 @@ def test_a_mistake_is_answered_with_what_is_accepted(text):
     with pytest.raises(ValueError, match=MISTAKES[text]) as caught:
         load("a ball", parse_overrides([text]))
     assert "\n" not in str(caught.value)
+
+
+def test_a_setting_answers_to_the_name_it_had_and_says_the_new_one():
+    with pytest.warns(UserWarning, match="export.mesh_resolution is now called export.mesh.resolution"):
+        config = load("a ball", parse_overrides(["export.mesh_resolution=24", "export.size=32"]))
+    assert (config.export.mesh.resolution, config.export.size) == (24, 32)
+    with pytest.warns(UserWarning, match="export.threshold is now called export.mesh.level"):
+        assert changed(config, {"export": {"threshold": 7.0}}).export.mesh == MeshConfig(24, 7.0)
+    with pytest.raises(ValueError, match="export.mesh.keep is given twice, once as export.keep, its old name"):
+        load("a ball", {"export.keep": 0.1, "export.mesh.keep": 0.2})
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_run_from_before_a_setting_was_renamed_opens_without_a_word(tmp_path):
+    old = "prompt: a ball\nexport: {mesh_resolution: 24, threshold: null, faces: 700, size: 32}\n"
+    (tmp_path / "config.yaml").write_text(old)
+    export = of_run(tmp_path / "config.yaml").export
+    assert export.mesh == MeshConfig(resolution=24, faces=700) and export.size == 32
 
 
 @pytest.mark.parametrize("prompt", ["", "   ", "\n"])

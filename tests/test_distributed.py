@@ -110,7 +110,7 @@ def test_shares_are_the_rows_of_the_whole():
     parts = [Processes(i, 3).randn((2, 2), torch.Generator().manual_seed(0)) for i in range(3)]
     assert torch.equal(torch.cat(parts), whole)
     with pytest.raises(ValueError, match="a batch of 7 cannot be shared by 3 processes"):
-        Processes(0, 3).of(7)
+        Processes(0, 3).local_batch(7)
 
 
 if __name__ == "__main__":  # one of two processes, which `found` starts

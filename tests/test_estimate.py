@@ -19,7 +19,7 @@ from sds3d.config.load import Config
 from sds3d.runs import build
 from sds3d.runs import memory_estimate as estimate
 from sds3d.runs.memory_estimate import Machine
-from sds3d.runtime.memory import Meter, held, hollow
+from sds3d.runtime.memory import Meter, tensor_bytes, use_fake_tensors
 from sds3d.teachers.base import HFConfig, TeacherConfig
 from sds3d.teachers.hf import sketch
 from sds3d.teachers.load import load_teacher
@@ -101,7 +101,9 @@ def test_parameters_are_as_many_as_is_known(family, network, millions, pipelines
     assert sum(p.numel() for p in teacher.family.vae.parameters()) / 1e6 == pytest.approx(83.7, abs=0.1)
     width = 4 if family == "sdxl" and teacher.family.vae.config.force_upcast else 2
     assert teacher.family.vae.dtype.itemsize == width
-    assert held(teacher.family.network) - sum(2 * b.numel() for b in teacher.family.network.buffers()) == 2 * count
+    assert (
+        tensor_bytes(teacher.family.network) - sum(2 * b.numel() for b in teacher.family.network.buffers()) == 2 * count
+    )
 
 
 def stored(folder: Path, part: str) -> int:
@@ -130,7 +132,7 @@ def test_a_sketch_is_the_size_of_the_real_one(name, pipelines, tmp_path):
     mode, found = FakeTensorMode(allow_non_fake_inputs=True), {}
     with mode:
         for module in filter(None, (drawn.family.network, drawn.family.vae)):
-            hollow(module)
+            use_fake_tensors(module)
     for key, teacher in (("real", real), ("drawn", drawn)):
         images = torch.zeros(3, 3, 20, 20, requires_grad=True)
         with mode if key == "drawn" else torch.enable_grad():
@@ -197,7 +199,7 @@ def measured(config: Config) -> int:
     teacher = build.build_teacher(config)
     critic, student = build.build_critic(config, teacher), build.build_student(config, teacher)
     teacher.words(["a red mug"])
-    there = held(teacher.family.network, teacher.family.vae, student)
+    there = tensor_bytes(teacher.family.network, teacher.family.vae, student)
     there += 0 if critic is None else sum(p.numel() * p.element_size() for p in critic.parameters())
     goals = {"score": build.build_objective(config, teacher, critic)}
     steps = train(student, goals, config.plan(), companions={"critic": critic} if critic else {})

@@ -14,9 +14,10 @@ from solids import BLUE, RED, TWELVE, block, plain, solid, source, union
 
 from sds3d.export import formats, texture
 from sds3d.export.formats import FORMATS, read, write
-from sds3d.export.mesh import Surface, extract
+from sds3d.export.mesh import extract
 from sds3d.export.model import STANDS, Model, Placement, Stand, stand
-from sds3d.export.pipeline import Export, Look
+from sds3d.export.pipeline import Export
+from sds3d.export.settings import MeshConfig
 
 WEB = Path(__file__).parent / "web"
 MESHES = pytest.mark.parametrize("suffix", FORMATS)
@@ -44,7 +45,7 @@ def nosed():
         return nose * torch.tensor(RED) + lump * torch.tensor([0.1, 0.7, 0.1]) + rest * torch.tensor(BLUE)
 
     scene = source(solid(shape, edge=0.01), paint)
-    return scene, extract(scene, Surface(resolution=64, level=30.0))
+    return scene, extract(scene, MeshConfig(resolution=64, level=30.0))
 
 
 @pytest.fixture(scope="module")
@@ -147,7 +148,7 @@ def test_a_placement_turns_what_stands_in_z_and_can_be_undone(models, stands):
     assert nose[up] > 0.6 * stands.height and (nose[2] > 0.3 if stands.up == "y" else nose[1] < -0.3)
     lump = there.vertices[model.vertices[:, 0] > 0.5].mean(0)
     assert lump[0] > 0.3 * stands.height  # not mirrored
-    np.testing.assert_allclose(np.cross(*there.normals[:2]), place._turned(np.cross(*model.normals[:2])[None], 1)[0])
+    np.testing.assert_allclose(np.cross(*there.normals[:2]), place._rotated(np.cross(*model.normals[:2])[None], 1)[0])
     back = place.to_world(there)
     np.testing.assert_allclose(back.vertices, model.vertices, atol=1e-12)
     np.testing.assert_allclose(back.normals, model.normals, atol=1e-12)
@@ -155,7 +156,7 @@ def test_a_placement_turns_what_stands_in_z_and_can_be_undone(models, stands):
 
 @pytest.fixture(scope="module")
 def exporter(nosed):
-    return Export(nosed[0], Surface(resolution=64), Look(texture=256))
+    return Export(nosed[0], MeshConfig(resolution=64, texture=256))
 
 
 @MESHES
@@ -201,7 +202,7 @@ def test_a_stand_that_cannot_be_is_refused(given, said):
 
 
 def exported(scene, path, **settings):
-    one = Export(scene, Surface(resolution=64, **settings), Look(texture=256), {"prompt": 'a "mug"\u2615'})
+    one = Export(scene, MeshConfig(resolution=64, texture=256, **settings), {"prompt": 'a "mug"\u2615'})
     return one, one.write(path)
 
 
@@ -310,10 +311,9 @@ def test_the_khronos_validator_finds_nothing_in_twelve_scenes(validator, tmp_pat
     """Zero errors and zero warnings, and no information but that of extras and of unused parts."""
     paths = []
     for i, (name, (shape, colour)) in enumerate(TWELVE.items()):
-        look = Look("vertex" if i % 4 == 3 else "texture", 128)
-        one = Export(
-            source(solid(shape), colour), Surface(resolution=40, level=100.0), look, {"prompt": name}, i % 3 > 0
-        )
+        colours = "vertex" if i % 4 == 3 else "texture"
+        settings = MeshConfig(resolution=40, level=100.0, colours=colours, texture=128)
+        one = Export(source(solid(shape), colour), settings, {"prompt": name}, i % 3 > 0)
         paths.append(tmp_path / f"{i}.glb")
         one.write(paths[-1])
     for path, report in zip(paths, validator(paths), strict=True):

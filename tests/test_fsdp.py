@@ -50,7 +50,7 @@ def distil(folder: Path, method: str, last: int, resume: bool) -> None:
     if method == "dmd":
         if processes.rank == 0:
             list(generator_parts.make_pairs(config, teacher))
-        processes.wait()
+        processes.barrier()
     student, critic = build.build_student(config, teacher, processes), build.build_critic(config, teacher, processes)
     if processes.world_size > 1:
         kept = sum(weights.to_local().numel() for weights in student.network.parameters())

@@ -19,7 +19,7 @@ from sds3d.distill.score import METHODS
 from sds3d.distill.score.diffinstruct import DiffInstruct
 from sds3d.runs import build, launch
 from sds3d.runs.generator import Generated
-from sds3d.students.generator import GeneratorConfig, begun_at, paint
+from sds3d.students.generator import GeneratorConfig, generator_times, paint
 from sds3d.teachers import small
 from sds3d.teachers.hf import families, generator_scheduler
 from sds3d.train import train
@@ -139,11 +139,11 @@ def test_stable_diffusion_begins_at_999_of_1000_and_a_flow_at_pure_noise(start):
     _, teacher, _ = start("sd")
     teacher.shape = (4, 64, 64)
     for steps, asked in {1: [999], 2: [999, 499], 4: [999, 749, 499, 249], 3: [998, 665, 332]}.items():
-        when, size = begun_at(teacher, GeneratorConfig(steps=steps))
+        when, size = generator_times(teacher, GeneratorConfig(steps=steps))
         assert (1000 * when).tolist() == pytest.approx(asked, abs=1e-9) and size == 1
         assert teacher.levels.told(when.float()).tolist() == asked  # the network gets whole numbers
     _, teacher, _ = start("sd3")
-    when, size = begun_at(teacher, GeneratorConfig(steps=4))
+    when, size = generator_times(teacher, GeneratorConfig(steps=4))
     sigma = teacher.schedule.alpha_sigma(when)[1]
     assert float(sigma[0]) == 1 == size and bool((when.diff() < 0).all()) and float(sigma[-1]) == pytest.approx(0.5)
 
@@ -263,7 +263,7 @@ def test_a_network_whose_last_level_is_pure_noise_begins_near_it(start):
         scheduler = diffusers.DDIMScheduler.from_config(betas.config, prediction_type=kind)
         teacher.levels = families.levels(scheduler, 16)
         teacher.schedule, teacher.shape = teacher.levels.schedule, (4, 64, 64)
-        when, _ = begun_at(teacher, GeneratorConfig())
+        when, _ = generator_times(teacher, GeneratorConfig())
         alpha, sigma = teacher.schedule.alpha_sigma(when)
         assert float(sigma / alpha) == pytest.approx(20, rel=0.1)  # 2.5 for 8 of a side
         asking = generator_scheduler.scheduler(teacher.family, teacher.levels, float(when), 1)

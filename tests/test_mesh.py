@@ -12,7 +12,8 @@ from solids import ball, block, less, ring, solid, source, tube, union
 from sds3d.cameras import orbit
 from sds3d.evaluate.truth import surface_points
 from sds3d.export import raster
-from sds3d.export.mesh import ALIKE, Surface, extract, normals
+from sds3d.export.mesh import ALIKE, extract, normals
+from sds3d.export.settings import MeshConfig
 from sds3d.export.source import checking_views, choosing_views
 
 
@@ -20,7 +21,7 @@ def mesh_of(density, **settings):
     """The surface as a trimesh.Trimesh; its level given, where none is asked for, so that nothing is rendered."""
     import trimesh
 
-    skin = extract(source(density), Surface(**{"level": 150.0, **settings}))
+    skin = extract(source(density), MeshConfig(**{"level": 150.0, **settings}))
     return trimesh.Trimesh(skin.vertices, skin.faces, process=False)
 
 
@@ -146,11 +147,11 @@ def test_the_chosen_level_keeps_the_outline_of_a_soft_ball():
 def test_the_chosen_level_agrees_best():
     """No level nearby has silhouettes as good as the chosen one, up to what its search leaves."""
     scene = source(lambda p: 20 * torch.sigmoid(ball(radius=0.55)(p) / 0.06))
-    chosen = extract(scene, Surface(resolution=48))
+    chosen = extract(scene, MeshConfig(resolution=48))
     wanted = scene.view(choosing_views(), 64)[1][:, 0] >= 0.5
 
     def iou(level):
-        skin = extract(scene, Surface(resolution=48, level=level, smooth=0))
+        skin = extract(scene, MeshConfig(resolution=48, level=level, smooth=0))
         shown = raster.silhouettes(skin.vertices, skin.faces, choosing_views(), 64)
         return float(((shown & wanted).flatten(1).sum(1) / (shown | wanted).flatten(1).sum(1)).mean())
 
@@ -160,7 +161,7 @@ def test_the_chosen_level_agrees_best():
 
 
 def test_a_rod_thinner_than_its_blur_is_still_meshed():
-    skin = extract(source(solid(tube(0.02, -0.5, 0.5))), Surface(resolution=96))
+    skin = extract(source(solid(tube(0.02, -0.5, 0.5))), MeshConfig(resolution=96))
     assert skin.level_iou > 0.8
 
 
@@ -171,7 +172,7 @@ def test_a_dense_speck_does_not_choose_the_level():
     def density(points):
         return 20 * (body(points) > 0).float() + 4000 * (ball(radius=0.05)(points) > 0).float()
 
-    skin = extract(source(density), Surface(resolution=64))
+    skin = extract(source(density), MeshConfig(resolution=64))
     assert skin.level < 20 and skin.level_iou > 0.9
 
 
@@ -210,7 +211,7 @@ def test_cracks_are_closed_and_wider_gaps_are_not():
     def pieces(gap: float, **settings) -> int:
         field = less(block((-0.5,) * 3, (0.5,) * 3), block((-1, -1, -gap / 2), (1, 1, gap / 2)))
         found = source(solid(field, edge=0.001))
-        skin = extract(dataclasses.replace(found, detail=0.0), Surface(level=150.0, resolution=96, **settings))
+        skin = extract(dataclasses.replace(found, detail=0.0), MeshConfig(level=150.0, resolution=96, **settings))
         return trimesh.Trimesh(skin.vertices, skin.faces, process=False).body_count
 
     assert (pieces(0.035), pieces(0.035, fill=0.0)) == (1, 2)
@@ -228,13 +229,13 @@ def test_emptiness_is_told_in_one_sentence():
     with pytest.raises(
         ValueError, match=r"largest opacity from 12 views is 0\.0\d+ and a surface needs 0.5.*more steps"
     ):
-        extract(source(lambda points: torch.full((len(points),), 0.02)), Surface(resolution=16))
+        extract(source(lambda points: torch.full((len(points),), 0.02)), MeshConfig(resolution=16))
     with pytest.raises(ValueError, match="the scene is empty"):
-        extract(source(lambda points: torch.zeros(len(points))), Surface(resolution=16))
+        extract(source(lambda points: torch.zeros(len(points))), MeshConfig(resolution=16))
     with pytest.raises(ValueError, match="level is 5e\\+03; give a lower level"):
-        extract(source(lambda p: 0.3 * torch.sigmoid(ball()(p) / 0.01)), Surface(resolution=16, level=5000.0))
+        extract(source(lambda p: 0.3 * torch.sigmoid(ball()(p) / 0.01)), MeshConfig(resolution=16, level=5000.0))
     with pytest.raises(ValueError, match="not finite"):
-        extract(source(lambda points: points[:, 0] * float("nan")), Surface(resolution=16))
+        extract(source(lambda points: points[:, 0] * float("nan")), MeshConfig(resolution=16))
 
 
 @pytest.mark.parametrize(
@@ -242,4 +243,4 @@ def test_emptiness_is_told_in_one_sentence():
 )
 def test_impossible_settings_are_refused(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):
-        Surface(**bad)
+        MeshConfig(**bad)

@@ -190,7 +190,7 @@ def test_no_kernel_trusts_a_new_buffer(backend: Backend):
         features = backend.hash_encode(points, table, SMALL)
         slopes = torch.autograd.grad(features.sum(), (points, table), create_graph=True)
         slopes += torch.autograd.grad(slopes[0].sum(), table)
-        samples = backend.march(*rays(20), ball(8), 0.1, room=400)
+        samples = backend.march(*rays(20), ball(8), 0.1, capacity=400)
         sigma, values = (draw(400) * 50).requires_grad_(), draw(400, 3, seed=2).requires_grad_()  # some rays end early
         out = backend.composite(sigma, samples.dt, values, samples.offsets)
         slopes += torch.autograd.grad(out.opacity.sum() + out.accumulated.sum(), (sigma, values))
@@ -310,10 +310,10 @@ def test_every_backend_marches_as_the_reference(dtype: torch.dtype):
 
 @each_backend
 def test_room_cuts_off_or_fills_up(backend: Backend):
-    """More room leaves rows of 0 that weigh nothing and get no gradient; less cuts the last rays off."""
+    """More capacity leaves rows of 0 that weigh nothing and get no gradient; less cuts the last rays off."""
     full = backend.march(*rays(30), ball(8), 0.1)
     count = len(full.t)
-    wide, tight = (backend.march(*rays(30), ball(8), 0.1, room=count + more) for more in (9, -9))
+    wide, tight = (backend.march(*rays(30), ball(8), 0.1, capacity=count + more) for more in (9, -9))
     for field, got, less in zip(full, wide, tight, strict=True):
         if field.shape == full.offsets.shape:
             assert torch.equal(got, field) and torch.equal(less, field.clamp(max=count - 9))
@@ -513,14 +513,14 @@ def test_choice_where_triton_cannot_launch(monkeypatch):
             raise subprocess.CalledProcessError(1, ["gcc", "cuda_utils.c"])
 
     here = torch.device("cpu")
-    triton_gpu.refusal.cache_clear()
-    assert triton_gpu.refusal(here) == ""
-    triton_gpu.refusal.cache_clear()
+    triton_gpu.launch_error.cache_clear()
+    assert triton_gpu.launch_error(here) == ""
+    triton_gpu.launch_error.cache_clear()
     monkeypatch.setattr(triton_gpu.triton_kernels, "touch", Broken())
-    reasons = {triton_gpu.refusal(here) for _ in range(2)}
-    triton_gpu.refusal.cache_clear()
+    reasons = {triton_gpu.launch_error(here) for _ in range(2)}
+    triton_gpu.launch_error.cache_clear()
     assert Broken.tries == 1 and "CalledProcessError" in (reason := reasons.pop()) and "cuda_utils.c" in reason
-    monkeypatch.setattr(triton_gpu, "refusal", lambda device: reason)
+    monkeypatch.setattr(triton_gpu, "launch_error", lambda device: reason)
     assert choose("cuda").name == "triton"  # interpreted: nothing is launched
     monkeypatch.delenv("TRITON_INTERPRET")
     monkeypatch.setenv("CC", "gcc")

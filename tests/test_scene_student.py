@@ -8,10 +8,10 @@ import torch
 from sds3d import ops
 from sds3d.cameras import CameraRanges, orbit
 from sds3d.runtime.ramp import Ramp
+from sds3d.students.representation import Shading
 from sds3d.students.scene.field import FieldConfig
 from sds3d.students.scene.occupancy import OccupancyConfig
 from sds3d.students.scene.regularisers import RegulariserConfig
-from sds3d.students.scene.render import Shading
 from sds3d.students.scene.student import BACKGROUNDS, RenderConfig, SceneConfig, SceneStudent
 
 BACKEND = ops.choose("cpu", "torch")

@@ -12,10 +12,11 @@ from sds3d import ops
 from sds3d.cameras import Cameras, Poses, orbit
 from sds3d.ops import Samples
 from sds3d.runtime.ramp import Ramp
+from sds3d.students.representation import Shading
 from sds3d.students.scene import regularisers
 from sds3d.students.scene.field import Field, FieldConfig, LearnedBackground
 from sds3d.students.scene.occupancy import Occupancy, OccupancyConfig
-from sds3d.students.scene.render import RenderOptions, Shading, Trace, render
+from sds3d.students.scene.render import RenderOptions, Trace, render
 from sds3d.students.scene.sample_budget import SampleBudget, rays_at_a_time
 
 BACKEND = ops.choose("cpu", "torch")
@@ -231,7 +232,7 @@ def test_occupancy_keeps_the_blob_and_skips_the_rest():
     radius = torch.linspace(-1, 1, 65)[1::2]
     radius = torch.stack(torch.meshgrid(radius, radius, radius, indexing="ij")).norm(dim=0)
     assert occupancy.cells[radius < 0.5].all() and not occupancy.cells[radius > 0.8].any()
-    assert occupancy.share() < 0.2
+    assert occupancy.occupied_fraction() < 0.2
     skipped = render(field, occupancy, VIEWS, 16, WHITE, RenderOptions(step))
     assert len(skipped.trace.sigma) < 0.5 * len(full.trace.sigma)
     assert (
@@ -266,7 +267,7 @@ def test_thinned_occupancy_keeps_what_is_dense():
 def test_occupancy_forgets_and_an_empty_grid_looks_everywhere():
     occupancy = Occupancy(OccupancyConfig(resolution=8, decay=0.5), 0.05)
     occupancy.update(sphere(0.5, 100.0), 0, seeded())
-    assert 0 < occupancy.share() < 0.5
+    assert 0 < occupancy.occupied_fraction() < 0.5
     for update in range(1, 12):
         occupancy.update(sphere(0.5, 0.0), 8 * update, seeded())
     assert occupancy.ema.max() < 0.1 and occupancy.cells.all()

@@ -8,8 +8,9 @@ from solids import BLUE, RED, ball, block, halves, plain, solid, source
 from sds3d.cameras import Cameras, orbit
 from sds3d.evaluate.truth import masked_psnr, silhouette_iou
 from sds3d.export import raster, texture
-from sds3d.export.mesh import Skin, Surface, extract
+from sds3d.export.mesh import Skin, extract
 from sds3d.export.model import Model
+from sds3d.export.settings import MeshConfig
 
 
 def sphere(radius=0.5):
@@ -71,7 +72,7 @@ def test_textures_are_sampled_between_texels():
 @pytest.fixture(scope="module")
 def two_coloured():
     scene = source(solid(ball(radius=0.6)), halves())
-    return scene, extract(scene, Surface(resolution=48, level=150.0))
+    return scene, extract(scene, MeshConfig(resolution=48, level=150.0))
 
 
 @pytest.mark.parametrize("colours", ["texture", "vertex"])
@@ -120,7 +121,7 @@ def test_the_map_is_one_to_one(two_coloured):
 def test_no_seam_shows_where_the_map_ends():
     """Texels outside all charts have a colour of a chart: of one plain colour, the whole texture is that colour."""
     scene = source(solid(block((-0.4,) * 3, (0.4,) * 3)), plain((0.2, 0.4, 0.6)))
-    model = texture.with_texture(extract(scene, Surface(resolution=24, level=150.0)), scene, 128)
+    model = texture.with_texture(extract(scene, MeshConfig(resolution=24, level=150.0)), scene, 128)
     assert np.abs(model.texture / 255 - [0.2, 0.4, 0.6]).max() < 0.003
 
 
@@ -133,7 +134,7 @@ def test_colours_come_from_where_a_camera_looks():
         return torch.where(radius < 0.4, core, torch.where(radius < 0.515, paint, air))
 
     scene = source(solid(ball(radius=0.5)), painted)
-    model = texture.with_vertex_colours(extract(scene, Surface(resolution=64, level=150.0)), scene)
+    model = texture.with_vertex_colours(extract(scene, MeshConfig(resolution=64, level=150.0)), scene)
     assert np.abs(model.colours / 255 - np.array(BLUE)).max() < 0.05
 
 
@@ -144,10 +145,9 @@ def test_large_meshes_are_unwrapped_in_blocks():
     assert np.array_equal(np.sort(np.concatenate(blocks)), np.arange(5000))
 
 
-def test_impossible_sizes_are_refused(two_coloured):
-    scene, skin = two_coloured
+def test_impossible_sizes_are_refused():
     with pytest.raises(ValueError, match="texture is 7; give 64 to 4096"):
-        texture.with_texture(skin, scene, 7)
+        MeshConfig(texture=7)
 
 
 def test_a_skin_without_area_has_no_crash():

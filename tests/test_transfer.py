@@ -7,13 +7,13 @@ import torch
 
 from sds3d.config.load import load
 from sds3d.runs import build
-from sds3d.runtime.transfer import Figures, onto
+from sds3d.runtime.transfer import StepMetrics, onto
 from sds3d.teachers import small
 from sds3d.train import _one_step, _State, make_optimiser
 
 
 def test_figures_of_a_cpu_are_looked_at_as_they_come():
-    figures = Figures()
+    figures = StepMetrics()
     figures.add("loss", torch.tensor(2.5, dtype=torch.float64, requires_grad=True))
     figures.add("t", 0.25)
     figures.require(torch.tensor(True), ArithmeticError("never"))

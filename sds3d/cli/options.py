@@ -4,9 +4,24 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, field, fields, make_dataclass
 from functools import wraps
-from typing import Any, get_type_hints
+from typing import Annotated, Any, get_type_hints
+
+from typer import Option
+
+from sds3d.config.meanings import meanings_of
+
+
+def optional_flags(cls: type) -> Any:
+    """A dataclass with a flag for each field of a dataclass of settings: None where it is not given. Its help is the
+    field's meaning; its range is checked where the settings are made."""
+    types, meanings = get_type_hints(cls), meanings_of(cls)
+    flags = [
+        (f.name, Annotated[types[f.name] | None, Option(help=meanings[f.name].rstrip("."))], field(default=None))
+        for f in fields(cls)
+    ]
+    return make_dataclass(f"{cls.__name__}Flags", flags, frozen=True)
 
 
 def spread(function: Callable) -> Callable:

@@ -66,7 +66,7 @@ def render(
     """
     from sds3d.media import video
     from sds3d.runs.scene import Asset
-    from sds3d.students.scene import layers
+    from sds3d.students import layers
 
     groups, formats = [_parts(names) for names in what or ["rgb"]], _parts(format)
     joined = [",".join(names) for names in groups]
@@ -129,7 +129,7 @@ def _draw(asset: Asset, names: list[str], path: Path, options: ViewOptions, quie
     from sds3d.cameras import Cameras
     from sds3d.media import sheet, video
     from sds3d.runs import progress
-    from sds3d.students.scene import layers
+    from sds3d.students import layers
 
     suffix = path.suffix.lower()[1:]
     count = options.count(suffix)

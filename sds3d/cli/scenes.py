@@ -5,14 +5,14 @@ from __future__ import annotations
 import sys
 import time
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Option
 
 from sds3d.cli.live import LiveOptions
-from sds3d.cli.options import spread
+from sds3d.cli.options import optional_flags, spread
 from sds3d.cli.shared import (
     AllowPickle,
     Json,
@@ -27,6 +27,7 @@ from sds3d.cli.shared import (
     print_result,
     user_path,
 )
+from sds3d.export.settings import MeshConfig
 from sds3d.runtime.ranges import shown
 
 if TYPE_CHECKING:
@@ -121,18 +122,13 @@ def resume(
         carry_out(made, steps, begun, display, json, watch)
 
 
-@dataclass(frozen=True)
-class MeshOptions:
-    """The flags of export about meshes. Apart from up and height, each is a shorthand for a setting of ``export``."""
+_MeshFlags = optional_flags(MeshConfig)
 
-    resolution: Annotated[int | None, Option(help="voxels along each side of the box")] = None
-    level: Annotated[float | None, Option(help="density at the surface; chosen by silhouettes by default")] = None
-    faces: Annotated[int | None, Option(help="most triangles")] = None
-    colours: Annotated[str | None, Option(help="texture or vertex")] = None
-    texture: Annotated[int | None, Option(help="texels a side: 1024, 2048")] = None
-    keep: Annotated[float | None, Option(help="drop pieces below this fraction of the largest; 1: all others")] = None
-    fill: Annotated[float | None, Option(help="close holes narrower than this, in scene units")] = None
-    smooth: Annotated[int | None, Option(help="rounds of smoothing")] = None
+
+@dataclass(frozen=True)
+class MeshOptions(_MeshFlags):
+    """The flags of export: one for each setting of ``export.mesh``, and the orientation and height of the mesh."""
+
     up: Annotated[str | None, Option(help="the axis that points up, y or z; y in glb and obj, z in ply and stl")] = None
     height: Annotated[float | None, Option(help="of the mesh: in mm for stl (100), in metres otherwise (1)")] = None
 
@@ -147,14 +143,10 @@ class MeshOptions:
                 f"height is {self.height:g}, in mm for stl and in metres for the others; write stl in a call of its own"
             )
 
-    def flags(self) -> dict[str, Any]:
-        """Return the flags that were given."""
-        return {name: value for name, value in vars(self).items() if value is not None}
-
     def changed(self) -> dict[str, Any]:
-        """Return the settings of ``export`` that were given, and up and height."""
-        names = {"resolution": "mesh_resolution", "level": "threshold"}
-        return {names.get(name, name): value for name, value in self.flags().items()}
+        """Return the settings of ``export.mesh`` that were given."""
+        values = {f.name: getattr(self, f.name) for f in fields(MeshConfig)}
+        return {name: value for name, value in values.items() if value is not None}
 
 
 @spread
@@ -195,13 +187,14 @@ def export(
             raise ValueError(f"format has {suffix} twice; give it once")
     meshes = [suffix for suffix in suffixes if suffix not in names]
     options.check(meshes)
-    if options.changed() and not meshes:
-        raise ValueError(f"--{next(iter(options.flags()))} applies to meshes, and {format} has none; leave it out")
+    flags = [*options.changed(), *(name for name in ("up", "height") if getattr(options, name) is not None)]
+    if flags and not meshes:
+        raise ValueError(f"--{flags[0]} applies to meshes, and {format} has none; leave it out")
     asset, files, reports, lines = Asset.open(run), [], {}, []
     require_folder(out or asset.path)  # before the work
     with progress.parts(quiet or json) as tell:
         for particle in asset.particles:
-            exporter = particle.exporter(tell, **options.changed())
+            exporter = particle.exporter(tell, options.up, options.height, **options.changed())
             for suffix in suffixes:
                 path = (out or particle.path) / particle.file(f"{names.get(suffix, 'mesh')}.{suffix}").name
                 files.append(str(path))

@@ -180,7 +180,7 @@ def carry_out(
                 if watch is not None:
                     watch.update(last, lambda: bool(stopped))
                 # All processes must stop at the same step, or one would wait for the others for ever.
-                if processes.agree(bool(stopped) or (watch is not None and watch.stopped)):
+                if processes.any_process(bool(stopped) or (watch is not None and watch.stopped)):
                     break
         steps.close()
         if last is None:

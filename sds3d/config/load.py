@@ -16,6 +16,7 @@ import functools
 import re
 import sys
 import typing
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,11 @@ PICKLE = "teacher.hf.allow_pickle"  # no file may set it: a pickle can run any p
 # Paths that a run reads, which are stored as absolute paths, and paths that it writes, which are only checked.
 INPUT_PATHS = ("teacher.name", "source.run", "image.start", "generator.prompts", "pairs.folder", "real")
 OUTPUT_PATHS = ("out", "teacher.hf.cache")
+RENAMED = {  # old name of a setting, which is still accepted -> its new name
+    "export.mesh_resolution": "export.mesh.resolution",
+    "export.threshold": "export.mesh.level",
+    **{f"export.{name}": f"export.mesh.{name}" for name in ("keep", "fill", "smooth", "faces", "colours", "texture")},
+}
 
 
 def load(
@@ -63,7 +69,7 @@ def load(
 def _from_layers(prompt: str | None, layers: list[Mapping[str, Any]], kind: type[RunConfig] | None) -> Any:
     """Build a config from layers."""
     settings: dict[str, Any] = {}
-    for layer in map(_nested, map(_without_omegaconf, layers)):
+    for layer in (_renamed(_nested(_without_omegaconf(layer))) for layer in layers):
         merged = merge(settings, layer)
         settings = merged if _same_method(settings, layer) else {**merged, "method": layer["method"]}
     if prompt is not None:
@@ -154,7 +160,7 @@ def parse_overrides(texts: Iterable[str]) -> dict[str, Any]:
         layer = merge(layer, _nested({key: node}))
     if _at(layer, PICKLE) is not None:
         raise ValueError(f"{PICKLE} cannot be given as a setting; {_FLAG}")
-    return layer
+    return _renamed(layer)
 
 
 _FLAG = "give --allow-pickle, a flag of generate, paint, distill, compare and resume"
@@ -235,7 +241,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 def of_run(path: Path) -> Any:
     """Read a run's config.yaml. Pickles must be allowed again by the user. Raises ValueError that names the file."""
     try:
-        values = _nested(read_yaml(path))
+        values = _renamed(_nested(read_yaml(path)), warn=False)  # nobody can change how an old run was written
         if _at(values, PICKLE) is not None:
             values = merge(values, _nested({PICKLE: False}))
         return _from_layers(None, [values], None)
@@ -329,6 +335,27 @@ def _nested(layer: Mapping[str, Any]) -> dict[str, Any]:
     return out
 
 
+def _renamed(layer: dict[str, Any], warn: bool = True) -> dict[str, Any]:
+    """A nested layer with old names of settings replaced. Raises ValueError if a setting is given by both names."""
+    for old, new in RENAMED.items():
+        parent, _, leaf = old.rpartition(".")
+        group = _at(layer, parent)
+        if not isinstance(group, Mapping) or leaf not in group:
+            continue
+        if _at(layer, new) is not None:
+            raise ValueError(f"{new} is given twice, once as {old}, its old name; give it once")
+        if warn:
+            warnings.warn(f"{old} is now called {new}", stacklevel=3)
+        layer = merge(_without(layer, old), _nested({new: group[leaf]}))
+    return layer
+
+
+def _without(values: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """Nested mappings without the value at a dotted key."""
+    name, _, rest = key.partition(".")
+    return {k: _without(v, rest) if k == name else v for k, v in values.items() if rest or k != name}
+
+
 MEMORY_KEYS = {  # may change on resume: they trade memory for time, and change images by rounding only
     "render.chunk",
     "critic.checkpointing",
@@ -353,7 +380,7 @@ def changed(config: RunConfig, layer: Mapping[str, Any]) -> Any:
     """
     mutable = ("steps", "device", "backend", "fsdp", "log", "export")
     free = [f.name for f in dataclasses.fields(config) if f.name in mutable]
-    layer = _nested(layer)
+    layer = _renamed(_nested(layer))
     for key in layer:
         leaves = _leaves({key: layer[key]})
         if key not in free and not (leaves and leaves <= {*MEMORY_KEYS, PICKLE}):

@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar
 
 from sds3d import ops
 from sds3d.cameras import CameraRanges
-from sds3d.config.typed import check, nearest
+from sds3d.config.typed import nearest
 from sds3d.diffusion.guidance import Guidance
 from sds3d.diffusion.timesteps import TimestepSampler
 from sds3d.distill.core import ScoreMethod
@@ -17,10 +17,10 @@ from sds3d.distill.pairs import PairsConfig
 from sds3d.distill.perceptual import DISTANCES
 from sds3d.distill.score.diffinstruct import DiffInstruct
 from sds3d.distill.score.sds import SDS
-from sds3d.export.mesh import Surface
-from sds3d.export.pipeline import Look
+from sds3d.export.settings import MeshConfig
 from sds3d.runtime.ramp import Ramp
 from sds3d.runtime.ranges import STEPS, Within, shown
+from sds3d.runtime.validation import check
 from sds3d.students.generator import FewStepGenerator, GeneratorConfig
 from sds3d.students.image import ImageConfig, ImageStudent
 from sds3d.students.scene.field import FieldConfig
@@ -47,52 +47,18 @@ class LogConfig:
 class ExportConfig:
     """
     Args:
-        mesh_resolution: voxels along each side of the box.
-        threshold: density at the surface, its level; null chooses it.
-        keep: pieces smaller than this share of the largest piece's area are dropped; 1 keeps the largest only.
-        fill: close cracks, holes and gaps narrower than this, in scene units, where that is two voxels; 0 for none.
-        smooth: rounds of smoothing.
-        faces: at most so many triangles.
-        colours: "texture", or "vertex".
-        texture: texels a side.
         frames, size, elevation: of the turntable; pixels, degrees. ``size`` is the preview's, too.
     """
 
-    mesh_resolution: Annotated[int, Within(8, 512)] = 96
-    threshold: Annotated[float, Within(0, 1e6, above=True)] | None = None
-    keep: Annotated[float, Within(0, 1)] = 0.05
-    fill: Annotated[float, Within(0, 0.5)] = 0.05
-    smooth: Annotated[int, Within(0, 100)] = 3
-    faces: Annotated[int, Within(100, 10_000_000)] = 50_000
-    colours: str = "texture"
-    texture: Annotated[int, Within(64, 4096)] = 1024
+    mesh: MeshConfig = MeshConfig()
     frames: Annotated[int, Within(2, 10_000)] = 48
     size: Annotated[int, Within(16, 2048)] = 128
     elevation: Annotated[float, Within(-90, 90)] = 15.0
 
     def __post_init__(self):
-        if not 8 <= self.mesh_resolution <= 512:
-            raise ValueError(f"export.mesh_resolution is {self.mesh_resolution}; give 8 to 512 voxels a side")
-        if self.threshold is not None and not self.threshold > 0:
-            raise ValueError(f"export.threshold is {self.threshold}; give a density above 0, or null")
-        if not 0 <= self.keep <= 1:
-            raise ValueError(f"export.keep is {self.keep}; give a share from 0 to 1")
-        self.surface()
-        self.look()
-        if not -90 <= self.elevation <= 90:
-            raise ValueError(f"export.elevation is {self.elevation}; give degrees from -90 to 90")
-        if not 2 <= self.frames <= 10_000:
-            raise ValueError(f"export.frames is {self.frames}; give 2 to 10000")
-        if not 16 <= self.size <= 2048 or self.size % 2:
+        check(self, "export")
+        if self.size % 2:
             raise ValueError(f"export.size is {self.size}; give an even number from 16 to 2048")
-
-    def surface(self) -> Surface:
-        """How the surface is made. Raises ValueError."""
-        return Surface(self.mesh_resolution, self.threshold, self.keep, self.fill, self.smooth, self.faces)
-
-    def look(self) -> Look:
-        """Where its colours are. Raises ValueError."""
-        return Look(self.colours, self.texture)
 
 
 @dataclass(frozen=True)

@@ -13,14 +13,13 @@ import math
 import types
 import typing
 from collections.abc import Iterable, Mapping
-from functools import cache
 from typing import Annotated, Any, TypeVar
 
 from sds3d.runtime.ramp import Ramp
-from sds3d.runtime.ranges import STEPS, Within, shown
+from sds3d.runtime.ranges import shown
+from sds3d.runtime.validation import hints_of, require_within
 
 T = TypeVar("T")
-_STEPS = Within(0, STEPS)
 LONGEST = 10_000  # most characters of a text
 _PLAIN = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 
@@ -38,7 +37,7 @@ def build(cls: type[T], values: Mapping[str, Any], path: str = "", known: Iterab
         ValueError: a key is unknown, a value has the wrong type, or the dataclass refuses it.
     """
     known = tuple(keys(cls, path) if known is None else known)
-    hints = _hints(cls)
+    hints = hints_of(cls)
     kind: Any = cls
     fields = {f.name for f in dataclasses.fields(kind) if f.init}
     arguments = {}
@@ -55,7 +54,7 @@ def convert(kind: Any, value: Any, key: str, known: tuple[str, ...] = ()) -> Any
     origin, parts = typing.get_origin(kind), typing.get_args(kind)
     if origin is Annotated:
         converted = convert(parts[0], value, key, known)
-        _check(kind, converted, key)
+        require_within(kind, converted, key)
         return converted
     if origin in (typing.Union, types.UnionType):
         return _convert_union(parts, value, key, known)
@@ -136,7 +135,7 @@ def _convert_plain(kind: type, value: Any, key: str) -> Any:
 
 def require_maps(cls: type, values: Mapping[str, Any], path: str = "") -> None:
     """Raise ValueError, which names the key, if a field for a dataclass or a dict has a value that is no mapping."""
-    hints = _hints(cls)
+    hints = hints_of(cls)
     for name, value in values.items():
         kind = hints.get(name)
         is_class = isinstance(kind, type) and dataclasses.is_dataclass(kind) and kind is not Ramp
@@ -147,48 +146,6 @@ def require_maps(cls: type, values: Mapping[str, Any], path: str = "") -> None:
             convert(kind, value, key)
         elif is_class and isinstance(kind, type):
             require_maps(kind, value, key)
-
-
-def check(config: Any, path: str = "") -> None:
-    """Check the ranges of all numbers in a nested dataclass. Raises ValueError that names the key."""
-    hints = _hints(type(config))
-    for f in dataclasses.fields(config):
-        key, value = f"{path}.{f.name}" if path else f.name, getattr(config, f.name)
-        if dataclasses.is_dataclass(value) and not isinstance(value, Ramp):
-            check(value, key)
-        else:
-            _check(hints[f.name], value, key)
-
-
-def _check(kind: Any, value: Any, key: str) -> None:
-    """Raise ValueError if a number is outside the range in its type's annotation."""
-    parts = typing.get_args(kind)
-    if isinstance(value, Mapping) and typing.get_origin(kind) is dict:
-        for name, item in value.items():
-            _check(parts[1], item, f"{key}.{name}")
-        return
-    metadata = [data for part in (kind, *parts) if typing.get_origin(part) is Annotated for data in part.__metadata__]
-    for within in (data for data in metadata if isinstance(data, Within)):
-        numbers = value if isinstance(value, tuple) else (value,)
-        for number in numbers:
-            _require(number, within, key)
-
-
-def _require(value: Any, within: Within, key: str) -> None:
-    """Raise ValueError if a number, or a ramp's value or step, is out of range."""
-    if isinstance(value, Ramp):
-        for number in (value.v0, value.v1):
-            _require(number, within, key)
-        for step in (value.start, value.end):
-            _require(step, _STEPS, f"a step of {key}")
-    elif isinstance(value, int | float) and value not in within:
-        raise ValueError(f"{key} is {shown(value)}; give {within}")
-
-
-@cache
-def _hints(cls: type) -> dict[str, Any]:
-    """The types of a dataclass's fields, with their ranges."""
-    return typing.get_type_hints(cls, include_extras=True)
 
 
 def plain(value: Any) -> Any:

@@ -240,7 +240,7 @@ class TrainedCritic:
         for p in self.parameters() if self.coarse else ():
             if p.grad is not None:
                 p.grad /= scale
-        self.processes.average(self.parameters())
+        self.processes.average_gradients(self.parameters())
         self.optimiser.step()
         return loss.detach()
 

@@ -40,11 +40,11 @@ class Regression:
     processes: Processes = Processes()
 
     def __post_init__(self):
-        self.processes.of(self.batch)
+        self.processes.local_batch(self.batch)
 
     def judge_alone(self, step: int, rng: torch.Generator) -> Judgement:
         """The loss on a batch of the pairs, which needs no draw."""
-        index = self.processes.randint(len(self.pairs.prompts), self.processes.of(self.batch), rng)
+        index = self.processes.randint(len(self.pairs.prompts), self.processes.local_batch(self.batch), rng)
         chosen = self.pairs[index]
         apart = self.distance(self.paint(chosen.noise, chosen.prompts), chosen.x).mean()
         return Judgement(self.weight * chosen.x[0].numel() * apart, {"distance": apart.detach()})

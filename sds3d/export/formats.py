@@ -1,10 +1,10 @@
-"""Models in files: GLB, OBJ (with .mtl and .png), PLY, STL. What is written can be read back, by `read`.
+"""Writing and reading of mesh files: GLB, OBJ (with .mtl and .png), PLY, STL.
 
-Colours are sRGB bytes in memory, in textures, in OBJ and in PLY; GLB's vertex colours are linear, as glTF 2.0 (3.9.2,
-COLOR_0) wants. PLY has colours at vertices only, STL has none.
+Colours are sRGB bytes in memory, in textures, in OBJ and in PLY. GLB's vertex colours are linear, as glTF 2.0 requires
+(3.9.2, COLOR_0). PLY has colours at vertices only, and STL has none.
 
-glTF's materials are lit by the viewer. Where a scene's colours hold light already, KHR_materials_unlit asks for them as
-they are; viewers that do not know it see a matt surface (metallic 0, roughness 1).
+glTF viewers light the materials. If a scene's colours contain light already, KHR_materials_unlit tells viewers to show
+them unchanged; viewers without this extension show a matt surface (metallic 0, roughness 1).
 """
 
 from __future__ import annotations
@@ -29,33 +29,33 @@ if TYPE_CHECKING:
 
 FORMATS = (".glb", ".obj", ".ply", ".stl")
 
-Check = Callable[[Path], dict[str, Any]]  # a written file -> plain values
+Check = Callable[[Path], dict[str, Any]]  # a written file -> values for JSON
 
 
 def write(model: Model, path: str | Path, check: Check | None = None, unlit: bool = True) -> list[Path]:
-    """Write a model as it is, whole or not at all; the suffix chooses the format.
+    """Write a model to a file, atomically; the suffix chooses the format.
 
     Args:
         model: in the file's coordinates.
-        check: is given the written file before it takes its final name, and returns plain values that a GLB then
-            carries (in asset.extras, and in the scene's for programs that look there).
-        unlit: whether the colours hold light already (GLB).
+        check: called with the written file before it gets its final name. A GLB stores the values that it returns, in
+            asset.extras and, for programs that look there, in the scene's extras.
+        unlit: whether the colours contain light already (GLB only).
 
     Returns:
-        the files written, ``path`` first; a textured OBJ has three.
+        the written files, ``path`` first; a textured OBJ has three.
 
     Raises:
-        ValueError: another suffix, or a place that cannot be written.
+        ValueError: the suffix is not one of FORMATS, or the file cannot be written.
     """
     path = Path(path)
     with ExitStack() as stack:
         temporary = stack.enter_context(replacing(path, FORMATS))  # entered first, renamed last
-        content, others = _encoded(model, path.stem, path.suffix.lower(), unlit)
+        content, others = _encode(model, path.stem, path.suffix.lower(), unlit)
         for name, data in others.items():
             stack.enter_context(replacing(path.with_name(name))).write_bytes(data)
         temporary.write_bytes(content)
         if check is not None and others:
-            _check_apart(model, path, check, unlit)
+            _check_in_folder(model, path, check, unlit)
         elif check is not None:
             extras = check(temporary)
             if path.suffix.lower() == ".glb":
@@ -64,10 +64,10 @@ def write(model: Model, path: str | Path, check: Check | None = None, unlit: boo
 
 
 def read(path: str | Path) -> Model:
-    """A model that ``write`` wrote.
+    """Read a model that ``write`` wrote.
 
     Raises:
-        ValueError: there is no such file, or it is not a mesh.
+        ValueError: the file does not exist, or is not a mesh.
     """
     import trimesh
 
@@ -77,8 +77,8 @@ def read(path: str | Path) -> Model:
     try:
         mesh = trimesh.load_mesh(path, process=False)
         if path.suffix.lower() == ".glb" and getattr(mesh.visual, "uv", None) is None:
-            mesh = trimesh.load_mesh(path, process=False, skip_materials=True)  # or it drops vertex colours
-        model = _of_trimesh(mesh)
+            mesh = trimesh.load_mesh(path, process=False, skip_materials=True)  # else trimesh drops vertex colours
+        model = _from_trimesh(mesh)
     except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
         raise ValueError(f"'{path}' is damaged ({error}); export it again") from error
     if path.suffix.lower() == ".glb" and model.colours is not None:
@@ -87,7 +87,7 @@ def read(path: str | Path) -> Model:
 
 
 def to_trimesh(model: Model) -> trimesh.Trimesh:
-    """The same mesh as a trimesh.Trimesh, with vertex colours or a texture, sRGB."""
+    """Return the model as a trimesh.Trimesh, with vertex colours or a texture, in sRGB."""
     import trimesh
     from trimesh.visual import ColorVisuals, TextureVisuals
     from trimesh.visual.material import PBRMaterial
@@ -96,21 +96,20 @@ def to_trimesh(model: Model) -> trimesh.Trimesh:
     if model.texture is not None:
         from PIL import Image
 
-        assert model.uv is not None, "a texture has places for the vertices"
-
+        assert model.uv is not None, "a textured model has uv coordinates"
         material = PBRMaterial(
             name="asset", baseColorTexture=Image.fromarray(model.texture), metallicFactor=0.0, roughnessFactor=1.0
         )
-        uv = np.stack([model.uv[:, 0], 1 - model.uv[:, 1]], -1)  # trimesh's v goes up
+        uv = np.stack([model.uv[:, 0], 1 - model.uv[:, 1]], -1)  # trimesh's v points up
         mesh.visual = TextureVisuals(uv=uv, material=material)
     elif model.colours is not None:
-        assert isinstance(mesh.visual, ColorVisuals), "as of a new mesh"
+        assert isinstance(mesh.visual, ColorVisuals), type(mesh.visual)
         mesh.visual.vertex_colors = np.concatenate([model.colours, np.full_like(model.colours[:, :1], 255)], -1)
     return mesh
 
 
-def _of_trimesh(mesh: trimesh.Trimesh) -> Model:
-    """Back again."""
+def _from_trimesh(mesh: trimesh.Trimesh) -> Model:
+    """Return a trimesh.Trimesh as a model: the inverse of `to_trimesh`."""
     from trimesh.visual import ColorVisuals, TextureVisuals
 
     visual, colours, uv, texture = mesh.visual, None, None, None
@@ -128,7 +127,7 @@ def _of_trimesh(mesh: trimesh.Trimesh) -> Model:
 
 
 def with_extras(glb: bytes, extras: dict[str, Any]) -> bytes:
-    """A GLB whose asset and scene carry ``extras`` (glTF 2.0, 4.4: a header, a chunk of JSON, a chunk of data)."""
+    """Return a GLB with ``extras`` in its asset and its scene (glTF 2.0, 4.4: a header, a JSON chunk, a data chunk)."""
     length = struct.unpack_from("<I", glb, 12)[0]
     tree = json.loads(glb[20 : 20 + length])
     tree["asset"]["extras"] = tree["scenes"][0]["extras"] = extras
@@ -138,33 +137,33 @@ def with_extras(glb: bytes, extras: dict[str, Any]) -> bytes:
     return struct.pack("<4sIIII", b"glTF", 2, 20 + len(text) + len(rest), len(text), 0x4E4F534A) + text + rest
 
 
-def _encoded(model: Model, stem: str, kind: str, unlit: bool) -> tuple[bytes, dict[str, bytes]]:
-    """A file's content, and the further files it needs by name."""
+def _encode(model: Model, stem: str, kind: str, unlit: bool) -> tuple[bytes, dict[str, bytes]]:
+    """Return a file's content, and the content of further files that it needs, by name."""
     if kind == ".glb":
         if model.colours is not None and model.texture is None:
             model = replace(model, colours=_recode(model.colours, _to_linear))
         finish = partial(_finish_tree, unlit=unlit)
-        return _exported(model, "glb", include_normals=True, tree_postprocessor=finish), {}
+        return _by_trimesh(model, "glb", include_normals=True, tree_postprocessor=finish), {}
     if kind == ".obj" and model.texture is not None:
         return _textured_obj(model, stem)
-    return _exported(model, kind[1:]), {}
+    return _by_trimesh(model, kind[1:]), {}
 
 
-def _exported(model: Model, kind: str, **options: Any) -> bytes:
-    """What trimesh makes of it, which is text of some formats."""
+def _by_trimesh(model: Model, kind: str, **options: Any) -> bytes:
+    """Return a file's content as trimesh exports it; trimesh returns text for some formats."""
     content = to_trimesh(model).export(file_type=kind, **options)
     assert isinstance(content, bytes | str), type(content)
     return content.encode() if isinstance(content, str) else content
 
 
-def _check_apart(model: Model, path: Path, check: Check, unlit: bool) -> None:
-    """Check files that name each other, in a folder where they have their final names."""
+def _check_in_folder(model: Model, path: Path, check: Check, unlit: bool) -> None:
+    """Check files that refer to each other: in a temporary folder, where they have their final names."""
     with TemporaryDirectory(dir=path.parent, prefix=".check-") as folder:
         check(write(model, Path(folder) / path.name, unlit=unlit)[0])
 
 
 def _textured_obj(model: Model, stem: str) -> tuple[bytes, dict[str, bytes]]:
-    """An OBJ, its .mtl and -texture.png, named after it."""
+    """Return the content of an OBJ, and of its STEM.mtl and STEM-texture.png."""
     from io import BytesIO
 
     from PIL import Image
@@ -173,17 +172,17 @@ def _textured_obj(model: Model, stem: str) -> tuple[bytes, dict[str, bytes]]:
     picture = BytesIO()
     Image.fromarray(model.texture).save(picture, "png")
     lines = [f"mtllib {stem}.mtl", "usemtl asset"]
-    up = np.stack([model.uv[:, 0], 1 - model.uv[:, 1]], -1)  # OBJ's v goes up
-    for key, rows in (("v", model.vertices), ("vt", up), ("vn", model.normals)):
+    uv = np.stack([model.uv[:, 0], 1 - model.uv[:, 1]], -1)  # OBJ's v points up
+    for key, rows in (("v", model.vertices), ("vt", uv), ("vn", model.normals)):
         lines += [f"{key} " + " ".join(f"{x:.6f}" for x in row) for row in rows.tolist()]
     lines += ["f " + " ".join(f"{i}/{i}/{i}" for i in row) for row in (model.faces + 1).tolist()]
     material = f"newmtl asset\nKa 1 1 1\nKd 1 1 1\nKs 0 0 0\nillum 1\nmap_Kd {stem}-texture.png\n"
-    beside = {f"{stem}.mtl": material.encode(), f"{stem}-texture.png": picture.getvalue()}
-    return ("\n".join(lines) + "\n").encode(), beside
+    others = {f"{stem}.mtl": material.encode(), f"{stem}-texture.png": picture.getvalue()}
+    return ("\n".join(lines) + "\n").encode(), others
 
 
 def _finish_tree(tree: dict[str, Any], unlit: bool) -> None:
-    """What trimesh leaves out of a glTF tree: who made it, one matt material for all, names."""
+    """Add to a glTF tree what trimesh leaves out: the generator, one matt material for all meshes, and names."""
     tree["asset"] = {"version": "2.0", "generator": "sds3d"}
     materials = tree.setdefault(
         "materials", [{"pbrMetallicRoughness": {"metallicFactor": 0.0, "roughnessFactor": 1.0}}]
@@ -204,15 +203,15 @@ def _finish_tree(tree: dict[str, Any], unlit: bool) -> None:
 
 
 def _to_linear(x: np.ndarray) -> np.ndarray:
-    """sRGB in [0, 1] -> linear (IEC 61966-2-1)."""
+    """Convert sRGB in [0, 1] to linear (IEC 61966-2-1)."""
     return np.where(x <= 0.04045, x / 12.92, ((x + 0.055) / 1.055) ** 2.4)
 
 
 def _to_srgb(x: np.ndarray) -> np.ndarray:
-    """Linear in [0, 1] -> sRGB (IEC 61966-2-1)."""
+    """Convert linear in [0, 1] to sRGB (IEC 61966-2-1)."""
     return np.where(x <= 0.0031308, x * 12.92, 1.055 * np.maximum(x, 1e-9) ** (1 / 2.4) - 0.055)
 
 
 def _recode(rgb: np.ndarray, curve: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
-    """RGB bytes (V, 3) with the curve applied."""
+    """Apply a curve to RGB bytes (V, 3)."""
     return np.round(curve(rgb / 255.0) * 255).astype(np.uint8)

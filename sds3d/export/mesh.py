@@ -29,6 +29,7 @@ import torch
 
 from sds3d.cameras import Cameras
 from sds3d.export import raster
+from sds3d.export.settings import MeshConfig
 from sds3d.export.source import CHUNK, Source, Tell, choosing_views, silent
 
 CHOICE_RESOLUTION = 128  # voxels a side, at most, of the meshes that choose it
@@ -38,45 +39,6 @@ ALIKE = 0.001  # IoU by which levels do not differ: a pixel a view
 BLUR = 0.7  # voxels by which v is smoothed, at least: closes pinholes, keeps corners within a voxel
 HASTE = (2, 4, 7)  # of the decimation: the lower, the fewer thin parts it pinches; but it may stop above its aim
 TAUBIN = (0.5, -0.53)  # one round of smoothing: in, then a little more out (Taubin 1995)
-
-
-@dataclass(frozen=True)
-class Surface:
-    """How a surface is made.
-
-    Args:
-        resolution: voxels along each side of the box, 8 to 512.
-        level: the density at the surface; None chooses it.
-        keep: pieces with less than this share of the largest piece's area are dropped. 1 keeps the largest only,
-            0 keeps all. Cavities, which nobody can see, are always dropped.
-        fill: close cracks, holes and gaps narrower than this, in scene units, where that is two voxels; 0 for none.
-        smooth: rounds of Taubin's smoothing, which does not shrink.
-        faces: at most so many triangles.
-
-    Raises:
-        ValueError: a setting is out of its range.
-    """
-
-    resolution: int = 96
-    level: float | None = None
-    keep: float = 0.05
-    fill: float = 0.05
-    smooth: int = 3
-    faces: int = 50_000
-
-    def __post_init__(self):
-        if not 8 <= self.resolution <= 512:
-            raise ValueError(f"mesh resolution is {self.resolution}; give 8 to 512 voxels a side")
-        if self.level is not None and not 0 < self.level < math.inf:
-            raise ValueError(f"mesh level is {self.level}; give a density above 0, or nothing to have it chosen")
-        if not 0 <= self.keep <= 1:
-            raise ValueError(f"keep is {self.keep}; give a share in [0, 1]")
-        if not 0 <= self.fill <= 0.5:
-            raise ValueError(f"fill is {self.fill}; give a width in scene units, 0 to 0.5")
-        if not 0 <= self.smooth <= 100:
-            raise ValueError(f"smooth is {self.smooth}; give 0 to 100 rounds")
-        if not self.faces >= 100:
-            raise ValueError(f"faces is {self.faces}; give at least 100 (50000 is usual)")
 
 
 @dataclass(frozen=True)
@@ -97,24 +59,24 @@ class Skin:
 
 
 @torch.no_grad()
-def extract(source: Source, surface: Surface = Surface(), tell: Tell = silent) -> Skin:
+def extract(source: Source, settings: MeshConfig = MeshConfig(), tell: Tell = silent) -> Skin:
     """The surface of a scene, closed, with faces that look outwards.
 
     Raises:
         ValueError: the scene is empty, or nothing is as dense as the level; says what there is.
     """
-    density = _sample_lattice(source, surface.resolution, tell)
-    buried = _optical_depth(density, 2 / surface.resolution)
+    density = _sample_lattice(source, settings.resolution, tell)
+    buried = _optical_depth(density, 2 / settings.resolution)
     if not density.max() > 0:
         raise ValueError("no surface to mesh: the scene is empty, its density is 0 everywhere; try more steps")
-    level, iou = surface.level, None
+    level, iou = settings.level, None
     if level is None:
-        level, iou = _choose_level(source, density, buried, surface, tell)
+        level, iou = _choose_level(source, density, buried, settings, tell)
     tell("surface", 0.0)
-    vertices, faces = _march(density, buried, level, surface, source.detail)
-    vertices, faces = _smooth(vertices, faces, surface.smooth), faces
+    vertices, faces = _march(density, buried, level, settings, source.detail)
+    vertices, faces = _smooth(vertices, faces, settings.smooth), faces
     tell("surface", 0.5)
-    vertices, faces = _thinned(vertices, faces, surface.faces)
+    vertices, faces = _thinned(vertices, faces, settings.faces)
     tell("surface", 1.0)
     return Skin(vertices, faces, level, iou)
 
@@ -173,7 +135,7 @@ def _shifts(step: int) -> tuple[slice, slice]:
 
 
 def _choose_level(
-    source: Source, density: np.ndarray, buried: np.ndarray, surface: Surface, tell: Tell
+    source: Source, density: np.ndarray, buried: np.ndarray, settings: MeshConfig, tell: Tell
 ) -> tuple[float, float]:
     """The level whose silhouettes agree best with the rendered opacity, and their mean IoU."""
     tell("level", 0.0)
@@ -185,8 +147,8 @@ def _choose_level(
             f"no surface to mesh: nothing is visible, the largest opacity from {len(cameras)} views is"
             f" {float(opacity.max()):.2g} and a surface needs 0.5; try more steps"
         )
-    step = -(-surface.resolution // CHOICE_RESOLUTION)
-    if surface.resolution % step:
+    step = -(-settings.resolution // CHOICE_RESOLUTION)
+    if settings.resolution % step:
         step = 1
     coarse = density[::step, ::step, ::step], buried[::step, ::step, ::step]
     tried: dict[float, float] = {}
@@ -194,7 +156,7 @@ def _choose_level(
     def agreement(power: float) -> float:
         """Mean IoU of the level 2^-power of the largest density, 0 where that has no surface."""
         try:
-            skin = _march(*coarse, float(density.max()) * 2**-power, surface, source.detail)
+            skin = _march(*coarse, float(density.max()) * 2**-power, settings, source.detail)
         except ValueError:
             return 0.0
         return _silhouette_iou(skin, wanted, cameras)
@@ -238,7 +200,7 @@ def _blurred(opacity: np.ndarray, width: float) -> np.ndarray:
 
 
 def _march(
-    density: np.ndarray, buried: np.ndarray, level: float, surface: Surface, detail: float
+    density: np.ndarray, buried: np.ndarray, level: float, settings: MeshConfig, detail: float
 ) -> tuple[np.ndarray, np.ndarray]:
     """Vertices (V, 3) in world coordinates and faces (F, 3), of the pieces worth keeping."""
     from scipy.ndimage import grey_closing
@@ -246,7 +208,7 @@ def _march(
 
     voxel = 2 / (len(density) - 1)
     opacity = 1 - np.exp2(-np.maximum((density / np.float32(level)) ** 2, buried / np.float32(math.log(2))))
-    reach = int(surface.fill / voxel / 2)  # voxels from either side
+    reach = int(settings.fill / voxel / 2)  # voxels from either side
     if reach:
         opacity = grey_closing(opacity, size=(2 * reach + 1,) * 3)
     opacity = _blurred(opacity, max(BLUR, detail / voxel))
@@ -260,7 +222,7 @@ def _march(
         opacity, 0.5, spacing=(voxel,) * 3, gradient_direction="ascent", allow_degenerate=False
     )
     vertices, faces = vertices.astype(np.float64) - 1, faces.astype(np.int64)
-    faces = faces[_pieces_worth_keeping(vertices, faces, surface.keep)]
+    faces = faces[_pieces_worth_keeping(vertices, faces, settings.keep)]
     used, faces = np.unique(faces, return_inverse=True)
     return vertices[used], faces.reshape(-1, 3)
 

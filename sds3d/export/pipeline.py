@@ -23,33 +23,12 @@ import torch
 from torch import Tensor
 
 from sds3d.export import formats, mesh, raster, texture
-from sds3d.export.mesh import Surface
 from sds3d.export.model import Model, Placement, Stand, stand
+from sds3d.export.settings import MeshConfig
 from sds3d.export.source import Source, Tell, checking_views, silent
 
 IOU, PSNR = 0.97, 22.0  # a file below either is reported
 BEST_PSNR = 60.0  # dB; equal pictures have no finite PSNR
-COLOURS = ("texture", "vertex")
-
-
-@dataclass(frozen=True)
-class Look:
-    """Where a mesh has its colours.
-
-    Args:
-        colours: "texture" or "vertex". PLY has room for the latter only.
-        texture: texels a side.
-    """
-
-    colours: str = "texture"
-    texture: int = 1024
-
-    def __post_init__(self):
-        low, high = texture.SIZES
-        if self.colours not in COLOURS:
-            raise ValueError(f"colours is {self.colours!r}; give {' or '.join(COLOURS)}")
-        if not low <= self.texture <= high:
-            raise ValueError(f"texture is {self.texture}; give {low} to {high} texels a side (1024 or 2048 is usual)")
 
 
 @dataclass
@@ -58,7 +37,7 @@ class Export:
 
     Args:
         source: the scene.
-        surface, look: how it is made.
+        settings: how the mesh is made.
         card: what a GLB carries beside the report: prompt, method ...
         unlit: whether the colours hold light already.
         up, height: how files stand; None is as their format wants it, see ``model.stand``.
@@ -70,8 +49,7 @@ class Export:
     """
 
     source: Source
-    surface: Surface = Surface()
-    look: Look = Look()
+    settings: MeshConfig = MeshConfig()
     card: dict[str, Any] = field(default_factory=dict)
     unlit: bool = True
     tell: Tell = silent
@@ -83,14 +61,14 @@ class Export:
 
     def skin(self) -> mesh.Skin:
         """The surface. Raises ValueError where there is none."""
-        return self._once("surface", lambda: mesh.extract(self.source, self.surface, self.tell))
+        return self._once("surface", lambda: mesh.extract(self.source, self.settings, self.tell))
 
     def model(self, colours: str) -> Model:
         """The surface with a texture or with vertex colours, in world coordinates."""
         skin = self.skin()
         if colours == "vertex":
             return self._once("vertex colours", lambda: texture.with_vertex_colours(skin, self.source, self.tell))
-        return self._once("texture", lambda: texture.with_texture(skin, self.source, self.look.texture, self.tell))
+        return self._once("texture", lambda: texture.with_texture(skin, self.source, self.settings.texture, self.tell))
 
     def report(self, stands: Stand) -> dict[str, Any]:
         """Of the surface and its place in a file: plain values, the same whenever it is made again."""
@@ -121,7 +99,7 @@ class Export:
         """
         suffix = path.suffix.lower()
         stands = stand(suffix, self.up, self.height)
-        model = self.model("vertex" if suffix in (".ply", ".stl") else self.look.colours)
+        model = self.model("vertex" if suffix in (".ply", ".stl") else self.settings.colours)
         place = Placement.standing(self.skin().vertices, stands)
         report = self.report(stands)
 

@@ -1,7 +1,7 @@
-"""A small software renderer of meshes: a z-buffer, textures, no light. It shows what a viewer makes of a file.
+"""A small software rasteriser of meshes with a z-buffer and textures, without light. It shows a file as a viewer would.
 
-Every face is tested against the pixel centres in its bounding box, by barycentric coordinates (Pineda 1988); 1 / depth
-is linear on the screen, attributes are linear in space: a = sum_i w_i a_i / z_i / sum_i w_i / z_i.
+Every face is tested against the pixel centres in its bounding box, by barycentric coordinates (Pineda 1988). 1 / depth
+is linear on the screen and attributes are linear in space: a = sum_i w_i a_i / z_i / sum_i w_i / z_i.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from torch import Tensor
 from sds3d.cameras import Cameras
 from sds3d.export.model import Model
 
-PAIRS = 1 << 21  # faces times pixels tested at once
-NEAR = 0.05  # scene units; faces with a corner nearer to the camera are not drawn
+PAIRS = 1 << 21  # pairs of a face and a pixel tested at once
+NEAR = 0.05  # scene units; faces with a corner closer to the camera are not drawn
 
 
 def render(
     model: Model, cameras: Cameras, size: int, background: tuple[float, float, float] = (1.0, 1.0, 1.0)
 ) -> tuple[Tensor, Tensor]:
-    """Views of a model in world coordinates, one ray a pixel, colours as they are.
+    """Render views of a model in world coordinates, with one sample a pixel and unlit colours.
 
     Returns:
         images (B, 3, size, size) in [0, 1] and coverage (B, 1, size, size), 0 or 1. A model without colours is black.
@@ -43,7 +43,7 @@ def render(
 
 
 def silhouettes(vertices: np.ndarray, faces: np.ndarray, cameras: Cameras, size: int) -> Tensor:
-    """Which pixels (B, size, size), bool, show a mesh of world vertices (V, 3) and faces (F, 3)."""
+    """Return the pixels (B, size, size), bool, that a mesh of world vertices (V, 3) and faces (F, 3) covers."""
     index = torch.from_numpy(np.ascontiguousarray(faces, dtype=np.int64))
     covers = []
     for screen in project(vertices, cameras, size):
@@ -55,7 +55,7 @@ def silhouettes(vertices: np.ndarray, faces: np.ndarray, cameras: Cameras, size:
 
 
 def project(vertices: np.ndarray, cameras: Cameras, size: int) -> Iterator[Tensor]:
-    """For each view, vertices (V, 3) as column, row and depth; pixel centres are whole numbers, row 0 is the top."""
+    """Yield, for each view, vertices (V, 3) as column, row and depth; pixel centres are integers, row 0 is the top."""
     points = torch.from_numpy(np.ascontiguousarray(vertices, dtype=np.float32))
     for position, rotation, fov in zip(cameras.positions(), cameras.rotations(), cameras.fov, strict=True):
         local = (points - position) @ rotation
@@ -66,7 +66,7 @@ def project(vertices: np.ndarray, cameras: Cameras, size: int) -> Iterator[Tenso
 
 
 def nearest(screen: Tensor, faces: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """The face each pixel shows, (size^2,), -1 for none, and the weights of its corners in space, (size^2, 3)."""
+    """Return the nearest face at each pixel, (size^2,), -1 for none, and its corners' weights in space, (size^2, 3)."""
     best = torch.full((size * size,), -torch.inf)
     face = torch.full((size * size,), -1)
     weights = torch.zeros(size * size, 3)
@@ -75,7 +75,7 @@ def nearest(screen: Tensor, faces: Tensor, size: int) -> tuple[Tensor, Tensor]:
         front = best.scatter_reduce(0, pixel, near, "amax")
         wins = (near == front[pixel]) & (near > best[pixel])
         last = torch.full((size * size,), -1).scatter_reduce(0, pixel[wins], torch.nonzero(wins)[:, 0], "amax")
-        shown = last >= 0  # of two at one depth, the last
+        shown = last >= 0  # of two faces at the same depth, the last one
         face[shown] = index[last[shown]]
         weights[shown] = inverse[last[shown]] / near[last[shown], None]
         best = front
@@ -83,7 +83,7 @@ def nearest(screen: Tensor, faces: Tensor, size: int) -> tuple[Tensor, Tensor]:
 
 
 def _hits(screen: Tensor, faces: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Parts of all pairs of a face and a pixel whose centre it covers.
+    """Find all pairs of a face and a pixel whose centre it covers, a part at a time.
 
     Yields:
         faces (P,), pixels (P,) and w_i / z_i of the three corners (P, 3).
@@ -94,12 +94,12 @@ def _hits(screen: Tensor, faces: Tensor, size: int) -> Iterator[tuple[Tensor, Te
     a, b, c = flat.unbind(1)
     area = _cross(b - a, c - a)
     count = extent.prod(-1) * ((area != 0) & (depth.amin(1) > NEAR))
-    some = torch.nonzero(count)[:, 0]
-    ends = count[some].cumsum(0)
+    drawn = torch.nonzero(count)[:, 0]
+    ends = count[drawn].cumsum(0)
     start, before = 0, 0
-    while start < len(some):
+    while start < len(drawn):
         stop = max(int(torch.searchsorted(ends, before + PAIRS, right=True)), start + 1)
-        part, number = some[start:stop], count[some[start:stop]]
+        part, number = drawn[start:stop], count[drawn[start:stop]]
         index = torch.repeat_interleave(part, number)
         offset = torch.arange(len(index)) - torch.repeat_interleave(number.cumsum(0) - number, number)
         x = low[index, 0] + offset % extent[index, 0]
@@ -114,22 +114,22 @@ def _hits(screen: Tensor, faces: Tensor, size: int) -> Iterator[tuple[Tensor, Te
 
 
 def bilinear(texture: Tensor, uv: Tensor) -> Tensor:
-    """Colours (N, C) of a texture (T, T, C) at uv (N, 2), v down from the top."""
-    place = uv.flip(-1) * torch.tensor(texture.shape[:2]) - 0.5  # row, column
-    first = place.floor()
-    share = place - first
+    """Return the colours (N, C) of a texture (T, T, C) at uv (N, 2), v down from the top."""
+    texel = uv.flip(-1) * torch.tensor(texture.shape[:2]) - 0.5  # row, column
+    first = texel.floor()
+    fraction = texel - first
     total = torch.zeros(len(uv), texture.shape[2])
     for row in (0, 1):
         for column in (0, 1):
             step = torch.tensor([row, column])
             at = (first.long() + step).clamp(min=0).minimum(torch.tensor(texture.shape[:2]) - 1)
-            weight = torch.where(step == 1, share, 1 - share).prod(-1)
+            weight = torch.where(step == 1, fraction, 1 - fraction).prod(-1)
             total += weight[:, None] * texture[at[:, 0], at[:, 1]]
     return total
 
 
 def _attributes(model: Model) -> tuple[Tensor, Tensor | None]:
-    """What is interpolated over the faces, (V, 2 or 3), and the texture (T, T, 3) in [0, 1] where there is one."""
+    """Return what is interpolated, uv (V, 2) or colours (V, 3), and the texture (T, T, 3) or None; all in [0, 1]."""
     if model.texture is not None and model.uv is not None:
         return torch.from_numpy(model.uv.astype(np.float32)), torch.from_numpy(model.texture.astype(np.float32)) / 255
     colours = np.zeros_like(model.vertices) if model.colours is None else model.colours

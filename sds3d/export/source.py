@@ -1,4 +1,4 @@
-"""What is exported: a scene as plain callables."""
+"""The source of an export: a scene as plain callables, and the views that compare files with it."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ CHUNK = 1 << 17  # points in one call of a field
 
 Density = Callable[[Tensor], Tensor]  # world points (N, 3) -> density (N,), >= 0, per scene unit
 Colour = Callable[[Tensor], Tensor]  # world points (N, 3) -> sRGB (N, 3) in [0, 1]
-View = Callable[[Cameras, int], tuple[Tensor, Tensor]]  # -> images (B, 3, H, H) on white, opacity (B, 1, H, H)
-Tell = Callable[[str, float], None]  # what is being done, and the share of it that is done, 0 to 1
+View = Callable[[Cameras, int], tuple[Tensor, Tensor]]  # H -> images (B, 3, H, H) on white, opacity (B, 1, H, H)
+Tell = Callable[[str, float], None]  # a progress callback: name of the current part, its finished fraction in [0, 1]
 
 
 @dataclass(frozen=True)
@@ -23,10 +23,11 @@ class Source:
     """A scene in the box [-1, 1]^3 of ``cameras.py``.
 
     Args:
-        density, colour, view: see above; all in world coordinates, without gradients.
-        device: where density and colour want their points.
-        detail: size of the smallest thing the scene can hold, scene units; what is smaller on its surface is noise.
-        pixels: a side, of the views that judge a file; those that choose its level have two thirds.
+        density, colour, view: callables of the types above, in world coordinates, without gradients.
+        device: of the points that density and colour take.
+        detail: size of the smallest feature that the scene can represent, in scene units; smaller features of a surface
+            are noise.
+        pixels: side of the views that check a file; the views that choose the surface's level have two thirds of it.
     """
 
     density: Density
@@ -37,15 +38,15 @@ class Source:
     pixels: int = 96
 
 
-def silent(part: str, share: float) -> None:
-    """A Tell that says nothing."""
+def silent(part: str, fraction: float) -> None:
+    """Ignore the progress: the default Tell."""
 
 
 def choosing_views() -> Cameras:
-    """The 12 views that choose the level of the surface."""
+    """Return the 12 views that choose the surface's level."""
     return cat([orbit(6, elevation=0.0, start=15.0), orbit(6, elevation=40.0, start=45.0)])
 
 
 def checking_views() -> Cameras:
-    """The 12 views that judge the file: none of them is one of those that chose the level."""
+    """Return the 12 views that check a file; they differ from those of `choosing_views`."""
     return cat([orbit(6, elevation=15.0), orbit(6, elevation=50.0, start=30.0)])

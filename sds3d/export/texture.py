@@ -1,11 +1,12 @@
-"""Colours of a surface: what a camera sees straight above each place, at vertices or baked into a texture.
+"""Colours of a surface, at vertices or baked into a texture: at each point what a camera straight above sees.
 
-The field's colour exactly at the surface hardly counts in any rendered pixel; what lies deeper does, the softer the
-scene, the deeper. So colours are composited along the inward normal, as a render would.
+The field's colour exactly at the surface contributes little to a rendered pixel. Most of a pixel's colour comes from
+below the surface, and the softer the scene, the deeper. So colours are composited along the inward normal, as in a
+render.
 
-The texture's map is made by xatlas. Its time grows faster than the faces of a mesh, so it is given the surface in
-blocks (cut at the middle of the longest side, again and again), each of which it cuts into charts and packs with the
-rest.
+xatlas makes the texture map. Its time grows faster than the number of faces, so it gets the surface in blocks, which
+are made by halving the faces along the longest axis, repeatedly. xatlas cuts each block into charts and packs all
+charts together.
 """
 
 from __future__ import annotations
@@ -22,48 +23,41 @@ from sds3d.export.mesh import Skin, normals
 from sds3d.export.model import Model
 from sds3d.export.source import CHUNK, Source, Tell, silent
 
-DEPTHS = (-0.01, 0.005, 0.02, 0.04, 0.07, 0.12)  # scene units below the surface where colours are taken
-DARK = 0.03  # light below which nothing deeper counts
-BLOCK = 1500  # faces given to xatlas at a time
+DEPTHS = (-0.01, 0.005, 0.02, 0.04, 0.07, 0.12)  # scene units below the surface at which colours are sampled
+DARK = 0.03  # transmittance below which deeper samples are ignored
+BLOCK = 1500  # the largest number of faces in a block for xatlas
 PADDING = 4  # texels between charts
-SIZES = (64, 4096)  # texels a side, smallest and largest
 
 
 def with_vertex_colours(skin: Skin, source: Source, tell: Tell = silent) -> Model:
-    """The surface with a colour at each vertex."""
+    """Return the surface with a colour at each vertex."""
     model = Model(skin.vertices, skin.faces, normals(skin.vertices, skin.faces))
     rgb = seen_colours(source, model.vertices, model.normals, tell)
     return replace(model, colours=(rgb * 255).round().astype(np.uint8))
 
 
 def with_texture(skin: Skin, source: Source, size: int, tell: Tell = silent) -> Model:
-    """The surface with a texture of size x size texels.
-
-    Raises:
-        ValueError: an impossible size.
-    """
-    if not SIZES[0] <= size <= SIZES[1]:
-        raise ValueError(f"texture is {size}; give {SIZES[0]} to {SIZES[1]} texels a side (1024 or 2048 is usual)")
+    """Return the surface with a texture of size x size texels."""
     tell("texture map", 0.0)
     model = unwrapped(skin, size)
     tell("texture map", 1.0)
-    assert model.uv is not None, "unwrapped gives every vertex its place"
-    place = torch.from_numpy(model.uv.astype(np.float32)) * size - 0.5
-    flat = torch.cat([place, torch.ones(len(place), 1)], -1)
+    assert model.uv is not None, "unwrapped gives every vertex a uv"
+    texel = torch.from_numpy(model.uv.astype(np.float32)) * size - 0.5  # (V, 2)
+    flat = torch.cat([texel, torch.ones(len(texel), 1)], -1)
     face, weights = raster.nearest(flat, torch.from_numpy(model.faces), size)
     covered = (face >= 0).numpy()
     corners = model.faces[face[covered].numpy()]  # (P, 3)
-    shares = weights[covered].numpy()[..., None]
-    points, above = (shares * model.vertices[corners]).sum(1), (shares * model.normals[corners]).sum(1)
-    above /= np.maximum(np.linalg.norm(above, axis=1, keepdims=True), 1e-9)
-    rgb = seen_colours(source, points, above, tell)
+    barycentric = weights[covered].numpy()[..., None]
+    points, outward = (barycentric * model.vertices[corners]).sum(1), (barycentric * model.normals[corners]).sum(1)
+    outward /= np.maximum(np.linalg.norm(outward, axis=1, keepdims=True), 1e-9)
+    rgb = seen_colours(source, points, outward, tell)
     image = np.zeros((size * size, 3), dtype=np.uint8)
     image[covered] = (rgb * 255).round()
     return replace(model, texture=_dilated(image.reshape(size, size, 3), covered.reshape(size, size)))
 
 
 def unwrapped(skin: Skin, size: int) -> Model:
-    """The surface with places on a texture of about size x size texels; vertices are doubled along seams."""
+    """Return the surface with uv coordinates for a texture of about size x size texels; seams have two vertices."""
     import xatlas
 
     smooth = normals(skin.vertices, skin.faces)
@@ -78,10 +72,10 @@ def unwrapped(skin: Skin, size: int) -> Model:
     atlas.generate(xatlas.ChartOptions(), packing)
     vertices, faces, uv, count = [], [], [], 0
     for i, used in enumerate(blocks):
-        origin, index, place = atlas.get_mesh(i)
+        origin, index, block_uv = atlas.get_mesh(i)
         vertices.append(used[origin])
         faces.append(index.astype(np.int64).reshape(-1, 3) + count)
-        uv.append(place)
+        uv.append(block_uv)
         count += len(origin)
     origin = np.concatenate(vertices)
     return Model(
@@ -93,7 +87,7 @@ def unwrapped(skin: Skin, size: int) -> Model:
 
 
 def _blocks(centres: np.ndarray, part: np.ndarray) -> Iterator[np.ndarray]:
-    """Faces in groups of at most BLOCK that lie together."""
+    """Yield groups of at most BLOCK neighbouring faces."""
     if len(part) <= BLOCK:
         yield part
         return
@@ -104,40 +98,45 @@ def _blocks(centres: np.ndarray, part: np.ndarray) -> Iterator[np.ndarray]:
 
 
 @torch.no_grad()
-def seen_colours(source: Source, points: np.ndarray, above: np.ndarray, tell: Tell = silent) -> np.ndarray:
-    """Colours (N, 3) in [0, 1] that a camera sees straight above each point (N, 3), given unit normals (N, 3)."""
+def seen_colours(source: Source, points: np.ndarray, outward: np.ndarray, tell: Tell = silent) -> np.ndarray:
+    """Return the colours (N, 3) in [0, 1] that a camera straight above each point sees.
+
+    Args:
+        points: (N, 3) on the surface.
+        outward: (N, 3) unit normals.
+    """
     out = []
     rows = CHUNK // 2
     for start in range(0, len(points), rows):
         tell("colours", start / len(points))
-        some, inward = (
-            torch.tensor(x[start : start + rows], dtype=torch.float32, device=source.device) for x in (points, -above)
+        part, inward = (
+            torch.tensor(x[start : start + rows], dtype=torch.float32, device=source.device) for x in (points, -outward)
         )
-        out.append(_composited(source, some, inward).clamp(0, 1).cpu().numpy())
+        out.append(_composited(source, part, inward).clamp(0, 1).cpu().numpy())
     tell("colours", 1.0)
     return np.concatenate(out)
 
 
 def _composited(source: Source, points: Tensor, inward: Tensor) -> Tensor:
-    """Colours (N, 3) along rays that start a little above the surface; a ray ends where no light is left."""
+    """Composite colours (N, 3) along rays that start just above the surface and end where the transmittance is low."""
     depths = torch.tensor(DEPTHS)
     edges = torch.cat([depths[:1], (depths[1:] + depths[:-1]) / 2, depths[-1:]]).diff().tolist()
     total, weight = torch.zeros_like(points), torch.zeros_like(points[:, :1])
-    passed = torch.ones_like(weight)
-    for depth, thick in zip(DEPTHS, edges, strict=True):
-        lit = torch.nonzero(passed[:, 0] > DARK)[:, 0]
-        place = (points[lit] + depth * inward[lit]).clamp(-1, 1)
-        optical = source.density(place).float()[:, None] * thick
-        optical += 1e-4 if depth > 0 else 0.0  # somewhere a colour, even where the layer is thin
-        share = passed[lit] * -torch.expm1(-optical)
-        total[lit] += share * source.colour(place)
-        weight[lit] += share
-        passed[lit] *= torch.exp(-optical)
+    transmittance = torch.ones_like(weight)
+    for depth, thickness in zip(DEPTHS, edges, strict=True):
+        lit = torch.nonzero(transmittance[:, 0] > DARK)[:, 0]
+        samples = (points[lit] + depth * inward[lit]).clamp(-1, 1)
+        optical = source.density(samples).float()[:, None] * thickness
+        optical += 1e-4 if depth > 0 else 0.0  # gives every point a colour, even one of a thin layer
+        part = transmittance[lit] * -torch.expm1(-optical)
+        total[lit] += part * source.colour(samples)
+        weight[lit] += part
+        transmittance[lit] *= torch.exp(-optical)
     return total / weight.clamp(min=1e-9)
 
 
 def _dilated(image: np.ndarray, covered: np.ndarray) -> np.ndarray:
-    """Every texel that no face covers takes the colour of the nearest one that is: no seam shows, however small."""
+    """Give every uncovered texel the colour of the nearest covered one, so that no seam shows at any mip level."""
     from scipy.ndimage import distance_transform_edt
 
     if not covered.any():

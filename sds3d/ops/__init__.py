@@ -1,6 +1,6 @@
-"""The hot kernels: hash encoding, ray marching and compositing, and the choice of who computes them.
+"""The hot kernels: hash encoding, ray marching and compositing, and the choice of a backend for them.
 
-`reference` is the definition, in plain torch. A `Backend` holds three functions with its signatures.
+`reference` defines the kernels in plain torch. A `Backend` holds three functions with the same signatures.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ __all__ = ["BACKENDS", "TERMINATION", "Backend", "Composite", "GridSpec", "Sampl
 
 BACKENDS = ("auto", "torch", "numba", "triton", "tinycudann", "nerfacc", "tinycudann+nerfacc")
 
-LINK = (
-    "backend triton wants a C compiler and Python's headers, with which Triton builds its link to the driver once: "
+COMPILER_MISSING = (
+    "backend triton needs a C compiler and Python's headers: with them Triton builds its link to the driver once; "
     "install gcc and python3-dev"
 )
 
 
 @dataclass(frozen=True)
 class Backend:
-    """Three kernels with the signatures of `sds3d.ops.reference`, and why they were chosen."""
+    """Three kernels with the signatures of `sds3d.ops.reference`, and the reason for which they were chosen."""
 
     name: str
     reason: str
@@ -40,51 +40,53 @@ class Backend:
         return f"{self.name} ({self.reason})"
 
 
-def choose(device: torch.device | str = "cpu", wanted: str = "auto") -> Backend:
-    """The kernels for a device.
+def choose(device: torch.device | str = "cpu", name: str = "auto") -> Backend:
+    """Return the kernels for a device.
 
     Args:
         device: where the tensors live.
-        wanted: one of BACKENDS. "auto" is triton on CUDA and numba on a CPU, where they are installed, else torch; it
-            never picks one that compiles CUDA on first use or that needs a hand-built package (nerfacc, tinycudann).
+        name: one of BACKENDS. "auto" is triton on CUDA and numba on a CPU if they are installed, else torch. It
+            never picks a backend that compiles CUDA on first use or that needs a hand-built package (nerfacc,
+            tinycudann).
 
     Raises:
-        ValueError: the name is unknown, or that backend cannot run here: how to get it, and what auto would take.
+        ValueError: the name is unknown, or the backend cannot run here. The message says how to install it and which
+            backend "auto" would choose.
     """
     device = torch.device(device)
-    if wanted not in BACKENDS:
-        raise ValueError(f"backend is {wanted!r}; give one of {', '.join(BACKENDS)}")
-    if wanted == "auto":
+    if name not in BACKENDS:
+        raise ValueError(f"backend is {name!r}; give one of {', '.join(BACKENDS)}")
+    if name == "auto":
         return _automatic(device)
-    if wanted == "torch":
-        return _torch("asked for")
+    if name == "torch":
+        return _torch("requested")
     try:
-        if wanted == "numba":
-            return _numba(device, "asked for")
-        return _triton(device, "asked for") if wanted == "triton" else _cuda(device, wanted)
+        if name == "numba":
+            return _numba(device, "requested")
+        return _triton(device, "requested") if name == "triton" else _cuda(device, name)
     except ValueError as error:
         raise ValueError(f"{error}, which takes {_automatic(device).name} here") from error
 
 
 def _automatic(device: torch.device) -> Backend:
-    """The fastest that runs here without building or compiling anything."""
+    """Return the fastest backend that runs here without building or compiling CUDA code."""
     if device.type == "cuda":
         missing = _missing_for_triton(device)
         return _torch(f"{missing}; many times faster on a GPU") if missing else _triton(device, "made for GPUs")
     if device.type != "cpu":
-        return _torch(f"plain torch is what runs on {device.type} without building anything")
+        return _torch(f"only plain torch runs on {device.type}")
     if importlib.util.find_spec("numba") is None:
         return _torch("numba is not installed; pip install numba is many times faster on a CPU")
     return _numba(device, "the fastest on a CPU")
 
 
 def _torch(reason: str) -> Backend:
-    """Plain torch, anywhere."""
+    """Return plain torch, which runs on every device."""
     return Backend("torch", reason, reference.hash_encode, reference.march, reference.composite)
 
 
 def _numba(device: torch.device, reason: str) -> Backend:
-    """numba's kernels, CPU only."""
+    """Return numba's kernels, for a CPU only."""
     if device.type != "cpu":
         raise ValueError(f"backend numba runs on a CPU, not on {device.type}; give --device cpu or --backend auto")
     if importlib.util.find_spec("numba") is None:
@@ -95,10 +97,10 @@ def _numba(device: torch.device, reason: str) -> Backend:
 
 
 def _triton(device: torch.device, reason: str) -> Backend:
-    """Triton's kernels: CUDA, or a CPU under Triton's interpreter."""
+    """Return Triton's kernels, for CUDA, or for a CPU under Triton's interpreter."""
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         raise ValueError(
-            f"backend triton runs on CUDA, not on {device.type} (TRITON_INTERPRET=1 interprets it there, for tests); "
+            f"backend triton runs on CUDA, not on {device.type} (for tests, TRITON_INTERPRET=1 runs it on a CPU); "
             "give --device cuda or --backend auto"
         )
     if missing := _missing_for_triton(device):
@@ -109,34 +111,34 @@ def _triton(device: torch.device, reason: str) -> Backend:
 
 
 def _missing_for_triton(device: torch.device) -> str:
-    """What Triton would need on a device, "" where nothing is missing; a GPU is tried, once."""
+    """Return what Triton still needs on a device, "" if it can run. On a GPU one kernel is launched, once a process."""
     if importlib.util.find_spec("triton") is None:
-        return "backend triton wants triton: pip install triton"
+        return "backend triton is not installed; pip install triton"
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if not (interpreted or os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
-        return LINK
+        return COMPILER_MISSING
     if interpreted or device.type != "cuda":
         return ""
     from sds3d.ops import triton_gpu
 
-    refused = triton_gpu.refusal(device)
-    return refused and f"{LINK} (a first launch failed: {refused})"
+    error = triton_gpu.launch_error(device)
+    return error and f"{COMPILER_MISSING} (the first launch failed: {error})"
 
 
-def _cuda(device: torch.device, wanted: str) -> Backend:
-    """The opt-in CUDA adapters, each for the kernels it has; what "auto" takes for the others."""
+def _cuda(device: torch.device, name: str) -> Backend:
+    """Return the opt-in CUDA adapters for the kernels they have, and the automatic choice for the others."""
     if device.type != "cuda":
-        raise ValueError(f"backend {wanted} runs on CUDA, not on {device.type}; give --device cuda or --backend auto")
+        raise ValueError(f"backend {name} runs on CUDA, not on {device.type}; give --device cuda or --backend auto")
     others = choose(device)
     hash_encode, march, composite = others.hash_encode, others.march, others.composite
-    if "tinycudann" in wanted:
+    if "tinycudann" in name:
         from sds3d.ops import tcnn_cuda
 
         tcnn_cuda.check()
         hash_encode = tcnn_cuda.hash_encode
-    if "nerfacc" in wanted:
+    if "nerfacc" in name:
         from sds3d.ops import nerfacc_cuda
 
         nerfacc_cuda.check()
         march, composite = nerfacc_cuda.march, nerfacc_cuda.composite
-    return Backend(wanted, f"asked for; the rest is {others.name}", hash_encode, march, composite)
+    return Backend(name, f"requested; the other kernels are {others.name}", hash_encode, march, composite)

@@ -1,8 +1,8 @@
-"""The derivatives of the kernels, for backends that compute forward and backward by loops of their own.
+"""The derivatives of the kernels, for backends with their own forward and backward loops.
 
-Hash encoding is linear in its table and piecewise trilinear in its points, so three loops give every first and second
-derivative (but twice in the points): gather, its transpose scatter, and the gradient in the points. Compositing has one
-backward loop. A `Loops` holds them.
+Hash encoding is linear in the table and piecewise trilinear in the points. So three loops give every first and second
+derivative except the second one in the points: `gather`, its transpose `scatter`, and `point_gradient`. Compositing has
+one backward loop. A backend provides these loops as a `Loops`.
 """
 
 from __future__ import annotations
@@ -17,24 +17,24 @@ from sds3d.ops.reference import TERMINATION, Composite, GridSpec, check_composit
 
 
 class Loops(Protocol):
-    """What a backend computes. Tensors are detached and contiguous."""
+    """The loops that a backend computes. All tensors are detached and contiguous."""
 
     def gather(self, points: Tensor, along: Tensor | None, table: Tensor, spec: GridSpec) -> Tensor:
-        """Features of points (N, 3) -> (N, L * F); with ``along`` (N, 3), their change as the points move so."""
+        """Return the features (N, L * F) of points (N, 3), or, given ``along`` (N, 3), their derivative along it."""
         ...
 
     def scatter(self, points: Tensor, along: Tensor | None, grad: Tensor, spec: GridSpec) -> Tensor:
-        """The transpose of ``gather`` in the table: grad (N, L * F) -> (entries, F)."""
+        """Return the table's gradient (entries, F), given grad (N, L * F): the transpose of ``gather``."""
         ...
 
     def point_gradient(self, points: Tensor, table: Tensor, grad: Tensor, spec: GridSpec) -> Tensor:
-        """The gradient in the points (N, 3), given grad (N, L * F)."""
+        """Return the points' gradient (N, 3), given grad (N, L * F)."""
         ...
 
     def blend(
         self, sigma: Tensor, dt: Tensor, values: Tensor, offsets: Tensor, threshold: float
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Weights (S,), light behind each sample (S,), opacity (R,), accumulated values (R, C)."""
+        """Return weights (S,), transmittance behind each sample (S,), opacity (R,), accumulated values (R, C)."""
         ...
 
     def blend_backward(
@@ -43,20 +43,20 @@ class Loops(Protocol):
         values: Tensor,
         offsets: Tensor,
         weights: Tensor,
-        light: Tensor,
-        grads: tuple[Tensor, Tensor, Tensor],  # in the weights, the opacity, the accumulated values
+        transmittance: Tensor,
+        grads: tuple[Tensor, Tensor, Tensor],  # of the weights, the opacity, the accumulated values
     ) -> tuple[Tensor, Tensor]:
-        """The gradients in sigma (S,) and in the values (S, C)."""
+        """Return the gradients in sigma (S,) and in the values (S, C)."""
         ...
 
 
 def _plain(tensor: Tensor) -> Tensor:
-    """A tensor as the loops want it."""
+    """Return a tensor detached and contiguous, as the loops expect it."""
     return tensor.detach().contiguous()
 
 
 class _HashEncode(torch.autograd.Function):
-    """Features of points, twice differentiable except twice in the points."""
+    """The features of points; twice differentiable, except twice in the points."""
 
     @staticmethod
     def forward(ctx: Any, points: Tensor, table: Tensor, spec: GridSpec, loops: Loops) -> Tensor:
@@ -115,8 +115,8 @@ class _Composite(torch.autograd.Function):
         ctx: Any, sigma: Tensor, dt: Tensor, values: Tensor, offsets: Tensor, threshold: float, loops: Loops
     ) -> tuple[Tensor, Tensor, Tensor]:
         sigma, dt, values, offsets = map(_plain, (sigma, dt, values, offsets))
-        weights, light, opacity, accumulated = loops.blend(sigma, dt, values, offsets, threshold)
-        ctx.save_for_backward(dt, values, offsets, weights, light)
+        weights, transmittance, opacity, accumulated = loops.blend(sigma, dt, values, offsets, threshold)
+        ctx.save_for_backward(dt, values, offsets, weights, transmittance)
         ctx.loops = loops
         return weights, opacity, accumulated
 
@@ -128,7 +128,7 @@ class _Composite(torch.autograd.Function):
 
 
 def hash_encode(loops: Loops, points: Tensor, table: Tensor, spec: GridSpec) -> Tensor:
-    """As `reference.hash_encode`."""
+    """Compute `reference.hash_encode` by the loops."""
     check_hash_encode(points, table, spec)
     return _HashEncode.apply(points, table, spec, loops)
 
@@ -141,6 +141,6 @@ def composite(
     offsets: Tensor,  # (R + 1,)
     threshold: float = TERMINATION,
 ) -> Composite:
-    """As `reference.composite`, differentiable once in sigma and values."""
+    """Compute `reference.composite` by the loops; differentiable once in sigma and values."""
     check_composite(sigma, dt, values, offsets)
     return Composite(*_Composite.apply(sigma, dt, values, offsets, threshold, loops))

@@ -1,10 +1,9 @@
-"""Marching and compositing by nerfacc (arXiv 2305.04966), opt-in: its CUDA code builds itself on first use.
+"""Marching and compositing by nerfacc (arXiv 2305.04966). Opt-in: nerfacc compiles its CUDA code on first use.
 
-Its march walks from cell to cell and advances by whole steps from a ray's near plane, through empty cells too: a
-sample is kept where its middle, near + (k + 1/2) step, lies in an occupied cell. So a near plane of start + (jitter -
-1/2) step gives the samples of the definition. It sums its steps in float32 and finds cells by their
-borders, so a sample within rounding of a border may be kept by one and not by the other. It asks how many samples there
-are: the host waits.
+nerfacc advances by whole steps from a ray's near plane, through empty cells too. It keeps a sample if the middle,
+near + (k + 1/2) step, lies in an occupied cell. So a near plane of start + (jitter - 1/2) step gives the samples of
+`reference.march`. nerfacc sums steps in float32 and finds cells by their borders, so the two may differ in samples that
+lie within rounding of a border. The number of samples is read back from the GPU, so the host waits.
 """
 
 from __future__ import annotations
@@ -14,11 +13,11 @@ import math
 import torch
 from torch import Tensor
 
-from sds3d.ops.reference import TERMINATION, Composite, Samples, box_interval, check_composite, check_march, fitted
+from sds3d.ops.reference import TERMINATION, Composite, Samples, box_interval, check_composite, check_march, resized
 
 
 def check() -> None:
-    """Raise ValueError where nerfacc is not installed."""
+    """Raise ValueError if nerfacc is not installed."""
     try:
         import nerfacc  # noqa: F401
     except ImportError as error:
@@ -34,9 +33,9 @@ def march(
     jitter: Tensor | None = None,  # (R,)
     near: float = 0.0,
     far: float = math.inf,
-    room: int | None = None,
+    capacity: int | None = None,
 ) -> Samples:
-    """As `reference.march`, up to rounding at the borders of cells."""
+    """Compute `reference.march`, up to rounding at the borders of cells."""
     import nerfacc
 
     check_march(origins, directions, occupancy, step)
@@ -46,10 +45,10 @@ def march(
     start, stop = enter.clamp(min=near), leave.clamp(max=far)
     hit = (stop > start) & torch.isfinite(start) & torch.isfinite(stop)
     start, stop = torch.where(hit, start, 0), torch.where(hit, stop, 0)
-    index, place = torch.zeros(0, dtype=torch.int64, device=device), origins.new_zeros(0)
-    if rays:  # it launches a thread a ray, and none cannot be launched
+    index, distance = torch.zeros(0, dtype=torch.int64, device=device), origins.new_zeros(0)
+    if rays:  # nerfacc launches one thread a ray, and CUDA refuses a launch without threads
         first, box = start + (jitter - 0.5) * step, [-1.0, -1.0, -1.0, 1.0, 1.0, 1.0]
-        _, found, _ = nerfacc.traverse_grids(
+        _, middles, _ = nerfacc.traverse_grids(
             origins.float(),
             directions.float(),
             occupancy[None],
@@ -61,15 +60,15 @@ def march(
             t_indices=torch.arange(2, device=device).repeat(rays, 1),
             hits=hit[:, None],
         )
-        assert found.ray_indices is not None, "nerfacc gives packed samples their rays"
-        index = found.ray_indices
-        steps = ((found.vals.to(origins.dtype) - start[index]) / step - jitter[index]).round()
-        place = (steps + jitter[index]) * step  # as the definition rounds it
-    t = start[index] + place
+        assert middles.ray_indices is not None, "nerfacc returns the rays of packed samples"
+        index = middles.ray_indices
+        steps = ((middles.vals.to(origins.dtype) - start[index]) / step - jitter[index]).round()
+        distance = (steps + jitter[index]) * step  # rounded as in reference.march
+    t = start[index] + distance
     points = origins[index] + t[:, None] * directions[index]
     ends = torch.bincount(index, minlength=rays).cumsum(0)
     offsets = torch.cat([ends.new_zeros(1), ends])
-    return fitted(Samples(index, points, t, torch.full_like(t, step), offsets), room)
+    return resized(Samples(index, points, t, torch.full_like(t, step), offsets), capacity)
 
 
 def composite(
@@ -79,7 +78,7 @@ def composite(
     offsets: Tensor,  # (R + 1,)
     threshold: float = TERMINATION,
 ) -> Composite:
-    """As `reference.composite`, on CUDA."""
+    """Compute `reference.composite`, on CUDA."""
     import nerfacc
 
     check_composite(sigma, dt, values, offsets)
@@ -88,8 +87,8 @@ def composite(
     ray_index = torch.repeat_interleave(torch.arange(rays, device=sigma.device), counts)
     used = ray_index.shape[0]
     sigma, dt, values = sigma[:used], dt[:used], values[:used]
-    weights, light, _ = nerfacc.render_weight_from_density(torch.zeros_like(dt), dt, sigma, packed_info=packed)
-    weights = torch.where(light >= threshold, weights, 0)
+    weights, transmittance, _ = nerfacc.render_weight_from_density(torch.zeros_like(dt), dt, sigma, packed_info=packed)
+    weights = torch.where(transmittance >= threshold, weights, 0)
     opacity = nerfacc.accumulate_along_rays(weights, None, ray_index, rays)[:, 0]
     accumulated = nerfacc.accumulate_along_rays(weights, values, ray_index, rays)
     return Composite(torch.cat([weights, weights.new_zeros(size - used)]), opacity, accumulated)

@@ -1,10 +1,11 @@
 """The compiled loops of `numba_cpu`: plain arrays in, plain arrays out.
 
-How they are fast: points are cut in chunks whose scratch stays in the first-level cache. For each chunk
-and level one loop without branches finds the eight corners (LLVM turns it into vector code), and a second
-one gathers or scatters. How they are deterministic: gathers are parallel over chunks; scatters are parallel
-over levels, so that no two threads write one entry; marching and compositing are parallel over rays, compositing
-over groups of them of one size, whatever the number of threads.
+Speed: points are split into chunks whose scratch arrays stay in the first-level cache. For each chunk and level, a loop
+without branches finds the eight corners (LLVM vectorises it) and a second loop gathers or scatters.
+
+Determinism: gathers are parallel over chunks. Scatters are parallel over levels, so that no two threads write the same
+entry. Marching is parallel over rays, and compositing over groups of rays whose size does not depend on the number of
+threads.
 """
 
 from __future__ import annotations
@@ -17,29 +18,29 @@ import numpy as np
 from numba import njit, prange, types
 from numba.extending import overload
 
-RAYS = 64  # a task of compositing
-CHUNK = 256  # points; a constant of the compiled code, so planes of the scratch are a known distance apart
+RAYS = 64  # rays in a task of compositing
+CHUNK = 256  # points; a compile-time constant, so the compiler knows the distance between planes of the scratch arrays
 
 
-def can_be_kept(function: Callable) -> bool:
-    """Whether numba finds a folder in which to keep what it compiles of a function; warns where it finds none."""
+def can_cache(function: Callable) -> bool:
+    """Return whether numba finds a folder in which to cache a compiled function; warn if it finds none."""
     try:
         njit(cache=True)(function)
     except RuntimeError:
         warnings.warn(
-            f"compiled kernels cannot be kept, neither beside {__file__} nor in your cache folder, so each start takes "
-            "a minute longer; set NUMBA_CACHE_DIR to a folder of yours",
+            f"compiled kernels cannot be cached, neither beside {__file__} nor in your cache folder, so each start "
+            "takes a minute longer; set NUMBA_CACHE_DIR to a folder that you can write",
             stacklevel=2,
         )
         return False
     return True
 
 
-KEPT = can_be_kept(can_be_kept)
-FAST = {"error_model": "numpy", "fastmath": {"contract", "nsz"}, "cache": KEPT}
-EXACT = {"error_model": "numpy", "cache": KEPT}  # marching agrees with the reference on which samples exist
+CACHE = can_cache(can_cache)
+FAST = {"error_model": "numpy", "fastmath": {"contract", "nsz"}, "cache": CACHE}
+EXACT = {"error_model": "numpy", "cache": CACHE}  # marching must find the same samples as the reference
 
-u32, word = np.uint32, np.uintp  # numba does not test an unsigned index for being negative
+u32, word = np.uint32, np.uintp  # unsigned: numba then omits the check for negative indices
 
 
 @njit(**FAST)
@@ -52,7 +53,7 @@ def _planes(rows, first, count, out):
 
 @njit(**FAST)
 def _clamp(xyz, count):
-    """Bring points into [0, 1]; NaN becomes 0."""
+    """Clamp points to [0, 1]; NaN becomes 0."""
     zero, one = xyz.dtype.type(0), xyz.dtype.type(1)
     for axis in range(3):
         for j in range(axis * CHUNK, axis * CHUNK + count):
@@ -63,7 +64,7 @@ def _clamp(xyz, count):
 
 @njit(**FAST)
 def _corners(xyz, count, scale, level, index, weight):
-    """Entries and trilinear weights of the eight corners round each point, in eight planes each.
+    """Compute entries and trilinear weights of the eight corners around each point, in eight planes each.
 
     level: uint32 (stride of y, stride of z, size, first entry, 1 if dense).
     """
@@ -95,7 +96,7 @@ def _corners(xyz, count, scale, level, index, weight):
 
 @njit(**FAST)
 def _slopes(xyz, count, scale, along, weight):
-    """Change of the eight weights as each point moves with velocity `along` (planes of x, y, z)."""
+    """Compute the derivative of the eight weights along the direction `along` (planes of x, y, z) of each point."""
     real = xyz.dtype.type
     half, one = real(0.5), real(1)
     for j in range(count):
@@ -111,16 +112,16 @@ def _slopes(xyz, count, scale, along, weight):
 
 @njit(**FAST)
 def _read(index, weight, count, table, lanes, place, width, out):
-    """out[place + j width + f] = sum over corners of weight * table, two features at a time."""
+    """Set out[place + j width + f] to the sum of weight * table over the corners, two features at a time."""
     zero, features = table.dtype.type(0), word(len(lanes))
     for j in range(count):
         row = word(place + j * width)
         for f in range(0, len(lanes) - 1, 2):
             left, right = zero, zero
             for k in range(8):
-                entry, share = word(index[k * CHUNK + j]) * features + word(f), weight[k * CHUNK + j]
-                left += share * table[entry]
-                right += share * table[entry + word(1)]
+                entry, w = word(index[k * CHUNK + j]) * features + word(f), weight[k * CHUNK + j]
+                left += w * table[entry]
+                right += w * table[entry + word(1)]
             out[row + word(f)], out[row + word(f + 1)] = left, right
         if len(lanes) % 2:
             left, last = zero, features - word(1)
@@ -131,16 +132,16 @@ def _read(index, weight, count, table, lanes, place, width, out):
 
 @njit(**FAST)
 def _add(index, weight, count, grad, lanes, place, width, out):
-    """out += weight * grad[place + j width + f] at every corner: the transpose of `_read`."""
+    """Add weight * grad[place + j width + f] to out at every corner: the transpose of `_read`."""
     features = word(len(lanes))
     for j in range(count):
         row = word(place + j * width)
         for f in range(0, len(lanes) - 1, 2):
             left, right = grad[row + word(f)], grad[row + word(f + 1)]
             for k in range(8):
-                entry, share = word(index[k * CHUNK + j]) * features + word(f), weight[k * CHUNK + j]
-                out[entry] += share * left
-                out[entry + word(1)] += share * right
+                entry, w = word(index[k * CHUNK + j]) * features + word(f), weight[k * CHUNK + j]
+                out[entry] += w * left
+                out[entry + word(1)] += w * right
         if len(lanes) % 2:
             last = features - word(1)
             left = grad[row + last]
@@ -150,14 +151,14 @@ def _add(index, weight, count, grad, lanes, place, width, out):
 
 @njit(parallel=True, **FAST)
 def gather(points, along, table, scales, levels, lanes, block, out):
-    """out (N, L * F) = sum over corners of weight * table; with `along` (N, 3), of the weights' slope.
+    """Set out (N, L * F) to the corners' sum of weight * table, or, with `along` (N, 3), to its derivative along it.
 
-    points: flat. lanes: a tuple of F zeros, which tells the compiler how many features there are.
-    block: points a task; all of them go through one level before the next, so that its entries stay near.
+    points: flat. lanes: a tuple of F zeros, whose length gives the compiler the number of features.
+    block: points a task. A task processes all its points level by level, so that a level's entries stay in the cache.
     """
     count_all, width = points.size // 3, scales.size * len(lanes)
     for task in prange((count_all + block - 1) // block):
-        xyz, velocity = np.empty(3 * CHUNK, points.dtype), np.empty(3 * CHUNK, points.dtype)
+        xyz, direction = np.empty(3 * CHUNK, points.dtype), np.empty(3 * CHUNK, points.dtype)
         index, weight = np.empty(8 * CHUNK, np.uint32), np.empty(8 * CHUNK, points.dtype)
         stop = min(count_all, (task + 1) * block)
         for level in range(scales.size):
@@ -167,20 +168,20 @@ def gather(points, along, table, scales, levels, lanes, block, out):
                 _clamp(xyz, count)
                 _corners(xyz, count, scales[level], levels[level], index, weight)
                 if along.size:
-                    _planes(along, first, count, velocity)
-                    _slopes(xyz, count, scales[level], velocity, weight)
+                    _planes(along, first, count, direction)
+                    _slopes(xyz, count, scales[level], direction, weight)
                 _read(index, weight, count, table, lanes, first * width + level * len(lanes), width, out)
 
 
 @njit(parallel=True, **FAST)
 def scatter(points, along, grad, scales, levels, lanes, groups, block, out):
-    """out (entries, F) += weight * grad (N, L * F): the transpose of `gather`.
+    """Add weight * grad (N, L * F) to out (entries, F): the transpose of `gather`.
 
-    Each of the `groups` tasks owns every groups-th level and goes through the points in order.
+    There are `groups` tasks. Each one owns every groups-th level and processes the points in order.
     """
     count_all, width = points.size // 3, scales.size * len(lanes)
     for group in prange(groups):
-        xyz, velocity = np.empty(3 * CHUNK, points.dtype), np.empty(3 * CHUNK, points.dtype)
+        xyz, direction = np.empty(3 * CHUNK, points.dtype), np.empty(3 * CHUNK, points.dtype)
         index, weight = np.empty(8 * CHUNK, np.uint32), np.empty(8 * CHUNK, points.dtype)
         for begin in range(0, count_all, block):
             stop = min(count_all, begin + block)
@@ -191,14 +192,14 @@ def scatter(points, along, grad, scales, levels, lanes, groups, block, out):
                     _clamp(xyz, count)
                     _corners(xyz, count, scales[level], levels[level], index, weight)
                     if along.size:
-                        _planes(along, first, count, velocity)
-                        _slopes(xyz, count, scales[level], velocity, weight)
+                        _planes(along, first, count, direction)
+                        _slopes(xyz, count, scales[level], direction, weight)
                     _add(index, weight, count, grad, lanes, first * width + level * len(lanes), width, out)
 
 
 @njit(parallel=True, **FAST)
 def point_gradient(points, grad, table, scales, levels, lanes, out):
-    """out (N, 3) = gradient in the points, given grad (N, L * F)."""
+    """Set out (N, 3) to the points' gradient, given grad (N, L * F)."""
     count_all, width = points.size // 3, scales.size * len(lanes)
     real = points.dtype.type
     half, one, features = real(0.5), real(1), word(len(lanes))
@@ -231,8 +232,8 @@ def point_gradient(points, grad, table, scales, levels, lanes, out):
 
 @njit(**EXACT)
 def _interval(origin, direction, near, far):
-    """First distance of a ray in the box and the length from there: 0 where it misses or holds a NaN."""
-    real = origin.dtype.type  # a plain 0 would make all this float64
+    """Return the distance at which a ray enters the box and its length inside: 0, 0 if it misses or holds a NaN."""
+    real = origin.dtype.type  # a plain 0 would promote the results to float64
     start, stop, zero, one = near, far, real(0), real(1)
     for axis in range(3):
         o, d = origin[axis], direction[axis]
@@ -249,13 +250,13 @@ def _interval(origin, direction, near, far):
 
 
 @njit(parallel=True, **EXACT)
-def march(origins, directions, occupancy, jitter, setting, offsets, ray_index, points, t):
-    """Count the samples of every ray into offsets[1:] if t is empty, else write them at offsets[:-1].
+def march(origins, directions, occupancy, jitter, scalars, offsets, ray_index, points, t):
+    """If t is empty, count the samples of every ray into offsets[1:]; else write the samples at offsets[:-1].
 
-    setting: (step, near, far), the rays' dtype.
+    scalars: (step, near, far) in the rays' dtype.
     """
     real = origins.dtype.type
-    step, near, far, one = setting[0], setting[1], setting[2], real(1)
+    step, near, far, one = scalars[0], scalars[1], scalars[2], real(1)
     cells = occupancy.shape[0]
     scale, last = real(cells) / real(2), real(cells - 1)
     write = t.size > 0
@@ -283,15 +284,16 @@ def march(origins, directions, occupancy, jitter, setting, offsets, ray_index, p
 
 
 def _absorbed(depth):
-    """1 - exp(-depth)."""
+    """Return 1 - exp(-depth)."""
     return -math.expm1(-depth)
 
 
 @overload(_absorbed)
 def _absorbed_fast(depth):
-    """float64: the C library's. float32: within 0.85 ulp for depth >= 0, and without branches: LLVM vectorises it.
+    """Compute float64 by the C library, and float32 within 0.85 ulp for depth >= 0, by code that LLVM vectorises.
 
-    -depth = n log 2 + r, |r| <= log 2 / 2; exp(r) - 1 by its Taylor series; beyond 20 nothing is left in float32.
+    -depth = n log 2 + r, |r| <= log 2 / 2; exp(r) - 1 by its Taylor series. Beyond a depth of 20 the result is 1 in
+    float32.
     """
     if depth != types.float32:
         return _absorbed
@@ -301,47 +303,48 @@ def _absorbed_fast(depth):
     low, rounding, bias = np.float32(math.log(2) - 0.693359375), np.float32(1.5 * 2**23), np.int32(127)
 
     def fast(depth):
-        bounded = most if depth > most else depth  # a NaN stays
+        bounded = most if depth > most else depth  # keeps a NaN
         n = (rounding - bounded * per_log2) - rounding  # to the nearest whole number
         r = (-bounded - n * high) - n * low
         grown = (((((f * r + e) * r + d) * r + c) * r + b) * r + a) * (r * r) + r
-        power = np.int32((np.int32(n) + bias) << np.int32(23)).view(np.float32)  # 2^n, by its bits
+        power = np.int32((np.int32(n) + bias) << np.int32(23)).view(np.float32)  # 2^n, from its exponent bits
         return (one - power) - power * grown
 
     return fast
 
 
 @njit(parallel=True, **FAST)
-def composite(sigma, dt, values, offsets, threshold, lanes, weights, light, opacity, accumulated):
-    """Weights (S,), light past each sample (S,), sums over each ray (R,) and (R, C); accumulated starts as 0.
+def composite(sigma, dt, values, offsets, threshold, lanes, weights, transmittance, opacity, accumulated):
+    """Compute weights (S,), transmittance behind each sample (S,), opacity (R,) and accumulated (R, C), which starts as
+    0.
 
-    values, accumulated: flat. lanes: a tuple of C zeros, which tells the compiler how many channels there are.
+    values, accumulated: flat. lanes: a tuple of C zeros, whose length gives the compiler the number of channels.
     """
     one, zero = sigma.dtype.type(1), sigma.dtype.type(0)
     channels = word(len(lanes))
     for task in prange((opacity.size + RAYS - 1) // RAYS):
         begin, end = task * RAYS, min(opacity.size, (task + 1) * RAYS)
-        for s in range(offsets[begin], offsets[end]):  # first without the ray's dependence: vector code
+        for s in range(offsets[begin], offsets[end]):  # samples do not depend on each other here: LLVM vectorises this
             weights[word(s)] = _absorbed(sigma[word(s)] * dt[word(s)])
         for ray in range(begin, end):
             remaining, total, row = one, zero, word(ray) * channels
             for s in range(offsets[ray], offsets[ray + 1]):
                 i = word(s)
                 alive, absorbed = remaining >= threshold, weights[i]
-                share = remaining * absorbed if alive else zero
+                weight = remaining * absorbed if alive else zero
                 remaining *= one - absorbed
-                weights[i], light[i] = share, remaining if alive else zero
-                total += share
+                weights[i], transmittance[i] = weight, remaining if alive else zero
+                total += weight
                 for c in range(len(lanes)):
-                    accumulated[row + word(c)] += share * values[i * channels + word(c)]
+                    accumulated[row + word(c)] += weight * values[i * channels + word(c)]
             opacity[ray] = total
 
 
 @njit(parallel=True, **FAST)
 def composite_backward(
-    dt, values, offsets, weights, light, lanes, g_weights, g_opacity, g_accumulated, g_sigma, g_values
+    dt, values, offsets, weights, transmittance, lanes, g_weights, g_opacity, g_accumulated, g_sigma, g_values
 ):
-    """dL/dsigma_k = dt_k (T_{k+1} g_k - sum_{i>k} w_i g_i), where g_i is the whole gradient in w_i.
+    """Compute dL/dsigma_k = dt_k (T_{k+1} g_k - sum_{i>k} w_i g_i), where g_i is the total gradient in w_i.
 
     values, g_accumulated, g_values: flat. lanes: as in `composite`.
     """
@@ -351,9 +354,9 @@ def composite_backward(
             behind, row = dt.dtype.type(0), word(ray) * channels
             for s in range(offsets[ray + 1] - 1, offsets[ray] - 1, -1):
                 i = word(s)
-                share, g = weights[i], g_weights[i] + g_opacity[ray]
+                weight, g = weights[i], g_weights[i] + g_opacity[ray]
                 for c in range(len(lanes)):
                     g += g_accumulated[row + word(c)] * values[i * channels + word(c)]
-                    g_values[i * channels + word(c)] = share * g_accumulated[row + word(c)]
-                g_sigma[i] = dt[i] * (light[i] * g - behind)
-                behind += share * g
+                    g_values[i * channels + word(c)] = weight * g_accumulated[row + word(c)]
+                g_sigma[i] = dt[i] * (transmittance[i] * g - behind)
+                behind += weight * g

@@ -1,13 +1,13 @@
 """The definition of the hot kernels in plain torch: hash encoding, ray marching, compositing.
 
-Every backend computes these same functions. The hash grid is that of Mueller et al., arXiv 2201.05989
-(section 3 and eq. 4), with tiny-cuda-nn's conventions: level l has scale = base * b^l - 1 and
-resolution = ceil(scale) + 1; a point x in [0, 1]^3 sits at x * scale + 0.5 in it; a level is indexed
-densely (x fastest) while resolution^3 fits the table and otherwise by
+Every backend computes the same functions. The hash grid follows Mueller et al., arXiv 2201.05989 (section 3 and eq. 4),
+with tiny-cuda-nn's conventions. Level l has scale = base * b^l - 1 and resolution = ceil(scale) + 1. A point x in
+[0, 1]^3 has the grid coordinates x * scale + 0.5. A level is indexed densely (x fastest) if resolution^3 entries fit
+into the table, and otherwise by
 
     h(x, y, z) = (x * 1  xor  y * 2654435761  xor  z * 805459861)  in uint32,  modulo the level's size.
 
-The corner past a dense level's far face wraps modulo the level's size, as it does there.
+A corner beyond a dense level's far face wraps modulo the level's size, as in tiny-cuda-nn.
 
 Compositing is the emission-absorption quadrature of Max 1995 and NeRF (arXiv 2003.08934, eq. 3):
 
@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 PRIMES = (1, 2654435761, 805459861)
-TERMINATION = 1e-4  # light below which a ray is finished
+TERMINATION = 1e-4  # transmittance below which a ray ends
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,9 @@ class GridSpec:
     Args:
         levels: number of resolutions, >= 1.
         features: numbers stored per entry, >= 1.
-        log2_table: at most 2^log2_table entries a level, 3 to 24.
-        base: the coarsest level's b^0 * base, >= 1.
-        finest: the finest level's base * b^(levels - 1), >= base.
+        log2_table: a level has at most 2^log2_table entries; 3 to 24.
+        base: the coarsest level has the scale base - 1; 1 to 4096.
+        finest: the finest level has the scale finest - 1; base to 65536.
 
     Raises:
         ValueError: a field is out of its range.
@@ -59,12 +59,12 @@ class GridSpec:
 
     @cached_property
     def per_level_scale(self) -> float:
-        """b: how much finer each level is than the one before."""
+        """b: the ratio of a level's resolution to that of the level before."""
         return (self.finest / self.base) ** (1 / (self.levels - 1)) if self.levels > 1 else 1.0
 
     @cached_property
     def scales(self) -> tuple[float, ...]:
-        """base * b^l - 1 for each level, rounded to float32 so that a whole number comes out whole."""
+        """base * b^l - 1 for each level, rounded to float32, so that whole numbers stay whole."""
         exact = [self.base * self.per_level_scale**level - 1 for level in range(self.levels)]
         return tuple(torch.tensor(exact, dtype=torch.float64).float().tolist())
 
@@ -75,7 +75,7 @@ class GridSpec:
 
     @cached_property
     def sizes(self) -> tuple[int, ...]:
-        """Entries of each level: resolution^3 rounded up to 8, at most 2^log2_table."""
+        """Entries of each level: resolution^3 rounded up to a multiple of 8, at most 2^log2_table."""
         return tuple(min(-(-(r**3) // 8) * 8, 2**self.log2_table) for r in self.resolutions)
 
     @cached_property
@@ -90,57 +90,59 @@ class GridSpec:
 
     @property
     def entries(self) -> int:
-        """Rows of the table, all levels together."""
+        """Rows of the table: the entries of all levels."""
         return self.offsets[-1]
 
     @property
     def width(self) -> int:
-        """Numbers that encode one point: levels * features."""
+        """Features of one point: levels * features."""
         return self.levels * self.features
 
 
 class Samples(NamedTuple):
-    """Samples along rays, packed: those of ray r are offsets[r] to offsets[r + 1], near to far. Rows after offsets[-1]
-    belong to no ray."""
+    """Packed samples along rays: ray r has the rows offsets[r] to offsets[r + 1], near to far. Rows after offsets[-1]
+    are padding and belong to no ray."""
 
     ray_index: Tensor  # (S,) int64
     points: Tensor  # (S, 3) world
     t: Tensor  # (S,) distance along the ray
-    dt: Tensor  # (S,) length each sample stands for
+    dt: Tensor  # (S,) length of the ray segment that a sample represents
     offsets: Tensor  # (R + 1,) int64
 
 
-def fitted(samples: Samples, room: int | None) -> Samples:
-    """The samples in tensors of ``room`` rows: cut off, ray by ray from the last, or filled up with rows of 0 that
-    belong to no ray (they stand after offsets[-1]). With None, as they are."""
-    if room is None:
+def resized(samples: Samples, capacity: int | None) -> Samples:
+    """Return the samples in tensors of ``capacity`` rows; None returns them as they are.
+
+    Samples beyond the capacity, those of the last rays, are cut off. Missing rows are padded with 0 after offsets[-1].
+    """
+    if capacity is None:
         return samples
     ray_index, points, t, dt, offsets = samples
-    more = max(room - t.shape[0], 0)
+    padding = max(capacity - t.shape[0], 0)
 
     def rows(x: Tensor) -> Tensor:
-        return torch.cat([x[:room], x.new_zeros(more, *x.shape[1:])])
+        return torch.cat([x[:capacity], x.new_zeros(padding, *x.shape[1:])])
 
-    return Samples(rows(ray_index), rows(points), rows(t), rows(dt), offsets.clamp(max=room))
+    return Samples(rows(ray_index), rows(points), rows(t), rows(dt), offsets.clamp(max=capacity))
 
 
 class Composite(NamedTuple):
-    """What compositing gives. Opacity 0 is an empty ray."""
+    """The result of compositing. A ray that hits nothing has opacity 0."""
 
     weights: Tensor  # (S,)
     opacity: Tensor  # (R,) sum of the weights
-    accumulated: Tensor  # (R, C) weighted sum of the values, on black
+    accumulated: Tensor  # (R, C) weighted sum of the values, without a background
 
 
 def check_hash_encode(points: Tensor, table: Tensor, spec: GridSpec) -> None:
-    """Raise AssertionError unless points are (N, 3), table is (entries, features), and of their dtype or a half."""
+    """Raise AssertionError unless points are (N, 3) and the table is (entries, features), in their dtype or a half."""
     assert points.ndim == 2 and points.shape[1] == 3, points.shape
     assert table.shape == (spec.entries, spec.features), (table.shape, spec)
     assert table.dtype in (points.dtype, torch.float16, torch.bfloat16), (points.dtype, table.dtype)
 
 
 def check_march(origins: Tensor, directions: Tensor, occupancy: Tensor, step: float) -> None:
-    """Raise AssertionError on shapes, ValueError on a step that is not positive."""
+    """Raise AssertionError for wrong shapes, ValueError for a step that is not positive."""
     assert origins.ndim == 2 and origins.shape[1] == 3 and origins.shape == directions.shape, origins.shape
     assert occupancy.dtype == torch.bool and occupancy.ndim == 3, (occupancy.dtype, occupancy.shape)
     assert len(set(occupancy.shape)) == 1, occupancy.shape
@@ -156,7 +158,7 @@ def check_composite(sigma: Tensor, dt: Tensor, values: Tensor, offsets: Tensor) 
 
 
 def level_rows(spec: GridSpec) -> list[tuple[int, int, int, int, int]]:
-    """Of each level, for loops: strides of y and z (the primes, where it is hashed), size, first entry, 1 if dense."""
+    """Return, for each level: stride of y, stride of z (the primes if it is hashed), size, first entry, 1 if dense."""
     return [
         (r, r * r, size, first, 1) if dense else (PRIMES[1], PRIMES[2], size, first, 0)
         for r, size, first, dense in zip(spec.resolutions, spec.sizes, spec.offsets, spec.dense)
@@ -164,23 +166,22 @@ def level_rows(spec: GridSpec) -> list[tuple[int, int, int, int, int]]:
 
 
 def corner_index(corner: Tensor, level: int, spec: GridSpec) -> Tensor:
-    """Entry, within its level, of integer grid points (N, 3) int64 -> (N,) int64."""
+    """Return the entries (N,) int64, within their level, of integer grid points (N, 3) int64."""
     size, resolution = spec.sizes[level], spec.resolutions[level]
     if spec.dense[level]:
         index = corner[:, 0] + resolution * (corner[:, 1] + resolution * corner[:, 2])
-    else:  # uint32 products wrap; int64 wraps too and agrees in its low 32 bits
+    else:  # int64 products wrap and agree with uint32 ones in the low 32 bits
         x, y, z = ((corner[:, axis] * prime) & 0xFFFFFFFF for axis, prime in enumerate(PRIMES))
         index = x ^ y ^ z
     return index % size
 
 
 def hash_encode(points: Tensor, table: Tensor, spec: GridSpec) -> Tensor:
-    """Trilinear features of every level, side by side.
+    """Return the trilinear features of every level, side by side.
 
     Args:
-        points: (N, 3) in [0, 1]. What lies outside is clamped to the box (no gradient flows to it);
-            NaN reads as 0.
-        table: (spec.entries, features), the points' dtype, or a half, which is computed with in the points' dtype.
+        points: (N, 3) in [0, 1]. Points outside are clamped to the box and get no gradient. NaN reads as 0.
+        table: (spec.entries, features) in the points' dtype or a half precision, which is converted to it first.
 
     Returns:
         (N, levels * features) in the table's dtype, level by level. Differentiable in the table, and in the points.
@@ -203,9 +204,9 @@ def hash_encode(points: Tensor, table: Tensor, spec: GridSpec) -> Tensor:
 
 
 def box_interval(origins: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]:
-    """Where rays (R, 3) enter and leave [-1, 1]^3: two (R,); enter >= leave where they miss."""
+    """Return the distances (R,), (R,) at which rays (R, 3) enter and leave [-1, 1]^3; enter >= leave for a miss."""
     parallel = directions == 0
-    outside = (parallel & ~(origins.abs() <= 1)).any(-1)  # so written that NaN is outside
+    outside = (parallel & ~(origins.abs() <= 1)).any(-1)  # negated, so that NaN counts as outside
     a, b = (-1 - origins) / directions, (1 - origins) / directions  # (R, 3)
     enter = torch.where(parallel, -math.inf, torch.minimum(a, b)).amax(-1)
     leave = torch.where(parallel, math.inf, torch.maximum(a, b)).amin(-1)
@@ -221,22 +222,22 @@ def march(
     jitter: Tensor | None = None,  # (R,)
     near: float = 0.0,
     far: float = math.inf,
-    room: int | None = None,
+    capacity: int | None = None,
 ) -> Samples:
-    """Evenly spaced samples through the box, kept where the occupancy grid is true.
+    """Sample rays evenly through the box [-1, 1]^3 and keep the samples in occupied cells.
 
     Args:
-        directions: unit vectors; samples stand at start + (i + jitter) * step for i = 0, 1, ... up to
-            the box's far side or ``far``, where start is the larger of ``near`` and the box's near side.
+        directions: unit vectors. Samples are at the distances start + (i + jitter) * step for i = 0, 1, ... up to
+            the box's far side or ``far``; start is the larger of ``near`` and the distance of the box's near side.
         occupancy: indexed [x, y, z], cell 0 at -1.
         step: scene units, > 0; each sample's dt.
-        jitter: in [0, 1), one a ray; None is 0.5, the middle of each interval. With a uniform jitter
+        jitter: in [0, 1), one a ray. None is 0.5, the middle of each interval. With a uniform jitter
             the sum over samples is an unbiased estimate of the integral along the ray.
-        room: rows to make, whatever the number of samples (see ``fitted``), so that a GPU need not be asked for it;
-            None makes as many as there are.
+        capacity: number of rows to allocate (see ``resized``). With it the host need not wait for a GPU to count the
+            samples. None allocates as many rows as there are samples.
 
     Returns:
-        Samples without gradient. A ray with a NaN or of zero direction has none.
+        Samples without gradient. A ray that holds a NaN or has the direction 0 gets no samples.
 
     Raises:
         ValueError: step is not positive.
@@ -249,16 +250,16 @@ def march(
     hit = (stop > start) & torch.isfinite(start) & torch.isfinite(stop)
     reach = torch.where(hit, stop - start, 0)
     steps = int(torch.ceil(reach.max() / step)) + 1 if rays else 0
-    place = (torch.arange(steps, device=device, dtype=origins.dtype) + jitter[:, None]) * step  # (R, N)
-    t = torch.where(hit, start, 0)[:, None] + place
+    distance = (torch.arange(steps, device=device, dtype=origins.dtype) + jitter[:, None]) * step  # (R, N) from start
+    t = torch.where(hit, start, 0)[:, None] + distance
     points = origins[:, None] + t[..., None] * directions[:, None]  # (R, N, 3)
     cells = occupancy.shape[0]
     cell = torch.where(points.isnan(), 0, (points + 1) * (cells / 2)).clamp(0, cells - 1).long()
-    keep = (place < reach[:, None]) & occupancy[cell[..., 0], cell[..., 1], cell[..., 2]]
+    keep = (distance < reach[:, None]) & occupancy[cell[..., 0], cell[..., 1], cell[..., 2]]
     offsets = torch.cat([keep.new_zeros(1, dtype=torch.int64), keep.sum(-1).cumsum(0)])
     ray_index = keep.nonzero()[:, 0]
     samples = Samples(ray_index, points[keep], t[keep], t.new_full((ray_index.shape[0],), step), offsets)
-    return fitted(samples, room)
+    return resized(samples, capacity)
 
 
 def composite(
@@ -273,9 +274,9 @@ def composite(
     Args:
         sigma: densities >= 0, per scene unit.
         dt: lengths, scene units.
-        values: whatever is to be blended: colours, distances, normals. C may be 0.
-        offsets: int64, as `march` gives them. Samples after offsets[-1] weigh nothing and get no gradient.
-        threshold: a sample that less light than this reaches weighs nothing and gets no gradient.
+        values: colours, distances, normals or anything else to be blended. C may be 0.
+        offsets: int64, as `march` returns them. Samples after offsets[-1] have weight 0 and get no gradient.
+        threshold: samples with a transmittance below this have weight 0 and get no gradient.
 
     Returns:
         Composite, differentiable in sigma and values.
@@ -290,9 +291,9 @@ def composite(
     width = int(counts.max()) if rays else 0
     depth = (sigma * dt).new_zeros(rays, width).index_put((ray_index, column), sigma * dt)  # (R, N)
     before = torch.cat([depth.new_zeros(rays, 1), depth.cumsum(-1)[:, :-1]], -1)[:, :width]
-    light = torch.exp(-before)
-    light = torch.where(light >= threshold, light, 0)
-    weights = (light * -torch.expm1(-depth))[ray_index, column]  # (S,)
+    transmittance = torch.exp(-before)
+    transmittance = torch.where(transmittance >= threshold, transmittance, 0)
+    weights = (transmittance * -torch.expm1(-depth))[ray_index, column]  # (S,)
     opacity = weights.new_zeros(rays).index_add(0, ray_index, weights)
     accumulated = values.new_zeros(rays, values.shape[1]).index_add(0, ray_index, weights[:, None] * values)
     return Composite(torch.cat([weights, weights.new_zeros(size - used)]), opacity, accumulated)

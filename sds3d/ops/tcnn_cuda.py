@@ -1,4 +1,4 @@
-"""Hash encoding by tiny-cuda-nn (its Python package, tinycudann), opt-in: users build it themselves."""
+"""Hash encoding by tiny-cuda-nn (Python package tinycudann). Opt-in: users build the package themselves."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sds3d.ops.reference import GridSpec, check_hash_encode
 
 
 def check() -> None:
-    """Raise ValueError where tinycudann is not installed."""
+    """Raise ValueError if tinycudann is not installed."""
     try:
         import tinycudann  # noqa: F401
     except ImportError as error:
@@ -23,7 +23,7 @@ def check() -> None:
 
 @lru_cache(maxsize=8)
 def _encoding(spec: GridSpec, dtype: torch.dtype) -> nn.Module:
-    """tinycudann's encoding of that shape, which gives float16 or float32; its own numbers are never used."""
+    """Return tinycudann's encoding of this shape, with float16 or float32 output. Its own parameters are never used."""
     import tinycudann
 
     config = {
@@ -37,16 +37,16 @@ def _encoding(spec: GridSpec, dtype: torch.dtype) -> nn.Module:
     }
     encoding = tinycudann.Encoding(3, config, dtype=dtype)
     theirs, ours = encoding.params.numel(), spec.entries * spec.features
-    if theirs != ours:  # it rounds scales in float32
+    if theirs != ours:  # tinycudann computes the scales in float32
         raise ValueError(
-            f"backend tinycudann lays out {theirs} numbers for {spec}, not {ours}; "
+            f"backend tinycudann uses {theirs} parameters for {spec}, and sds3d {ours}; "
             "change finest by 1, or give --backend torch"
         )
     return encoding
 
 
 def hash_encode(points: Tensor, table: Tensor, spec: GridSpec) -> Tensor:
-    """As `reference.hash_encode`, on CUDA, in float16 for tables of it, else in float32."""
+    """Compute `reference.hash_encode` on CUDA, in float16 for a float16 table, else in float32."""
     check_hash_encode(points, table, spec)
     inside = torch.where(points.isnan(), 0, points.clamp(0, 1))
     encoding = _encoding(spec, torch.float16 if table.dtype == torch.float16 else torch.float32)

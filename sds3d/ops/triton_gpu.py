@@ -1,15 +1,16 @@
-"""The kernels of `reference` for a GPU, in Triton: nothing is built at install; Triton itself calls gcc or clang once.
+"""The kernels of `reference` for a GPU, in Triton. Nothing is built at install; Triton calls gcc or clang once.
 
-Hash encoding: a program takes a block of points through one level, so that the level's entries stay in the cache; the
-gradient in the table is summed with atomics in float32, or, where runs must not differ, in 64-bit fixed point, whose
-sums do not depend on their order. Marching: a lane takes one ray, twice: it counts, then writes. Compositing: a
-program takes one ray, a block of samples at a time, and stops where the light is spent.
+Hash encoding: a program encodes a block of points at one level, so that the level's entries stay in the cache. The
+table's gradient is summed by atomics: in float32, or, if a run must be reproducible, in 64-bit fixed point, whose sums
+do not depend on the order. Marching: a lane marches one ray twice; it first counts the samples, then writes them.
+Compositing: a program composites one ray, a block of samples at a time, and stops when the transmittance is below the
+threshold.
 
-Half-precision tables are read as such and computed with in float32. With TRITON_INTERPRET=1 in the environment before
-this file is imported everything runs on a CPU, slowly: that is how the tests check it without a GPU.
+Half-precision tables are read as they are and converted to float32. If TRITON_INTERPRET=1 is set before this module is
+imported, everything runs on a CPU, slowly; the tests use that.
 """
 
-# Triton's types know kernels as plain functions: not what a launch takes beside their arguments, nor that its
+# Triton's stubs declare kernels as plain functions: they do not know a launch's further arguments, nor that its
 # constants are plain numbers.
 # pyright: reportArgumentType=false, reportCallIssue=false
 
@@ -27,17 +28,17 @@ from triton.errors import TritonError
 from sds3d.ops import autograd, triton_kernels
 from sds3d.ops.reference import TERMINATION, Composite, GridSpec, Samples, check_march, level_rows
 
-POINTS = 256  # a program of the encoding
-RAYS = 128  # a program of the march
-SAMPLES = 64  # a block of the compositing
-ROOM = 60  # bits for a fixed-point sum
-# No compiler, a header that is missing, a library that does not load, no driver, an assembler that refuses:
+POINTS = 256  # in a program of the encoding
+RAYS = 128  # in a program of the march
+SAMPLES = 64  # in a block of compositing
+SUM_BITS = 60  # of a fixed-point sum
+# No compiler, a missing header, a library that does not load, no driver, an assembler error:
 FAILURES = (RuntimeError, subprocess.SubprocessError, OSError, ImportError, AssertionError, TritonError)
 
 
 @lru_cache(maxsize=8)
-def refusal(device: torch.device) -> str:
-    """Why no kernel can be launched on a device, "" where one can: found out once, by launching the smallest."""
+def launch_error(device: torch.device) -> str:
+    """Launch the smallest kernel, once a process, and return the error; "" if it runs."""
     try:
         triton_kernels.touch[(1,)](torch.empty(1, device=device))
     except FAILURES as error:
@@ -47,23 +48,23 @@ def refusal(device: torch.device) -> str:
 
 @lru_cache(maxsize=64)
 def _grid(spec: GridSpec, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The grid as the kernels read it: scales (L,), `reference.level_rows` (L, 5)."""
+    """Return the grid as the kernels read it: scales (L,), `reference.level_rows` (L, 5)."""
     return torch.tensor(spec.scales, dtype=dtype, device=device), torch.tensor(level_rows(spec), device=device)
 
 
 @lru_cache(maxsize=64)
 def _numbers(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Numbers that kernels read in the data's own dtype (an argument would be float32); copied over once."""
+    """Return numbers that kernels read in the data's dtype (an argument would be float32); copied to the GPU once."""
     return torch.tensor(values, dtype=dtype, device=device)
 
 
 def _power(count: int) -> int:
-    """The next power of two, which is how wide a block has to be."""
+    """Return the next power of two, which Triton requires as a block's width."""
     return triton.next_power_of_2(max(count, 1))
 
 
 def _launch(points: Tensor, spec: GridSpec) -> tuple[tuple[int, int], tuple[Tensor, Tensor], dict[str, int]]:
-    """Programs, the grid's numbers and the constants of an encoding kernel."""
+    """Return the launch grid, the hash grid's tensors and the constants of an encoding kernel."""
     constants = {"F": spec.features, "FP": _power(spec.features), "BLOCK": POINTS, "enable_fp_fusion": True}
     return (triton.cdiv(len(points), POINTS), spec.levels), _grid(spec, points.dtype, points.device), constants
 
@@ -72,25 +73,25 @@ class Loops:
     """`autograd.Loops` in Triton.
 
     Args:
-        deterministic: sum the table's gradient in fixed point, so that a run can be repeated bit for bit.
+        deterministic: whether to sum the table's gradient in fixed point, so that a run can be repeated bit for bit.
     """
 
     def __init__(self, deterministic: bool = False):
         self.deterministic = deterministic
 
     def gather(self, points: Tensor, along: Tensor | None, table: Tensor, spec: GridSpec) -> Tensor:
-        """Features (N, L * F) in the table's dtype."""
+        """See `autograd.Loops.gather`; in the table's dtype."""
         out = table.new_empty(len(points), spec.width)
         if len(points):
             programs, grid, constants = _launch(points, spec)
-            moving = points if along is None else along
+            direction = points if along is None else along
             triton_kernels.gather[programs](
-                points, moving, table, *grid, out, len(points), spec.width, ALONG=along is not None, **constants
+                points, direction, table, *grid, out, len(points), spec.width, ALONG=along is not None, **constants
             )
         return out
 
     def scatter(self, points: Tensor, along: Tensor | None, grad: Tensor, spec: GridSpec) -> Tensor:
-        """The table's gradient (entries, F) in grad's dtype."""
+        """See `autograd.Loops.scatter`; in grad's dtype."""
         fixed = self.deterministic
         out = torch.zeros(
             spec.entries, spec.features, dtype=torch.int64 if fixed else points.dtype, device=points.device
@@ -98,20 +99,20 @@ class Loops:
         if not len(points):
             return out.to(grad.dtype)
         programs, grid, constants = _launch(points, spec)
-        factor, moving = grid[0], points if along is None else along
+        factor, direction = grid[0], points if along is None else along
         if fixed:
             most = grad.abs().amax().double() * len(points)
             if along is not None:
                 most = most * along.abs().sum(-1).amax() * max(spec.scales)
-            factor = torch.exp2(ROOM - torch.ceil(torch.log2(most.clamp_min(1e-300))))
+            factor = torch.exp2(SUM_BITS - torch.ceil(torch.log2(most.clamp_min(1e-300))))
         triton_kernels.scatter[programs](
-            points, moving, grad, *grid, factor, out, len(points), spec.width, ALONG=along is not None, FIXED=fixed,
+            points, direction, grad, *grid, factor, out, len(points), spec.width, ALONG=along is not None, FIXED=fixed,
             **constants,
         )  # fmt: skip
         return (out / factor if fixed else out).to(grad.dtype)
 
     def point_gradient(self, points: Tensor, table: Tensor, grad: Tensor, spec: GridSpec) -> Tensor:
-        """(N, 3): the levels' parts, added up in order."""
+        """See `autograd.Loops.point_gradient`; the levels' parts are added in a fixed order."""
         parts = points.new_empty(spec.levels, len(points), 3)
         if len(points):
             programs, grid, constants = _launch(points, spec)
@@ -125,15 +126,15 @@ class Loops:
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """See `autograd.Loops.blend`."""
         rays, channels = len(offsets) - 1, values.shape[1]
-        weights, light = torch.zeros_like(sigma), torch.zeros_like(sigma)
+        weights, transmittance = torch.zeros_like(sigma), torch.zeros_like(sigma)
         opacity, accumulated = sigma.new_empty(rays), values.new_empty(rays, channels)
         if rays:
             limit = _numbers((threshold,), sigma.dtype, sigma.device)
             triton_kernels.blend[(rays,)](
-                sigma, dt, values, offsets, limit, weights, light, opacity, accumulated, C=channels,
+                sigma, dt, values, offsets, limit, weights, transmittance, opacity, accumulated, C=channels,
                 CP=_power(channels), BLOCK=SAMPLES, enable_fp_fusion=True,
             )  # fmt: skip
-        return weights, light, opacity, accumulated
+        return weights, transmittance, opacity, accumulated
 
     def blend_backward(
         self,
@@ -141,7 +142,7 @@ class Loops:
         values: Tensor,
         offsets: Tensor,
         weights: Tensor,
-        light: Tensor,
+        transmittance: Tensor,
         grads: tuple[Tensor, Tensor, Tensor],
     ) -> tuple[Tensor, Tensor]:
         """See `autograd.Loops.blend_backward`."""
@@ -149,7 +150,7 @@ class Loops:
         g_sigma, g_values = torch.zeros_like(weights), torch.zeros_like(values)
         if rays:
             triton_kernels.blend_backward[(rays,)](
-                dt, values, offsets, weights, light, *grads, g_sigma, g_values, C=channels, CP=_power(channels),
+                dt, values, offsets, weights, transmittance, *grads, g_sigma, g_values, C=channels, CP=_power(channels),
                 BLOCK=SAMPLES, enable_fp_fusion=True,
             )  # fmt: skip
         return g_sigma, g_values
@@ -159,7 +160,7 @@ ATOMIC, FIXED_POINT = Loops(), Loops(deterministic=True)
 
 
 def hash_encode(points: Tensor, table: Tensor, spec: GridSpec) -> Tensor:
-    """As `reference.hash_encode`."""
+    """Compute `reference.hash_encode`."""
     loops = FIXED_POINT if torch.are_deterministic_algorithms_enabled() else ATOMIC
     return autograd.hash_encode(loops, points, table, spec)
 
@@ -173,15 +174,15 @@ def march(
     jitter: Tensor | None = None,  # (R,)
     near: float = 0.0,
     far: float = math.inf,
-    room: int | None = None,
+    capacity: int | None = None,
 ) -> Samples:
-    """As `reference.march`, sample for sample; with ``room`` the device is never waited for."""
+    """Compute `reference.march`, sample for sample; with a ``capacity`` the host does not wait for the device."""
     check_march(origins, directions, occupancy, step)
     rays, cells = origins.shape[0], occupancy.shape[0]
     jitter = origins.new_full((rays,), 0.5) if jitter is None else jitter
-    setting = _numbers((step, near, far), origins.dtype, origins.device)
+    scalars = _numbers((step, near, far), origins.dtype, origins.device)
     inputs = (origins.contiguous(), directions.contiguous(), occupancy.contiguous().view(torch.uint8))
-    inputs += (jitter.contiguous(), setting)
+    inputs += (jitter.contiguous(), scalars)
     offsets = torch.zeros(rays + 1, dtype=torch.int64, device=origins.device)
 
     def run(write: bool, *samples: Tensor) -> None:
@@ -190,18 +191,18 @@ def march(
                 *inputs, offsets, *samples, rays, cells, WRITE=write, BLOCK=RAYS, enable_fp_fusion=False
             )
 
-    run(False, offsets, setting, setting)
+    run(False, offsets, scalars, scalars)
     offsets = offsets.cumsum(0)
-    count = int(offsets[-1]) if room is None else room
-    if room is not None:
-        offsets.clamp_(max=room)
+    count = int(offsets[-1]) if capacity is None else capacity
+    if capacity is not None:
+        offsets.clamp_(max=capacity)
     ray_index = torch.zeros(count, dtype=torch.int64, device=origins.device)
     points, t = origins.new_zeros(count, 3), origins.new_zeros(count)
     if count:
         run(True, ray_index, points, t)
     dt = torch.full_like(t, step)
-    if room is not None:
-        dt *= torch.arange(room, device=t.device) < offsets[-1]
+    if capacity is not None:
+        dt *= torch.arange(capacity, device=t.device) < offsets[-1]
     return Samples(ray_index, points, t, dt, offsets)
 
 
@@ -212,5 +213,5 @@ def composite(
     offsets: Tensor,  # (R + 1,)
     threshold: float = TERMINATION,
 ) -> Composite:
-    """As `reference.composite`."""
+    """Compute `reference.composite`."""
     return autograd.composite(ATOMIC, sigma, dt, values, offsets, threshold)

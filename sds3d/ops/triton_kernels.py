@@ -1,9 +1,9 @@
 """The programs of `triton_gpu`.
 
-Names in capitals are constants of the compiled code; everything is computed in the points' or the rays' own dtype.
+Names in capitals are compile-time constants. Everything is computed in the dtype of the points or rays.
 """
 
-# Triton's language only looks like Python: constants are plain numbers, and loops over static_range are unrolled.
+# pyright reads Triton's language as Python; but its constants are plain numbers and static_range loops are unrolled.
 # pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportPossiblyUnboundVariable=false
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ import triton.language as tl
 
 @triton.jit
 def touch(out):
-    """The smallest kernel: shows that kernels can be launched at all."""
+    """Store one number: the smallest kernel, which shows that a launch works."""
     tl.store(out, 1.0)
 
 
 @triton.jit
 def _axis(points, n, live, axis: tl.constexpr, scale):
-    """Grid cell (uint32) below each point along an axis, and the fraction beyond it. NaN reads as 0."""
+    """Return each point's grid cell (uint32) along an axis, and its fraction inside the cell. NaN reads as 0."""
     x = tl.load(points + 3 * n + axis, mask=live, other=0.0)
     x = tl.where(x > 0, x, 0.0)
     x = tl.where(x < 1, x, 1.0)
@@ -31,7 +31,7 @@ def _axis(points, n, live, axis: tl.constexpr, scale):
 
 @triton.jit
 def _block(points, count, scales, levels, BLOCK: tl.constexpr):
-    """This program's points: index, whether there is one, the level's scale, its cell (see `_entry`), fractions."""
+    """Return this program's points: index, mask, the level's scale, cell (see `_entry`), fractions x, y, z."""
     n = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
     live, level, row = n < count, tl.program_id(1), levels + 5 * tl.program_id(1)
     scale = tl.load(scales + level)
@@ -44,8 +44,8 @@ def _block(points, count, scales, levels, BLOCK: tl.constexpr):
 
 @triton.jit
 def _entry(k: tl.constexpr, cell):
-    """Row of the table (int64) of a cell's corner k. A cell is its x, y, z; and of its level: strides of y and z,
-    size, first entry, 1 if dense."""
+    """Return the table's row (int64) of corner k of a cell. A cell is: x, y, z; then, of its level, the strides of y
+    and z, size, first entry, 1 if dense."""
     x, y, z, sy, sz, size, first, dense = cell
     x, y, z = x + (k & 1), (y + (k >> 1 & 1)) * sy, (z + (k >> 2)) * sz
     line = x + y + z
@@ -56,7 +56,7 @@ def _entry(k: tl.constexpr, cell):
 
 @triton.jit
 def _weight(k: tl.constexpr, fx, fy, fz, vx, vy, vz, ALONG: tl.constexpr):
-    """Trilinear weight of corner k, or its change as the point moves with velocity v."""
+    """Return the trilinear weight of corner k, or, with ALONG, its derivative along (vx, vy, vz)."""
     wx = fx if k & 1 else 1 - fx
     wy = fy if k & 2 else 1 - fy
     wz = fz if k & 4 else 1 - fz
@@ -69,8 +69,8 @@ def _weight(k: tl.constexpr, fx, fy, fz, vx, vy, vz, ALONG: tl.constexpr):
 
 
 @triton.jit
-def _velocity(along, n, live, scale, ALONG: tl.constexpr):
-    """The points' velocity, in cells along each axis; nothing where they stand still."""
+def _direction(along, n, live, scale, ALONG: tl.constexpr):
+    """Return the direction (vx, vy, vz) of the derivative at each point, in cells; zeros without ALONG."""
     vx, vy, vz = 0.0, 0.0, 0.0
     if ALONG:
         vx = tl.load(along + 3 * n, mask=live, other=0.0) * scale
@@ -84,10 +84,10 @@ def gather(
     points, along, table, scales, levels, out, count, width, F: tl.constexpr, FP: tl.constexpr,
     ALONG: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """out (N, L F) = sum over corners of weight * table."""
+    """Set out (N, L F) to the sum of weight * table over the corners."""
     n, live, scale, cell, fx, fy, fz = _block(points, count, scales, levels, BLOCK)
     f = tl.arange(0, FP)
-    vx, vy, vz = _velocity(along, n, live, scale, ALONG)
+    vx, vy, vz = _direction(along, n, live, scale, ALONG)
     mask = live[:, None] & (f < F)[None, :]
     total = tl.zeros((BLOCK, FP), dtype=scale.dtype)
     for k in tl.static_range(8):
@@ -104,30 +104,30 @@ def scatter(
     points, along, grad, scales, levels, factor, out, count, width, F: tl.constexpr, FP: tl.constexpr,
     ALONG: tl.constexpr, FIXED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """out (entries, F) += weight * grad (N, L F); with FIXED in whole numbers of 1 / factor."""
+    """Add weight * grad (N, L F) to out (entries, F); with FIXED as whole multiples of 1 / factor."""
     n, live, scale, cell, fx, fy, fz = _block(points, count, scales, levels, BLOCK)
     f = tl.arange(0, FP)
-    vx, vy, vz = _velocity(along, n, live, scale, ALONG)
+    vx, vy, vz = _direction(along, n, live, scale, ALONG)
     mask = live[:, None] & (f < F)[None, :]
     place = grad + (n * width + tl.program_id(1) * F)[:, None] + f[None, :]
     incoming = tl.load(place, mask=mask, other=0.0).to(scale.dtype)
-    mask = mask & (incoming != 0)  # rows that belong to no ray all lie at one place: nobody waits for their zeros
+    mask = mask & (incoming != 0)  # padding rows all lie at one point: their atomics would wait for each other
     for k in tl.static_range(8):
         entry = _entry(k, cell)
-        share = _weight(k, fx, fy, fz, vx, vy, vz, ALONG)[:, None] * incoming
+        part = _weight(k, fx, fy, fz, vx, vy, vz, ALONG)[:, None] * incoming
         target = out + entry[:, None] * F + f[None, :]
         if FIXED:
-            whole = tl.floor(share.to(tl.float64) * tl.load(factor) + 0.5).to(tl.int64)
+            whole = tl.floor(part.to(tl.float64) * tl.load(factor) + 0.5).to(tl.int64)
             tl.atomic_add(target, whole, mask=mask, sem="relaxed")
         else:
-            tl.atomic_add(target, share, mask=mask, sem="relaxed")
+            tl.atomic_add(target, part, mask=mask, sem="relaxed")
 
 
 @triton.jit
 def point_gradient(
     points, grad, table, scales, levels, out, count, width, F: tl.constexpr, FP: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """out (L, N, 3) = each level's part of the gradient in the points."""
+    """Set out (L, N, 3) to each level's part of the points' gradient."""
     n, live, scale, cell, fx, fy, fz = _block(points, count, scales, levels, BLOCK)
     f = tl.arange(0, FP)
     mask = live[:, None] & (f < F)[None, :]
@@ -154,7 +154,7 @@ def point_gradient(
 
 @triton.jit
 def _exact_quotient(a, b):
-    """a / b as IEEE rounds it: in float32 a plain division is an ulp or two off."""
+    """Return a / b rounded as IEEE 754 requires; Triton's float32 division is off by an ulp or two."""
     if a.dtype == tl.float32:
         quotient = tl.div_rn(a, b)
     else:
@@ -164,7 +164,8 @@ def _exact_quotient(a, b):
 
 @triton.jit
 def _slab(origins, directions, ray, live, axis: tl.constexpr, start, stop):
-    """Narrow a ray's interval to the box along one axis; (1, 0) where it misses or holds a NaN."""
+    """Clip a ray's interval to the box along one axis. Return origin, direction and the interval, which is empty
+    (start > stop) if the ray misses or holds a NaN."""
     o = tl.load(origins + 3 * ray + axis, mask=live, other=0.0)
     d = tl.load(directions + 3 * ray + axis, mask=live, other=1.0)
     still = d == 0
@@ -179,20 +180,23 @@ def _slab(origins, directions, ray, live, axis: tl.constexpr, start, stop):
 
 @triton.jit
 def _cell(x, cells):
-    """Index of the occupancy cell along an axis."""
+    """Return the index of the occupancy cell along an axis."""
     place = tl.maximum((x + 1) * (cells * 0.5), 0.0)
     return tl.minimum(place, cells * 1.0 - 1.0).to(tl.int32)
 
 
 @triton.jit
 def march(
-    origins, directions, occupancy, jitter, setting, offsets, ray_index, points, t, rays, cells,
+    origins, directions, occupancy, jitter, scalars, offsets, ray_index, points, t, rays, cells,
     WRITE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Count the samples of every ray into offsets[1:], or write them at offsets[:-1]."""
+    """Count the samples of every ray into offsets[1:], or, with WRITE, write the samples at offsets[:-1].
+
+    scalars: (step, near, far) in the rays' dtype.
+    """
     ray = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
     live = ray < rays
-    step, near, far = tl.load(setting), tl.load(setting + 1), tl.load(setting + 2)
+    step, near, far = tl.load(scalars), tl.load(scalars + 1), tl.load(scalars + 2)
     shift = tl.load(jitter + ray, mask=live, other=0.5)
     start, stop = near + 0 * shift, far + 0 * shift
     ox, dx, start, stop = _slab(origins, directions, ray, live, 0, start, stop)
@@ -200,7 +204,7 @@ def march(
     oz, dz, start, stop = _slab(origins, directions, ray, live, 2, start, stop)
     hit = live & (stop > start) & (stop < float("inf"))
     reach = tl.where(hit, stop - start, 0.0)
-    steps = (tl.max(reach, axis=0) / step).to(tl.int32) + 2  # of the block's longest way through the box
+    steps = (tl.max(reach, axis=0) / step).to(tl.int32) + 2  # of the block's longest interval
     place = tl.zeros((BLOCK,), dtype=tl.int64)
     if WRITE:
         place, end = tl.load(offsets + ray, mask=live, other=0), tl.load(offsets + ray + 1, mask=live, other=0)
@@ -226,17 +230,17 @@ def march(
 
 @triton.jit
 def _absorbed(depth):
-    """1 - exp(-depth) without cancellation."""
+    """Return 1 - exp(-depth) without cancellation."""
     series = depth * (1 - depth / 2 * (1 - depth / 3 * (1 - depth / 4 * (1 - depth / 5))))
     return tl.where(depth < 0.01, series, 1 - tl.exp(-depth))
 
 
 @triton.jit
 def blend(
-    sigma, dt, values, offsets, limit, weights, light, opacity, accumulated, C: tl.constexpr, CP: tl.constexpr,
+    sigma, dt, values, offsets, limit, weights, transmittance, opacity, accumulated, C: tl.constexpr, CP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Weights (S,), light behind each sample (S,), both 0 before, opacity (R,) and accumulated values (R, C)."""
+    """Compute weights (S,) and transmittance behind each sample (S,), both 0 before, opacity (R,), sums (R, C)."""
     ray = tl.program_id(0).to(tl.int64)
     first, end = tl.load(offsets + ray), tl.load(offsets + ray + 1)
     threshold, c = tl.load(limit), tl.arange(0, CP)
@@ -245,7 +249,7 @@ def blend(
     while (first < end) & (tl.exp(-before) >= threshold):
         s = first + tl.arange(0, BLOCK)
         live = s < end
-        follows = live & (s > first)  # the sums before each sample, not after: a density may be infinite
+        follows = live & (s > first)  # sum the depths before each sample; subtracting its own fails if it is infinite
         depth = tl.load(sigma + s, mask=live, other=0.0) * tl.load(dt + s, mask=live, other=0.0)
         last = tl.load(sigma + s - 1, mask=follows, other=0.0) * tl.load(dt + s - 1, mask=follows, other=0.0)
         passed = before + tl.cumsum(last, axis=0)
@@ -253,7 +257,7 @@ def blend(
         lit = reaching >= threshold
         weight = tl.where(lit, reaching * _absorbed(depth), 0.0)
         tl.store(weights + s, weight, mask=live)
-        tl.store(light + s, tl.where(lit, tl.exp(-(passed + depth)), 0.0), mask=live)
+        tl.store(transmittance + s, tl.where(lit, tl.exp(-(passed + depth)), 0.0), mask=live)
         if C > 0:
             mask = (live & lit)[:, None] & (c < C)[None, :]
             rows = tl.load(values + s[:, None] * C + c[None, :], mask=mask, other=0.0)
@@ -268,10 +272,10 @@ def blend(
 
 @triton.jit
 def blend_backward(
-    dt, values, offsets, weights, light, in_weights, in_opacity, in_accumulated, g_sigma, g_values, C: tl.constexpr,
-    CP: tl.constexpr, BLOCK: tl.constexpr,
+    dt, values, offsets, weights, transmittance, in_weights, in_opacity, in_accumulated, g_sigma, g_values,
+    C: tl.constexpr, CP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """dL/dsigma_k = dt_k (T_{k+1} g_k - sum_{i>k} w_i g_i), g_i the whole gradient in w_i; from the far end."""
+    """Compute dL/dsigma_k = dt_k (T_{k+1} g_k - sum_{i>k} w_i g_i), g_i the total gradient in w_i, from the far end."""
     ray = tl.program_id(0).to(tl.int64)
     begin, end = tl.load(offsets + ray), tl.load(offsets + ray + 1)
     c = tl.arange(0, CP)
@@ -289,9 +293,9 @@ def blend_backward(
             rows = tl.load(values + s[:, None] * C + c[None, :], mask=mask, other=0.0)
             g += tl.sum(rows * colour[None, :], axis=1)
             tl.store(g_values + s[:, None] * C + c[None, :], weight[:, None] * colour[None, :], mask=mask)
-        share = weight * g
-        suffix = tl.cumsum(share, axis=0, reverse=True)
-        step, past = tl.load(dt + s, mask=live, other=0.0), tl.load(light + s, mask=live, other=0.0)
-        tl.store(g_sigma + s, step * (past * g - (behind + suffix - share)), mask=live)
-        behind += tl.sum(share, axis=0)
+        part = weight * g
+        suffix = tl.cumsum(part, axis=0, reverse=True)
+        step, past = tl.load(dt + s, mask=live, other=0.0), tl.load(transmittance + s, mask=live, other=0.0)
+        tl.store(g_sigma + s, step * (past * g - (behind + suffix - part)), mask=live)
+        behind += tl.sum(part, axis=0)
         end -= BLOCK

@@ -24,7 +24,7 @@ from sds3d.runtime.modes import training
 from sds3d.runtime.ramp import Ramp
 from sds3d.runtime.ranges import shown
 from sds3d.students.base import outsized
-from sds3d.students.generator import FewStepGenerator, GeneratorConfig, begun_at, images
+from sds3d.students.generator import FewStepGenerator, GeneratorConfig, generator_times, images
 from sds3d.teachers import small
 from sds3d.teachers.base import DTYPES, HFConfig, TeacherConfig
 from sds3d.teachers.hf import generator as hf
@@ -310,7 +310,7 @@ def _times(teacher: SmallTeacher | DiffusersTeacher, config: GeneratorConfig, te
             teacher.family, teacher.levels, teacher.family.pipe.scheduler, config.steps
         ), 1.0
     if text is None:
-        return begun_at(teacher, config)
+        return generator_times(teacher, config)
     most = float(teacher.levels.count) if isinstance(teacher, DiffusersTeacher) else 1.0
     numbers = torch.tensor(convert(tuple[float, ...], from_json(text), "times"), dtype=torch.float64)
     falls = bool((numbers.diff() < 0).all()) and bool(((numbers > 0) & (numbers <= most)).all())

@@ -25,8 +25,8 @@ from sds3d.runtime.distributed import Processes, join
 from sds3d.runtime.errors import Diverged
 from sds3d.runtime.files import is_own
 from sds3d.runtime.modes import training
-from sds3d.students.scene.edit import EditedScene
-from sds3d.students.scene.student import SceneStudent
+from sds3d.students.edit import EditedScene
+from sds3d.students.representation import Scene
 from sds3d.teachers.base import Teacher
 from sds3d.train import Step, make_optimiser, train
 
@@ -170,7 +170,7 @@ class _Parts:
         self.student = build.build_student(config, self.teacher, processes)
         self.critic = build.build_critic(config, self.teacher, processes)
         self.objective = build.build_objective(config, self.teacher, self.critic)
-        self.source: SceneStudent | None = None
+        self.source: Scene | None = None
         if self.kind.seen_by_cameras and config.source.run:
             self.source = Asset.open(config.source.run, config.device, getattr(config, "backend", "auto")).scene
         if "source" in config.method.NEEDS and not self.kind.has_source(config):
@@ -199,7 +199,7 @@ class _Parts:
         """The training loop."""
         student = self.student
         if self.source is not None:
-            assert isinstance(student, SceneStudent), student
+            assert isinstance(student, Scene), student
             student = EditedScene(student, self.source)
         steps = train(
             student,
@@ -301,4 +301,4 @@ def prepare(config: RunConfig, home: Path | None = None) -> Iterator[int]:
                     f"the run's pairs are gone from {folder}, and resume makes new ones in {home} only: restore them"
                 )
             yield from generator_parts.make_pairs(distilled, teacher)
-        processes.wait()
+        processes.barrier()

@@ -26,10 +26,11 @@ from sds3d.distill.critics import CriticConfig, Trainable, TrainedCritic
 from sds3d.runs import build, scene_parts
 from sds3d.runs.memory_savings import is_pipeline
 from sds3d.runtime.device import pick_device
-from sds3d.runtime.memory import Meter, held, hollow
+from sds3d.runtime.memory import Meter, tensor_bytes, use_fake_tensors
 from sds3d.students.base import Draw
+from sds3d.students.representation import Shading
 from sds3d.students.scene.field import FieldConfig
-from sds3d.students.scene.render import RenderOptions, Shading, render
+from sds3d.students.scene.render import RenderOptions, render
 from sds3d.students.scene.sample_budget import CPU_BYTES, rays_within
 from sds3d.students.scene.student import RenderConfig
 from sds3d.teachers import small
@@ -99,7 +100,7 @@ class FakeTeacher:
     @property
     def parts(self) -> dict[str, int]:
         """Bytes of each network."""
-        return {name: held(part) for name, part in self.modules.items()}
+        return {name: tensor_bytes(part) for name, part in self.modules.items()}
 
 
 def find_machine(device: str, gigabytes: float | None = None) -> Machine:
@@ -210,7 +211,7 @@ def _load(settings: TeacherConfig, dtype: torch.dtype) -> FakeTeacher:
         pipeline, encoders = sketch.draw(settings, dtype)
         modules = {"network": pipeline.family.network, "VAE": pipeline.family.vae}
         present = {name: module for name, module in modules.items() if module is not None}
-        return FakeTeacher(pipeline, present, held(*encoders))
+        return FakeTeacher(pipeline, present, tensor_bytes(*encoders))
     exact = dataclasses.replace(settings, dtype=str(dtype).removeprefix("torch."), compile=False)
     teacher = load_teacher(exact, "cpu")
     assert isinstance(teacher, SmallTeacher), type(teacher)
@@ -222,7 +223,7 @@ def _fake_teacher(settings: TeacherConfig, dtype: torch.dtype) -> FakeTeacher:
     fake = _load(settings, dtype)
     with fake.mode:
         for module in fake.modules.values():
-            hollow(module)
+            use_fake_tensors(module)
     return fake
 
 
@@ -257,7 +258,7 @@ def _critic(settings: TeacherConfig, dtype: torch.dtype, config: CriticConfig, v
     critic = TrainedCritic(fake.teacher, config, torch.Generator().manual_seed(0))
     with fake.mode:
         for module in (*fake.modules.values(), *critic.parts()):
-            hollow(module)
+            use_fake_tensors(module)
         x, t, prompts, cameras = _noisy(fake, views)
         with Meter() as answer, torch.no_grad():
             critic.predict(x, t, prompts, cameras, None)
@@ -347,4 +348,4 @@ def _probe(grid: FieldConfig, samples: int, shading: str, normals: bool, fractio
         assert out.trace is not None, "gradients are on"
         kept, count = meter.live, len(out.trace.samples.t)
         out.rgb.sum().backward()
-    return kept / count, (meter.peak - held(scene.field)) / count
+    return kept / count, (meter.peak - tensor_bytes(scene.field)) / count

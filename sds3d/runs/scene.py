@@ -16,7 +16,6 @@ from torch import Tensor
 from sds3d.cameras import Cameras, Poses, orbit
 from sds3d.config import load as configs
 from sds3d.config.load import Config
-from sds3d.config.typed import check
 from sds3d.export import formats
 from sds3d.export.model import stand
 from sds3d.export.pipeline import Export
@@ -28,7 +27,7 @@ from sds3d.runtime.distributed import Processes
 from sds3d.runtime.files import user_path
 from sds3d.runtime.modes import require_own_process, training
 from sds3d.students.base import Particles, outsized
-from sds3d.students.scene.student import SceneStudent
+from sds3d.students.representation import Scene
 
 if TYPE_CHECKING:
     import PIL.Image
@@ -48,9 +47,9 @@ class Asset:
     Attributes:
         path (Path): the run folder.
         config (Config): the run's settings.
-        student (SceneStudent | Particles): the run's student: the scene, or all particles.
+        student (Scene | Particles): the run's student: the scene, or all particles.
         particle (int): the index of this asset's scene among the particles.
-        scene (SceneStudent): this asset's scene.
+        scene (Scene): this asset's scene.
     """
 
     PAGE: ClassVar[report.PageFacts] = report.PageFacts(
@@ -64,10 +63,10 @@ class Asset:
         film_size=lambda config: config.export.size,
     )
 
-    def __init__(self, run: Run, config: Config, student: SceneStudent | Particles, particle: int = 0):
+    def __init__(self, run: Run, config: Config, student: Scene | Particles, particle: int = 0):
         self.run, self.config, self.student, self.particle = run, config, student, particle
         scene = student.students[particle] if isinstance(student, Particles) else student
-        assert isinstance(scene, SceneStudent), scene
+        assert isinstance(scene, Scene), scene
         self.scene = scene
 
     @classmethod
@@ -108,8 +107,8 @@ class Asset:
 
     @property
     def kernels(self) -> str:
-        """The device and the backend that render the scene, for display."""
-        return f"{self.scene.device}, {self.scene.field.backend}"
+        """The device and the kernels that render the scene, for display."""
+        return f"{self.scene.device}, {self.scene.kernels}"
 
     def picture(self) -> Tensor:
         """Return four views for a progress picture, or one per particle, (B, 3, H, W) in [0, 1]."""
@@ -158,14 +157,13 @@ class Asset:
         Args:
             tell: called with the name of the present task, and the fraction of it that is done, 0 to 1.
             up, height: the orientation and height of the mesh; see `export`.
-            changed: settings of ``export`` that replace the config's, as ``mesh_resolution=256``.
+            changed: settings of ``export.mesh`` that replace the config's, as ``resolution=256``.
 
         Raises:
             ValueError: a setting is out of its range.
         """
         require_own_process()
-        config, settings = self.config, dataclasses.replace(self.config.export, **changed)
-        check(settings, "export")
+        config, settings = self.config, dataclasses.replace(self.config.export.mesh, **changed)
         lit = config.render.shading == "albedo"  # without shading, the colours contain the light that the teacher drew
         card = {
             "prompt": config.prompt,
@@ -176,10 +174,10 @@ class Asset:
             "version": version("sds3d"),
             "light_baked": lit,
         }
-        pixels = min(settings.size, Source.pixels)
-        detail = 2 / config.field.finest  # a cell of the finest grid
-        source = Source(self.scene.density, self.scene.colours, self._on_white, self.scene.device, detail, pixels)
-        return Export(source, settings.surface(), settings.look(), card, lit, tell, up, height)
+        pixels = min(config.export.size, Source.pixels)
+        scene = self.scene
+        source = Source(scene.density, scene.colours, self._on_white, scene.device, scene.detail, pixels)
+        return Export(source, settings, card, lit, tell, up, height)
 
     def _on_white(self, cameras: Cameras, size: int) -> tuple[Tensor, Tensor]:
         """Render images (B, 3, H, H) on white, and opacity (B, 1, H, H)."""
@@ -195,7 +193,7 @@ class Asset:
         Raises:
             ValueError: nothing is dense enough to have a surface.
         """
-        changed: dict[str, Any] = {} if resolution is None else {"mesh_resolution": resolution}
+        changed: dict[str, Any] = {} if resolution is None else {"resolution": resolution}
         return formats.to_trimesh(self.exporter(**changed).model("vertex"))
 
     def export(self, path: str | Path, up: str | None = None, height: float | None = None) -> Path:

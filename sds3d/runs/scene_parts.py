@@ -16,6 +16,7 @@ from sds3d.runs.memory_savings import Saving, of_pipeline
 from sds3d.runtime.device import pick_device
 from sds3d.runtime.distributed import Processes
 from sds3d.students.base import Particles
+from sds3d.students.representation import Scene
 from sds3d.students.scene.student import BACKGROUNDS, SceneConfig, SceneStudent
 from sds3d.teachers.base import HasVocabulary, Teacher, views_per_set
 from sds3d.teachers.hf import loading
@@ -60,7 +61,7 @@ def further_prompts(config: Config) -> list[tuple[str, str]]:
     return [(f"on {name}: ", f"{config.prompt} on a {name} background") for name in list(BACKGROUNDS)[1:]]
 
 
-def build_student(config: Config, teacher: Teacher | None, processes: Processes) -> SceneStudent | Particles:
+def build_student(config: Config, teacher: Teacher | None, processes: Processes) -> Scene | Particles:
     """Build a new scene, or one for each of the method's particles. The same seed builds the same scenes."""
     rng = torch.Generator().manual_seed(2 * config.seed + 1)  # the training loop's seed is 2 * seed
     if config.particles == 1:

@@ -1,1 +1,1 @@
-"""The machine beneath: devices, memory, processes, files, and small types that every room needs."""
+"""Devices, memory, processes and files, and the small types that all other packages use."""

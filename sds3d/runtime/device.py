@@ -1,25 +1,29 @@
-"""Where a run computes: the device that a setting names, if it is here and computes."""
+"""The choice of the torch device."""
 
 from __future__ import annotations
 
 import torch
 
 
-def pick_device(wanted: str) -> torch.device:
-    """ "auto" is CUDA where there is one. Raises ValueError for a device that is not here."""
-    if wanted == "auto":
+def pick_device(name: str) -> torch.device:
+    """Return the device of this name; "auto" is CUDA if it is available, else the CPU.
+
+    Raises:
+        ValueError: torch cannot compute on this device.
+    """
+    if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        device = torch.device(wanted)
-        torch.zeros(1, device=device).item()  # which meta, where nothing is computed, cannot give
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()  # fails on the meta device, which has no values
         if device.type == "cuda" and device.index is not None:
-            torch.cuda.set_device(device)  # kernels and events go to the current one
+            torch.cuda.set_device(device)  # kernels and events use the current device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        wanted = wanted if len(wanted) < 60 else f"{wanted[:50]} ..."
-        if wanted.startswith("cuda"):
+        name = name if len(name) < 60 else f"{name[:50]} ..."
+        if name.startswith("cuda"):
             raise ValueError(
-                f"device {wanted!r} is not usable here: torch {torch.__version__} sees no such GPU; give "
+                f"device {name!r} is not usable here: torch {torch.__version__} sees no such GPU; give "
                 "device=cpu (--device cpu), or install torch's CUDA build"
             ) from error
-        raise ValueError(f"device {wanted!r} is not usable here; give auto, cpu or cuda") from error
+        raise ValueError(f"device {name!r} is not usable here; give auto, cpu or cuda") from error
     return device

@@ -1,9 +1,12 @@
-"""One batch over several processes (torchrun): each draws the whole batch's chances and keeps its own rows.
+"""One batch over several processes (torchrun).
 
-So every process has the same random stream, and the same batch gives the same steps however many share it, but for the
-order in which gradients are summed. Each process keeps all weights, and `Processes.average` averages the gradients (as
-DDP does), or a part of every weight, its gradient and its optimiser's state (FSDP2: torch's fully_shard, which gathers
-a block's weights when it runs, and averages the gradients itself).
+Every process draws the random numbers of the whole batch and keeps its own rows. So all processes have the same random
+stream, and the steps do not depend on the number of processes, except for the order in which gradients are summed.
+
+There are two ways to hold the weights. Without sharding each process keeps all weights, and
+`Processes.average_gradients` averages their gradients, as DDP does. With sharding (FSDP2, torch's fully_shard) each
+process keeps a part of every weight, of its gradient and of its optimiser state; FSDP gathers a block's weights when
+the block runs, and averages the gradients itself.
 """
 
 from __future__ import annotations
@@ -21,61 +24,66 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Processes:
-    """A process's part of every batch.
+    """The process group of a run, and this process's part of every batch.
 
     Args:
-        rank: of this process, from 0.
-        world_size: how many processes there are.
-        sharded: whether each keeps only a part of the weights that are trained (FSDP).
+        rank: index of this process, from 0.
+        world_size: number of processes.
+        sharded: whether each process keeps only a part of the trained weights (FSDP).
     """
 
     rank: int = 0
     world_size: int = 1
     sharded: bool = False
 
-    def of(self, whole: int) -> int:
-        """Rows of this process in a batch of ``whole``. Raises ValueError where it cannot be shared evenly."""
-        if whole % self.world_size:
-            raise ValueError(
-                f"a batch of {whole} cannot be shared by {self.world_size} processes; give a multiple of that"
-            )
-        return whole // self.world_size
+    def local_batch(self, batch: int) -> int:
+        """Return how many rows of a batch this process has.
 
-    def rows(self, whole: Tensor) -> Tensor:
-        """This process's rows of something drawn for the whole batch."""
-        return whole.chunk(self.world_size)[self.rank] if self.world_size > 1 else whole
+        Raises:
+            ValueError: the batch is not a multiple of the number of processes.
+        """
+        if batch % self.world_size:
+            raise ValueError(
+                f"a batch of {batch} cannot be shared by {self.world_size} processes; give a multiple of that"
+            )
+        return batch // self.world_size
+
+    def rows(self, batch: Tensor) -> Tensor:
+        """Return this process's rows of a tensor drawn for the whole batch."""
+        return batch.chunk(self.world_size)[self.rank] if self.world_size > 1 else batch
 
     def randn(self, shape: tuple[int, ...], rng: torch.Generator, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Normal noise for this process's rows, ``shape``."""
-        return self.rows(torch.randn(self._all(shape), generator=rng, device=rng.device, dtype=dtype))
+        """Draw normal noise of ``shape`` for this process's rows."""
+        return self.rows(torch.randn(self._whole(shape), generator=rng, device=rng.device, dtype=dtype))
 
     def rand(self, shape: tuple[int, ...], rng: torch.Generator) -> Tensor:
-        """Numbers in [0, 1) for this process's rows, ``shape``."""
-        return self.rows(torch.rand(self._all(shape), generator=rng, device=rng.device))
+        """Draw numbers in [0, 1) of ``shape`` for this process's rows."""
+        return self.rows(torch.rand(self._whole(shape), generator=rng, device=rng.device))
 
     def randint(self, high: int, count: int, rng: torch.Generator) -> Tensor:
-        """Whole numbers below ``high`` for this process's ``count`` rows."""
+        """Draw integers in [0, high) for this process's ``count`` rows."""
         return self.rows(torch.randint(high, (count * self.world_size,), generator=rng))
 
-    def _all(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+    def _whole(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the shape for the whole batch."""
         return (shape[0] * self.world_size, *shape[1:])
 
-    def wait(self) -> None:
-        """Until every process is here."""
+    def barrier(self) -> None:
+        """Wait until every process has called this."""
         if self.world_size > 1:
             dist.barrier()
 
-    def agree(self, wish: bool) -> bool:
-        """Whether any process wishes it; every process gets the same answer."""
+    def any_process(self, flag: bool) -> bool:
+        """Return, in every process, whether the flag of any process is true."""
         if self.world_size == 1:
-            return wish
-        wishes = torch.tensor(float(wish))
-        dist.all_reduce(wishes)
-        return bool(wishes > 0)
+            return flag
+        flags = torch.tensor(float(flag))
+        dist.all_reduce(flags)
+        return bool(flags > 0)
 
     @torch.no_grad()
-    def average(self, parameters: Iterable[Tensor]) -> None:
-        """Give every process the mean of all processes' gradients. FSDP has done that to sharded ones."""
+    def average_gradients(self, parameters: Iterable[Tensor]) -> None:
+        """Set the gradients to their mean over all processes. Does nothing if sharded, as FSDP has done it."""
         if self.world_size == 1 or self.sharded:
             return
         grads = [p.grad for p in parameters if p.grad is not None]
@@ -86,11 +94,11 @@ class Processes:
             grad.copy_(mean.view_as(grad))
 
     def shard(self, module: nn.Module) -> None:
-        """Leave this process its part of a module's weights, where weights are shared; before its optimiser is made.
+        """Shard a module's weights over the processes if ``sharded``. Call it before building the optimiser.
 
-        The module cannot be copied any more. All processes must run it together, and together ask for its state_dict(),
-        which is the same as without sharding in the first of them and holds None in the others; load_state_dict() takes
-        the whole weights.
+        Afterwards the module cannot be copied. All processes must run it together, and must call state_dict() together.
+        In rank 0 state_dict() returns the whole weights, as without sharding; in the others it holds None.
+        load_state_dict() takes the whole weights.
         """
         if not self.sharded:
             return
@@ -99,14 +107,14 @@ class Processes:
 
         device = next(module.parameters()).device.type
         mesh = init_device_mesh(device, (self.world_size,))
-        # FSDP takes no other memory format, which torch's own types of Module.to leave out
+        # FSDP requires this memory format; the type hints of Module.to do not know the argument
         module.to(memory_format=torch.contiguous_format)  # pyright: ignore[reportCallIssue]
         lists = [part for part in module.modules() if isinstance(part, nn.ModuleList)]
         blocks = [part for parts in reversed(lists) for part in parts if not isinstance(part, nn.ModuleList)]
         for part in (*(block for block in blocks if any(block.children())), module):
-            # freed after every pass, or a pass after the next step would find the weights of the one before
+            # free the gathered weights after every pass: else a pass after the next optimiser step would use old ones
             sharded = fully_shard(part, mesh=mesh, reshard_after_forward=True)
-            sharded.set_force_sum_reduction_for_comms(device == "cpu")  # gloo knows no mean
+            sharded.set_force_sum_reduction_for_comms(device == "cpu")  # gloo has no mean reduction
         if hasattr(module, "features"):
             register_fsdp_forward_method(module, "features")
         module.register_state_dict_post_hook(lambda _, state, *rest: state.update(self._gathered(state)))
@@ -116,7 +124,7 @@ class Processes:
         )
 
     def shard_states(self, optimiser: torch.optim.Optimizer) -> None:
-        """Make state_dict() and load_state_dict() of a sharded module's optimiser as those of the module."""
+        """Make an optimiser's state_dict() and load_state_dict() hold whole tensors, as `shard` does for a module."""
         if not self.sharded:
             return
         own = [p for group in optimiser.param_groups for p in group["params"]]
@@ -129,7 +137,7 @@ class Processes:
             groups = [{**group, "foreach": None} for group in state["param_groups"]]
             return {"state": self._gathered(state["state"]), "param_groups": groups}
 
-        # torch updates all plain weights of a GPU at once, and sharded ones one by one where it is not told
+        # By default torch updates plain weights of a GPU all at once, but sharded ones one by one
         many = {"foreach": not optimiser.defaults["fused"]}
         for group in optimiser.param_groups:
             group |= many
@@ -137,21 +145,22 @@ class Processes:
         optimiser.register_load_state_dict_pre_hook(cut)
 
     def _gathered(self, state: Any) -> Any:
-        """A state with whole tensors on the CPU in the place of sharded ones; None in all processes but the first."""
+        """Return a state with sharded tensors replaced by whole ones on the CPU; by None in all ranks but 0."""
         if isinstance(state, dict):
             return {key: self._gathered(value) for key, value in state.items()}
-        whole = self.whole(state)
+        whole = self.full_tensor(state)
         if whole is state:
             return state
         return whole.cpu() if self.rank == 0 else None
 
-    def whole(self, value: Any) -> Any:
-        """What is sharded, put together in every process; anything else as it is."""
+    def full_tensor(self, value: Any) -> Any:
+        """Return the whole tensor of a sharded one, in every process, and any other value as it is."""
         return value.full_tensor() if self.sharded and hasattr(value, "full_tensor") else value
 
 
 def _part(value: Any, like: Tensor) -> Any:
-    """This process's part of a whole tensor, sharded as a parameter of the same shape is; anything else as it is."""
+    """Return this process's part of a whole tensor, sharded like a parameter of the same shape; other values as they
+    are."""
     from torch.distributed.tensor import DTensor, distribute_tensor
 
     if not isinstance(value, Tensor) or value.shape != like.shape:
@@ -161,10 +170,12 @@ def _part(value: Any, like: Tensor) -> Any:
 
 
 def join(sharded: bool = False) -> Processes:
-    """This process: the only one, or as torchrun's environment says; joins the others where it has not yet.
+    """Join the process group that torchrun's environment variables describe, once, and return it.
+
+    Without torchrun this process is the only one.
 
     Args:
-        sharded: see `Processes`; one process alone has nothing to shard.
+        sharded: see `Processes`; ignored for a single process.
     """
     count = int(os.environ.get("WORLD_SIZE", "1"))
     if count == 1:

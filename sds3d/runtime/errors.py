@@ -1,5 +1,5 @@
-"""Errors that more than one part raises."""
+"""Errors that several packages raise."""
 
 
 class Diverged(RuntimeError):
-    """A loss, a gradient or a weight is not finite. What was saved before is good, and is not replaced."""
+    """Raised if a loss, a gradient or a weight is not finite. The last checkpoint is finite and stays."""

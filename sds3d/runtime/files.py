@@ -1,8 +1,8 @@
-"""Whole files or none, and no other files than one's own.
+"""Atomic writes, locks, and careful reading of files.
 
-A file is written beside its target, brought to the disk and renamed, so that nobody ever meets half a file, not even
-after the power failed. What came from elsewhere (a run folder that somebody sent) may be damaged or may hold links:
-`from_json` refuses with a ValueError, `is_own` finds links that lead out of a folder.
+A file is written beside its target, synced to the disk and renamed. So no reader ever sees a partial file, not even
+after a power failure. Files from elsewhere (a run folder that somebody sent) may be damaged or contain links:
+`from_json` raises ValueError for them, and `is_own` detects links that lead out of a folder.
 """
 
 from __future__ import annotations
@@ -19,32 +19,29 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
-
-if TYPE_CHECKING:
-    pass
+from typing import Any, TextIO
 
 try:
     import fcntl
-except ImportError:  # not on Windows, where nobody is kept out
+except ImportError:  # Windows has no fcntl; there locks do nothing
     fcntl = None
 
-DEEPEST = 100  # levels of a JSON file; what goes over its values calls itself, a thousand times at most
-LARGEST = 2**28  # bytes of a text that a user names: some million captions or prompts
+DEEPEST = 100  # nesting levels of a JSON file; code that walks its values recursively stays below Python's limit
+LARGEST = 2**28  # bytes of a text file that a user names: some millions of captions or prompts
 
 
 @contextmanager
 def replacing(path: str | Path, accepted: tuple[str, ...] = ()) -> Iterator[Path]:
-    """Yield a temporary path beside ``path``; it takes ``path``'s place when the block ends without an error.
+    """Yield a temporary path beside ``path``, which replaces ``path`` when the block ends without an error.
 
-    Makes the folder where it is missing. After an error nothing is left behind and an older ``path`` is untouched.
+    Creates the folder if it is missing. After an error the temporary file is removed and an older ``path`` stays.
 
     Args:
         path: the target.
-        accepted: suffixes the target may have, such as (".glb", ".obj"); any if empty.
+        accepted: suffixes that the target may have, such as (".glb", ".obj"); empty accepts any.
 
     Raises:
-        ValueError: the suffix is not accepted, or the disk says no.
+        ValueError: the suffix is not accepted, or the file cannot be written.
     """
     path = Path(path)
     if accepted and path.suffix.lower() not in accepted:
@@ -54,7 +51,7 @@ def replacing(path: str | Path, accepted: tuple[str, ...] = ()) -> Iterator[Path
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(suffix=path.suffix.lower(), prefix=f".{path.stem}-", dir=path.parent)
         temporary = Path(name)
-        _hold(handle)  # while it is open, `sweep` leaves it alone
+        _hold(handle)  # while the handle is open, `sweep` does not remove the file
         yield temporary
         temporary.chmod(0o666 & ~_umask())
         to_disk(temporary)
@@ -70,12 +67,12 @@ def replacing(path: str | Path, accepted: tuple[str, ...] = ()) -> Iterator[Path
 
 @contextmanager
 def replacing_folder(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary folder beside ``path``; it takes ``path``'s place when the block ends without an error.
+    """Yield a temporary folder beside ``path``, which replaces ``path`` when the block ends without an error.
 
-    After an error nothing is left behind and an older ``path`` is untouched.
+    After an error the temporary folder is removed and an older ``path`` stays.
 
     Raises:
-        ValueError: the disk says no.
+        ValueError: the folder cannot be written.
     """
     path, aside, handle = Path(path), None, None
     try:
@@ -96,30 +93,30 @@ def replacing_folder(path: str | Path) -> Iterator[Path]:
         raise ValueError(unwritable(path, error)) from error
     finally:
         if aside is not None:
-            shutil.rmtree(aside, ignore_errors=True)  # which does not follow links
+            shutil.rmtree(aside, ignore_errors=True)  # does not follow links
         if handle is not None:
             os.close(handle)
 
 
 def to_disk(path: Path) -> None:
-    """Wait until a file's content, or a folder's list of names, is on the disk. Raises OSError where it gets none."""
+    """Wait until a file's content, or a folder's list of names, is on the disk. Raise OSError if that fails."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):  # some file systems have it for no folder
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):  # some file systems cannot sync a folder
             raise
     finally:
         os.close(handle)
 
 
 def sweep(folder: Path, stems: str) -> None:
-    """Remove the temporary files and folders that processes left in ``folder`` when they died in `replacing`.
+    """Remove temporary files and folders that processes left in ``folder`` when they died in `replacing`.
 
-    Those of living processes stay, and so does what is a link, or whose name is none that `replacing` gives.
+    Files of living processes, links, and files whose names `replacing` does not produce stay.
 
     Args:
-        stems: a regular expression of the targets' names without suffix.
+        stems: a regular expression that matches the targets' names without suffix.
     """
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
         name = re.fullmatch(rf"\.({stems})-[a-z0-9_]{{8}}(\.\w+)?", path.name)
@@ -129,22 +126,22 @@ def sweep(folder: Path, stems: str) -> None:
             path.unlink(missing_ok=True)
             continue
         target = folder / name[1]
-        if (path / "old").is_dir() and not os.path.lexists(target):  # it died between the two renames
+        if (path / "old").is_dir() and not os.path.lexists(target):  # the process died between the two renames
             (path / "old").rename(target)
         shutil.rmtree(path, ignore_errors=True)
 
 
 def lock(path: Path, busy: str) -> TextIO:
-    """Keep other processes out until the file that this returns is closed, or this process ends, however it ends.
+    """Lock a file against other processes until the returned file is closed or this process ends in any way.
 
-    Where the file system has no locks nobody is kept out, and a warning says so.
+    If the file system has no locks, other processes are not kept out, and a warning says so.
 
     Args:
-        path: the lock's file, made where it is missing; it stays.
-        busy: what to say where another process holds it.
+        path: the lock file, created if it is missing; it is not removed.
+        busy: the error message if another process holds the lock.
 
     Raises:
-        ValueError: another process holds it, it is no file of this folder, or it cannot be written.
+        ValueError: another process holds the lock, or the path is no regular file or cannot be written.
     """
     if os.path.lexists(path) and not stat.S_ISREG(path.lstat().st_mode):
         raise ValueError(f"{path} is no lock file but a link, a folder, a pipe or a device: remove it")
@@ -161,7 +158,7 @@ def lock(path: Path, busy: str) -> TextIO:
         raise ValueError(f"{busy} (by {holder or 'another process'})") from error
     except OSError as error:
         warnings.warn(
-            f"{path.parent} has no locks ({error.strerror}): see to it that no other process works there", stacklevel=2
+            f"{path.parent} has no locks ({error.strerror}): make sure that no other process works there", stacklevel=2
         )
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}")
@@ -170,17 +167,17 @@ def lock(path: Path, busy: str) -> TextIO:
 
 
 def is_own(path: Path, folder: Path) -> bool:
-    """Whether ``path`` is inside ``folder`` wherever links on the way to it lead."""
+    """Return whether ``path`` is inside ``folder`` after links are resolved."""
     return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
 
 
 def user_path(text: str | Path) -> Path:
-    """A path as a user wrote it, with ~ opened. Raises ValueError where it can be none."""
+    """Return a user's path with ~ expanded. Raise ValueError if no file can have this path."""
     try:
         if "\0" in str(text):
             raise ValueError("it has a NUL character")
         path = Path(text).expanduser()
-        path.exists()  # which raises where no file can have the name
+        path.exists()  # raises if no file can have this name
     except RuntimeError as error:
         raise ValueError(f"{str(text)!r:.80} names a user who is not here; give a path") from error
     except (OSError, ValueError) as error:
@@ -190,18 +187,18 @@ def user_path(text: str | Path) -> Path:
 
 
 def read_text(path: Path, largest: int = LARGEST) -> str:
-    """The text of a regular file of at most ``largest`` bytes, in UTF-8.
+    """Return the text of a regular UTF-8 file of at most ``largest`` bytes.
 
     Raises:
-        ValueError: there is no such file; it is a pipe, a device or a folder; it is larger, or not in UTF-8.
+        ValueError: the file does not exist, is a pipe, a device or a folder, is larger, or is not UTF-8.
     """
 
     def at_once(name: str, flags: int) -> int:
-        return os.open(name, flags | getattr(os, "O_NONBLOCK", 0))  # else a pipe is opened when somebody writes to it
+        return os.open(name, flags | getattr(os, "O_NONBLOCK", 0))  # else opening a pipe waits for a writer
 
     try:
         with open(path, "rb", opener=at_once) as file:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):  # which may never end
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):  # reading a device may never end
                 raise ValueError(f"cannot read {path}: it is no regular file")
             data = file.read(largest + 1)
     except OSError as error:
@@ -215,7 +212,7 @@ def read_text(path: Path, largest: int = LARGEST) -> str:
 
 
 def from_json(text: str | bytes) -> Any:
-    """What JSON says. Raises ValueError for anything that is none, or that is nested more than DEEPEST deep."""
+    """Parse JSON. Raise ValueError if it is not JSON, or is nested more than DEEPEST levels deep."""
     try:
         value = json.loads(text)
     except RecursionError as error:
@@ -224,9 +221,9 @@ def from_json(text: str | bytes) -> Any:
     while layer:
         layer = [
             inner
-            for one in layer
-            if isinstance(one, dict | list)
-            for inner in (one.values() if isinstance(one, dict) else one)
+            for outer in layer
+            if isinstance(outer, dict | list)
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
         ]
         depth += 1
         if depth > DEEPEST:
@@ -235,7 +232,7 @@ def from_json(text: str | bytes) -> Any:
 
 
 def require_folder(path: Path) -> None:
-    """Make a folder where it is missing. Raises ValueError where nothing can be written into it."""
+    """Create a folder if it is missing. Raise ValueError if files cannot be written into it."""
     try:
         path.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=path).close()
@@ -244,7 +241,7 @@ def require_folder(path: Path) -> None:
 
 
 def unwritable(path: Path, error: OSError) -> str:
-    """One sentence for a user whose disk said no."""
+    """Return the error message for a path that cannot be written."""
     return (
         f"cannot write {path}: {error.strerror or error}; make room, or name another place "
         "(for runs out=FOLDER; an existing run can be moved whole)"
@@ -252,22 +249,22 @@ def unwritable(path: Path, error: OSError) -> str:
 
 
 def _lock(handle: int) -> None:
-    """Lock an open file or folder for this process. Raises BlockingIOError where it is locked, or another OSError."""
+    """Lock an open file or folder. Raise BlockingIOError if another process holds it, OSError if there are no locks."""
     if fcntl is None:
         raise OSError(errno.ENOTSUP, "this system has none")
     fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def _hold(handle: int) -> None:
-    """Lock a temporary file of one's own, where there are locks."""
+    """Lock this process's temporary file if the file system has locks."""
     try:
         _lock(handle)
     except OSError:
-        pass  # then `sweep` cannot lock it either, and leaves it
+        pass  # `sweep` cannot lock the file either, so it does not remove it
 
 
 def _is_held(path: Path) -> bool:
-    """Whether a living process has a temporary file, or nobody can say."""
+    """Return whether a living process holds a temporary file; True if that cannot be determined."""
     try:
         handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError:
@@ -282,7 +279,7 @@ def _is_held(path: Path) -> bool:
 
 
 def _umask() -> int:
-    """The process's umask, which can only be read by setting it."""
+    """Return the process's umask, which can only be read by setting it."""
     mask = os.umask(0)
     os.umask(mask)
     return mask

@@ -1,4 +1,4 @@
-"""What a figure was measured on: it stands beside every figure."""
+"""The description of the machine, which is stored beside every measured figure."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import torch
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """Processor, threads and versions: what stands beside every measured figure."""
+    """Return the processor, the number of cores and threads, torch's version and, for CUDA, the GPU."""
     name = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
         name = next((x.split(":")[1].strip() for x in info.read_text().splitlines() if "model name" in x), name)
-    words = {"cpu": name, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "torch": torch.__version__}
+    facts = {"cpu": name, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "torch": torch.__version__}
     if device.type == "cuda":
-        words["gpu"] = torch.cuda.get_device_name(device)
-    return words
+        facts["gpu"] = torch.cuda.get_device_name(device)
+    return facts

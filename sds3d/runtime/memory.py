@@ -1,4 +1,4 @@
-"""The most memory that was used at once: of a GPU, of this process, or of what a block of code makes."""
+"""Peak memory: of a GPU, of this process, or of the tensors that a block of code creates."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 
 def reset_peak() -> None:
-    """Start counting anew, where the system can."""
+    """Reset the peaks, if the system supports it."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     try:
@@ -23,8 +23,10 @@ def reset_peak() -> None:
 
 
 def peak(device: torch.device) -> float | None:
-    """MB since the last reset: what torch held on a GPU, or what the process had of the host's; None if unknown.
-    Costs microseconds, and no GPU waits for it."""
+    """Return the peak in MiB since the last reset: torch's memory on a GPU, else the process's; None if unknown.
+
+    Takes microseconds and does not wait for the GPU.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**20
     try:
@@ -35,11 +37,13 @@ def peak(device: torch.device) -> float | None:
 
 
 class Meter(TorchDispatchMode):
-    """Counts what torch's operations make inside the block: storages, from the first operation that returns one until
-    it is freed. Of torch's fake tensors, too, which have a size and no memory.
+    """Counts the memory that torch's operations allocate inside the block.
+
+    A storage counts from the first operation that returns it until it is freed. Fake tensors, which have a size but no
+    memory, count too.
 
     Attributes:
-        live, peak: bytes that are there now, and that were there at most.
+        live, peak: bytes allocated now, and their maximum so far.
     """
 
     def __init__(self):
@@ -50,40 +54,40 @@ class Meter(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         for tensor in tree_leaves((args, kwargs)):
-            self._note(tensor, 0)  # what comes from outside, a weight, is not counted; nor is a view of it
-        made = func(*args, **kwargs)
-        for tensor in tree_leaves(made):
+            self._note(tensor, 0)  # inputs from outside the block, such as weights, and their views count 0
+        outputs = func(*args, **kwargs)
+        for tensor in tree_leaves(outputs):
             self._note(tensor, None)
-        return made
+        return outputs
 
     def _note(self, tensor: Any, size: int | None) -> None:
-        """Count a tensor's storage unless it is known, as of this size or its own."""
+        """Count a tensor's storage unless it is known already; ``size`` None is the storage's own size."""
         if not isinstance(tensor, Tensor):
             return
         storage = tensor.untyped_storage()
-        mark = storage._cdata
-        if mark in self._known:
+        address = storage._cdata
+        if address in self._known:
             return
         size = storage.nbytes() if size is None else size
 
         def freed(_: weakref.ref) -> None:
             self.live -= size
-            del self._known[mark]
+            del self._known[address]
 
-        self._known[mark] = weakref.ref(storage, freed)
+        self._known[address] = weakref.ref(storage, freed)
         self.live += size
         self.peak = max(self.peak, self.live)
 
 
-def held(*modules: nn.Module | None) -> int:
-    """Bytes of the modules' parameters and buffers, each once."""
+def tensor_bytes(*modules: nn.Module | None) -> int:
+    """Return the bytes of the modules' parameters and buffers; shared tensors count once."""
     tensors = {x for module in modules if module is not None for x in (*module.parameters(), *module.buffers())}
     return sum(x.numel() * x.element_size() for x in tensors)
 
 
-def hollow(module: nn.Module) -> nn.Module:
-    """The module itself, with fake tensors in place of its own: to be called inside a FakeTensorMode."""
-    twins: dict[Tensor, Tensor] = {}  # weights that two modules share stay one
+def use_fake_tensors(module: nn.Module) -> nn.Module:
+    """Replace the module's parameters and buffers by fake tensors, and return it. Call it inside a FakeTensorMode."""
+    twins: dict[Tensor, Tensor] = {}  # keeps weights shared between modules shared
     for part in module.modules():
         for name, tensor in [*part._parameters.items(), *part._buffers.items()]:
             if tensor is None:
@@ -92,5 +96,5 @@ def hollow(module: nn.Module) -> nn.Module:
                 empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
                 twin = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
                 twins[tensor] = twin
-            setattr(part, name, twins[tensor])  # which keeps a parameter a parameter, and a buffer a buffer
+            setattr(part, name, twins[tensor])  # a parameter stays a parameter, a buffer a buffer
     return module

@@ -1,5 +1,5 @@
-"""The modes of torch that training needs, whatever the program that calls has set: gradients, no inference mode and no
-autocast. A web server or a graph of nodes often calls from inside ``torch.inference_mode()``."""
+"""The torch modes that training needs, whatever the calling program has set: gradients on, inference mode and autocast
+off. A web server or a node editor often calls from inside ``torch.inference_mode()``."""
 
 from __future__ import annotations
 
@@ -17,26 +17,24 @@ _computing: list[int] = []  # the process that loaded or computed first
 
 
 def require_own_process() -> None:
-    """Raises ValueError in a process forked from one that has computed: the threads of its kernels are not there, and
-    the first that waits for them waits for ever, or is ended by OpenMP.
+    """Raise ValueError in a process that was forked from one that has computed.
 
-    Whatever computes calls it first, and so does whatever loads a network or a scene: to fill and convert large weights
-    torch starts the same threads.
+    The forked process lacks the kernels' threads, so that a kernel would hang, or OpenMP would end the process. Every
+    function that computes calls this first, and so does every function that loads a network or a scene, since torch
+    uses the same threads to fill and convert large weights.
     """
     if not _computing:
         _computing.append(os.getpid())
     elif _computing[0] != os.getpid():
         raise ValueError(
-            "this process was forked from one in which sds3d had loaded or computed something, and the threads that "
-            'work for it do not survive that: start processes with multiprocessing.get_context("spawn"), or use sds3d '
-            "in the child only"
+            "this process was forked from one in which sds3d had loaded or computed something, and its threads do not "
+            'survive a fork: start processes with multiprocessing.get_context("spawn"), or use sds3d in the child only'
         )
 
 
 @contextmanager
 def training() -> Iterator[None]:
-    """Inside, gradients are recorded and new tensors can take part in them; afterwards the modes are the caller's. Also
-    a decorator of functions.
+    """Record gradients inside the block, and restore the caller's modes afterwards. Also works as a decorator.
 
     Raises:
         ValueError: see `require_own_process`.
@@ -48,7 +46,7 @@ def training() -> Iterator[None]:
 
 
 def stepwise_training(function: Callable[P, Generator[T]]) -> Callable[P, Generator[T]]:
-    """Decorate a generator: each of its steps is made in ``training``; between two the modes are the caller's."""
+    """Decorate a generator so that each of its steps runs in ``training``; between steps the caller's modes hold."""
 
     @wraps(function)
     def steps_of(*arguments: P.args, **named: P.kwargs) -> Generator[T]:

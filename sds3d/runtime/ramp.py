@@ -1,4 +1,4 @@
-"""Values that change while a run goes on: one type for learning rates, weights, scales and t-ranges."""
+"""Values that change with the step: one type for learning rates, weights, guidance scales and t-ranges."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from sds3d.runtime.ranges import shown
 
 @dataclass(frozen=True)
 class Ramp:
-    """Linear from ``v0`` at step ``start`` to ``v1`` at step ``end``, constant outside.
+    """A value that goes linearly from ``v0`` at step ``start`` to ``v1`` at step ``end`` and is constant outside.
 
-    With ``start == end`` it is a jump: ``v0`` before that step, ``v1`` from it on.
+    With ``start == end`` the value jumps: it is ``v0`` before that step and ``v1`` from that step on.
 
     Raises:
         ValueError: a value is not finite, or ``end`` comes before ``start``.
@@ -37,7 +37,7 @@ class Ramp:
             raise ValueError(f"a ramp (start, v0, v1, end) must end after it starts, got {values}")
 
     def __call__(self, step: float) -> float:
-        """The value at a step."""
+        """Return the value at a step."""
         if step >= self.end:
             return self.v1
         if step <= self.start:
@@ -46,15 +46,15 @@ class Ramp:
 
     @classmethod
     def constant(cls, value: float) -> Ramp:
-        """A ramp that keeps one value."""
+        """Return a ramp with the same value at every step."""
         return cls(0.0, float(value), float(value), 0.0)
 
     @classmethod
     def parse(cls, value: Ramp | float | Sequence[float]) -> Ramp:
-        """A ramp from itself, from one number (constant) or from four: start step, value, value, end step.
+        """Return a ramp, given a ramp, one number (constant), or four: start step, value, value, end step.
 
         Raises:
-            ValueError: anything else.
+            ValueError: the value is none of these.
         """
         if isinstance(value, Ramp):
             return value

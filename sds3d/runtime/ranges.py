@@ -1,6 +1,6 @@
-"""Which numbers a setting takes: said once, beside the field, as in ``rank: Annotated[int, Within(1, 512)] = 8``.
+"""The range of numbers that a setting takes, written beside the field: ``rank: Annotated[int, Within(1, 512)] = 8``.
 
-`sds3d.config.typed` refuses what is outside.
+`sds3d.config.typed` raises ValueError for a value outside the range.
 """
 
 from __future__ import annotations
@@ -9,14 +9,17 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-STEPS = 10_000_000  # of a run, at most
+STEPS = 10_000_000  # the largest number of steps of a run
 
 
 @dataclass(frozen=True)
 class Within:
-    """A range with both its ends; ``above`` leaves the lower end out, ``also`` is one number more that means something.
+    """A range of accepted numbers. For a `Ramp` it is the range of the values; the steps are in [0, STEPS].
 
-    For a ``Ramp`` it is the range of the values; its steps lie from 0 to STEPS.
+    Args:
+        low, high: the ends, both accepted.
+        above: whether ``low`` itself is refused.
+        also: one more accepted number, which has a meaning of its own.
     """
 
     low: float
@@ -35,11 +38,11 @@ class Within:
         return text if self.also is None else f"{text}, or {self.also:g}"
 
 
-SCALES = Within(-1e4, 1e4)  # of guidance
+SCALES = Within(-1e4, 1e4)  # of guidance scales
 
 
 def shown(value: Any) -> str:
-    """A value for a message: cut in its middle where it is long."""
+    """Return a value as text for an error message, shortened in the middle if it is long."""
     if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= 10**20:
         return f"{'-' * (value < 0)}a number of {int(value.bit_length() * math.log10(2)) + 1} digits"
     text = repr(value)

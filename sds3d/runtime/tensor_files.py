@@ -1,7 +1,7 @@
-"""Files of named tensors with a header of text: safetensors, and in the header a digest of it all.
+"""Files of named tensors with a text header: safetensors with a digest of the content in the header.
 
-safetensors itself checks no number: a flipped bit or a page of zeros would be read as it is. So `read` compares the
-digest. A file from before there was one, or with that of an earlier form, is taken as it is.
+safetensors does not check its values: it would load a flipped bit or a page of zeros. So `read` compares the digest.
+Older files, without a digest or with one in an earlier form, are read without this check.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-_DIGEST, _EARLIER = "sha256", "digest"  # its key in the header; that of an earlier form, which is not compared
+_DIGEST, _EARLIER = "sha256", "digest"  # the digest's key in the header; the key of an earlier form, not compared
 
 
 def to_bytes(tensors: Mapping[str, Tensor], header: Mapping[str, str] | None = None) -> bytes:
-    """A file of these tensors, on the CPU and contiguous, with this header."""
+    """Return the bytes of a file with these tensors, which must be contiguous and on the CPU, and this header."""
     from safetensors.torch import save
 
     header = dict(header or {})
@@ -26,19 +26,19 @@ def to_bytes(tensors: Mapping[str, Tensor], header: Mapping[str, str] | None = N
 
 
 def read_header(path: Path) -> dict[str, str]:
-    """A file's header, without the tensors, which may be gigabytes. Raises ValueError where there is none."""
+    """Return a file's header without reading the tensors. Raise ValueError if the file has none."""
     return _read(path, False)[1]
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """A file's tensors, on the CPU, and its header without the digest.
+    """Return a file's tensors, on the CPU, and its header without the digest.
 
     Raises:
-        ValueError: it is no such file, is damaged, or its content is not what was written.
+        ValueError: the file is not a safetensors file, is damaged, or its content does not match the digest.
     """
     tensors, header = _read(path, True)
-    mark, _ = header.pop(_DIGEST, None), header.pop(_EARLIER, None)
-    if mark not in (None, digest(tensors, header)):
+    written, _ = header.pop(_DIGEST, None), header.pop(_EARLIER, None)
+    if written not in (None, digest(tensors, header)):
         raise ValueError("its content is not what was written")
     return tensors, header
 
@@ -54,22 +54,25 @@ def _read(path: Path, whole: bool) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def digest(tensors: Mapping[str, Tensor], header: object) -> str:
-    """SHA-256 of named tensors, of their numbers, types and shapes, and of what JSON makes of a header."""
-    mark = hashlib.sha256()
+    """Return the SHA-256 of named tensors (names, dtypes, shapes and values) and of a header as JSON."""
+    sha = hashlib.sha256()
     for name in sorted(tensors):
         value = tensors[name].detach().cpu().contiguous()
-        mark.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        mark.update(value.reshape(-1).view(torch.uint8).numpy().data)
-    mark.update(json.dumps(header, sort_keys=True).encode())
-    return mark.hexdigest()
+        sha.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        sha.update(value.reshape(-1).view(torch.uint8).numpy().data)
+    sha.update(json.dumps(header, sort_keys=True).encode())
+    return sha.hexdigest()
 
 
 def flatten(value: object, tensors: dict[str, Tensor], path: str = "") -> object:
-    """JSON for a state (nested dicts, lists, tuples, tensors, str, int, float, bool, None); its tensors go to
-    ``tensors``, under their path. Keys that are no text keep their type."""
+    """Return a state as JSON values, and put its tensors into ``tensors`` under their path.
+
+    The state consists of nested dicts, lists, tuples, tensors, str, int, float, bool and None. Keys of a dict that are
+    not strings keep their type.
+    """
     if isinstance(value, Tensor):
         key = path.strip("/")
-        tensors[key] = value.detach().cpu().contiguous().clone()  # a clone: safetensors refuses shared memory
+        tensors[key] = value.detach().cpu().contiguous().clone()  # safetensors refuses tensors that share memory
         return {"$tensor": key}
     if isinstance(value, dict):
         items = [[k, flatten(v, tensors, f"{path}/{k}")] for k, v in value.items()]
@@ -82,7 +85,7 @@ def flatten(value: object, tensors: dict[str, Tensor], path: str = "") -> object
 
 
 def unflatten(value: object, tensors: Mapping[str, Tensor]) -> object:
-    """The state that `flatten` was given."""
+    """Return the state from which `flatten` made ``value`` and ``tensors``."""
     if isinstance(value, list):
         return [unflatten(v, tensors) for v in value]
     if not isinstance(value, dict):

@@ -1,7 +1,7 @@
-"""Between host and GPU without waiting.
+"""Copies between host and GPU without synchronisation.
 
-A copy from ordinary memory, and any number that is asked of a GPU, stop the host until the GPU has done everything it
-was told before. So what goes over is pinned first, and what comes back is collected and copied once, at a step's end.
+The host waits for all queued GPU work when it copies from unpinned memory and when it reads a value from the GPU. So
+tensors are pinned before they are copied to the GPU, and a step's numbers are collected and copied back once.
 """
 
 from __future__ import annotations
@@ -11,17 +11,17 @@ from torch import Tensor
 
 
 def onto(x: Tensor, device: torch.device | str) -> Tensor:
-    """``x`` on the device; from the host to a GPU through pinned memory, so that nobody waits."""
+    """Return ``x`` on the device. A copy from the host to a GPU uses pinned memory, so that the host does not wait."""
     device = torch.device(device)
     if device.type != "cuda" or x.is_cuda:
         return x.to(device)
     return x.pin_memory().to(device, non_blocking=True)
 
 
-class Figures:
-    """The named numbers of one step, and what has to be true of it.
+class StepMetrics:
+    """The named numbers of one step, and the checks that it must pass.
 
-    What lies on a CPU is looked at as it comes; what lies on a GPU waits for ``read``.
+    Values on a CPU are read and checked at once, and values on a GPU by ``read``.
     """
 
     def __init__(self):
@@ -29,28 +29,28 @@ class Figures:
         self._checks: list[tuple[Tensor, Exception]] = []
 
     def add(self, name: str, value: float | Tensor) -> None:
-        """A number, or a tensor of one number."""
+        """Add a number, or a tensor of one number."""
         value = value.detach() if isinstance(value, Tensor) else value
         self._numbers[name] = value if isinstance(value, Tensor) and value.is_cuda else float(value)
 
     def require(self, good: Tensor, error: Exception) -> None:
-        """Raise the error unless ``good``, a bool () tensor, is true: at once, or when a GPU's figures are read."""
+        """Raise the error unless ``good``, a bool () tensor, is true: at once on a CPU, in ``read`` on a GPU."""
         if good.is_cuda:
             self._checks.append((good, error))
         elif not bool(good):
             raise error
 
     def read(self) -> dict[str, float]:
-        """The numbers by name, after one copy.
+        """Return the numbers by name, after one copy from the GPU.
 
         Raises:
-            Exception: the error of the first check that failed.
+            Exception: the error of the first failed check.
         """
-        waiting = {name: value for name, value in self._numbers.items() if isinstance(value, Tensor)}
-        numbers = [*waiting.values(), *(good for good, _ in self._checks)]
+        on_gpu = {name: value for name, value in self._numbers.items() if isinstance(value, Tensor)}
+        numbers = [*on_gpu.values(), *(good for good, _ in self._checks)]
         host = torch.stack([x.double().reshape(()) for x in numbers]).tolist() if numbers else []
-        for good, (_, error) in zip(host[len(waiting) :], self._checks, strict=True):
+        for good, (_, error) in zip(host[len(on_gpu) :], self._checks, strict=True):
             if not good:
                 raise error
-        came = dict(zip(waiting, host))
-        return {name: came[name] if isinstance(x, Tensor) else x for name, x in self._numbers.items()}
+        read = dict(zip(on_gpu, host))
+        return {name: read[name] if isinstance(x, Tensor) else x for name, x in self._numbers.items()}

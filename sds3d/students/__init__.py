@@ -1,1 +1,1 @@
-"""What is optimised: a scene, images, or a generator."""
+"""The students, which a run optimises: a scene, images, or a generator."""

@@ -1,4 +1,4 @@
-"""What a run trains or updates beside its student: critics, discriminators, target networks."""
+"""Companions, which a run trains or updates beside its student: critics, discriminators, target networks."""
 
 from __future__ import annotations
 
@@ -10,39 +10,39 @@ from torch import Tensor
 from sds3d.students.base import Draw
 
 
-class Lasting(Protocol):
-    """What a checkpoint keeps the state of."""
+class Stateful(Protocol):
+    """An object whose state a checkpoint keeps."""
 
     def state_dict(self) -> dict[str, Any]:
-        """All of it."""
+        """Return the whole state."""
         ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from what `state_dict` gave."""
+        """Restore a state from `state_dict`."""
         ...
 
 
-class DrawnCompanion(Lasting, Protocol):
-    """What is trained beside the student on what it draws, as a critic or a discriminator; see distill/critics.py.
+class FittedCompanion(Stateful, Protocol):
+    """A companion trained on the student's draws, as a critic or a discriminator is; see distill/critics.py.
 
     Attributes:
-        steps: fits before each step of the student, 0 for none.
+        steps: fits before each step of the student; 0 for none.
     """
 
     steps: int
 
     def fit(self, draw: Draw, rng: torch.Generator) -> Tensor:
-        """One fit on a fresh draw, made without gradients; returns the loss, ()."""
+        """Take one training step on a fresh draw, made without gradients; return the loss, ()."""
         ...
 
 
 @runtime_checkable
-class DrawlessCompanion(Lasting, Protocol):
-    """What follows the student without its draws, as a target network, which is a running mean of its weights."""
+class UpdatedCompanion(Stateful, Protocol):
+    """A companion that needs no draws, as a target network, which is a running mean of the student's weights."""
 
     def update(self, step: int) -> None:
-        """Called once before each step of the student."""
+        """Follow the student; called once before each of its steps."""
         ...
 
 
-Companion = DrawnCompanion | DrawlessCompanion
+Companion = FittedCompanion | UpdatedCompanion

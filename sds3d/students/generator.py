@@ -1,13 +1,14 @@
-"""A generator that paints in one step, or in a few: a diffusion network whose denoised image is taken as drawn.
+"""A one-step or few-step generator: a diffusion network whose denoised image is the result.
 
-G(z, c) = x0_theta(sigma z, t, c) at the noise level sigma/alpha = sigma_init, from the teacher's own weights on (Diff-
-Instruct, arXiv 2305.18455, section 3; DMD, arXiv 2311.18828, section 3.1). With K steps at falling t_1 > ... > t_K
+The network starts as a copy of the teacher's. In one step, at the noise level sigma/alpha = sigma_init,
+G(z, c) = x0_theta(sigma z, t, c) (Diff-Instruct, arXiv 2305.18455, section 3; DMD, arXiv 2311.18828, section 3.1).
+With K steps at falling t_1 > ... > t_K
 
     x_1 = G(z_1, t_1)        x_k = x0_theta(alpha_k x_{k-1} + sigma_k z_k, t_k, c)
 
-and in training a step k is drawn, whose input the generator makes itself, without gradient (backward simulation, DMD2,
-arXiv 2405.14867, section 4.5). From a diffusers pipeline G(z, t, c) = x0_theta(z, t, c) instead, at a level that its
-network was trained on, as the pipeline's own latents begin; x_t is about as large as z at every level.
+Training draws a step k. The generator makes the input of that step itself, without gradient (backward simulation, DMD2,
+arXiv 2405.14867, section 4.5). For a diffusers pipeline G(z, t, c) = x0_theta(z, t, c) instead, at a level on which its
+network was trained, since the pipeline's latents start with this noise: x_t is about as large as z at every level.
 """
 
 from __future__ import annotations
@@ -34,21 +35,22 @@ from sds3d.students.optim import OptimConfig
 
 @dataclass(frozen=True)
 class GeneratorConfig:
-    """
+    """Settings of a few-step generator.
+
     Args:
-        sigma_init: sigma/alpha that the network is told with pure noise; 0 is 2.5 for 8 pixels a side and as much more
-            as there are more: the same noise hides less of a larger image (Hoogeboom et al., arXiv 2301.11093, eq. 4).
-            Where the schedule ends before, its end: Stable Diffusion's 64 x 64 latents begin at 999 of 1,000. A flow's
-            pipeline begins at pure noise, and has no choice.
-        steps: of the generator, 1 to 8.
+        sigma_init: noise level sigma/alpha of the first step. 0 chooses 2.5 for images of 8 pixels a side and
+            proportionally more for larger ones, since the same noise hides less of a larger image (Hoogeboom et al.,
+            arXiv 2301.11093, eq. 4), up to the end of the schedule: Stable Diffusion's 64 x 64 latents start at level
+            999 of 1,000. A flow's pipeline always starts at pure noise.
+        steps: number of steps of the generator, 1 to 8.
         batch: images a draw.
-        half_lives: of running means of its weights, in images; the first is what is sampled and exported, the others
-            are kept beside it in the checkpoint. A young mean forgets faster: it never keeps more than
-            (1 + step) / (10 + step) of itself in a step.
-        prompts: a text file of prompts, one a line; "" is what the teacher was trained on, where it says that.
+        half_lives: of the running means of the weights, in images. The first mean is sampled and exported; the
+            checkpoint keeps the others beside it. Early in training a mean forgets faster: in a step it keeps at most
+            (1 + step) / (10 + step) of its value.
+        prompts: a text file of prompts, one a line; "" takes the teacher's training prompts, if it lists them.
 
     Raises:
-        ValueError: a number that makes no sense.
+        ValueError: a number is out of its range.
     """
 
     sigma_init: Annotated[float, Within(0.1, 1000, also=0)] = 0
@@ -60,8 +62,8 @@ class GeneratorConfig:
     def __post_init__(self):
         if self.sigma_init and not 0.1 <= self.sigma_init <= 1000:
             raise ValueError(
-                f"generator.sigma_init is {self.sigma_init}; give a noise level from 0.1 to 1000, or 0 for one that "
-                "fits the images"
+                f"generator.sigma_init is {self.sigma_init}; give a noise level from 0.1 to 1000, or 0 to choose one "
+                "by the images' size"
             )
         if not 1 <= self.steps <= 8:
             raise ValueError(f"generator.steps is {self.steps}; give 1 to 8")
@@ -72,7 +74,7 @@ class GeneratorConfig:
 
 
 class Network(Protocol):
-    """What a generator asks of the teacher it starts from."""
+    """What a generator needs of the teacher from which it starts."""
 
     schedule: Schedule
     shape: tuple[int, int, int]
@@ -80,11 +82,11 @@ class Network(Protocol):
 
     @property
     def network(self) -> nn.Module:
-        """See above."""
+        """The denoising network."""
         ...
 
-    def asked_at(self, times: Tensor) -> tuple[Tensor, float]:
-        """The times (K,) nearest to these at which a generator can be asked, and how large its first noise is."""
+    def nearest_times(self, times: Tensor) -> tuple[Tensor, float]:
+        """Return the times (K,) nearest to these at which the network can run, and the scale of the first noise."""
         ...
 
     def answer(self, network: nn.Module, x_t: Tensor, t: Tensor, prompts: list[str]) -> Prediction:
@@ -97,13 +99,13 @@ class Network(Protocol):
 
 
 def times(schedule: Schedule, config: GeneratorConfig, side: int) -> Tensor:
-    """t_1 > ... > t_K, (K,) float64, evenly spaced from the t of sigma_init to 0, which is left out.
+    """Return t_1 > ... > t_K, (K,) float64, evenly spaced from the t of sigma_init down to 0, which is excluded.
 
     Args:
-        side: of the images, in the teacher's space.
+        side: size of the images in the teacher's space.
 
     Raises:
-        ValueError: the schedule never gets to the sigma_init that was given.
+        ValueError: the schedule does not reach sigma_init.
     """
     alpha, sigma = schedule.alpha_sigma(torch.ones((), dtype=torch.float64))
     ratio = config.sigma_init or min(2.5 / 8 * side, float(sigma / alpha))
@@ -111,20 +113,20 @@ def times(schedule: Schedule, config: GeneratorConfig, side: int) -> Tensor:
     return first * (1 - torch.arange(config.steps, dtype=torch.float64) / config.steps)
 
 
-def begun_at(teacher: Network, config: GeneratorConfig) -> tuple[Tensor, float]:
-    """The times (K,) float64 of a generator that starts from this teacher, and the size of its first noise.
+def generator_times(teacher: Network, config: GeneratorConfig) -> tuple[Tensor, float]:
+    """Return the times (K,) float64 of a generator of this teacher, and the standard deviation of its first noise.
 
     Raises:
-        ValueError: the teacher cannot begin at the sigma_init that was given.
+        ValueError: the teacher's pipeline cannot start at sigma_init.
     """
-    found, size = teacher.asked_at(times(teacher.schedule, config, teacher.shape[-1]))
-    alpha, sigma = teacher.schedule.alpha_sigma(found[0])
+    nearest, size = teacher.nearest_times(times(teacher.schedule, config, teacher.shape[-1]))
+    alpha, sigma = teacher.schedule.alpha_sigma(nearest[0])
     if config.sigma_init and not 0.9 * config.sigma_init < sigma / alpha < 1.1 * config.sigma_init:
         raise ValueError(
-            f"generator.sigma_init is {config.sigma_init}, and the nearest that this teacher's pipeline begins at in "
-            f"{config.steps} step(s) is {sigma / alpha:.3g}; give 0, which chooses"
+            f"generator.sigma_init is {config.sigma_init}, and the nearest level at which this teacher's pipeline can "
+            f"start in {config.steps} step(s) is {sigma / alpha:.3g}; give 0, which chooses the level"
         )
-    return found, size
+    return nearest, size
 
 
 def paint(
@@ -135,21 +137,21 @@ def paint(
     prompts: list[str],
     size: float | None = None,
 ) -> Tensor:
-    """x (B, C, h, w) that ``network`` makes of noise, a tensor (B, C, h, w) for each step, at the times t (K,).
+    """Return x (B, C, h, w) that ``network`` makes of noise, one tensor (B, C, h, w) for each step, at times t (K,).
 
-    Gradients, where they are enabled, go through the last step alone.
+    If gradients are enabled, they flow through the last step only.
 
     Args:
-        size: standard deviation of the noise it begins with; None is sigma at the first time.
+        size: standard deviation of the first noise; None is sigma at the first time.
     """
     alpha, sigma = teacher.schedule.alpha_sigma(t)
     if size is not None:
         sigma = torch.cat([torch.full_like(sigma[:1], size), sigma[1:]])
     x = torch.zeros_like(noise[0])
     for i, fresh in enumerate(noise):
-        a, s, when = (onto(v[i : i + 1].to(fresh.dtype), fresh.device).expand(len(fresh)) for v in (alpha, sigma, t))
+        a, s, t_k = (onto(v[i : i + 1].to(fresh.dtype), fresh.device).expand(len(fresh)) for v in (alpha, sigma, t))
         with torch.set_grad_enabled(torch.is_grad_enabled() and i == len(noise) - 1):
-            x = teacher.answer(network, noised(x, fresh, a, s), when, prompts).x0
+            x = teacher.answer(network, noised(x, fresh, a, s), t_k, prompts).x0
     return x
 
 
@@ -162,8 +164,14 @@ def images(
     seed: int,
     size: float | None = None,
 ) -> Iterator[tuple[list[int], Tensor]]:
-    """Which of the prompts (P of them), and the images (P, 3, H, W) in [0, 1] that ``network`` makes of a seed's noise
-    for them, a piece at a time; see `sds3d.diffusion.draws`. Arguments as ``paint``'s."""
+    """Paint one image for each prompt from a seed's noise, a piece at a time (see `sds3d.diffusion.draws`).
+
+    Yields:
+        indices of P prompts, and their images (P, 3, H, W) in [0, 1].
+
+    Args:
+        teacher, network, t, size: as for ``paint``.
+    """
     like = next(network.parameters())
     for rows, count in pieces(prompts, piece_size(teacher.image_size, like.device)):
         fresh = ImageNoise(seed, rows, teacher.shape, like.device, torch.promote_types(like.dtype, torch.float32))
@@ -175,17 +183,17 @@ class FewStepGenerator:
     """A `sds3d.students.base.Student` that draws images from noise.
 
     Args:
-        teacher: whose network it starts from, and which reads the prompts.
-        config: how.
-        prompts: what to draw, each as often as the others.
-        identity: the teacher's name and fingerprint, which a checkpoint remembers.
-        processes: of the batch, where several processes train.
+        teacher: its network is copied at the start, and it encodes the prompts.
+        config: steps, batch and running means.
+        prompts: each is drawn with the same probability.
+        identity: the teacher's name and fingerprint, which a checkpoint stores.
+        processes: the process group, if several processes train.
 
     Attributes:
-        OPTIM: the usual learning rate.
+        OPTIM: the default learning rate.
 
     Raises:
-        ValueError: no prompt, or a noise level that the teacher's schedule does not reach.
+        ValueError: there is no prompt, or the teacher's schedule does not reach the noise level.
     """
 
     OPTIM: ClassVar[OptimConfig] = OptimConfig({"generator": Ramp(500, 2e-4, 0, 1000)}, betas=(0.0, 0.999), eps=1e-8)
@@ -201,18 +209,18 @@ class FewStepGenerator:
         if not prompts:
             raise ValueError("there is no prompt to draw; give generator.prompts=FILE with one a line")
         self.teacher, self.config, self.prompts, self.identity = teacher, config, list(prompts), identity
-        self.processes, self.count = processes, processes.of(config.batch)
-        self.times, self.size = begun_at(teacher, config)
-        self.network = copy.deepcopy(teacher.network).requires_grad_(True).eval()  # dropout stays off
+        self.processes, self.count = processes, processes.local_batch(config.batch)
+        self.times, self.size = generator_times(teacher, config)
+        self.network = copy.deepcopy(teacher.network).requires_grad_(True).eval()  # eval: no dropout
         if next(self.network.parameters()).dtype in (torch.float16, torch.bfloat16):
-            self.network.float()  # small steps are lost on weights in half precision
+            self.network.float()  # half-precision weights would round small updates away
         self.means = [EMA(self.network, 0.5 ** (config.batch / half_life)) for half_life in config.half_lives]
-        self.taught_itself = False
+        self.teacher_replaced = False
         for module in (self.network, *(mean.module for mean in self.means)):
             processes.shard(module)
 
     def draw(self, step: int, rng: torch.Generator) -> Draw:
-        """A batch of fresh images as x, each a group of its own."""
+        """Return a batch of fresh images as x, each in a group of its own."""
         chosen = self.processes.randint(len(self.prompts), self.count, rng).tolist()
         depth = int(torch.randint(self.config.steps, (), generator=rng)) + 1
         noise = self.noise(self.count, depth, rng)
@@ -221,47 +229,47 @@ class FewStepGenerator:
         return Draw(x, prompts, None, torch.arange(self.count), encoded=True, processes=self.processes)
 
     def paint(self, network: nn.Module, noise: Sequence[Tensor], prompts: list[str]) -> Tensor:
-        """x (B, C, h, w) that the network, or a mean of it, makes of noise for the first steps; see ``paint``."""
+        """Return x (B, C, h, w) that the network, or a running mean of it, makes of noise; see ``paint``."""
         return paint(self.teacher, network, self.times, noise, prompts, self.size)
 
     def noise(self, count: int, steps: int, rng: torch.Generator) -> list[Tensor]:
-        """Noise for so many steps, (count, C, h, w) each."""
+        """Return noise for the first ``steps`` steps, (count, C, h, w) each."""
         like = next(self.network.parameters())
         shape = (count, *self.teacher.shape)
         return [onto(self.processes.randn(shape, rng, like.dtype), like.device) for _ in range(steps)]
 
     def images(self, prompts: Sequence[str], seed: int) -> Tensor:
-        """Images (B, 3, H, W) in [0, 1] of a seed by the first running mean's weights."""
+        """Return images (B, 3, H, W) in [0, 1] from a seed's noise, painted by the first running mean."""
         if not prompts:
             return torch.zeros(0, 3, self.teacher.image_size, self.teacher.image_size)
-        made = images(self.teacher, self.means[0].module, self.times, prompts, seed, self.size)
-        rows, found = zip(*made)
-        return in_order(sum(rows, []), found)
+        rows, parts = zip(*images(self.teacher, self.means[0].module, self.times, prompts, seed, self.size))
+        return in_order(sum(rows, []), parts)
 
     def regularisers(self) -> dict[str, Tensor]:
-        """None."""
+        """Return no regularisers."""
         return {}
 
     def param_groups(self) -> dict[str, list[Parameter]]:
-        """One group, "generator"."""
+        """Return one group, "generator"."""
         return {"generator": list(self.network.parameters())}
 
     def after_step(self, step: int, rng: torch.Generator) -> None:
-        """Bring the running means up to date."""
+        """Update the running means."""
         for mean in self.means:
             mean.update(self.network, step)
 
     def begin_phase(self) -> None:
-        """See `sds3d.students.base.Phased`: the first running mean. The teacher's own weights are written over."""
+        """Copy the first running mean into the teacher, the network and all means; see `sds3d.students.base.Phased`."""
         weights = {name: value.clone() for name, value in self.means[0].module.state_dict().items()}
         for module in (self.teacher.network, self.network, *(mean.module for mean in self.means)):
             module.load_state_dict(weights)
-        self.taught_itself = True
+        self.teacher_replaced = True
 
     def state_dict(self) -> dict[str, Any]:
-        """The weights, their means, and whose they were at the start; the teacher's, where it is no longer that one."""
-        own = {"teacher_network": self.teacher.network.state_dict()} if self.taught_itself else {}
-        return own | {
+        """Return the weights, their means, the teacher's identity and the prompts; and, after `begin_phase`, the
+        teacher's weights."""
+        teacher = {"teacher_network": self.teacher.network.state_dict()} if self.teacher_replaced else {}
+        return teacher | {
             "teacher": self.identity,
             "prompts": self.prompts,
             "network": self.network.state_dict(),
@@ -269,14 +277,14 @@ class FewStepGenerator:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Raises ValueError where the checkpoint is of another teacher's student, or of other prompts."""
+        """Restore a state. Raise ValueError if it belongs to another teacher or to other prompts."""
         if state["teacher"] != self.identity:
             raise ValueError(f"it was begun from the teacher {state['teacher']}, and this one is {self.identity}")
         if state["prompts"] != self.prompts:
-            raise ValueError("it was learning other prompts; give the file of prompts as it was")
+            raise ValueError("it was begun with other prompts; give the original file of prompts")
         if "teacher_network" in state:
             self.teacher.network.load_state_dict(state["teacher_network"])
-            self.taught_itself = True
+            self.teacher_replaced = True
         self.network.load_state_dict(state["network"])
         for mean, values in zip(self.means, state["means"], strict=True):
             mean.module.load_state_dict(values)

@@ -1,4 +1,4 @@
-"""Images that are their own parameters: the 2D playground, where a method shows what it does in seconds."""
+"""Images whose pixels are the parameters: a 2D playground that shows in seconds what a method does."""
 
 from __future__ import annotations
 
@@ -16,20 +16,21 @@ from sds3d.runtime.ranges import Within
 from sds3d.students.base import Draw
 from sds3d.students.optim import OptimConfig
 
-PIXELS = 2**26  # of all images, at most: 256 of 512 a side
+PIXELS = 2**26  # the largest number of pixels of all images: 256 images of 512 x 512
 
 
 @dataclass(frozen=True)
 class ImageConfig:
-    """
+    """Settings of the images.
+
     Args:
-        count: images, each judged by itself; they differ in their starts and in their noise.
+        count: number of images. The teacher judges each one separately; they differ in their start and in their noise.
         size: pixels a side.
-        start: a picture file to begin from, and what a method that edits compares with; "" begins in grey.
-        noise: standard deviation of the noise that is added to the start.
+        start: a picture file to start from, with which editing methods compare; "" starts from grey.
+        noise: standard deviation of the noise added to the start.
 
     Raises:
-        ValueError: a number that makes no sense.
+        ValueError: a number is out of its range.
     """
 
     count: Annotated[int, Within(1, 256)] = 4
@@ -54,13 +55,13 @@ class ImageStudent(nn.Module):
     """Pixels as a student.
 
     Args:
-        config: how many, how large, where they start.
-        prompt: of all of them; view words may be part of it.
-        rng: CPU generator of the starts.
+        config: number, size and start of the images.
+        prompt: of all images; it may contain view words.
+        rng: CPU generator for the noise of the start.
         device: where the pixels live.
 
     Attributes:
-        OPTIM: the usual learning rate.
+        OPTIM: the default learning rate.
 
     Raises:
         ValueError: the start is no picture.
@@ -72,35 +73,35 @@ class ImageStudent(nn.Module):
         super().__init__()
         self.config, self.prompt, self.device = config, prompt, torch.device(device)
         shape = (config.count, 3, config.size, config.size)
-        begun = torch.full(shape, 0.5) if not config.start else _read(Path(config.start), config.size).expand(shape)
+        start = torch.full(shape, 0.5) if not config.start else _read(Path(config.start), config.size).expand(shape)
         noise = torch.randn(shape, generator=rng)
-        self.pixels = Parameter((begun + config.noise * noise).to(self.device))  # (N, 3, H, W), around [0, 1]
-        self.start = begun.to(self.device) if config.start else None
+        self.pixels = Parameter((start + config.noise * noise).to(self.device))  # (N, 3, H, W), around [0, 1]
+        self.start = start.to(self.device) if config.start else None
 
     def draw(self, step: int, rng: torch.Generator) -> Draw:
-        """All images, each a group of its own."""
+        """Return all images, each in a group of its own."""
         count = self.config.count
         group = torch.arange(count)
         return Draw(self.pixels, [self.prompt] * count, None, group, source=self.start)
 
     def regularisers(self) -> dict[str, Tensor]:
-        """None."""
+        """Return no regularisers."""
         return {}
 
     def param_groups(self) -> dict[str, list[Parameter]]:
-        """One group, "pixels"."""
+        """Return one group, "pixels"."""
         return {"pixels": [self.pixels]}
 
     def after_step(self, step: int, rng: torch.Generator) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def images(self) -> Tensor:
-        """(N, 3, H, W) in [0, 1], no gradient."""
+        """Return the images (N, 3, H, W) in [0, 1], without gradient."""
         return self.pixels.detach().clamp(0, 1)
 
 
 def _read(path: Path, size: int) -> Tensor:
-    """A picture as (1, 3, size, size) in [0, 1], its middle square."""
+    """Return the central square of a picture as (1, 3, size, size) in [0, 1]."""
     try:
         return picture.read(path.expanduser(), size)[None] / 255
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""How a student's parameters are optimised: Adam, with settings for each of its named groups."""
+"""The optimiser of a student: Adam, with settings for each named parameter group."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from sds3d.students.base import Student
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """Adam, with a learning rate and a largest gradient norm for each named group of the student.
+    """Settings of Adam, with a learning rate and a largest gradient norm for each named group of the student.
 
     Args:
-        lr: group -> learning rate, a Ramp over steps. What is usual for a kind of student is that student's ``OPTIM``.
-        clip: group -> largest gradient norm; groups that are not named are not clipped.
+        lr: group -> learning rate, a Ramp over steps. Each student class has its defaults in ``OPTIM``.
+        clip: group -> largest gradient norm; groups without an entry are not clipped.
         betas, eps: Adam's.
     """
 
@@ -30,7 +30,7 @@ class OptimConfig:
     def __post_init__(self):
         for name, ramp in self.lr.items():
             if min(ramp.v0, ramp.v1) < 0:
-                raise ValueError(f"optim.lr.{name} is {ramp}; a learning rate is not negative")
+                raise ValueError(f"optim.lr.{name} is {ramp}; give a learning rate of at least 0")
         for name, value in self.clip.items():
             if not value > 0:
                 raise ValueError(f"optim.clip.{name} is {value}; give a positive gradient norm, or leave it out")
@@ -41,17 +41,17 @@ class OptimConfig:
 
 
 def make_optimiser(student: Student, config: OptimConfig) -> torch.optim.Adam:
-    """Adam over the student's named groups.
+    """Return Adam over the student's named groups.
 
     Raises:
-        ValueError: a group has no learning rate, or a learning rate or optim.clip names a group that is not there.
+        ValueError: a group has no learning rate, or optim.lr or optim.clip names a group that does not exist.
     """
     known = {name: list(params) for name, params in student.param_groups().items()}
     groups = {name: params for name, params in known.items() if params}
     for name in groups:
         if name not in config.lr:
             raise ValueError(f"the parameters {name!r} have no learning rate; give optim.lr.{name}=1e-3 or so")
-    settings = [("lr", name) for name in config.lr if name not in known]  # one that is empty may have a learning rate
+    settings = [("lr", name) for name in config.lr if name not in known]  # an empty group may have a learning rate
     for setting, name in settings + [("clip", name) for name in config.clip]:
         if name not in groups:
             raise ValueError(f"optim.{setting}.{name}: there is no such group; there are {', '.join(groups)}")
@@ -64,9 +64,11 @@ def make_optimiser(student: Student, config: OptimConfig) -> torch.optim.Adam:
     )
 
 
-def lay_out(optimiser: torch.optim.Optimizer) -> None:
-    """Give the optimiser's state the memory layout of its parameters, which a fused step takes for granted and a
-    checkpoint does not keep."""
+def match_layout(optimiser: torch.optim.Optimizer) -> None:
+    """Give the optimiser's state the memory layout of its parameters.
+
+    A fused step requires that layout, and a checkpoint does not keep it.
+    """
     for parameter, state in optimiser.state.items():
         for name, value in state.items():
             if torch.is_tensor(value) and value.shape == parameter.shape:

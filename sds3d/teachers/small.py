@@ -126,8 +126,8 @@ class SmallTeacher:
         """See `sds3d.distill.critics.Featured`."""
         return self.unet.config.widths[-1]
 
-    def asked_at(self, times: Tensor) -> tuple[Tensor, float]:
-        """See `sds3d.students.generator.Network.asked_at`: at any time, with as much noise as there is then."""
+    def nearest_times(self, times: Tensor) -> tuple[Tensor, float]:
+        """See `sds3d.students.generator.Network.nearest_times`; every time is possible, with the schedule's noise."""
         return times, float(self.schedule.alpha_sigma(times[0])[1])
 
     @property

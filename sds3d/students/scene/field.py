@@ -1,16 +1,16 @@
-"""The scene's field: density and colour at every point of the box, and the background behind it.
+"""The field of a scene: density and colour at every point of the box, and the background behind it.
 
-A multi-resolution hash grid (Instant-NGP, arXiv 2201.05989, section 3) feeds one hidden layer that density
-and colour share:
+A multi-resolution hash grid (Instant-NGP, arXiv 2201.05989, section 3) feeds one hidden layer, which serves both
+density and colour:
 
     f(x) = hash_encode((x + 1) / 2)                             (N, levels * features)
     o(x) = W2 relu(W1 f(x) + b1) + b2                           (N, 4)
     density = softplus(gain o_0 + blob(x)),  colour = sigmoid(o_1..3)
     blob(x) = strength * (1 - |x| / radius)                     (Magic3D, arXiv 2211.10440, section 4)
 
-b2 starts at -W2 relu(b1), so a new field is the blob itself, in middle grey. The gain lets density, which has to
-reach tens where colour moves by ones, follow at Adam's pace. Points are world points in the
-box [-1, 1]^3 (see cameras.py); density is per scene unit of length.
+b2 starts at -W2 relu(b1), so that a new field is the blob in middle grey. Density has to change by tens while colour
+changes by ones; the gain lets both follow at Adam's step size. Points are world points in the box [-1, 1]^3 (see
+cameras.py); density is per scene unit of length.
 """
 
 from __future__ import annotations
@@ -32,20 +32,20 @@ from sds3d.runtime.transfer import onto
 
 # Corners of a tetrahedron: sum_i k_i k_i^T = 4 I, so sum_i k_i f(x + h k_i) = 4 h grad f + O(h^3 for odd terms).
 _TETRAHEDRON = ((1.0, -1.0, -1.0), (-1.0, -1.0, 1.0), (-1.0, 1.0, -1.0), (1.0, 1.0, 1.0))
-LARGEST = 2**28  # numbers in a hash grid: 1 GiB, and three times that with gradients and moments
+LARGEST = 2**28  # parameters of a hash grid: 1 GiB, and gradients and Adam's moments take three times that again
 
 
 @dataclass(frozen=True)
 class FieldConfig:
-    """Size of the hash grid and the MLP, and the blob that the density starts from.
+    """Sizes of the hash grid and the MLP, and the blob from which the density starts.
 
     Args:
         levels, features, log2_table, base, finest: the hash grid (see ops.GridSpec).
-        open_levels: how many levels are open at each step; closed ones give zeros. None: all, always.
+        open_levels: number of open levels at each step; closed levels give zeros. None opens all levels always.
         hidden: width of the hidden layer.
         density_gain: factor of the network's density output, > 0.
-        blob_strength: pre-activation at the centre of the blob.
-        blob_radius: scene units, where the blob's pre-activation crosses 0 (density 0.69).
+        blob_strength: the blob's pre-activation at its centre.
+        blob_radius: distance, in scene units, at which the blob's pre-activation is 0 (density 0.69).
     """
 
     levels: Annotated[int, Within(1, 64)] = 12
@@ -71,17 +71,17 @@ class FieldConfig:
         numbers = self.grid().entries * self.features
         if numbers > LARGEST:
             raise ValueError(
-                f"the hash grid of field would hold {numbers:.2g} numbers, at most {LARGEST:.2g} are taken; lower "
-                "field.levels, field.features or field.log2_table"
+                f"the hash grid of field would have {numbers:.2g} parameters, and at most {LARGEST:.2g} are accepted; "
+                "lower field.levels, field.features or field.log2_table"
             )
 
     def grid(self) -> GridSpec:
-        """The hash grid of these sizes."""
+        """Return the hash grid of these sizes."""
         return GridSpec(self.levels, self.features, self.log2_table, self.base, self.finest)
 
 
 class _Head(Function):
-    """(density, colour) of features (N, I) and blob (N,). By hand: autograd's slices cost half as much again."""
+    """Density and colour of features (N, I) and blob (N,), with a hand-written backward: autograd takes 50 % longer."""
 
     @staticmethod
     def forward(
@@ -106,17 +106,17 @@ class _Head(Function):
 
 
 class Field(nn.Module):
-    """Density and colour of the scene.
+    """Density and colour of a scene.
 
     Args:
         config: sizes and the blob.
-        backend: kernels (ops.choose); not part of the state, so a checkpoint loads in every backend.
+        backend: kernels (ops.choose). They are not part of the state, so a checkpoint loads with every backend.
         rng: CPU generator for the initial values.
     """
 
-    mask: Tensor  # (inputs,) how far each feature's level is open
+    mask: Tensor  # (inputs,) in [0, 1]: how far each feature's level is open
     corners: Tensor  # (4, 3) of the tetrahedron
-    gain: Tensor  # (4,) of the outputs
+    gain: Tensor  # (4,) factors of the outputs
 
     def __init__(self, config: FieldConfig, backend: Backend, rng: torch.Generator):
         super().__init__()
@@ -136,44 +136,45 @@ class Field(nn.Module):
         self.register_buffer("gain", torch.tensor([config.density_gain, 1.0, 1.0, 1.0]), persistent=False)
 
     def open(self, step: int) -> None:
-        """Open the levels that ``config.open_levels`` asks for at this step; a fraction fades a level in."""
+        """Open the first ``config.open_levels(step)`` levels; a fraction opens a level partly."""
         if self.config.open_levels is None:
             return
         level = torch.arange(self.spec.levels, dtype=torch.float32).repeat_interleave(self.spec.features)
         self.mask.copy_(onto((self.config.open_levels(step) - level).clamp(0, 1), self.mask.device))
 
     def blob(self, points: Tensor) -> Tensor:
-        """Pre-activation of the starting blob at points (N, 3), (N,)."""
+        """Return the blob's pre-activation (N,) at points (N, 3)."""
         c = self.config
         return c.blob_strength - points.norm(dim=-1) * (c.blob_strength / c.blob_radius)
 
     def _encode(self, points: Tensor) -> tuple[Tensor, Tensor]:
-        """Features (N, inputs) at points (N, 3), and the first layer's weight with closed levels at 0."""
+        """Return features (N, inputs) at points (N, 3), and the first layer's weight with closed levels set to 0."""
         features = self.backend.hash_encode(points * 0.5 + 0.5, self.table, self.spec)
         return features, self.w1 if self.config.open_levels is None else self.w1 * self.mask
 
     def logit(self, points: Tensor) -> Tensor:
-        """Density before the softplus at points (N, 3) in the box, (N,)."""
+        """Return the density before the softplus, (N,), at points (N, 3) in the box."""
         features, w1 = self._encode(points)
         hidden = F.linear(features, w1, self.b1).relu_()
         gain = self.config.density_gain
         return F.linear(hidden, self.w2[:1] * gain, self.b2[:1] * gain).squeeze(-1) + self.blob(points)
 
     def density(self, points: Tensor) -> Tensor:
-        """Density >= 0 per scene unit at points (N, 3) in the box, (N,)."""
+        """Return the density (N,), >= 0, per scene unit, at points (N, 3) in the box."""
         return F.softplus(self.logit(points))
 
     def forward(self, points: Tensor) -> tuple[Tensor, Tensor]:
-        """Density (N,) >= 0 and colour (N, 3) in [0, 1] at points (N, 3) in the box."""
+        """Return density (N,), >= 0, and colour (N, 3) in [0, 1] at points (N, 3) in the box."""
         features, w1 = self._encode(points)
         w2, b2 = self.w2 * self.gain[:, None], self.b2 * self.gain
         return _Head.apply(features, self.blob(points), w1, self.b1, w2, b2)
 
     def normals(self, points: Tensor) -> Tensor:
-        """Outward unit normals (N, 3): minus the direction in which density grows, at points (N, 3).
+        """Return outward unit normals (N, 3) at points (N, 3): minus the normalised gradient of the density.
 
-        Four central-type differences on a tetrahedron of half a finest cell; the differences are of the
-        density before the softplus (same direction, no saturation), so one backward gives their gradient.
+        The gradient is estimated by differences at the four corners of a tetrahedron, half a finest cell away. They are
+        differences of the density before the softplus, which has the same direction and does not saturate. So the
+        normals are differentiable by one backward pass.
         """
         corners = self.corners.to(points.dtype)
         step = 1.0 / self.spec.finest
@@ -183,9 +184,10 @@ class Field(nn.Module):
 
 
 class LearnedBackground(nn.Module):
-    """A background that is learned: second-order spherical harmonics of the ray's direction, then a sigmoid.
+    """A learned background: second-order spherical harmonics of the ray's direction, then a sigmoid.
 
-    Starts at one plain ``colour`` (3 values in [0, 1]) in every direction.
+    Args:
+        colour: RGB in [0, 1] at the start, the same in every direction.
     """
 
     def __init__(self, colour: tuple[float, float, float] = (0.95, 0.95, 0.95)):
@@ -195,7 +197,7 @@ class LearnedBackground(nn.Module):
         self.coefficients = nn.Parameter(coefficients)
 
     def forward(self, directions: Tensor) -> Tensor:
-        """Colours (R, 3) in [0, 1] of unit directions (R, 3)."""
+        """Return colours (R, 3) in [0, 1] for unit directions (R, 3)."""
         x, y, z = directions.unbind(-1)
         basis = torch.stack([torch.ones_like(x), x, y, z, x * y, y * z, x * z, x * x - y * y, 3 * z * z - 1], -1)
         return (basis @ self.coefficients).sigmoid()

@@ -1,14 +1,14 @@
-"""Which cells of the box hold anything: a coarse grid that lets the renderer skip empty space.
+"""The occupancy grid: a coarse grid of occupied cells that lets the renderer skip empty space.
 
-Every ``every`` steps each cell's density is measured at one random place inside it and folded into a running
-maximum that fades (Instant-NGP, arXiv 2201.05989, appendix C):
+Every ``every`` steps the density is measured at one random point in each cell, and a decaying running maximum is
+updated (Instant-NGP, arXiv 2201.05989, appendix C):
 
-    ema <- max(decay * ema, density(random place in the cell))
+    ema <- max(decay * ema, density(random point in the cell))
     occupied = ema > threshold, grown by ``grow`` cells
 
-Growing keeps a rim of near-empty cells alive around the object: without it nothing outside could ever receive a
-gradient and appear. Nearly half of all samples would fall into that rim, so a training render visits only a random
-``rim`` share of its cells.
+Growing keeps a rim of near-empty cells around the object: without it nothing outside could receive a gradient and
+appear. Nearly half of all samples would lie in the rim, so a training render visits only a random fraction ``rim`` of
+its cells.
 """
 
 from __future__ import annotations
@@ -28,14 +28,15 @@ from sds3d.students.scene.field import Field
 
 @dataclass(frozen=True)
 class OccupancyConfig:
-    """
+    """Settings of the occupancy grid.
+
     Args:
         resolution: cells along each side of the box.
         every: steps between updates.
         decay: factor of the running maximum per update.
-        opacity: a cell is empty if one sample step in it is less opaque than this.
-        grow: cells by which the occupied region is grown.
-        rim: share of the grown cells that one training render visits, at random; above 0, to 1.
+        opacity: a cell is empty if one sample step in it has a lower opacity than this.
+        grow: cells by which the occupied region grows.
+        rim: fraction of the rim's cells that one training render visits, at random; above 0, up to 1.
     """
 
     resolution: Annotated[int, Within(4, 256)] = 32
@@ -57,15 +58,15 @@ class OccupancyConfig:
         if not 0 < self.opacity < 1:
             raise ValueError(f"occupancy.opacity is {self.opacity}; give an opacity between 0 and 1 (0.03)")
         if not 0 < self.rim <= 1:
-            raise ValueError(f"occupancy.rim is {self.rim}; give a share above 0, up to 1 (0.25)")
+            raise ValueError(f"occupancy.rim is {self.rim}; give a fraction above 0, up to 1 (0.25)")
 
 
 class Occupancy(nn.Module):
-    """The grid and its running maximum.
+    """The grid of occupied cells and its running maximum.
 
     Args:
-        config: resolution and rule.
-        step_size: length of one sample step, scene units, which turns ``opacity`` into a density.
+        config: resolution and update rule.
+        step_size: length of one sample step in scene units, which converts ``opacity`` into a density.
     """
 
     ema: Tensor  # (G, G, G), indexed x, y, z
@@ -81,7 +82,7 @@ class Occupancy(nn.Module):
 
     @torch.no_grad()
     def update(self, field: Field, step: int, rng: torch.Generator) -> bool:
-        """Measure every cell once if this step is due; returns whether it was."""
+        """Measure every cell once if an update is due at this step; return whether it was."""
         if step % self.config.every:
             return False
         size, device = self.config.resolution, self.ema.device
@@ -97,7 +98,7 @@ class Occupancy(nn.Module):
     def _mark(self) -> None:
         """Rebuild ``cells`` from ``ema``."""
         occupied = self.ema > self.threshold
-        occupied = occupied | ~occupied.any()  # an empty grid would end all learning: look everywhere again
+        occupied = occupied | ~occupied.any()  # with no occupied cell nothing could learn: mark all cells
         if self.config.grow:
             width = 2 * self.config.grow + 1
             grown = F.max_pool3d(occupied[None, None].float(), width, stride=1, padding=self.config.grow)
@@ -105,16 +106,17 @@ class Occupancy(nn.Module):
         self.cells.copy_(occupied)
 
     def thinned(self, rng: torch.Generator) -> Tensor:
-        """The cells that one training render visits: all dense ones and a random share of the rim, (G, G, G) bool."""
-        lucky = torch.rand(self.cells.shape, generator=rng) < self.config.rim
-        return self.cells & ((self.ema > self.threshold) | onto(lucky, self.cells.device))
+        """Return the cells that one training render visits, (G, G, G) bool: all dense ones and a random part of the
+        rim."""
+        chosen = torch.rand(self.cells.shape, generator=rng) < self.config.rim
+        return self.cells & ((self.ema > self.threshold) | onto(chosen, self.cells.device))
 
     def at(self, points: Tensor) -> Tensor:
-        """Whether the cells of points (N, 3) in the box are occupied, (N,) bool."""
+        """Return whether the cells of points (N, 3) in the box are occupied, (N,) bool."""
         size = self.config.resolution
         x, y, z = ((points + 1) * (size / 2)).long().clamp_(0, size - 1).unbind(-1)
         return self.cells[x, y, z]
 
-    def share(self) -> float:
-        """Share of the cells that are occupied, 0 to 1."""
+    def occupied_fraction(self) -> float:
+        """Return the fraction of the cells that are occupied, 0 to 1."""
         return self.cells.float().mean().item()

@@ -1,14 +1,14 @@
-"""What keeps a scene clean: named scalars of one render, each weighted by its own ``lambda_<name>``.
+"""The regularisers of a scene: named scalars of one render, each weighted by its own ``lambda_<name>``.
 
-All are means, over rays or over samples, so their size does not depend on the resolution. A teacher's gradient is
-a sum over its pixels (METHODS section 2), so a lambda of 64 * 64 weighs one ray of a 64 x 64 render like one pixel.
+All are means over rays or samples, so their size does not depend on the resolution. The distillation loss is a sum over
+pixels (see sds3d/distill/core.py), so with a lambda of 64 * 64 one ray of a 64 x 64 render weighs as much as one pixel.
 
     sparsity          mean_r sqrt(o_r^2 + 0.01) - 0.1                       DreamFusion, arXiv 2209.14988, appendix
-    opacity_entropy   mean_r H(o_r), binary entropy in nats                 rays are either hit or missed: no fog
+    opacity_entropy   mean_r H(o_r), binary entropy in nats                 rays either hit or miss: no fog
     orientation       mean_r sum_i sg(w_i) max(0, n_i . d)^2                Ref-NeRF, arXiv 2112.03907, eq. 11
     total_variation   mean_i |a(x_i) - a(x_i + u)|, a = 1 - exp(-sigma step), at jittered neighbours
     distortion        mean_r sum_ij w_i w_j |t_i - t_j| + sum_i w_i^2 dt_i/3    Mip-NeRF 360, arXiv 2111.12077, eq. 15
-    margin            mean_r sum_i w_i max(0, (|x_i|_inf - 0.9) / 0.1)^2    nothing sits against the faces of the box
+    margin            mean_r sum_i w_i max(0, (|x_i|_inf - 0.9) / 0.1)^2    keeps matter away from the faces of the box
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from sds3d.students.scene.field import Field
 from sds3d.students.scene.render import Trace
 
 _OFF = Ramp.constant(0.0)
-_NEIGHBOURS = 2048  # points at which total variation is measured
+_NEIGHBOURS = 2048  # pairs of points at which total variation is measured
 
 
 @dataclass(frozen=True)
 class RegulariserConfig:
-    """Weight of each regulariser, by step. One that weighs 0 is not computed."""
+    """Weight of each regulariser, by step. A regulariser with weight 0 is not computed."""
 
     lambda_sparsity: Annotated[Ramp, Within(0, 1e9)] = field(default_factory=lambda: Ramp.constant(20.0))
     lambda_opacity_entropy: Annotated[Ramp, Within(0, 1e9)] = field(default_factory=lambda: Ramp(0, 0.0, 40.0, 300))
@@ -41,34 +41,34 @@ class RegulariserConfig:
     lambda_margin: Annotated[Ramp, Within(0, 1e9)] = field(default_factory=lambda: Ramp.constant(100.0))
 
     def ramps(self) -> dict[str, Ramp]:
-        """Weights by name, without "lambda_": what the loop multiplies by."""
+        """Return the weights by the regularisers' names, without "lambda_"."""
         return {f.name.removeprefix("lambda_"): getattr(self, f.name) for f in fields(self)}
 
     def active(self, step: float) -> set[str]:
-        """Names of those that weigh anything at a step."""
+        """Return the names of the regularisers whose weight at a step is not 0."""
         return {name for name, ramp in self.ramps().items() if ramp(step) != 0}
 
 
 def sparsity(opacity: Tensor) -> Tensor:
-    """Mean smooth absolute opacity of rays (R,); 0 for an empty scene."""
+    """Return the mean smoothed absolute opacity of rays (R,); 0 for an empty scene."""
     return (opacity.square() + 0.01).sqrt().mean() - 0.1
 
 
 def opacity_entropy(opacity: Tensor) -> Tensor:
-    """Mean binary entropy, nats, of the opacities (R,); 0 where every ray is either clear or blocked."""
+    """Return the mean binary entropy, in nats, of the opacities (R,); near 0 if every opacity is 0 or 1."""
     p = opacity.clamp(1e-4, 1 - 1e-4)
     return -(p * p.log() + (1 - p) * torch.log1p(-p)).mean()
 
 
 def orientation(trace: Trace) -> Tensor:
-    """Mean over rays of the weight whose normals point away from the camera."""
+    """Return the mean over rays of the weight of samples whose normals point away from the camera."""
     assert trace.normals is not None, "orientation needs a render with normals"
     away = (trace.normals * trace.directions[trace.samples.ray_index]).sum(-1).clamp_min(0)
     return (trace.weights.detach() * away.square()).sum() / trace.opacity.shape[0]
 
 
 def distortion(trace: Trace) -> Tensor:
-    """Mean spread of the weights along a ray, scene units; 0 for one thin surface."""
+    """Return the mean spread of the weights along a ray, in scene units; 0 for one thin surface."""
     t, dt, ray, offsets = trace.samples.t, trace.samples.dt, trace.samples.ray_index, trace.samples.offsets
 
     def before(x: Tensor) -> Tensor:  # (S,) sum of x over the earlier samples of the same ray
@@ -82,18 +82,18 @@ def distortion(trace: Trace) -> Tensor:
 
 
 def margin(trace: Trace) -> Tensor:
-    """Mean over rays of the weight within 0.1 of the faces of the box."""
+    """Return the mean over rays of the weight within 0.1 of the faces of the box."""
     near = ((trace.samples.points.abs().amax(-1) - 0.9) / 0.1).clamp_min(0).square()
     return (trace.weights * near).sum() / trace.opacity.shape[0]
 
 
 def total_variation(field: Field, trace: Trace, rng: torch.Generator) -> Tensor:
-    """Mean difference of opacity per step between visible samples and neighbours within a cell of the finest level."""
+    """Return the mean difference of opacity per step between samples and neighbours within one finest cell."""
     points = trace.samples.points
     if not points.shape[0]:
         return trace.opacity.sum()  # 0, with a graph
-    place = onto(torch.rand(_NEIGHBOURS, generator=rng, dtype=torch.float64), points.device)
-    chosen = (place * trace.samples.offsets[-1]).long()
+    uniform = onto(torch.rand(_NEIGHBOURS, generator=rng, dtype=torch.float64), points.device)
+    chosen = (uniform * trace.samples.offsets[-1]).long()
     shift = (onto(torch.rand(_NEIGHBOURS, 3, generator=rng), points.device) * 2 - 1) * (2 / field.spec.finest)
     here = points[chosen]
     density = field.density(torch.cat([here, (here + shift).clamp_(-1, 1)]))
@@ -102,13 +102,13 @@ def total_variation(field: Field, trace: Trace, rng: torch.Generator) -> Tensor:
 
 
 def measure(names: set[str], field: Field, trace: Trace, rng: torch.Generator) -> dict[str, Tensor]:
-    """The regularisers called for, by name, unweighted.
+    """Return the named regularisers, unweighted, by name.
 
     Args:
-        names: of the fields of RegulariserConfig, without "lambda_".
-        rng: for the points of total_variation.
+        names: fields of RegulariserConfig, without "lambda_".
+        rng: generator for the points of total_variation.
     """
-    ways = {
+    terms = {
         "sparsity": lambda: sparsity(trace.opacity),
         "opacity_entropy": lambda: opacity_entropy(trace.opacity),
         "orientation": lambda: orientation(trace),
@@ -116,4 +116,4 @@ def measure(names: set[str], field: Field, trace: Trace, rng: torch.Generator) -
         "distortion": lambda: distortion(trace),
         "margin": lambda: margin(trace),
     }
-    return {name: way() for name, way in ways.items() if name in names}
+    return {name: term() for name, term in terms.items() if name in names}

@@ -5,8 +5,7 @@ Emission and absorption (NeRF, arXiv 2003.08934, eq. 3), with a plain background
     w_i = T_i (1 - exp(-sigma_i dt_i)),  opacity = sum_i w_i,  rgb = sum_i w_i c_i + (1 - opacity) b
     depth = sum_i w_i t_i / opacity
 
-Shading (DreamFusion, arXiv 2209.14988, section 3.1): "albedo" is the colour itself; "lambertian" multiplies it
-by ambient + (1 - ambient) max(0, n . l); "textureless" puts white in the colour's place and shades that.
+Shading is as `sds3d.students.representation.Shading` has it.
 """
 
 from __future__ import annotations
@@ -23,48 +22,26 @@ from torch.utils.checkpoint import checkpoint
 from sds3d.cameras import Cameras, Poses
 from sds3d.ops import Samples
 from sds3d.runtime.transfer import onto
+from sds3d.students.representation import ALBEDO, Shading, Views
 from sds3d.students.scene.field import Field
 from sds3d.students.scene.occupancy import Occupancy
-
-SHADINGS = ("albedo", "lambertian", "textureless")
 
 Background = Tensor | Callable[[Tensor], Tensor]  # (3,), (B, 3), or directions (R, 3) -> colours (R, 3)
 
 
 @dataclass(frozen=True)
-class Shading:
-    """How colour is lit.
-
-    Args:
-        kind: one of SHADINGS.
-        light: (3,) or (B, 3) directions towards the light, any length; None: the camera carries it.
-        ambient: share of the light that comes from everywhere, 0 to 1.
-    """
-
-    kind: str = "albedo"
-    light: Tensor | None = None
-    ambient: float = 0.3
-
-    def __post_init__(self):
-        if self.kind not in SHADINGS:
-            raise ValueError(f"render.shading is {self.kind!r}; give one of {', '.join(SHADINGS)}")
-
-
-ALBEDO = Shading()
-
-
-@dataclass(frozen=True)
 class RenderOptions:
-    """
+    """Options of one render.
+
     Args:
         step: length of one sample step, scene units.
-        shading: how colour is lit.
-        normals: render normals even where the shading does not need them.
-        dark: a sample that less light than this reaches weighs nothing.
-        chunk: rays rendered at a time. Where gradients are wanted and there are more, each chunk is rendered again when
-            its gradients are due, so that memory is that of one chunk: a quarter slower.
-        room: samples to make room for, without asking a GPU how many there are (see ops.reference.march); None asks.
-            Not used where there are several chunks.
+        shading: the shading of the colours.
+        normals: whether to render normals even if the shading does not need them.
+        dark: samples with a transmittance below this have weight 0.
+        chunk: rays rendered at a time. With gradients and more rays than that, each chunk is rendered again in the
+            backward pass, so that the memory is that of one chunk; this is a quarter slower.
+        capacity: rows to allocate for the samples (see ops.reference.march); None counts the samples first.
+            Ignored if there are several chunks.
     """
 
     step: float = 2 / 32
@@ -72,34 +49,26 @@ class RenderOptions:
     normals: bool = False
     dark: float = 1e-3
     chunk: int = 16384
-    room: int | None = None
+    capacity: int | None = None
 
 
 @dataclass
-class RenderOut:
-    """Images of B views, and the samples they were made of.
+class RenderOut(Views):
+    """Images of B views, and the samples of which they were made.
 
     Args:
-        rgb: (B, 3, H, W) in [0, 1].
-        opacity: (B, 1, H, W) in [0, 1].
-        depth: (B, 1, H, W) expected distance from the camera, scene units; 0 where nothing was hit.
-        normal: (B, 3, H, W) weighted outward normals in world axes, length <= 1; None if not asked for.
-        trace: what the regularisers look at; None in a render without gradients.
+        trace: the samples, for the regularisers; None in a render without gradients.
     """
 
-    rgb: Tensor
-    opacity: Tensor
-    depth: Tensor
-    normal: Tensor | None
     trace: Trace | None
 
 
 @dataclass
 class Trace:
-    """The samples behind a render, packed by ray.
+    """The samples of a render, packed by ray.
 
     Args:
-        samples: positions, distances and lengths; no gradient.
+        samples: positions, distances and lengths, without gradient.
         sigma: (S,) densities.
         weights: (S,) compositing weights.
         opacity: (R,) of all rays.
@@ -128,13 +97,16 @@ def render(
 
     Args:
         cameras: B views, on the field's device.
-        resolution: pixels of their height; Cameras' images are square, Poses' have an aspect.
+        resolution: height in pixels. Images of Cameras are square; Poses have an aspect ratio.
         background: (3,), one colour a view (B, 3), or a function of the directions (R, 3).
-        rng: CPU generator of a training render, which shifts each ray's samples and thins the occupancy's
-            rim; None puts samples in the middle of their steps and visits every occupied cell.
+        rng: CPU generator of a training render, which jitters each ray's samples and visits only part of the occupancy
+            grid's rim. None puts samples in the middle of their steps and visits every occupied cell.
 
     Returns:
         RenderOut, with gradients and a trace if gradients are enabled.
+
+    Raises:
+        ValueError: the resolution is below 1.
     """
     if resolution < 1:
         raise ValueError(f"render.resolution is {resolution}; give at least 1 pixel (64 is usual)")
@@ -153,15 +125,15 @@ def render(
     whole, parts = rays <= options.chunk, []
     for start in range(0, rays, options.chunk):
         part = slice(start, start + options.chunk)
-        shift, room = None if jitter is None else jitter[part], options.room if whole else None
-        samples = field.backend.march(origins[part], directions[part], cells, options.step, shift, room=room)
+        shift, capacity = None if jitter is None else jitter[part], options.capacity if whole else None
+        samples = field.backend.march(origins[part], directions[part], cells, options.step, shift, capacity=capacity)
         lit = None if light is None else light[(samples.ray_index + start) // pixels]
         if whole or not torch.is_grad_enabled():
-            parts.append(_shoot(field, samples, directions[part], lit, options))
+            parts.append(_shade(field, samples, directions[part], lit, options))
         else:
-            again = partial(_shoot, field, samples, directions[part], lit, options)
-            parts.append(checkpoint(again, use_reentrant=False, preserve_rng_state=False))
-    image, trace = parts[0] if whole else (torch.cat([p[0] for p in parts]), _joined([p[1] for p in parts]))
+            shade = partial(_shade, field, samples, directions[part], lit, options)
+            parts.append(checkpoint(shade, use_reentrant=False, preserve_rng_state=False))
+    image, trace = parts[0] if whole else (torch.cat([p[0] for p in parts]), _concatenated([p[1] for p in parts]))
     opacity = image[:, 4:5]
     rgb = torch.addcmul(image[:, :3], 1 - opacity, behind.expand(rays, 3))
     depth = image[:, 3:4] / opacity.clamp_min(1e-6)
@@ -173,9 +145,9 @@ def render(
     return RenderOut(fold(rgb), fold(opacity), fold(depth), normal, trace)
 
 
-def _joined(traces: list[Trace | None]) -> Trace | None:
-    """The traces of chunks of rays as one."""
-    known = [trace for trace in traces if trace is not None]  # all, or none without gradients
+def _concatenated(traces: list[Trace | None]) -> Trace | None:
+    """Return the traces of consecutive chunks of rays as one."""
+    known = [trace for trace in traces if trace is not None]  # all of them, or none in a render without gradients
     if not known:
         return None
     samples, first_ray, first_sample = [], 0, 0
@@ -187,15 +159,15 @@ def _joined(traces: list[Trace | None]) -> Trace | None:
     parts = [torch.cat(columns) for columns in zip(*samples, strict=True)]
     parts[-1] = torch.cat([start, parts[-1]])
 
-    def joined(name: str) -> Tensor:
+    def cat(name: str) -> Tensor:
         return torch.cat([getattr(trace, name) for trace in known])
 
-    normals = None if known[0].normals is None else joined("normals")
-    return Trace(Samples(*parts), joined("sigma"), joined("weights"), joined("opacity"), normals, joined("directions"))
+    normals = None if known[0].normals is None else cat("normals")
+    return Trace(Samples(*parts), cat("sigma"), cat("weights"), cat("opacity"), normals, cat("directions"))
 
 
 def _light(shading: Shading, cameras: Cameras | Poses) -> Tensor | None:
-    """Unit directions towards the light, (B, 3), or None where colour is not lit."""
+    """Return unit directions towards the light, (B, 3), or None for "albedo"."""
     if shading.kind == "albedo":
         return None
     light = cameras.positions()
@@ -204,10 +176,14 @@ def _light(shading: Shading, cameras: Cameras | Poses) -> Tensor | None:
     return F.normalize(light.expand(len(cameras), 3), dim=-1)
 
 
-def _shoot(
+def _shade(
     field: Field, samples: Samples, directions: Tensor, light: Tensor | None, options: RenderOptions
 ) -> tuple[Tensor, Trace | None]:
-    """Composite packed samples, lit from light (S, 3): (R, 5 or 8) colour, depth * opacity, opacity, normal."""
+    """Shade packed samples with light directions (S, 3) and composite them.
+
+    Returns:
+        (R, 5) colour, depth * opacity, opacity, or (R, 8) with normals; and the trace, if gradients are enabled.
+    """
     shading, sigma, values = options.shading, *field(samples.points)
     normals = field.normals(samples.points) if light is not None or options.normals else None
     if light is not None:

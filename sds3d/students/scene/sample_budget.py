@@ -1,8 +1,8 @@
-"""How much memory a training render takes: rays at a time, and room for their samples.
+"""The memory of a training render: the number of rays rendered at once, and the rows allocated for their samples.
 
-Packed samples are as many as the scene happens to have, and only the GPU knows how many those are; to ask it is to wait
-for all it was told before. So a render makes room for somewhat more than the last counts that have come back, and the
-rows too many stay empty. Where the room was too small, the last rays of one step lose samples, and the room doubles.
+The number of packed samples depends on the scene, and only the GPU knows it; reading it makes the host wait for all
+queued work. So a render allocates somewhat more rows than the last count that has arrived, and leaves the rest empty.
+If there were too few rows, the last rays of one step lose samples, and the number of rows doubles.
 """
 
 from __future__ import annotations
@@ -11,17 +11,17 @@ import torch
 
 from sds3d.ops import Samples
 
-SLACK = 1.5  # room for so many times the last known count
-GRAIN = 4096  # rooms are multiples of it: equal sizes are allocated once
-CPU_BYTES = 2 * 2**30  # a render with gradients takes about so much at most on a CPU, and a quarter of a GPU
+SLACK = 1.5  # rows allocated for each sample of the last known count
+GRAIN = 4096  # the number of rows is a multiple of this, so that torch's allocator can reuse blocks
+CPU_BYTES = 2 * 2**30  # memory of a render with gradients on a CPU, at most; on a GPU a quarter of it
 
 
 def rays_at_a_time(device: torch.device, samples: int, inputs: int, hidden: int) -> int:
-    """How many rays a render with gradients may take at once, by the device's memory.
+    """Return how many rays a render with gradients may process at once, given the device's memory.
 
     Args:
-        samples: steps along one side of the box, about as many as a ray keeps.
-        inputs, hidden: widths of the field.
+        samples: sample steps along one side of the box, about as many as a ray keeps.
+        inputs, hidden: widths of the field's layers.
     """
     memory = CPU_BYTES
     if device.type == "cuda":
@@ -30,13 +30,13 @@ def rays_at_a_time(device: torch.device, samples: int, inputs: int, hidden: int)
 
 
 def rays_within(memory: int, samples: int, inputs: int, hidden: int) -> int:
-    """As ``rays_at_a_time``, for so many bytes."""
-    sample = 4 * (3 * (inputs + hidden) + 50)  # values, their gradients and what is between, in float32
+    """Return how many rays fit into ``memory`` bytes; the other arguments are as for ``rays_at_a_time``."""
+    sample = 4 * (3 * (inputs + hidden) + 50)  # bytes of values, gradients and intermediate values, in float32
     return max(4096, memory // (samples * sample))
 
 
 class SampleBudget:
-    """Rows for the next render's samples, learnt from earlier renders."""
+    """The number of rows to allocate for the next render's samples, estimated from earlier renders."""
 
     def __init__(self):
         self._rows: int | None = None
@@ -44,14 +44,14 @@ class SampleBudget:
         self._arrived: torch.cuda.Event | None = None
 
     def rows(self) -> int | None:
-        """What `ops.reference.march` wants as its room; None the first time, where it has to ask."""
+        """Return the ``capacity`` for `ops.reference.march`: None the first time, when the samples are counted."""
         if self._rows is not None and self._count is not None and (self._arrived is None or self._arrived.query()):
             count, self._count = int(self._count), None
             self._rows = 2 * self._rows if count >= self._rows else _rounded(count)
         return self._rows
 
     def saw(self, samples: Samples) -> None:
-        """Take note of a render made with ``rows()``, without waiting for its count."""
+        """Record the samples of a render with capacity ``rows()``, without waiting for their count."""
         if self._rows is None:
             self._rows = _rounded(len(samples.t))
         elif self._count is None:
@@ -64,5 +64,5 @@ class SampleBudget:
 
 
 def _rounded(count: int) -> int:
-    """Room for a count, with slack."""
+    """Return the rows for a count of samples, with slack."""
     return (int(count * SLACK) // GRAIN + 1) * GRAIN

@@ -1,7 +1,7 @@
 """A scene as a student: a few views a step, rendered from cameras drawn around it.
 
-The loop (train.py) knows only `sds3d.students.base.Student`; previews, export and metrics use `render_view`,
-`density` and `colours`, which never build a graph.
+The loop (train.py) knows only `sds3d.students.base.Student`; previews, export and metrics know only
+`sds3d.students.representation.Scene`, whose members never build a graph.
 """
 
 from __future__ import annotations
@@ -25,10 +25,11 @@ from sds3d.runtime.ranges import STEPS, Within, shown
 from sds3d.runtime.transfer import onto
 from sds3d.students.base import Draw
 from sds3d.students.optim import OptimConfig
+from sds3d.students.representation import ALBEDO, SHADINGS, Shading
 from sds3d.students.scene.field import Field, FieldConfig, LearnedBackground
 from sds3d.students.scene.occupancy import Occupancy, OccupancyConfig
 from sds3d.students.scene.regularisers import RegulariserConfig, measure
-from sds3d.students.scene.render import ALBEDO, SHADINGS, RenderOptions, RenderOut, Shading, Trace, render
+from sds3d.students.scene.render import RenderOptions, RenderOut, Trace, render
 from sds3d.students.scene.sample_budget import SampleBudget, rays_at_a_time
 
 BACKGROUNDS = {"white": (1.0, 1.0, 1.0), "grey": COLOURS["grey"], "black": COLOURS["black"]}
@@ -167,14 +168,14 @@ class SceneStudent(nn.Module):
         self.field = Field(config.field, backend or choose(self.device), rng)
         self.occupancy = Occupancy(config.occupancy, 2 / config.render.samples)
         self.learned = LearnedBackground() if config.render.background == "learned" else None
-        self._plain = {name: torch.tensor(rgb) for name, rgb in (backgrounds or BACKGROUNDS).items()}
+        self.backgrounds = {name: torch.tensor(rgb) for name, rgb in (backgrounds or BACKGROUNDS).items()}
         wanted = config.render.background
         if wanted.startswith("#"):
-            self._plain[wanted] = _hex_colour(wanted)
-        elif wanted not in ("learned", "random", *self._plain):
-            known = ", ".join(self._plain)
+            self.backgrounds[wanted] = _hex_colour(wanted)
+        elif wanted not in ("learned", "random", *self.backgrounds):
+            known = ", ".join(self.backgrounds)
             raise ValueError(f"render.background is {wanted!r}; give one of {known}, #rrggbb, learned, random")
-        self.background_name = next(iter(self._plain)) if wanted == "random" else wanted
+        self.background_name = next(iter(self.backgrounds)) if wanted == "random" else wanted
         self._chunk = config.render.chunk or rays_at_a_time(
             self.device, config.render.samples, self.field.spec.width, config.field.hidden
         )
@@ -232,9 +233,19 @@ class SceneStudent(nn.Module):
         self._trace = None
         self.occupancy.update(self.field, step + 1, rng)
 
-    def learn_backgrounds(self, other: SceneStudent) -> None:
-        """Know the plain backgrounds that another scene knows, by its names."""
-        self._plain |= other._plain
+    @property
+    def kernels(self) -> str:
+        """See `sds3d.students.representation.Scene`."""
+        return str(self.field.backend)
+
+    @property
+    def detail(self) -> float:
+        """A cell of the finest grid."""
+        return 2 / self.config.field.finest
+
+    def learn_backgrounds(self, backgrounds: Mapping[str, Tensor], /) -> None:
+        """Know more plain backgrounds: name -> RGB (3,) in [0, 1]."""
+        self.backgrounds |= backgrounds
 
     @torch.no_grad()
     def render_view(
@@ -255,7 +266,7 @@ class SceneStudent(nn.Module):
         """
         if background is None:
             wanted = self.config.render.background
-            background = next(iter(self._plain)) if wanted == "random" else wanted
+            background = next(iter(self.backgrounds)) if wanted == "random" else wanted
         behind = self._background(background)
         size = self.config.render.resolution_at(math.inf) if resolution is None else resolution
         chunk = self._chunk if self.device.type == "cuda" else min(self._chunk, RenderOptions.chunk)
@@ -284,7 +295,7 @@ class SceneStudent(nn.Module):
 
     def _choose_background(self, rng: torch.Generator) -> str:
         """Name of this step's background."""
-        settings, names = self.config.render, list(self._plain)
+        settings, names = self.config.render, list(self.backgrounds)
         if settings.background != "random":
             return settings.background
         share, which = torch.rand(2, generator=rng).tolist()
@@ -297,7 +308,7 @@ class SceneStudent(nn.Module):
         if name == "learned":
             assert self.learned is not None, "this scene has no learned background"
             return self.learned
-        return onto(_hex_colour(name) if name.startswith("#") else self._plain[name], self.device)
+        return onto(_hex_colour(name) if name.startswith("#") else self.backgrounds[name], self.device)
 
     def _shading(self, step: int, cameras: Cameras, rng: torch.Generator) -> Shading:
         """This step's light: one for each view, near its camera."""

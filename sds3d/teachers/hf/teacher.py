@@ -111,8 +111,8 @@ class DiffusersTeacher:
         """Raises ValueError where the network has no features."""
         return self.family.feature_width
 
-    def asked_at(self, times: Tensor) -> tuple[Tensor, float]:
-        """See `sds3d.students.generator.Network.asked_at`: as its pipeline is, once it is a generator's."""
+    def nearest_times(self, times: Tensor) -> tuple[Tensor, float]:
+        """See `sds3d.students.generator.Network.nearest_times`; the times are those of the generator's scheduler."""
         scheduler = generator_scheduler.scheduler(self.family, self.levels, float(times[0]), len(times))
         return generator_scheduler.times(self.family, self.levels, scheduler, len(times)), 1.0
 

@@ -1,0 +1,44 @@
+"""How a mesh is made: the settings that a run's config, the exporter and the command line take alike."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from sds3d.runtime.ranges import Within
+from sds3d.runtime.validation import check
+
+COLOURS = ("texture", "vertex")
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """How a mesh is made of a scene.
+
+    Args:
+        resolution: voxels along each side of the box.
+        level: density at the surface; by default the one whose silhouettes agree best with the scene's.
+        keep: drop pieces below this fraction of the largest piece's area; 1 keeps the largest alone, 0 keeps all.
+        fill: close cracks, holes and gaps narrower than this, in scene units, where that is two voxels; 0 for none.
+        smooth: rounds of Taubin's smoothing, which does not shrink.
+        faces: triangles, at most.
+        colours: "texture", or "vertex". PLY and STL have no texture.
+        texture: texels a side, as 1024 or 2048.
+
+    Raises:
+        ValueError: a setting is out of its range.
+    """
+
+    resolution: Annotated[int, Within(8, 512)] = 96
+    level: Annotated[float, Within(0, 1e6, above=True)] | None = None
+    keep: Annotated[float, Within(0, 1)] = 0.05
+    fill: Annotated[float, Within(0, 0.5)] = 0.05
+    smooth: Annotated[int, Within(0, 100)] = 3
+    faces: Annotated[int, Within(100, 10_000_000)] = 50_000
+    colours: str = "texture"
+    texture: Annotated[int, Within(64, 4096)] = 1024
+
+    def __post_init__(self):
+        check(self, "export.mesh")
+        if self.colours not in COLOURS:
+            raise ValueError(f"export.mesh.colours is {self.colours!r}; give {' or '.join(COLOURS)}")
