@@ -129,7 +129,7 @@ _MeshFlags = optional_flags(MeshConfig)
 
 @dataclass(frozen=True)
 class MeshOptions(_MeshFlags):
-    """The flags of export: one for each setting of ``export.mesh``, and how the file stands."""
+    """The flags of export: one for each setting of ``export.mesh``, and the orientation and height of the mesh."""
 
     up: Annotated[str | None, Option(help="the axis that points up, y or z; y in glb and obj, z in ply and stl")] = None
     height: Annotated[float | None, Option(help="of the mesh: in mm for stl (100), in metres otherwise (1)")] = None
@@ -147,8 +147,8 @@ class MeshOptions(_MeshFlags):
 
     def changed(self) -> dict[str, Any]:
         """Return the settings of ``export.mesh`` that were given."""
-        given = {f.name: getattr(self, f.name) for f in fields(MeshConfig)}
-        return {name: value for name, value in given.items() if value is not None}
+        values = {f.name: getattr(self, f.name) for f in fields(MeshConfig)}
+        return {name: value for name, value in values.items() if value is not None}
 
 
 @spread
@@ -189,9 +189,9 @@ def export(
             raise ValueError(f"format has {suffix} twice; give it once")
     meshes = [suffix for suffix in suffixes if suffix not in names]
     options.check(meshes)
-    given = [*options.changed(), *(name for name in ("up", "height") if getattr(options, name) is not None)]
-    if given and not meshes:
-        raise ValueError(f"--{given[0]} applies to meshes, and {format} has none; leave it out")
+    flags = [*options.changed(), *(name for name in ("up", "height") if getattr(options, name) is not None)]
+    if flags and not meshes:
+        raise ValueError(f"--{flags[0]} applies to meshes, and {format} has none; leave it out")
     asset, files, reports, lines = Asset.open(run), [], {}, []
     require_folder(out or asset.path)  # before the work
     with progress.parts(quiet or json) as tell:

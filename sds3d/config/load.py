@@ -1,13 +1,8 @@
 """Builds a run's config from defaults, recipes, YAML files and ``key=value`` overrides.
 
-The layers, of which a later one overrides an earlier one:
-
-1. the defaults of the dataclasses in `sds3d.config.schema`;
-2. the method's recipe: ``configs/<method>.yaml``, or, if the teacher is a diffusers pipeline, ``scene.yaml`` and
-   ``<method>.yaml`` in ``configs/pipelines``;
-3. a user's file;
-4. keyword arguments or flags;
-5. ``key=value``.
+Each layer overrides those before it: the defaults in `sds3d.config.schema`; the method's recipe
+(``configs/<method>.yaml``, or, for a diffusers pipeline, ``scene.yaml`` and ``<method>.yaml`` in
+``configs/pipelines``); a user's file; keyword arguments or flags; ``key=value``.
 
 A number may be written as ``${steps}``, or as ``${part:0.75}`` for that fraction of the steps, rounded, so that a
 recipe's ramps follow the number of steps. There are no other references, and none in text, since a file may come from
@@ -39,7 +34,7 @@ PICKLE = "teacher.hf.allow_pickle"  # no file may set it: a pickle can run any p
 # Paths that a run reads, which are stored as absolute paths, and paths that it writes, which are only checked.
 INPUT_PATHS = ("teacher.name", "source.run", "image.start", "generator.prompts", "pairs.folder", "real")
 OUTPUT_PATHS = ("out", "teacher.hf.cache")
-RENAMED = {  # old name -> new name; old names still work
+RENAMED = {  # old name of a setting, which is still accepted -> its new name
     "export.mesh_resolution": "export.mesh.resolution",
     "export.threshold": "export.mesh.level",
     **{f"export.{name}": f"export.mesh.{name}" for name in ("keep", "fill", "smooth", "faces", "colours", "texture")},
@@ -63,8 +58,7 @@ def load(
             set, else a Config.
 
     Raises:
-        ValueError: a key is unknown, a value has a wrong type or is out of range, or the file is missing, is no YAML
-            or allows pickles.
+        ValueError: a key is unknown, a value has a wrong type or range, or the file is missing, no YAML, or unsafe.
     """
     settings = _read_file(Path(file), kind) if file is not None else {}
     if _at(settings, PICKLE):
@@ -112,11 +106,7 @@ def default_method(kind: type[RunConfig]) -> str:
 
 
 def _with_absolute_paths(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Make paths of existing inputs absolute, so that resume works from any folder.
-
-    Raises:
-        ValueError: a text cannot be a path.
-    """
+    """Make paths of existing inputs absolute, so that resume works from any folder. Raises ValueError for no path."""
     for key in (*INPUT_PATHS, *OUTPUT_PATHS):
         value = _at(settings, key)
         text = "" if value is None else str(value)
@@ -151,12 +141,9 @@ def _typed(values: dict[str, Any], name: str, kind: type[RunConfig]) -> RunConfi
 
 
 def parse_overrides(texts: Iterable[str]) -> dict[str, Any]:
-    """Parse ``key=value`` texts into a nested mapping.
+    """Parse ``key=value`` texts into a nested mapping. Raises ValueError if one cannot be parsed.
 
     The value of a setting whose type is text (see `text_keys`) is taken as it is written. Other values are YAML.
-
-    Raises:
-        ValueError: a text is not ``key=value``, or its value is not YAML.
     """
     layer: dict[str, Any] = {}
     for text in texts:
@@ -208,13 +195,8 @@ def refuse_twice(flags: Mapping[str, Any], overrides: Mapping[str, Any]) -> None
 def recipe(name: str, kind: type[RunConfig] = Config, pipeline: bool = False) -> dict[str, Any]:
     """Return the settings of a method's recipe, which ships with the package; empty if it has none.
 
-    Images take from a scene's recipe the settings that images have, and keep their own learning rates. Generators have
-    recipes in the folder distill.
-
-    Args:
-        name: of the method.
-        kind: the class of the config.
-        pipeline: whether the teacher is a diffusers pipeline, for which the folder pipelines has recipes.
+    Images take the settings that they have from a scene's recipe, and keep their own learning rates. Generators have
+    recipes in the folder distill; scenes and images with a diffusers pipeline have recipes in the folder pipelines.
     """
     folder = recipes_folder()
     paths = [folder / f"{name}.yaml"]
@@ -257,10 +239,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def of_run(path: Path) -> Any:
-    """Read the config of a run from its config.yaml. Raises ValueError that names the file.
-
-    The setting allow_pickle is ignored: whoever resumes the run must allow pickles again.
-    """
+    """Read a run's config.yaml. Pickles must be allowed again by the user. Raises ValueError that names the file."""
     try:
         values = _renamed(_nested(read_yaml(path)), warn=False)  # nobody can change how an old run was written
         if _at(values, PICKLE) is not None:
@@ -359,8 +338,8 @@ def _nested(layer: Mapping[str, Any]) -> dict[str, Any]:
 def _renamed(layer: dict[str, Any], warn: bool = True) -> dict[str, Any]:
     """Rename the settings of a nested layer that have a new name. Raises ValueError if one is given by both names."""
     for old, new in RENAMED.items():
-        above, _, leaf = old.rpartition(".")
-        group = _at(layer, above)
+        parent, _, leaf = old.rpartition(".")
+        group = _at(layer, parent)
         if not isinstance(group, Mapping) or leaf not in group:
             continue
         if _at(layer, new) is not None:
@@ -393,9 +372,8 @@ def _leaves(values: Mapping[str, Any], prefix: str = "") -> set[str]:
 
 
 def changed(config: RunConfig, layer: Mapping[str, Any]) -> Any:
-    """Return a run's config with changes that are allowed on resume.
-
-    These are steps, device, backend, fsdp, log.*, export.*, and settings that only save memory (``MEMORY_KEYS``).
+    """Return a run's config with changes that are allowed on resume: steps, device, backend, fsdp, log.*, export.*,
+    and settings that only save memory (``MEMORY_KEYS``).
 
     Raises:
         ValueError: the layer changes another setting, or gives more steps to a run whose learning rate ended at 0.
