@@ -2,8 +2,8 @@
 
     python scripts/install_size.py
 
-A package's megabytes are those of its own files. "Only for it" adds the packages that nothing else of the base needs, and
-is what leaving it out would save. Seconds are CPU seconds of the import in a new process, less those of Python itself.
+A package's megabytes are those of its own files. "Only for it" adds the packages that nothing else of the base needs:
+what leaving it out would save. Seconds are CPU seconds of the import in a new process, less those of Python itself.
 """
 
 from __future__ import annotations

@@ -241,16 +241,18 @@ BUGS = {  # file under sds3d/ -> function or class -> an expression or statement
     "teachers/hf/families.py": {
         "Family.adapt": (('{"sample_size": side, "time_cond_proj_dim": 256}', '{"sample_size": side}'),),
     },
-    "diffusion/samplers.py": {
-        "Sampler.evaluations": (("2 * self.steps - 1", "2 * self.steps"),),
-        "Sampler.within": (("evaluations + 1", "evaluations"),),
-        "Sampler.__call__": (
-            ('float(self.name == "ddpm")', "0.0"),
-            ("float(torch.hypot(*schedule.alpha_sigma(times[:1]))) * noise", "noise"),
-        ),
+    "diffusion/samplers/__init__.py": {
+        "Sampler.evaluations": (("self.steps - 1", "self.steps"),),
+        "Sampler.within": (("evaluations + extra", "evaluations"),),
+        "": (("ddim.walk(predict, x_t, levels, 1.0, rng)", "ddim.walk(predict, x_t, levels, 0.0, rng)"),),
+        "Sampler.__call__": (("float(torch.hypot(*schedule.alpha_sigma(times[:1]))) * noise", "noise"),),
+    },
+    "diffusion/samplers/levels.py": {
         "edm_times": (("r ** (1 / rho)", "r"),),
         "_times": (("scale(ends)", "ends"),),
-        "_heun": (
+    },
+    "diffusion/samplers/heun.py": {
+        "walk": (
             (
                 "to.alpha * (to.sigma / to.alpha - at.sigma / at.alpha) / 2",
                 "to.alpha * (to.sigma / to.alpha - at.sigma / at.alpha)",
@@ -260,12 +262,16 @@ BUGS = {  # file under sds3d/ -> function or class -> an expression or statement
                 "noised(x_t, second.eps, to.alpha / at.alpha, half_step)",
             ),
         ),
-        "_dpm_solver": (
+    },
+    "diffusion/samplers/dpm_solver.py": {
+        "walk": (
             ("h / (2 * previous[1])", "previous[1] / (2 * h)"),
             ("noised(x0, previous[0], 1 + ratio, -ratio)", "noised(x0, previous[0], 1 - ratio, ratio)"),
             ("-h", "h"),
         ),
-        "_ddim": (
+    },
+    "diffusion/samplers/ddim.py": {
+        "walk": (
             ("ratio ** 2", "ratio"),
             ("to.sigma ** 2 - fresh ** 2", "to.sigma ** 2"),
         ),

@@ -313,7 +313,7 @@ def test_every_recipe_for_generators_loads_and_is_short(path, tmp_path):
         ({"generator.sigma_init": 0.05}, "generator.sigma_init"),
         ({"generator.half_lives": []}, "half_lives"),
         ({"pairs.count": 5}, "pairs.count is 5; give at least pairs.batch"),
-        ({"pairs.sampler": "ddpm"}, "draws anew each time"),
+        ({"pairs.sampler": "ddpm"}, "draws fresh noise each time"),
         ({"distance": "lpipz"}, "give teacher, pixels, lpips"),
         ({"method": "vsd", "method.particles": 2}, "particles"),
         ({"generatr.steps": 1}, "did you mean generator"),

@@ -21,7 +21,7 @@ from sds3d.cameras import Cameras, orbit
 from sds3d.config import load as config
 from sds3d.diffusion.guidance import Guidance, cfg
 from sds3d.diffusion.noise import noised
-from sds3d.diffusion.samplers import ddim
+from sds3d.diffusion.samplers.ddim import ddim
 from sds3d.distill.critics import CriticConfig, TrainedCritic
 from sds3d.distill.query import Query
 from sds3d.prompts import VIEW_WORDS, with_view

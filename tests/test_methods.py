@@ -383,7 +383,7 @@ def test_permute_the_batch_permute_the_answer(name, settings, negative, closed_f
 
 @every_schedule
 def test_inverting_and_sampling_again_returns_at_first_order(schedule):
-    from sds3d.diffusion.samplers import ddim
+    from sds3d.diffusion.samplers.ddim import ddim
 
     x = torch.linspace(-1.5, 2.0, 8, dtype=torch.float64).view(8, 1, 1, 1)
     goal, counts, errors = objective(schedule, "sds"), (20, 40, 80, 160), []

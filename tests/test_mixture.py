@@ -8,7 +8,7 @@ from conftest import every_schedule
 
 from sds3d.cameras import orbit
 from sds3d.diffusion.noise import KINDS
-from sds3d.diffusion.samplers import ddim
+from sds3d.diffusion.samplers.ddim import ddim
 from sds3d.teachers.mixture import Mixture, MixtureTeacher
 
 

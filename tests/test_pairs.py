@@ -189,7 +189,7 @@ def test_every_bit_of_a_part_counts_and_older_parts_load(teacher, tmp_path):
 def test_too_few_pairs_are_refused(teacher, tmp_path):
     with pytest.raises(ValueError, match="pairs.count is 10; give at least pairs.batch, 16"):
         pairs.PairsConfig(count=10, batch=16)
-    with pytest.raises(ValueError, match="pairs.sampler is 'ddpm', which draws anew each time"):
+    with pytest.raises(ValueError, match="pairs.sampler is 'ddpm', which draws fresh noise each time"):
         pairs.PairsConfig(sampler="ddpm")
     with pytest.raises(ValueError, match="sampler is 'ode'"):
         pairs.PairsConfig(sampler="ode")

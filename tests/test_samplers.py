@@ -9,7 +9,11 @@ import torch
 from conftest import SCHEDULES, every_schedule
 
 from sds3d.diffusion.noise import Prediction, Schedule, noised
-from sds3d.diffusion.samplers import SAMPLERS, Sampler, ddim, dpm_solver, edm_times, even_times, heun, log_times
+from sds3d.diffusion.samplers import SAMPLERS, Sampler
+from sds3d.diffusion.samplers.ddim import ddim
+from sds3d.diffusion.samplers.dpm_solver import dpm_solver
+from sds3d.diffusion.samplers.heun import heun
+from sds3d.diffusion.samplers.levels import edm_times, even_times, log_times
 from sds3d.teachers.mixture import Mixture, MixtureTeacher
 
 MEAN, STD = 0.7, 0.4

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from sds3d.diffusion.draws import in_order
-from sds3d.diffusion.samplers import Sampler
+from sds3d.diffusion.samplers import SAMPLERS, Sampler
 from sds3d.runtime import tensor_files
 from sds3d.runtime.files import from_json, read_text, replacing
 from sds3d.runtime.ranges import Within
@@ -53,9 +53,10 @@ class PairsConfig:
     def __post_init__(self):
         if self.batch < 1 or self.count < self.batch:
             raise ValueError(f"pairs.count is {self.count}; give at least pairs.batch, {self.batch}")
-        if self.sampler == "ddpm":
-            raise ValueError("pairs.sampler is 'ddpm', which draws anew each time; give heun, dpm++ or ddim")
         Sampler(self.sampler, self.steps)
+        if SAMPLERS[self.sampler].stochastic:
+            known = ", ".join(name for name, algorithm in SAMPLERS.items() if not algorithm.stochastic)
+            raise ValueError(f"pairs.sampler is {self.sampler!r}, which draws fresh noise each time; give {known}")
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from sds3d import cameras as cam
 from sds3d.cameras import Cameras
 from sds3d.diffusion.guidance import Guidance, cfg, cfg_rescale, perp_neg
 from sds3d.diffusion.noise import Prediction, per_sample
-from sds3d.diffusion.samplers import ddim
+from sds3d.diffusion.samplers.ddim import ddim
 from sds3d.prompts import VIEW_WORDS, view_negatives, with_view
 from sds3d.runtime.transfer import onto
 from sds3d.teachers.base import Teacher

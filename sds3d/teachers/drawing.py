@@ -12,7 +12,8 @@ from sds3d.cameras import Cameras
 from sds3d.diffusion.draws import ImageNoise, in_order, piece_size, pieces
 from sds3d.diffusion.guidance import cfg
 from sds3d.diffusion.noise import Prediction
-from sds3d.diffusion.samplers import Fresh, Sampler
+from sds3d.diffusion.samplers import Sampler
+from sds3d.diffusion.samplers.levels import Fresh
 from sds3d.runtime.modes import require_own_process
 from sds3d.runtime.transfer import onto
 from sds3d.teachers.base import HasDevice, Teacher, views_per_set
