@@ -34,7 +34,7 @@ PICKLE = "teacher.hf.allow_pickle"  # no file may set it: a pickle can run any p
 # Paths that a run reads, which are stored as absolute paths, and paths that it writes, which are only checked.
 INPUT_PATHS = ("teacher.name", "source.run", "image.start", "generator.prompts", "pairs.folder", "real")
 OUTPUT_PATHS = ("out", "teacher.hf.cache")
-RENAMED = {  # old name of a setting, which is still accepted -> its new name
+RENAMED = {  # old name -> new name; old names still work
     "export.mesh_resolution": "export.mesh.resolution",
     "export.threshold": "export.mesh.level",
     **{f"export.{name}": f"export.mesh.{name}" for name in ("keep", "fill", "smooth", "faces", "colours", "texture")},
@@ -336,7 +336,7 @@ def _nested(layer: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _renamed(layer: dict[str, Any], warn: bool = True) -> dict[str, Any]:
-    """A nested layer with old names of settings replaced. Raises ValueError if a setting is given by both names."""
+    """Rename the settings of a nested layer that have a new name. Raises ValueError if one is given by both names."""
     for old, new in RENAMED.items():
         parent, _, leaf = old.rpartition(".")
         group = _at(layer, parent)
@@ -351,7 +351,7 @@ def _renamed(layer: dict[str, Any], warn: bool = True) -> dict[str, Any]:
 
 
 def _without(values: Mapping[str, Any], key: str) -> dict[str, Any]:
-    """Nested mappings without the value at a dotted key."""
+    """Return a nested mapping without a dotted key."""
     name, _, rest = key.partition(".")
     return {k: _without(v, rest) if k == name else v for k, v in values.items() if rest or k != name}
 

@@ -1,4 +1,4 @@
-"""Refuses what lies outside the ranges that stand beside a dataclass's fields (see `ranges.Within`)."""
+"""Check that the numbers of a dataclass lie in the ranges of its annotations (see `ranges.Within`)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _STEPS = Within(0, STEPS)
 
 
 def check(config: Any, path: str = "") -> None:
-    """Refuse numbers outside their ranges in a dataclass of dataclasses. Raises ValueError that names the key."""
+    """Check the ranges of all numbers in a nested dataclass. Raises ValueError that names the key."""
     hints = hints_of(type(config))
     for f in dataclasses.fields(config):
         key, value = f"{path}.{f.name}" if path else f.name, getattr(config, f.name)
@@ -26,21 +26,21 @@ def check(config: Any, path: str = "") -> None:
 
 
 def require_within(kind: Any, value: Any, key: str) -> None:
-    """Refuse numbers outside the ranges that a type's annotations say."""
+    """Raise ValueError if a number is outside the range in its type's annotation."""
     parts = typing.get_args(kind)
     if isinstance(value, Mapping) and typing.get_origin(kind) is dict:
-        for name, one in value.items():
-            require_within(parts[1], one, f"{key}.{name}")
+        for name, item in value.items():
+            require_within(parts[1], item, f"{key}.{name}")
         return
-    marks = [mark for part in (kind, *parts) if typing.get_origin(part) is Annotated for mark in part.__metadata__]
-    for within in (mark for mark in marks if isinstance(mark, Within)):
+    metadata = [data for part in (kind, *parts) if typing.get_origin(part) is Annotated for data in part.__metadata__]
+    for within in (data for data in metadata if isinstance(data, Within)):
         numbers = value if isinstance(value, tuple) else (value,)
         for number in numbers:
             _require(number, within, key)
 
 
 def _require(value: Any, within: Within, key: str) -> None:
-    """Refuse one number, or a ramp whose values or steps are out of range."""
+    """Raise ValueError if a number, or a ramp's value or step, is out of range."""
     if isinstance(value, Ramp):
         for number in (value.v0, value.v1):
             _require(number, within, key)
@@ -52,5 +52,5 @@ def _require(value: Any, within: Within, key: str) -> None:
 
 @cache
 def hints_of(cls: type) -> dict[str, Any]:
-    """A dataclass's types, ranges included."""
+    """Return the types of a dataclass's fields, with their ranges."""
     return typing.get_type_hints(cls, include_extras=True)
