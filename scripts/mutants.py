@@ -8,6 +8,7 @@ The script works on a copy of the checkout.
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import shutil
@@ -20,142 +21,345 @@ ROOT = Path(__file__).parents[1]
 TESTS = (  # the fastest first: a run stops at the first failure
     "guidance prompts timesteps one_step discriminators pairs methods distill answers samplers critics hf_generators"
 ).split()
-MUTANTS = (  # file under sds3d/, text to replace, replacement
-    ("distill/score/sds.py", ") - q.noise", ") + q.noise"),
-    (
-        "distill/score/sds.py",
-        "q.guided(scale_of(self.scale, q.step)) - q.noise",
-        "q.noise - q.guided(scale_of(self.scale, q.step))",
-    ),
-    ("distill/score/nfsd.py", "torch.where(low, 0.0, negative)", "torch.where(low, negative, 0.0)"),
-    ("distill/score/nfsd.py", "(cond - uncond)", "(uncond - cond)"),
-    ("distill/score/nfsd.py", "per_sample(q.sigma < self.switch * q.alpha, q.x)", "q.sigma < self.switch * q.alpha"),
-    (
-        "distill/score/nfsd.py",
-        'cond, uncond, negative = q.eps("cond", "uncond", "negative")',
-        'cond, negative, uncond = q.eps("cond", "uncond", "negative")',
-    ),
-    ("distill/score/csd.py", "return cond - uncond", "return uncond - cond"),
-    ("distill/score/csd.py", "share * (negative - uncond)", "share * (uncond - negative)"),
-    ("distill/score/sdi.py", "- kappa", "+ kappa"),
-    ("distill/score/sdi.py", "per_sample(q.alpha, q.x) * q.x", "q.x"),
-    ("distill/score/sdi.py", 'WEIGHT: ClassVar[str] = "x0"', 'WEIGHT: ClassVar[str] = "sigma2"'),
-    ("distill/score/sdi.py", "self.inversion_scale, self.eta", "-self.inversion_scale, self.eta"),
-    ("distill/score/ism.py", "- uncond.eps", "+ uncond.eps"),
-    ("distill/score/ism.py", "scale=0.0", "scale=1.0"),
-    ("distill/score/ism.py", "(q.t - self.gap)", "(q.t + self.gap)"),
-    (
-        "distill/score/ism.py",
-        "noised(uncond.x0, uncond.eps, q.alpha, q.sigma)",
-        "noised(q.x, uncond.eps, q.alpha, q.sigma)",
-    ),
-    ("distill/score/bridge.py", "(cond - spoilt)", "(spoilt - cond)"),
-    ("distill/score/bridge.py", "q.step < self.second", "q.step > self.second"),
-    ("distill/score/bridge.py", "- q.noise", "+ q.noise"),
-    ("distill/score/dds.py", "q.guided(scale) - q.guided_at(source_t", "q.guided(scale) + q.guided_at(source_t"),
-    ("distill/score/dds.py", "noised(source, q.noise", "noised(q.x, q.noise"),
-    ("distill/score/dds.py", "scale, away, prompt)", "scale, away)"),
-    ("distill/core.py", "- q.critic_eps()", "+ q.critic_eps()"),
-    (
-        "distill/core.py",
-        "q.guided(scale_of(self.scale, q.step)) - q.critic_eps()",
-        "q.critic_eps() - q.guided(scale_of(self.scale, q.step))",
-    ),
-    ("distill/core.py", " * self.method.normaliser(q)", ""),
-    ("distill/core.py", "return 1 / (q.x - x0)", "return (q.x - x0)"),
-    ("distill/core.py", "(q.x - x0).abs()", "(q.x_t - x0).abs()"),
-    ("distill/core.py", "(q.x - x0).abs()", "(q.x - x0).square()"),
-    ("distill/core.py", ".abs().flatten(1).mean(1)", ".abs().mean()"),
-    ("distill/core.py", ".clamp_min(floor)", ""),
-    ("distill/core.py", "q.guided(scale), q.x_t", "q.guided(1.0), q.x_t"),
-    ("distill/score/diffinstruct.py", 'WEIGHT: ClassVar[str] = "x0"', 'WEIGHT: ClassVar[str] = "sigma2"'),
-    ("distill/score/dmd.py", 'WEIGHT: ClassVar[str] = "x0"', 'WEIGHT: ClassVar[str] = "sigma2"'),
-    ("distill/score/dmd.py", "image_normaliser(q, scale_of(self.scale, q.step), self.floor)", "1.0"),
-    ("distill/score/dmd.py", "scale_of(self.scale, q.step), self.floor", "scale_of(self.scale, 0), self.floor"),
-    ("distill/score/dmd.py", "q.step), self.floor)", "q.step), 1e-2)"),
-    ("distill/score/dmd2.py", 'WEIGHT: ClassVar[str] = "x0"', 'WEIGHT: ClassVar[str] = "sigma2"'),
-    ("distill/score/dmd2.py", "image_normaliser(q, scale_of(self.scale, q.step), self.floor)", "1.0"),
-    ("distill/score/dmd2.py", "scale_of(self.scale, q.step), self.floor", "scale_of(self.scale, 0), self.floor"),
-    ("distill/score/dmd2.py", "q.step), self.floor)", "q.step), 1e-2)"),
-    ("distill/adversarial/generator_loss.py", "F.softplus(-verdict)", "F.softplus(verdict)"),
-    ("distill/adversarial/generator_loss.py", "* x[0].numel() *", "*"),
-    ("distill/adversarial/generator_loss.py", "(-verdict).mean()", "(-verdict).sum()"),
-    ("distill/adversarial/generator_loss.py", "(slope * (x", "(-slope * (x"),
-    ("distill/adversarial/generator_loss.py", "loss.detach() + (slope", "loss + (slope"),
-    ("distill/adversarial/generator_loss.py", "(x - x.detach())", "x"),
-    ("distill/regression.py", "self.weight * chosen.x[0].numel()", "self.weight"),
-    ("distill/regression.py", "self.paint(chosen.noise,", "self.paint(chosen.x,"),
-    ("distill/regression.py", "chosen.x).mean()", "chosen.x).sum()"),
-    ("distill/regression.py", "chosen.prompts), chosen.x)", "chosen.prompts), chosen.noise)"),
-    ("distill/regression.py", "self.processes.randint(len(self.pairs.prompts)", "self.processes.randint(self.batch"),
-    ("distill/regression.py", "self.processes.local_batch(self.batch), rng", "self.batch, rng"),
-    ("distill/discriminators.py", "F.softplus(-self.verdict(real", "F.softplus(self.verdict(real"),
-    ("distill/discriminators.py", "F.softplus(self.verdict(x", "F.softplus(-self.verdict(x"),
-    ("distill/discriminators.py", "self.verdict(real, prompts", "self.verdict(real, draw.prompts"),
-    ("distill/discriminators.py", " + self.weight * (told + missed)", ""),
-    ("distill/discriminators.py", "self.weight * (told", "(told"),
-    ("distill/discriminators.py", "[*super().parts(), self.head]", "super().parts()"),
-    ("distill/discriminators.py", "self.network, x_t, t", "self.network, x, t"),
-    ("distill/discriminators.py", "self.shown.features(self.network", "self.shown.features(self.teacher.network"),
-    ("distill/discriminators.py", 'self.head.load_state_dict(state["head"])', "pass"),
-    ("distill/discriminators.py", "torch.manual_seed(rng.initial_seed())", "pass"),
-    ("students/generator.py", "(1 - torch.arange", "(1 + torch.arange"),
-    ("students/generator.py", "/ config.steps)", "/ (config.steps + 1))"),
-    ("students/generator.py", "noised(x, fresh, a, s)", "noised(torch.zeros_like(x), fresh, a, s)"),
-    ("students/generator.py", "noised(x, fresh, a, s)", "noised(x, noise[0], a, s)"),
-    ("students/generator.py", "t_k, prompts).x0", "t_k, prompts).eps"),
-    ("students/generator.py", " and i == len(noise) - 1", ""),
-    ("students/generator.py", "torch.randint(self.config.steps, (), generator=rng)", "self.config.steps - 1"),
-    ("students/generator.py", "torch.randint(self.config.steps, (), generator=rng)", "0"),
-    ("students/generator.py", "self.processes.randint(len(self.prompts)", "self.processes.randint(1"),
-    ("students/generator.py", "config.batch / half_life", "half_life / config.batch"),
-    ("students/generator.py", "images(self.teacher, self.means[0].module", "images(self.teacher, self.network"),
-    ("students/generator.py", "if size is not None:", "if False:"),
-    ("teachers/hf/generator_scheduler.py", "* levels.count + 1) / steps", "* levels.count) / steps"),
-    ("teachers/hf/generator_scheduler.py", '"stochastic_sampling": True', '"stochastic_sampling": False'),
-    ("teachers/hf/generator_scheduler.py", "alpha**2", "alpha"),
-    ("teachers/hf/families.py", ', "time_cond_proj_dim": 256', ""),
-    ("diffusion/samplers.py", "2 * self.steps - 1 if", "2 * self.steps if"),
-    ("diffusion/samplers.py", "(evaluations + 1) // 2", "evaluations // 2"),
-    ("diffusion/samplers.py", 'float(self.name == "ddpm")', "0.0"),
-    ("diffusion/samplers.py", "float(torch.hypot(*schedule.alpha_sigma(times[:1]))) * noise", "noise"),
-    ("diffusion/samplers.py", "r ** (1 / rho)", "r"),
-    ("diffusion/samplers.py", "first, last = scale(ends)", "first, last = ends"),
-    ("diffusion/samplers.py", "at.sigma / at.alpha) / 2", "at.sigma / at.alpha)"),
-    (
-        "diffusion/samplers.py",
-        "noised(x_t, here.eps, to.alpha / at.alpha",
-        "noised(x_t, there.eps, to.alpha / at.alpha",
-    ),
-    ("diffusion/samplers.py", "h / (2 * before[1])", "before[1] / (2 * h)"),
-    ("diffusion/samplers.py", "1 + share, -share", "1 - share, share"),
-    ("diffusion/samplers.py", "torch.expm1(-h)", "torch.expm1(h)"),
-    ("diffusion/samplers.py", "(1 - ratio**2)", "(1 - ratio)"),
-    ("diffusion/samplers.py", "(to.sigma**2 - fresh**2)", "(to.sigma**2)"),
-    ("distill/core.py", "(per_sample(w, d) * d)", "d"),
-    ("distill/core.py", "(x - (x - g).detach())", "(x - (x + g).detach())"),
-    ("distill/core.py", ".square().sum() / len(x)", ".square().sum()"),
-    ("distill/query.py", '"negative" if self.negative else "uncond"', '"uncond"'),
-    ("distill/weights.py", "return sigma**2 / (alpha**2 + sigma**2)", "return sigma**2"),
-    ("distill/weights.py", "return sigma / alpha", "return alpha / sigma"),
-    ("diffusion/guidance.py", "uncond + scale * (cond - uncond)", "cond + scale * (cond - uncond)"),
-    ("diffusion/guidance.py", "uncond + scale * (positive - subtracted)", "uncond + scale * (positive + subtracted)"),
-    ("diffusion/guidance.py", "n - along[..., None] * p", "n + along[..., None] * p"),
-    ("diffusion/guidance.py", "share * wanted / has", "share * has / wanted"),
-    ("prompts.py", '"front view": away / 180', '"front view": 1 - away / 180'),
-    ("distill/query.py", "self.guidance.perp_neg * each, scale", "self.guidance.perp_neg * each[[1, 0, 2]], scale"),
-    ("distill/query.py", "rescaled(getattr(guided, kind), getattr(cond, kind), self.guidance.rescale)", "guided.x0"),
-    ("distill/critics.py", "teacher.network.eval()", "teacher.network"),
-    ("distill/critics.py", "target(answer.kind, x, noise", "target(answer.kind, noise, x"),
-)
+BUGS = {  # file under sds3d/ -> function or class -> an expression or statement in it, and what is put there
+    "distill/score/sds.py": {
+        "SDS.__call__": (
+            ("q.guided(scale_of(self.scale, q.step)) - q.noise", "q.guided(scale_of(self.scale, q.step)) + q.noise"),
+            ("q.guided(scale_of(self.scale, q.step)) - q.noise", "q.noise - q.guided(scale_of(self.scale, q.step))"),
+        ),
+    },
+    "distill/score/nfsd.py": {
+        "NFSD.__call__": (
+            ("torch.where(low, 0.0, negative)", "torch.where(low, negative, 0.0)"),
+            ("cond - uncond", "uncond - cond"),
+            ("per_sample(q.sigma < self.switch * q.alpha, q.x)", "q.sigma < self.switch * q.alpha"),
+            ("(cond, uncond, negative)", "(cond, negative, uncond)"),
+        ),
+    },
+    "distill/score/csd.py": {
+        "CSD.__call__": (
+            ("cond - uncond", "uncond - cond"),
+            ("negative - uncond", "uncond - negative"),
+        ),
+    },
+    "distill/score/sdi.py": {
+        "SDI.__call__": (
+            (
+                "q.at(x_t).guided(scale_of(self.scale, q.step)) - kappa",
+                "q.at(x_t).guided(scale_of(self.scale, q.step)) + kappa",
+            ),
+            ("per_sample(q.alpha, q.x) * q.x", "q.x"),
+            (
+                "q.inverted(q.t, self.steps, self.inversion_scale, self.eta)",
+                "q.inverted(q.t, self.steps, -self.inversion_scale, self.eta)",
+            ),
+        ),
+        "SDI": (('WEIGHT: ClassVar[str] = "x0"', 'WEIGHT: ClassVar[str] = "sigma2"'),),
+    },
+    "distill/score/ism.py": {
+        "ISM.__call__": (
+            (
+                "q.at(x_t).guided(scale_of(self.scale, q.step)) - uncond.eps",
+                "q.at(x_t).guided(scale_of(self.scale, q.step)) + uncond.eps",
+            ),
+            ("q.inverted(s, self.steps, scale=0.0)", "q.inverted(s, self.steps, scale=1.0)"),
+            ("q.t - self.gap", "q.t + self.gap"),
+            ("noised(uncond.x0, uncond.eps, q.alpha, q.sigma)", "noised(q.x, uncond.eps, q.alpha, q.sigma)"),
+        ),
+    },
+    "distill/score/bridge.py": {
+        "Bridge.__call__": (
+            ("cond - spoilt", "spoilt - cond"),
+            ("q.step < self.second", "q.step > self.second"),
+            (
+                "q.guided_at(q.x_t, q.t, scale_of(self.scale, q.step), cached=True) - q.noise",
+                "q.guided_at(q.x_t, q.t, scale_of(self.scale, q.step), cached=True) + q.noise",
+            ),
+        ),
+    },
+    "distill/score/dds.py": {
+        "DDS.__call__": (
+            (
+                "q.guided(scale) - q.guided_at(source_t, q.t, scale, base, prompt)",
+                "q.guided(scale) + q.guided_at(source_t, q.t, scale, base, prompt)",
+            ),
+            ("noised(source, q.noise, q.alpha, q.sigma)", "noised(q.x, q.noise, q.alpha, q.sigma)"),
+            ("q.guided_at(source_t, q.t, scale, base, prompt)", "q.guided_at(source_t, q.t, scale, base)"),
+        ),
+    },
+    "distill/core.py": {
+        "ScoreDifference.__call__": (
+            (
+                "q.guided(scale_of(self.scale, q.step)) - q.critic_eps()",
+                "q.guided(scale_of(self.scale, q.step)) + q.critic_eps()",
+            ),
+            (
+                "q.guided(scale_of(self.scale, q.step)) - q.critic_eps()",
+                "q.critic_eps() - q.guided(scale_of(self.scale, q.step))",
+            ),
+        ),
+        "ScoreObjective.gradient": (
+            (
+                "weight(self.weight, q.alpha, q.sigma) * self.method.normaliser(q)",
+                "weight(self.weight, q.alpha, q.sigma)",
+            ),
+            ("per_sample(w, d) * d", "d"),
+        ),
+        "image_normaliser": (
+            (
+                "1 / (q.x - x0).abs().flatten(1).mean(1).clamp_min(floor)",
+                "(q.x - x0).abs().flatten(1).mean(1).clamp_min(floor)",
+            ),
+            ("q.x - x0", "q.x_t - x0"),
+            ("(q.x - x0).abs()", "(q.x - x0).square()"),
+            ("(q.x - x0).abs().flatten(1).mean(1)", "(q.x - x0).abs().mean()"),
+            ("(q.x - x0).abs().flatten(1).mean(1).clamp_min(floor)", "(q.x - x0).abs().flatten(1).mean(1)"),
+            ("q.guided(scale)", "q.guided(1.0)"),
+        ),
+        "surrogate": (
+            ("x - g", "x + g"),
+            ("0.5 * (x - (x - g).detach()).square().sum() / len(x)", "0.5 * (x - (x - g).detach()).square().sum()"),
+        ),
+    },
+    "distill/score/diffinstruct.py": {
+        "DiffInstruct": (('WEIGHT: ClassVar[str] = "x0"', 'WEIGHT: ClassVar[str] = "sigma2"'),),
+    },
+    "distill/score/dmd.py": {
+        "DMD": (('WEIGHT: ClassVar[str] = "x0"', 'WEIGHT: ClassVar[str] = "sigma2"'),),
+        "DMD.normaliser": (
+            ("image_normaliser(q, scale_of(self.scale, q.step), self.floor)", "1.0"),
+            ("scale_of(self.scale, q.step)", "scale_of(self.scale, 0)"),
+            (
+                "image_normaliser(q, scale_of(self.scale, q.step), self.floor)",
+                "image_normaliser(q, scale_of(self.scale, q.step), 0.01)",
+            ),
+        ),
+    },
+    "distill/score/dmd2.py": {
+        "DMD2": (('WEIGHT: ClassVar[str] = "x0"', 'WEIGHT: ClassVar[str] = "sigma2"'),),
+        "DMD2.normaliser": (
+            ("image_normaliser(q, scale_of(self.scale, q.step), self.floor)", "1.0"),
+            ("scale_of(self.scale, q.step)", "scale_of(self.scale, 0)"),
+            (
+                "image_normaliser(q, scale_of(self.scale, q.step), self.floor)",
+                "image_normaliser(q, scale_of(self.scale, q.step), 0.01)",
+            ),
+        ),
+    },
+    "distill/adversarial/generator_loss.py": {
+        "Adversarial.__call__": (
+            ("-logits", "logits"),
+            ("self.weight * x[0].numel()", "self.weight"),
+            ("F.softplus(-logits).mean()", "F.softplus(-logits).sum()"),
+            ("slope * (x - x.detach())", "-slope * (x - x.detach())"),
+            ("loss.detach()", "loss"),
+            ("x - x.detach()", "x"),
+        ),
+    },
+    "distill/regression.py": {
+        "Regression.evaluate_without_draw": (
+            ("self.weight * chosen.x[0].numel()", "self.weight"),
+            ("self.paint(chosen.noise, chosen.prompts)", "self.paint(chosen.x, chosen.prompts)"),
+            (
+                "self.distance(self.paint(chosen.noise, chosen.prompts), chosen.x).mean()",
+                "self.distance(self.paint(chosen.noise, chosen.prompts), chosen.x).sum()",
+            ),
+            (
+                "self.distance(self.paint(chosen.noise, chosen.prompts), chosen.x)",
+                "self.distance(self.paint(chosen.noise, chosen.prompts), chosen.noise)",
+            ),
+            ("len(self.pairs.prompts)", "self.batch"),
+            ("self.processes.local_batch(self.batch)", "self.batch"),
+        ),
+    },
+    "distill/discriminators.py": {
+        "TrainedDiscriminator.loss": (
+            ("-self.logits(real, prompts, rng)", "self.logits(real, prompts, rng)"),
+            ("self.logits(x, draw.prompts, rng)", "-self.logits(x, draw.prompts, rng)"),
+            ("self.logits(real, prompts, rng)", "self.logits(real, draw.prompts, rng)"),
+            ("super().loss(draw, x, rng) + self.weight * (on_real + on_drawn)", "super().loss(draw, x, rng)"),
+            ("self.weight * (on_real + on_drawn)", "on_real + on_drawn"),
+        ),
+        "TrainedDiscriminator.parts": (("[*super().parts(), self.head]", "super().parts()"),),
+        "TrainedDiscriminator.logits": (
+            (
+                "self.featured.features(self.network, x_t, t, prompts)",
+                "self.featured.features(self.network, x, t, prompts)",
+            ),
+            (
+                "self.featured.features(self.network, x_t, t, prompts)",
+                "self.featured.features(self.teacher.network, x_t, t, prompts)",
+            ),
+        ),
+        "TrainedDiscriminator.load_state_dict": (('self.head.load_state_dict(state["head"])', "pass"),),
+        "TrainedDiscriminator.__init__": (("torch.manual_seed(rng.initial_seed())", "pass"),),
+    },
+    "students/generator.py": {
+        "times": (
+            (
+                "1 - torch.arange(config.steps, dtype=torch.float64) / config.steps",
+                "1 + torch.arange(config.steps, dtype=torch.float64) / config.steps",
+            ),
+            (
+                "torch.arange(config.steps, dtype=torch.float64) / config.steps",
+                "torch.arange(config.steps, dtype=torch.float64) / (config.steps + 1)",
+            ),
+        ),
+        "paint": (
+            ("noised(x, fresh, a, s)", "noised(torch.zeros_like(x), fresh, a, s)"),
+            ("noised(x, fresh, a, s)", "noised(x, noise[0], a, s)"),
+            (
+                "teacher.answer(network, noised(x, fresh, a, s), t_k, prompts).x0",
+                "teacher.answer(network, noised(x, fresh, a, s), t_k, prompts).eps",
+            ),
+            ("torch.is_grad_enabled() and i == len(noise) - 1", "torch.is_grad_enabled()"),
+            ("size is not None", "False"),
+        ),
+        "FewStepGenerator.draw": (
+            ("torch.randint(self.config.steps, (), generator=rng)", "self.config.steps - 1"),
+            ("torch.randint(self.config.steps, (), generator=rng)", "0"),
+            ("len(self.prompts)", "1"),
+        ),
+        "FewStepGenerator.__init__": (("config.batch / half_life", "half_life / config.batch"),),
+        "FewStepGenerator.images": (
+            (
+                "images(self.teacher, self.means[0].module, self.times, prompts, seed, self.size)",
+                "images(self.teacher, self.network, self.times, prompts, seed, self.size)",
+            ),
+        ),
+    },
+    "teachers/hf/generator_scheduler.py": {
+        "build_scheduler": (
+            ("first * levels.count + 1", "first * levels.count"),
+            (
+                '{"shift_terminal": last, "stochastic_sampling": True}',
+                '{"shift_terminal": last, "stochastic_sampling": False}',
+            ),
+            ("alpha ** 2", "alpha"),
+        ),
+    },
+    "teachers/hf/families.py": {
+        "Family.adapt": (('{"sample_size": side, "time_cond_proj_dim": 256}', '{"sample_size": side}'),),
+    },
+    "diffusion/samplers.py": {
+        "Sampler.evaluations": (("2 * self.steps - 1", "2 * self.steps"),),
+        "Sampler.within": (("evaluations + 1", "evaluations"),),
+        "Sampler.__call__": (
+            ('float(self.name == "ddpm")', "0.0"),
+            ("float(torch.hypot(*schedule.alpha_sigma(times[:1]))) * noise", "noise"),
+        ),
+        "edm_times": (("r ** (1 / rho)", "r"),),
+        "_times": (("scale(ends)", "ends"),),
+        "_heun": (
+            (
+                "to.alpha * (to.sigma / to.alpha - at.sigma / at.alpha) / 2",
+                "to.alpha * (to.sigma / to.alpha - at.sigma / at.alpha)",
+            ),
+            (
+                "noised(x_t, first.eps, to.alpha / at.alpha, half_step)",
+                "noised(x_t, second.eps, to.alpha / at.alpha, half_step)",
+            ),
+        ),
+        "_dpm_solver": (
+            ("h / (2 * previous[1])", "previous[1] / (2 * h)"),
+            ("noised(x0, previous[0], 1 + ratio, -ratio)", "noised(x0, previous[0], 1 - ratio, ratio)"),
+            ("-h", "h"),
+        ),
+        "_ddim": (
+            ("ratio ** 2", "ratio"),
+            ("to.sigma ** 2 - fresh ** 2", "to.sigma ** 2"),
+        ),
+    },
+    "distill/query.py": {
+        "Query.guided": (('"negative" if self.negative else "uncond"', '"uncond"'),),
+        "Query.guided_at": (
+            ("self.guidance.perp_neg * weights", "self.guidance.perp_neg * weights[[1, 0, 2]]"),
+            ("cfg_rescale(getattr(guided, kind), getattr(cond, kind), self.guidance.rescale)", "guided.x0"),
+        ),
+    },
+    "distill/weights.py": {
+        "weight": (
+            ("sigma ** 2 / (alpha ** 2 + sigma ** 2)", "sigma ** 2"),
+            ("return sigma / alpha", "return alpha / sigma"),
+        ),
+    },
+    "diffusion/guidance.py": {
+        "cfg": (("uncond + scale * (cond - uncond)", "cond + scale * (cond - uncond)"),),
+        "perp_neg": (
+            ("positive - subtracted", "positive + subtracted"),
+            ("n - along[..., None] * p", "n + along[..., None] * p"),
+        ),
+        "cfg_rescale": (
+            ("fraction * std_cond / std_guided.clamp_min(1e-12)", "fraction * std_guided / std_cond.clamp_min(1e-12)"),
+        ),
+    },
+    "prompts.py": {
+        "view_negatives": (
+            (
+                '{"front view": away / 180, "side view": abs(away - 90) / 90, "back view": 1 - away / 180}',
+                '{"front view": 1 - away / 180, "side view": abs(away - 90) / 90, "back view": 1 - away / 180}',
+            ),
+        ),
+    },
+    "distill/critics.py": {
+        "_network": (("teacher.network.eval()", "teacher.network"),),
+        "TrainedCritic.loss": (
+            (
+                "target(prediction.kind, x, noise, alpha, sigma, prediction.rates)",
+                "target(prediction.kind, noise, x, alpha, sigma, prediction.rates)",
+            ),
+        ),
+    },
+}
+MUTANTS = [(file, place, *bug) for file, places in BUGS.items() for place, bugs in places.items() for bug in bugs]
 
 
-def catcher(copy: Path, file: str, old: str, new: str) -> str:
-    """Return the name of the test that catches a bug, "" if none does."""
-    path = copy / "sds3d" / file
+def planted(source: str, file: str, function: str, old: str, new: str) -> str:
+    """A file's source with a bug in it. What is replaced is found by the syntax tree, however it is laid out.
+
+    Raises:
+        ValueError: there is no such function, or ``old`` is not exactly one of its expressions or statements.
+    """
+    tree = ast.parse(source)
+    scope: list[ast.AST] = [tree]
+    for name in filter(None, function.split(".")):
+        inside = [node for above in scope for node in getattr(above, "body", [])]
+        kinds = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
+        scope = [node for node in inside if isinstance(node, kinds) and node.name == name]
+    mutant = f"the mutant {old!r} -> {new!r} in {function} of sds3d/{file}"
+    if len(scope) != 1:
+        raise ValueError(f"{mutant}: there are {len(scope)} of that name; bring the list up to date")
+    (expected,), (put,) = ast.parse(old).body, ast.parse(new).body
+    if isinstance(expected, ast.Expr) and isinstance(put, ast.Expr):
+        expected, put = expected.value, put.value
+    found = [node for node in ast.walk(scope[0]) if _same(node, expected)]
+    if len(found) != 1:
+        raise ValueError(f"{mutant}: it stands there {len(found)} times; bring the list up to date")
+    return ast.unparse(_Replaced(found[0], put).visit(tree))
+
+
+def _same(node: ast.AST, expected: ast.AST) -> bool:
+    """Whether two parts of programs say the same, whether they are read or, as the left of ``=``, written."""
+    plain = (ast.dump(part).replace("ctx=Store()", "ctx=Load()") for part in (node, expected))
+    return type(node) is type(expected) and len(set(plain)) == 1
+
+
+class _Replaced(ast.NodeTransformer):
+    """One node for another."""
+
+    def __init__(self, old: ast.AST, new: ast.AST):
+        self.old, self.new = old, new
+
+    def visit(self, node: ast.AST) -> ast.AST:
+        """The new node in the old one's place."""
+        return self.new if node is self.old else self.generic_visit(node)
+
+
+def catcher(copy: Path, mutant: tuple[str, str, str, str]) -> str:
+    """The test that caught a bug, or "" where none did."""
+    path = copy / "sds3d" / mutant[0]
     text = path.read_text()
-    assert text.count(old) >= 1, f"{file} no longer says {old!r}; bring the list up to date"
-    path.write_text(text.replace(old, new))
+    path.write_text(planted(text, *mutant))
     tests = [f"tests/test_{name}.py" for name in TESTS]
     environment = {**os.environ, "PYTHONPATH": str(copy)}
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
@@ -173,10 +377,11 @@ def main() -> None:
         for name in ("sds3d", "tests", "configs"):
             shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
         shutil.copy(ROOT / "pyproject.toml", copy)
-        for file, old, new in mutants:
-            caught = catcher(copy, file, old, new)
+        for mutant in mutants:
+            caught = catcher(copy, mutant)
             alive += not caught
-            print(f"{file}: {old}  ->  {new or '(nothing)'}\n    {caught or 'SURVIVES'}", flush=True)
+            file, function, old, new = mutant
+            print(f"{file}, {function}: {old}  ->  {new}\n    {caught or 'SURVIVES'}", flush=True)
     print(f"{len(mutants) - alive} of {len(mutants)} bugs were caught")
     sys.exit(bool(alive))
 

@@ -40,7 +40,7 @@ def stepper(work: str, precision: str) -> Callable[[], object]:
 
     if work == "training":
         dtype = None if precision == "auto" else getattr(torch, precision)
-        training = fit.Fit(fit.FitConfig.usual("digits"), sources.of("digits", 8)[0], dtype=dtype)
+        training = fit.Fit(fit.FitConfig.usual("digits"), sources.build_source("digits", 8)[0], dtype=dtype)
         batches = training.source.batches(Path(tempfile.mkdtemp()), training.rng)
         return lambda: training.advance(batches(training.config.batch))
     layer = {"teacher.dtype": precision, "steps": 10_000, "log.picture_every": 0}

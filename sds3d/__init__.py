@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 from sds3d.runtime import threads
 
 if TYPE_CHECKING:
-    from sds3d.api import Asset, Generated, Painting, generate, load_generator, paint, train_generator
+    from sds3d.api import Asset, Generated, Painting, generate, load_generator, paint, resume, train_generator
 
 threads.prepare()  # before torch is imported
 
 __version__ = "0.1.0"
-__all__ = ["Asset", "Generated", "Painting", "generate", "load_generator", "paint", "train_generator"]
+__all__ = ["Asset", "Generated", "Painting", "generate", "load_generator", "paint", "resume", "train_generator"]
 
 
 def __getattr__(name: str) -> Any:

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from sds3d.config import load as configs
 from sds3d.config.schema import Config, DistillConfig, PaintConfig, RunConfig
+from sds3d.runs import launch
+from sds3d.runs.build import refuse_settings_of_teacher, with_teacher
 from sds3d.runs.generator import Generated, load_generator
 from sds3d.runs.image import Painting
-from sds3d.runs.launch import prepare, start
 from sds3d.runs.scene import Asset
+from sds3d.teachers.base import Teacher
 
-__all__ = ["Asset", "Generated", "Painting", "generate", "load_generator", "paint", "train_generator"]
+__all__ = ["Asset", "Generated", "Painting", "generate", "load_generator", "paint", "resume", "train_generator"]
 
 
-def generate(prompt: str, **overrides: Any) -> Asset:
+def generate(prompt: str, *, teacher: Teacher | str | Mapping[str, Any] | None = None, **overrides: Any) -> Asset:
     """Make a 3D asset from a text prompt.
 
     Args:
         prompt: what to make, in words that the teacher knows.
+        teacher: a name, settings, or an object that follows `sds3d.teachers.base.Teacher`. For an object, the run's
+            config.yaml names its class, and `resume` needs such an object again.
         overrides: any settings: ``seed=3``, ``steps=800``, ``method="vsd"``, ``render={"resolution": 32}`` or
             ``**{"render.resolution": 32}``.
 
@@ -33,14 +39,15 @@ def generate(prompt: str, **overrides: Any) -> Asset:
         >>> asset = sds3d.generate("a red mug", seed=3)  # doctest: +SKIP
         >>> asset.export("mug.glb")  # doctest: +SKIP
     """
-    return _finished(configs.load(prompt, overrides, kind=Config))
+    return _new(Config, prompt, teacher, overrides)
 
 
-def paint(prompt: str, **overrides: Any) -> Painting:
+def paint(prompt: str, *, teacher: Teacher | str | Mapping[str, Any] | None = None, **overrides: Any) -> Painting:
     """Make images from a text prompt by optimising their pixels.
 
     Args:
         prompt: what to paint, in words that the teacher knows; it may name a view.
+        teacher: as in `generate`.
         overrides: any settings: ``method="vsd"``, ``image={"count": 8}``, ``steps=400`` ...
 
     Returns:
@@ -56,14 +63,15 @@ def paint(prompt: str, **overrides: Any) -> Painting:
         >>> painting.images.shape  # in [0, 1]
         torch.Size([2, 3, 64, 64])
     """
-    return _finished(configs.load(prompt, overrides, kind=PaintConfig))
+    return _new(PaintConfig, prompt, teacher, overrides)
 
 
-def train_generator(**overrides: Any) -> Generated:
+def train_generator(*, teacher: str | Mapping[str, Any] | None = None, **overrides: Any) -> Generated:
     """Train a generator that draws in one step, or a few, what its teacher draws in many.
 
     Args:
-        overrides: any settings: ``teacher="digits"``, ``method="dmd"``, ``steps=4000``, ``generator={"batch": 64}`` ...
+        teacher: a name, as "digits", or settings.
+        overrides: any settings: ``method="dmd"``, ``steps=4000``, ``generator={"batch": 64}`` ...
 
     Returns:
         The finished run. Its folder (``path``) holds generator.safetensors, or pipeline/ if the teacher is a diffusers
@@ -79,16 +87,44 @@ def train_generator(**overrides: Any) -> Generated:
         >>> generator(["a handwritten seven"] * 16, seed=0).shape  # in [0, 1]
         torch.Size([16, 3, 8, 8])
     """
-    if isinstance(overrides.get("teacher"), str):
-        overrides["teacher"] = {"name": overrides["teacher"]}
-    return _finished(configs.load(None, overrides, kind=DistillConfig))
+    return _new(DistillConfig, None, teacher, overrides)
 
 
-def _finished(config: RunConfig) -> Any:
+def resume(run: str | Path, *, teacher: Teacher | None = None, **overrides: Any) -> Asset | Painting | Generated:
+    """Resume a run from its checkpoint, and finish it.
+
+    Args:
+        run: its folder.
+        teacher: of a run whose teacher was an object, another object of the same class.
+        overrides: settings to change: ``steps``, ``device``, ``backend``, ``fsdp``, ``log``, ``export``.
+
+    Returns:
+        The finished run.
+
+    Raises:
+        ValueError: the run is missing or damaged, a setting may not change, or the teacher is not the run's.
+
+    Examples:
+        >>> # Not run as a test: it needs a run.
+        >>> asset = sds3d.resume("outputs/00001-a-red-mug", steps=800)  # doctest: +SKIP
+    """
+    return _finished(*launch.resume(run, overrides, teacher))
+
+
+def _new(kind: type[RunConfig], prompt: str | None, teacher: Any, overrides: dict[str, Any]) -> Any:
     """Train a new run and write its files. Returns the result."""
-    for _ in prepare(config):
+    if isinstance(teacher, str | Mapping):
+        overrides["teacher"] = {"name": teacher} if isinstance(teacher, str) else teacher
+        teacher = None
+    elif teacher is not None:
+        refuse_settings_of_teacher(overrides)
+    config = with_teacher(configs.load(prompt, overrides, kind=kind), teacher)
+    for _ in launch.prepare(config):
         pass
-    made, steps = start(config)
+    return _finished(*launch.start(config, teacher))
+
+
+def _finished(made: Any, steps: Any) -> Any:
     for _ in steps:
         pass
     for _ in made.finish():

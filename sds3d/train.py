@@ -47,7 +47,7 @@ DrawnObjective = Callable[[Draw, int, torch.Generator], Judged]
 class DrawlessObjective(Protocol):
     """An objective that needs no draw of the student, such as a regression on pairs, which calls the network itself."""
 
-    def judge_alone(self, step: int, rng: torch.Generator) -> Judged: ...
+    def evaluate_without_draw(self, step: int, rng: torch.Generator) -> Judged: ...
 
 
 Objective = DrawnObjective | DrawlessObjective
@@ -299,7 +299,7 @@ def _loss(state: _State, objectives: Mapping[str, Objective], plan: Plan, figure
     terms = []
     for name, objective in objectives.items():
         if isinstance(objective, DrawlessObjective):
-            result = objective.judge_alone(step, rng)
+            result = objective.evaluate_without_draw(step, rng)
         else:
             assert draw is not None, name
             result = objective(draw, step, rng)

@@ -2,7 +2,14 @@
 
 import os
 import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +19,7 @@ import sds3d
 from sds3d.cameras import Cameras, orbit
 from sds3d.diffusion.noise import Prediction, Schedule
 from sds3d.teachers import small
-from sds3d.teachers.base import decode_pixels, encode_pixels
+from sds3d.teachers.base import Teacher, decode_pixels, encode_pixels
 
 os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton: its kernels run on a CPU
 if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes, each of which keeps to one processor,
@@ -51,8 +58,10 @@ class BallTeacher:
     radius: float = 0.6
     colour: tuple[float, float, float] = (0.9, 0.1, 0.1)
     image_size: int = 16
+    shape: tuple[int, int, int] = (3, 16, 16)
     views: str = "camera"
     schedule: Schedule = field(default_factory=Schedule.cosine)
+    dtype: torch.dtype = torch.float32
     asked: list[list[str]] = field(default_factory=list)
 
     def encode(self, images: Tensor) -> Tensor:
@@ -93,16 +102,9 @@ def auto_dtype():
 
 
 @pytest.fixture
-def ball_teacher(monkeypatch) -> BallTeacher:
-    """Put a BallTeacher in the place of every teacher that a config asks for."""
-    teacher = BallTeacher()
-
-    def make(config):
-        teacher.check(config.prompt)
-        return teacher
-
-    monkeypatch.setattr("sds3d.runs.build.build_teacher", make)
-    return teacher
+def ball_teacher() -> BallTeacher:
+    """The teacher of `call`."""
+    return BallTeacher()
 
 
 @pytest.fixture
@@ -120,11 +122,10 @@ def settings() -> dict:
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory):
     """A finished run, made once."""
-    patch, folder = pytest.MonkeyPatch(), tmp_path_factory.mktemp("finished")
-    patch.setattr("sds3d.runs.build.build_teacher", lambda config: BallTeacher())
-    patch.chdir(folder)
-    sds3d.generate("a red ball", **settings())
-    patch.undo()
+    folder = tmp_path_factory.mktemp("finished")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        sds3d.generate("a red ball", teacher=BallTeacher(), **settings())
     return folder
 
 
@@ -145,22 +146,47 @@ def in_folder(tmp_path, monkeypatch):
 @pytest.fixture
 def call(call_packaged, ball_teacher):
     """Run the command line in an empty folder, with a BallTeacher; gives exit code, stdout, stderr."""
-    return call_packaged
+    return partial(call_packaged, teacher=ball_teacher)
 
 
 @pytest.fixture
 def call_packaged(capsys, in_folder):
-    """The same with the packaged teachers."""
+    """The same with teachers by their name, or any object."""
     from sds3d.cli import main
 
-    def run(*arguments: str) -> tuple[int, str, str]:
+    def run(*arguments: str, teacher: Teacher | None = None) -> tuple[int, str, str]:
         capsys.readouterr()
         with pytest.raises(SystemExit) as end:
-            main(list(arguments))
+            main(list(arguments), teacher)
         out, err = capsys.readouterr()
         return end.value.code or 0, out, err
 
     return run
+
+
+PATIENCE = 240  # seconds; only what hangs takes so long
+
+
+def until(holds: Callable[[], object], what: str) -> None:
+    """Wait until something holds. Fails after PATIENCE."""
+    end = time.monotonic() + PATIENCE
+    while not holds():
+        assert time.monotonic() < end, f"{what}: not within {PATIENCE} s"
+        time.sleep(0.02)
+
+
+@contextmanager
+def started(command: list[str], **named: Any) -> Iterator[subprocess.Popen]:
+    """A program, which is killed at the end with all that it started. Ctrl-C reaches it, though it be ignored here, as
+    it is in a shell's background jobs."""
+    heeding = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(command, preexec_fn=heeding, start_new_session=True, **named)
+    try:
+        yield process
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait(PATIENCE)
 
 
 # Chromium as root, without a GPU (SwiftShader draws WebGL) and without calling home.

@@ -11,7 +11,7 @@ from sds3d.cameras import Cameras
 from sds3d.diffusion.guidance import Guidance
 from sds3d.diffusion.timesteps import TimestepSampler
 from sds3d.distill.core import ScoreObjective, surrogate
-from sds3d.distill.critics import CriticConfig, Exact, TrainedCritic
+from sds3d.distill.critics import CriticConfig, ExactCritic, TrainedCritic
 from sds3d.distill.score import METHODS
 from sds3d.distill.weights import WEIGHTS, weight
 from sds3d.networks.mlp import PointNet
@@ -56,7 +56,7 @@ def test_the_expected_gradient_is_that_of_the_divergence(schedule, name, scale, 
 
     teacher = MixtureTeacher(MODES, CLASSES, schedule)
     student = Mixture(torch.ones(1), torch.full((1, 1, 1, 1), MEAN), STD)
-    critic = Exact(MixtureTeacher(student, {"a red mug": [1.0]}, schedule))
+    critic = ExactCritic(MixtureTeacher(student, {"a red mug": [1.0]}, schedule))
     goal = ScoreObjective(teacher, METHODS["vsd"](scale=scale), TimestepSampler(0.1, 0.9), name, critic=critic)
     nodes, weights = by_quadrature()
     z, noise = (v.reshape(-1, 1, 1, 1) for v in torch.meshgrid(nodes, nodes, indexing="ij"))
@@ -147,7 +147,7 @@ def test_perp_neg_follows_the_camera_in_every_schedule_and_parametrisation(sched
     goal = ScoreObjective(teacher, METHODS["sds"](), TimestepSampler(0.1, 0.9), guidance=guidance)
     q = goal.query(Draw(x, ["a mug"] * 5, cameras, torch.arange(5)), x, t, noise)
     found = q.guided(4.0)
-    assert q.asked == [5 * 5]  # prompt, null prompt and three view words, at once
+    assert q.teacher_images == [5 * 5]  # prompt, null prompt and three view words, at once
     for i, place in enumerate(places):
         one = slice(i, i + 1)
 

@@ -10,7 +10,7 @@ from torch import nn
 from sds3d.cameras import orbit
 from sds3d.diffusion.timesteps import TimestepSampler
 from sds3d.distill.core import ScoreObjective
-from sds3d.distill.critics import CriticConfig, Exact, TrainedCritic
+from sds3d.distill.critics import CriticConfig, ExactCritic, TrainedCritic
 from sds3d.distill.score import METHODS
 from sds3d.networks.lora import LoRA
 from sds3d.runtime.ramp import Ramp
@@ -139,7 +139,7 @@ def test_vsd_recovers_a_gaussian_and_sds_collapses(method):
 
 def test_an_exact_critic_answers_and_is_never_fitted():
     teacher = MixtureTeacher(Mixture(torch.ones(1), torch.zeros(1, 1, 1, 1), 1.0))
-    critic = Exact(teacher)
+    critic = ExactCritic(teacher)
     x, t = torch.randn((3, 1, 1, 1), generator=seeded()), torch.full((3,), 0.5)
     assert torch.equal(critic.predict(x, t, [""] * 3, None, None).eps, teacher.predict(x, t, [""] * 3).eps)
     assert critic.steps == 0 and critic.state_dict() == {}

@@ -5,6 +5,7 @@ import json
 import os
 import random
 import resource
+import selectors
 import subprocess
 import sys
 import time
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import started, until
 from PIL import Image
 
 from sds3d.config import load as configs
@@ -208,10 +210,10 @@ def test_a_teacher_that_diverges_ends_with_1_and_keeps_its_last_state(call_packa
 
 def test_a_teacher_whose_weights_are_not_finite_is_not_saved(tmp_path):
     config = fit.FitConfig(**DIGITS, steps=4, save_every=1)
-    steps = fit.train(tmp_path, config, sources.of("digits", 8)[0])
+    steps = fit.train(tmp_path, config, sources.build_source("digits", 8)[0])
     next(steps)
     before = (tmp_path / "state.pt").read_bytes()
-    made = fit.Fit(config, sources.of("digits", 8)[0])
+    made = fit.Fit(config, sources.build_source("digits", 8)[0])
     with torch.no_grad():
         next(made.nets.parameters()).fill_(float("nan"))
     with pytest.raises(fit.Diverged, match="is not finite after step 0: lower lr"):
@@ -223,10 +225,8 @@ def test_a_teacher_whose_weights_are_not_finite_is_not_saved(tmp_path):
 def test_a_teachers_place_is_tried_before_the_training(call_packaged, in_folder):
     (in_folder / "file").write_text("")
     for place in ("file", "file/t", "/proc/t", "/dev/null"):
-        begun = time.monotonic()
         code, _, err = call_packaged("teacher", "train", "digits", "-o", place, "steps=100000", "save_every=100000")
-        assert code == 2 and "cannot write" in err, err
-        assert time.monotonic() - begun < 30
+        assert code == 2 and err.startswith("error: cannot write") and err.count("\n") == 1, err  # no step was shown
 
 
 def limited(folder: Path, most: int, program: str) -> subprocess.CompletedProcess:
@@ -252,7 +252,7 @@ def test_a_full_disk_is_a_sentence_and_keeps_what_was_there(tmp_path, most):
 
 def test_every_bit_of_a_teachers_weights_counts(tmp_path):
     config = fit.FitConfig(**DIGITS, steps=1)
-    fit.Fit(config, sources.of("digits", 8)[0]).save(tmp_path)
+    fit.Fit(config, sources.build_source("digits", 8)[0]).save(tmp_path)
     file = tmp_path / small.FILE
     whole, draws = file.read_bytes(), random.Random(0)
     good = small.load(file).fingerprint
@@ -263,17 +263,17 @@ def test_every_bit_of_a_teachers_weights_counts(tmp_path):
             small.load(file)
     file.write_bytes(whole)
     assert small.load(file).fingerprint == good
-    assert "sha256" not in small.load().told  # the packaged ones are from before, and load
+    assert "sha256" not in small.load().header  # the packaged ones are from before, and load
 
 
 def test_every_page_of_a_teachers_state_counts(tmp_path):
     """As of a run's checkpoint; torch.load reads what a disk made of it, and says nothing."""
     config = fit.FitConfig(**DIGITS, steps=4, save_every=1)
-    steps = fit.train(tmp_path, config, sources.of("digits", 8)[0])
+    steps = fit.train(tmp_path, config, sources.build_source("digits", 8)[0])
     next(steps)
     steps.close()
     file, draws = tmp_path / "state.pt", random.Random(0)
-    whole, made = file.read_bytes(), fit.Fit(config, sources.of("digits", 8)[0])
+    whole, made = file.read_bytes(), fit.Fit(config, sources.build_source("digits", 8)[0])
     good = torch.load(file, weights_only=True)
     numbers = good["nets"]["unet.first.weight"].numpy().tobytes()
     pages = [whole.index(numbers) + 64, *(draws.randrange(len(whole) // 4096) * 4096 for _ in range(20))]
@@ -382,9 +382,32 @@ def test_where_others_are_let_in_this_machines_name_is_known(monkeypatch):
         assert not stages.is_own_host(host, Address("127.0.0.1", 8080))
 
 
+class Hourglass(asyncio.SelectorEventLoop):
+    """An event loop whose time goes on only while it waits, by as long as it would: the same on every machine."""
+
+    def __init__(self):
+        self.now = 0.0
+        super().__init__(Turned(self))
+
+    def time(self) -> float:
+        return self.now
+
+
+class Turned(selectors.SelectSelector):
+    """Waits no time at all, and says that it did."""
+
+    def __init__(self, loop: Hourglass):
+        super().__init__()
+        self.loop = loop
+
+    def select(self, timeout=None):
+        self.loop.now += max(timeout or 0.0, 1e-6)
+        return super().select(0)
+
+
 def test_a_pace_gives_so_many_turns_a_second_and_a_few_at_once():
     async def count(seconds: float, takers: int) -> list[int]:
-        pace, found = stages.RateLimit(100, 20), [0] * takers
+        pace, found = stages.RateLimit(100, 20, asyncio.get_running_loop().time), [0] * takers
 
         async def take(i: int) -> None:
             while True:
@@ -397,8 +420,9 @@ def test_a_pace_gives_so_many_turns_a_second_and_a_few_at_once():
             task.cancel()
         return found
 
-    found = asyncio.run(count(1.0, 4))
-    assert 60 <= sum(found) <= 125, found
+    with asyncio.Runner(loop_factory=Hourglass) as runner:
+        found = runner.run(count(1.0, 4))
+    assert 118 <= sum(found) <= 121, found  # 20 at once and 100 in a second
     assert max(found) - min(found) <= 25, found  # the burst may be one's alone; then each is next in turn
 
 
@@ -408,14 +432,10 @@ def test_a_flood_of_cameras_is_not_listened_to(monkeypatch):
     import viser
     from websockets.sync.client import connect
 
-    stage, noted = stages.Stage(Address.find(port=0), "title"), []
-    update = stage.viewers.update
-
-    def noting(key, pose):
-        noted.append((time.monotonic(), key))
-        update(key, pose)
-
-    monkeypatch.setattr(stage.viewers, "update", noting)
+    begun, noted = time.monotonic(), []
+    stage = stages.Stage(Address.find(port=0), "title")
+    note = stage.viewers.update
+    monkeypatch.setattr(stage.viewers, "update", lambda key, pose: noted.append(key) or note(key, pose))
     camera = {"type": "ViewerCameraMessage", "wxyz": [1.0, 0, 0, 0], "position": [0.0, 0, 3], "fov": 0.7}
     camera |= {"near": 0.01, "far": 100.0, "image_height": 64, "image_width": 64, "look_at": [0.0, 0, 0]}
     data = msgspec.msgpack.encode(camera | {"up_direction": [0.0, 1, 0]})
@@ -423,24 +443,18 @@ def test_a_flood_of_cameras_is_not_listened_to(monkeypatch):
     flood = (
         "import time; from websockets.sync.client import connect\n"
         f"with connect({url!r}, subprotocols=[{kind!r}], compression=None) as socket:\n"
-        f"    end = time.monotonic() + 20\n    while time.monotonic() < end: socket.send({data!r})\n"
+        f"    while True: socket.send({data!r})\n"
     )
     try:
-        process = subprocess.Popen([sys.executable, "-c", flood])
-        while len(noted) < stages.BURST + 20:
-            time.sleep(0.01)
-        begun, first = time.monotonic(), len(noted)
-        time.sleep(1.5)
-        flooded = (len(noted) - first) / (time.monotonic() - begun)
-        with connect(url, subprotocols=[kind], compression=None) as socket:
-            before = {key for _, key in noted}
-            sent = time.monotonic()
-            for _ in range(3):
-                socket.send(data)
-            while not {key for _, key in noted} - before:
-                assert time.monotonic() - sent < 5
-                time.sleep(0.01)
-        assert flooded <= 1.2 * stages.MESSAGES, flooded  # without a pace it is as many as this machine can take
+        with started([sys.executable, "-c", flood], stderr=subprocess.DEVNULL):
+            until(lambda: len(noted) > stages.BURST + 3 * stages.MESSAGES, "a flood's burst, and three seconds more")
+            (flooding,) = set(noted)
+            with connect(url, subprotocols=[kind], compression=None) as socket:
+                for _ in range(3):
+                    socket.send(data)
+                until(lambda: set(noted) - {flooding}, "another viewer's camera is noted")
+            total, seconds = len(noted), time.monotonic() - begun
+        # However slow this machine is; without a pace it is as many as it can take.
+        assert total <= stages.BURST + stages.MESSAGES * seconds + 1, (total, seconds)
     finally:
-        process.kill()
         stage.close()

@@ -80,7 +80,7 @@ class Flat(nn.Module):
         super().__init__()
         self.layer = nn.Linear(12, 1).double()
 
-    def verdict(self, x, prompts, generator):
+    def logits(self, x, prompts, generator):
         return self.layer(x.flatten(1))[:, 0]
 
 
@@ -100,7 +100,7 @@ def test_the_slope_is_that_of_the_closed_form_and_stays_out_of_the_judge():
     assert float(theta.grad) == pytest.approx(float((expected * x).sum()), rel=1e-10)
     assert float(said.metrics["verdict"]) == pytest.approx(float(verdict.mean()))
     assert all(p.grad is None for p in judge.parameters())
-    assert bool((judge.verdict(images - images.grad, [], None) > verdict).all())  # downhill is towards "real"
+    assert bool((judge.logits(images - images.grad, [], None) > verdict).all())  # downhill is towards "real"
 
 
 def test_nothing_arrives_in_the_critic_or_its_head(teacher):
@@ -123,7 +123,7 @@ def test_a_verdict_is_of_x_at_a_level_drawn_from_all(teacher, monkeypatch):
     seen, critic = [], adversary(teacher)
     x, features = real(200, seeded())[0], teacher.features
     monkeypatch.setattr(teacher, "features", lambda *asked: (seen.append(asked), features(*asked))[1])
-    found = critic.verdict(x, [REAL] * 200, seeded(1))
+    found = critic.logits(x, [REAL] * 200, seeded(1))
     ((network, x_t, t, prompts),) = seen
     assert network is critic.network and prompts == [REAL] * 200 and found.shape == (200,)
     assert 0 <= float(t.min()) < 0.05 and 0.95 < float(t.max()) <= 1
@@ -138,7 +138,7 @@ def test_its_loss_is_the_critic_s_and_the_weighted_softplus_of_both_verdicts(tea
     found = critic.loss(draw, draw.images, generator)
     again = seeded(1)
     there, prompts = real(6, again)
-    told, missed = critic.verdict(there, prompts, again), critic.verdict(draw.images, draw.prompts, again)
+    told, missed = critic.logits(there, prompts, again), critic.logits(draw.images, draw.prompts, again)
     denoising = TrainedCritic.loss(critic, draw, draw.images, again)
     expected = denoising + 0.5 * ((1 + (-told).exp()).log().mean() + (1 + missed.exp()).log().mean())
     assert float(found) == pytest.approx(float(expected), rel=1e-12)
@@ -152,7 +152,7 @@ def test_it_learns_to_tell_real_images_from_drawn_ones(teacher):
     def verdicts() -> tuple[torch.Tensor, torch.Tensor]:
         with torch.no_grad():
             images = (real(200, fresh)[0], drawn(200, fresh).images)
-            return tuple(critic.verdict(x, [REAL] * 200, fresh) for x in images)
+            return tuple(critic.logits(x, [REAL] * 200, fresh) for x in images)
 
     def wrong() -> float:
         good, bad = verdicts()

@@ -267,7 +267,7 @@ def test_a_query_at_another_x_t_asks_anew_and_counts_with_the_first():
     a = s = math.cos(math.pi / 4)
     assert torch.allclose(after - before, torch.full_like(after, s / (a**2 * COND[1] ** 2 + s**2)), atol=1e-6)
     assert torch.equal(q.eps("cond")[0], before) and torch.equal(other.eps("cond")[0], after)
-    assert len(teacher.asked) == 2 and q.asked == other.asked == [3, 3]
+    assert len(teacher.asked) == 2 and q.teacher_images == other.teacher_images == [3, 3]
     assert torch.equal(other.x, q.x) and torch.equal(other.t, q.t)
 
 
@@ -326,7 +326,7 @@ def test_a_non_finite_gradient_stops_and_says_where():
             return answer
 
     images = pictures(3, 3, 4, 4)
-    with pytest.raises(NonFiniteGradient, match="SDS.*step 17, t = 0.*teacher's answer") as stop:
+    with pytest.raises(NonFiniteGradient, match="SDS.*step 17, t = 0.*teacher's prediction") as stop:
         objective(Broken())(drawn(images), 17, torch.Generator().manual_seed(0))
     t = TimestepSampler(0.1, 0.9).draw(17, torch.arange(3), torch.Generator().manual_seed(0), Schedule.cosine())
     assert (stop.value.method, stop.value.step) == ("SDS", 17)

@@ -243,7 +243,7 @@ def test_images_do_not_depend_on_how_many_are_drawn_at_a_time(in_folder):
 def test_fewer_steps_are_the_first_of_its_times(in_folder):
     made = sds3d.train_generator(**{**TINY, "generator.steps": 4})
     generator, teacher = sds3d.load_generator("outputs", dtype="float32"), load_teacher(made.config.teacher)
-    assert json.loads(generator._teacher.told["times"]) == made.student.times.tolist() == generator.times.tolist()
+    assert json.loads(generator._teacher.header["times"]) == made.student.times.tolist() == generator.times.tolist()
     asked, answer = [], generator._teacher.answer
 
     def note(network, x_t, t, prompts):
@@ -255,7 +255,7 @@ def test_fewer_steps_are_the_first_of_its_times(in_folder):
         asked.clear()
         generator(["a handwritten two"], steps=steps)
         assert asked == pytest.approx(made.student.times[:steps].tolist())
-    told = {key: value for key, value in generator._teacher.told.items() if key != "times"}
+    told = {key: value for key, value in generator._teacher.header.items() if key != "times"}
     assert generated.LoadedGenerator(teacher, told).times.tolist() == generator.times.tolist()  # of an older file
     for bad in ("[0.5]", "[0.1, 0.2, 0.3, 0.4]"):
         with pytest.raises(ValueError, match="not 4 decreasing numbers above 0, up to 1.; train it again"):

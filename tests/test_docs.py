@@ -15,13 +15,13 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 import types
 from pathlib import Path
 
 import pytest
 import tiny_pipelines
 import torch
+from conftest import PATIENCE, started
 from documentation import GENERATOR, PAGES, ROOT, SCENE, SERVES, anchors, blocks, commands, python, shortened
 from PIL import Image
 
@@ -167,27 +167,18 @@ def test_command_runs(command: str, here: Path, capfd):
 
 def serve(arguments: list[str], folder: Path, place: str) -> None:
     """A program that serves a page, stopped by Ctrl-C once it says where the page is."""
-    served = subprocess.Popen(
-        [sys.executable, "-m", "sds3d", *arguments],
-        cwd=folder,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        stderr=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        text=True,
-    )
-    guard = threading.Timer(180, served.kill)
-    guard.start()
-    try:
+    command, environment = [sys.executable, "-m", "sds3d", *arguments], os.environ | {"PYTHONPATH": str(ROOT)}
+    quiet = {"stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL, "text": True}
+    with started(command, cwd=folder, env=environment, **quiet) as served:
+        guard = threading.Timer(PATIENCE, served.kill)
+        guard.start()
         said = ""
         for line in served.stderr:
             said += line
             if "in a browser" in line:
-                time.sleep(1)
                 served.send_signal(signal.SIGINT)
         code = served.wait()
-    finally:
         guard.cancel()
-        served.kill()
     assert "open http://" in said and "Traceback" not in said and code in (0, 130), f"{place}: exit {code}\n{said}"
 
 

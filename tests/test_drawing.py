@@ -6,7 +6,7 @@ import torch
 from sds3d.cameras import orbit
 from sds3d.diffusion.noise import Schedule
 from sds3d.diffusion.samplers import SAMPLERS
-from sds3d.teachers.drawing import draw, guided, sample
+from sds3d.teachers.drawing import draw, guided_predictor, sample
 from sds3d.teachers.mixture import Mixture, MixtureTeacher
 
 
@@ -33,15 +33,15 @@ def test_guidance_goes_from_the_null_prompt_past_the_prompt(teacher):
     t, prompts = torch.tensor([0.3, 0.7], dtype=torch.float64), ["dark", "light"]
     told, null = (teacher.predict(x, t, p) for p in (prompts, ["", ""]))
     teacher.asked.clear()
-    answer = guided(teacher, prompts, 2.5)(x, t)
+    answer = guided_predictor(teacher, prompts, 2.5)(x, t)
     assert torch.allclose(answer.eps, null.eps + 2.5 * (told.eps - null.eps), atol=1e-12)
     assert [prompts for prompts, _, _ in teacher.asked] == [["dark", "light", "", ""]]  # one forward for both
-    assert torch.equal(guided(teacher, prompts, 1.0)(x, t).output, told.output)
+    assert torch.equal(guided_predictor(teacher, prompts, 1.0)(x, t).output, told.output)
     assert teacher.asked[-1][0] == prompts  # and at scale 1 nobody asks the null prompt
 
 
 def test_the_null_prompt_is_told_no_camera(teacher):
-    guided(teacher, ["dark", "light"], 2.0, orbit(2))(torch.zeros(2, 3, 2, 2), torch.tensor([0.3, 0.7]))
+    guided_predictor(teacher, ["dark", "light"], 2.0, orbit(2))(torch.zeros(2, 3, 2, 2), torch.tensor([0.3, 0.7]))
     prompts, cameras, mask = teacher.asked[-1]
     assert len(prompts) == len(cameras) == 4 and mask.tolist() == [True, True, False, False]
 

@@ -15,7 +15,7 @@ import sds3d
 from sds3d.config import load as config
 from sds3d.runs import launch
 from sds3d.runtime.device import pick_device
-from sds3d.teachers.hf.words import Words
+from sds3d.teachers.hf.words import PromptEmbedder
 
 MODES = {
     "no_grad": torch.no_grad,
@@ -175,7 +175,9 @@ def test_kernels_compile_where_they_cannot_be_kept():
 
 
 def test_a_prompt_that_cannot_be_kept_is_only_a_warning(tmp_path):
-    words = Words(lambda texts: {"words": torch.ones(len(texts), 2)}, "mark", Path("/dev/null/x"), torch.device("cpu"))
+    words = PromptEmbedder(
+        lambda texts: {"words": torch.ones(len(texts), 2)}, "mark", Path("/dev/null/x"), torch.device("cpu")
+    )
     with pytest.warns(UserWarning, match="the embedding is not kept"):
         assert words(["a red mug"])["words"].shape == (1, 2)
 

@@ -95,7 +95,7 @@ def of_size(network: dict, folder: Path, like: Path) -> Path:
 )
 def test_parameters_are_as_many_as_is_known(family, network, millions, pipelines, tmp_path):
     folder = of_size(network, tmp_path / "pipeline", pipelines(family))
-    teacher, _ = sketch.draw(TeacherConfig(str(folder)), torch.bfloat16)
+    teacher, _ = sketch.build_meta_teacher(TeacherConfig(str(folder)), torch.bfloat16)
     count = sum(p.numel() for p in teacher.family.network.parameters())
     assert count / 1e6 == pytest.approx(millions, abs=0.1)
     assert sum(p.numel() for p in teacher.family.vae.parameters()) / 1e6 == pytest.approx(83.7, abs=0.1)
@@ -120,8 +120,10 @@ def test_a_sketch_is_the_size_of_the_real_one(name, pipelines, tmp_path):
     """Its parts as their files say, and to the byte what an answer, an encoding and its way back make."""
     folder, told = pipelines(name), tiny_pipelines.SETTINGS.get(name, {})
     settings = TeacherConfig(str(folder), "words", "float32", hf=HFConfig(cache=str(tmp_path), **told))
-    real, (drawn, encoders) = load_teacher(settings, "cpu"), sketch.draw(settings, torch.float32)
-    assert {k: tuple(v.shape[1:]) for k, v in real._condition(["a red mug"], None, None).items()} == drawn.words.shapes
+    real, (drawn, encoders) = load_teacher(settings, "cpu"), sketch.build_meta_teacher(settings, torch.float32)
+    assert {
+        k: tuple(v.shape[1:]) for k, v in real._condition(["a red mug"], None, None).items()
+    } == drawn.embedder.shapes
     for part in (drawn.family.PART, "vae"):
         module = drawn.family.pipe.components.get(part)
         if module is not None:
@@ -198,7 +200,7 @@ def measured(config: Config) -> int:
     """Bytes at the peak of two real steps: weights, and what torch's profiler sees allocated."""
     teacher = build.build_teacher(config)
     critic, student = build.build_critic(config, teacher), build.build_student(config, teacher)
-    teacher.words(["a red mug"])
+    teacher.embedder(["a red mug"])
     there = tensor_bytes(teacher.family.network, teacher.family.vae, student)
     there += 0 if critic is None else sum(p.numel() * p.element_size() for p in critic.parameters())
     goals = {"score": build.build_objective(config, teacher, critic)}

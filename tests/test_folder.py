@@ -274,7 +274,7 @@ def test_a_folder_nobody_can_learn_from_is_refused(tmp_path, files, words):
         read(place)
     if files is not None:
         with pytest.raises(ValueError, match="size is 48; give 8, 32, 64"):
-            sources.of(str(place), 48)
+            sources.build_source(str(place), 48)
 
 
 @pytest.fixture
@@ -329,7 +329,7 @@ def test_a_training_on_a_folder_resumes_bit_for_bit(call, walls, in_folder, monk
     quick = ("size=32", "steps=4", "batch=2", "save_every=9")
     assert call("teacher", "train", "walls", "-o", "whole", *quick)[0] == 0
     config = fit.FitConfig(str(walls), size=32, steps=4, batch=2, save_every=9, coarse=0, decay=0.5)
-    stopped = fit.train(in_folder / "parts", config, sources.of(str(walls), 32)[0])
+    stopped = fit.train(in_folder / "parts", config, sources.build_source(str(walls), 32)[0])
     assert [next(stopped).step, next(stopped).step] == [1, 2]
     stopped.close()
     monkeypatch.chdir(walls)

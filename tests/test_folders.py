@@ -8,18 +8,18 @@ import re
 import stat
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import PATIENCE, started, until
 from PIL import Image
 
 from sds3d.config import load as configs
-from sds3d.runs import generator_parts
 from sds3d.runs.folder import STEMS, Run
 from sds3d.runtime import files
 from sds3d.runtime.files import replacing, replacing_folder, sweep
-from sds3d.teachers.load import load_teacher
 
 
 def names(folder: Path) -> list[str]:
@@ -191,25 +191,37 @@ def test_a_run_is_one_processs_at_a_time(call, made, elsewhere):
     assert code == 0, err
 
 
+PATIENT = """
+import sys, time
+from pathlib import Path
+from conftest import BallTeacher
+from sds3d.cli import main
+
+ball, there = BallTeacher(), Path(sys.argv[2])
+
+def predict(*given, **named):  # its run is still going on when the other program has ended
+    while not there.exists():
+        time.sleep(0.05)
+    return BallTeacher.predict(ball, *given, **named)
+
+ball.predict = predict
+main(["resume", sys.argv[1], "steps=12", "--quiet"], ball)
+"""
+
+
 def test_two_resumes_at_once_give_one_run(made, tmp_path):
     """The command line of the issue: without a lock both end with code 0 and every row is there twice."""
-    program = (
-        "from sds3d.runs import build; from conftest import BallTeacher;"
-        "build.build_teacher = lambda config: BallTeacher();"
-        f"from sds3d.cli import main; main(['resume', {made!r}, 'steps=60', '--quiet'])"
-    )
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(
-            [str(Path(__file__).parent), os.environ.get("PYTHONPATH", ""), str(Path(files.__file__).parents[1])]
-        )
-    }
-    both = [
-        subprocess.Popen([sys.executable, "-c", program], env=environment, stderr=subprocess.PIPE) for _ in range(2)
-    ]
-    errors = [process.communicate(timeout=300)[1].decode() for process in both]
+    places = [Path(__file__).parent, os.environ.get("PYTHONPATH", ""), Path(files.__file__).parents[1]]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, places))}
+    command = [sys.executable, "-c", PATIENT, made, str(tmp_path / "go")]
+    with ExitStack() as stack:
+        both = [stack.enter_context(started(command, env=environment, stderr=subprocess.PIPE)) for _ in range(2)]
+        until(lambda: any(process.poll() is not None for process in both), "one of them ends")
+        (tmp_path / "go").write_text("")
+        errors = [process.communicate(timeout=PATIENCE)[1].decode() for process in both]
     codes = sorted(process.returncode for process in both)
     steps = [json.loads(row)["step"] for row in (Path(made) / "metrics.jsonl").read_text().splitlines()]
-    assert steps == list(range(1, 61)), errors
+    assert steps == list(range(1, 13)), errors
     assert codes == [0, 2] and any("is in use" in error for error in errors), errors
 
 
@@ -312,17 +324,17 @@ class Fails:
 
 
 @pytest.mark.parametrize("after, saved", [(2, False), (5, True)])
-def test_a_run_that_diverges_says_what_it_has_left_and_resumes(call, tiny, ball_teacher, monkeypatch, after, saved):
+def test_a_run_that_diverges_says_what_it_has_left_and_resumes(call, tiny, ball_teacher, after, saved):
     calls = Fails(ball_teacher, after)
-    monkeypatch.setattr("sds3d.runs.build.build_teacher", lambda config: calls)
-    code, _, err = call("generate", "a red ball", *tiny, "log.save_every=2" if saved else "log.save_every=6")
+    how = "log.save_every=2" if saved else "log.save_every=6"
+    code, _, err = call("generate", "a red ball", *tiny, how, teacher=calls)
     assert code == 1 and "non-finite" in err
     assert ("checkpoint.safetensors was saved before and is intact" in err) == saved
     assert ("Nothing was saved yet: begin again" in err) != saved
     run = Path("outputs/00001-a-red-ball")
     assert run.is_dir() and (run / "checkpoint.safetensors").is_file() == saved
     ball_teacher.colour, calls.left = (0.9, 0.1, 0.1), 10**6
-    code, _, err = call("resume", str(run))
+    code, _, err = call("resume", str(run), teacher=calls)
     assert code == 0, err
     assert [row["step"] for row in Run.open(run).rows()] == list(range(1, 7))
 
@@ -356,11 +368,10 @@ def test_a_comparison_that_was_killed_goes_on_with_its_run(in_folder, ball_teach
     from sds3d.evaluate import methods as comparing
     from sds3d.runs import launch
 
-    ball_teacher.shape = (3, 16, 16)
     layer = configs.parse_overrides([text for text in tiny if not text.startswith("export")])
-    wanted = comparing.Comparison(("a red ball",), ("sds",), student="scene", layer=layer)
+    wanted = comparing.Comparison(("a red ball",), ("sds",), student="scene", layer=layer, teacher=ball_teacher)
     out = in_folder / "out"
-    made, steps = launch.start(wanted.config("a red ball", "sds", 0, out / "runs"))
+    made, steps = launch.start(wanted.config("a red ball", "sds", 0, out / "runs"), ball_teacher)
     for _ in range(5):
         next(steps)
     del steps  # killed: its last checkpoint is of step 4
@@ -371,33 +382,29 @@ def test_a_comparison_that_was_killed_goes_on_with_its_run(in_folder, ball_teach
     assert again.run == entry.run and len(names(out / "runs")) == 1
 
 
-def test_a_strangers_config_has_nothing_written_into_other_folders(in_folder, tmp_path, monkeypatch):
+def test_a_strangers_config_has_nothing_written_into_other_folders(in_folder, tmp_path):
     """pairs.folder and teacher.hf.cache of a run's config.yaml, on resume."""
     from dataclasses import replace
 
-    from sds3d.runs import build, launch
-    from sds3d.teachers.base import TeacherConfig
+    from sds3d.runs import launch
 
-    teacher = load_teacher(TeacherConfig("digits"))
-    config = configs.load(None, {"method": "dmd", "teacher.name": "digits"}, kind=configs.DistillConfig)
+    few = {"pairs.count": 2, "pairs.batch": 2, "pairs.steps": 1}
+    config = configs.load(None, {"method": "dmd", "teacher.name": "digits"}, few, kind=configs.DistillConfig)
     home, private = tmp_path / "outputs", tmp_path / "private"
-    monkeypatch.setattr(build, "build_teacher", lambda config: teacher)
-    monkeypatch.setattr(
-        generator_parts, "make_pairs", lambda config, teacher: iter([generator_parts.pairs_folder(config, teacher)])
-    )
     for folder, fine in ((private, False), (home / "pairs" / "x", True), (tmp_path / "kept", True)):
-        if folder.name == "kept":
-            folder.mkdir()
-            (folder / "pairs.json").write_text("{}")
         own = replace(config, pairs=replace(config.pairs, folder=str(folder)))
-        assert list(launch.prepare(own)) == [folder]  # a new run: it is what the user asked for
+        if folder.name == "kept":
+            list(launch.prepare(own))  # a new run: it is what the user asked for
+            assert (folder / "pairs.json").is_file()
         if fine:
-            assert list(launch.prepare(own, home)) == [folder]
+            list(launch.prepare(own, home))
+            assert (folder / "pairs.json").is_file()
         else:
             with pytest.raises(
                 ValueError, match="the run's pairs are gone from .*private, and resume makes new ones in"
             ):
                 list(launch.prepare(own, home))
+            assert not folder.exists()
     private.mkdir()
     (private / "photo.jpg").write_text("x")
     for cache, kept in (

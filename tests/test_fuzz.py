@@ -10,6 +10,7 @@ import os
 from datetime import timedelta
 
 import pytest
+from conftest import PATIENCE
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
@@ -213,11 +214,11 @@ def loaded(text: str, kind: type) -> None:
 
 
 def many(count: int) -> settings:
-    """How many examples; each within seconds. The same ones every time."""
+    """How many examples; each within minutes, which only a hang takes. The same ones every time."""
     allowed = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large]
     return settings(
         max_examples=count,
-        deadline=timedelta(seconds=20),
+        deadline=timedelta(seconds=PATIENCE),
         suppress_health_check=allowed,
         derandomize=True,
         database=None,
@@ -225,18 +226,19 @@ def many(count: int) -> settings:
 
 
 @pytest.fixture
-def closed(in_folder, ball_teacher, monkeypatch):
+def closed(in_folder, monkeypatch):
     """An empty folder, in which nothing is trained, drawn or served."""
     from sds3d.cli import live, teacher
+    from sds3d.evaluate import methods
     from sds3d.runs import launch
 
     def refuse(*_, **__):
         raise ValueError("nothing is made here")
 
-    monkeypatch.setattr(launch, "check", lambda config: None)
-    for place, name in ((launch, "start"), (launch, "prepare"), (live, "staging"), (teacher, "_prepare")):
+    monkeypatch.setattr(launch, "check", lambda config, teacher: None)
+    makers = ((launch, "start"), (launch, "prepare"), (methods, "compare"), (live, "staging"), (teacher, "_prepare"))
+    for place, name in makers:
         monkeypatch.setattr(place, name, refuse)
-    monkeypatch.setattr("sds3d.evaluate.methods.compare", refuse)
     return in_folder
 
 

@@ -9,7 +9,7 @@ from torch import nn
 from sds3d.diffusion.noise import Schedule
 from sds3d.diffusion.timesteps import TimestepSampler
 from sds3d.distill.core import ScoreObjective
-from sds3d.distill.critics import CriticConfig, Exact, TrainedCritic
+from sds3d.distill.critics import CriticConfig, ExactCritic, TrainedCritic
 from sds3d.distill.score import METHODS
 from sds3d.distill.weights import weight
 from sds3d.runtime.ramp import Ramp
@@ -162,7 +162,7 @@ SCHEDULE = Schedule.cosine()
 TWO = Mixture(torch.tensor([0.55, 0.45]), torch.tensor([-0.6, 0.8]).view(2, 1, 1, 1), 0.1)
 
 
-class Follower(Exact):
+class Follower(ExactCritic):
     """The exact score of what a `Linear` of one number draws, wherever it is."""
 
     def __init__(self, network: Linear):

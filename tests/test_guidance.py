@@ -2,7 +2,7 @@
 
 import torch
 
-from sds3d.diffusion.guidance import cfg, perp_neg, rescaled
+from sds3d.diffusion.guidance import cfg, cfg_rescale, perp_neg
 from sds3d.diffusion.noise import KINDS, Prediction, Schedule
 
 
@@ -74,7 +74,7 @@ def test_rescale_gives_the_guided_image_the_spread_of_the_prompt_alone():
     g = torch.Generator().manual_seed(0)
     cond, guided = torch.randn((2, 4, 3, 8, 8), generator=g, dtype=torch.float64)
     guided = guided * torch.tensor([0.5, 2.0, 3.0, 7.0]).view(4, 1, 1, 1)
-    full, half = rescaled(guided, cond, 1.0), rescaled(guided, cond, 0.5)
+    full, half = cfg_rescale(guided, cond, 1.0), cfg_rescale(guided, cond, 0.5)
     assert torch.allclose(full.flatten(1).std(1), cond.flatten(1).std(1))
     assert torch.allclose(half, 0.5 * guided + 0.5 * full)
-    assert torch.equal(rescaled(guided, cond, 0.0), guided)
+    assert torch.equal(cfg_rescale(guided, cond, 0.0), guided)

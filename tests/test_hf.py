@@ -28,7 +28,7 @@ from sds3d.prompts import VIEW_WORDS, with_view
 from sds3d.runs import build
 from sds3d.teachers.base import HFConfig, TeacherConfig
 from sds3d.teachers.drawing import sample
-from sds3d.teachers.hf.words import _relatives
+from sds3d.teachers.hf.words import _related_prompts
 from sds3d.teachers.load import load_teacher
 from sds3d.train import make_optimiser, train
 
@@ -169,7 +169,7 @@ def test_a_step_is_the_schedulers_step(name, load):
         scheduler.set_timesteps(10)
         start, end = torch.tensor([0.4]), torch.tensor([0.3])
     time, prompts = scheduler.timesteps[5], ["a red mug"]
-    assert float(teacher.levels.told(start)) == pytest.approx(float(time), rel=1e-5)
+    assert float(teacher.levels.network_timesteps(start)) == pytest.approx(float(time), rel=1e-5)
     ask = partial(teacher.predict, prompts=prompts)
     *_, (_, _, ours) = ddim(ask, x_t, teacher.schedule, 1, t_start=start, t_end=end)
     theirs = scheduler.step(ask(x_t, start).output, time, x_t).prev_sample
@@ -319,8 +319,10 @@ def test_cameras_blend_the_view_words(name, load):
     exact = told.predict(x_t, t, ["a red mug"] * 4, cameras).eps
     views = said.predict(x_t, t, with_view("a red mug", cameras)).eps
     assert torch.allclose(exact, views, atol=1e-5)  # at the middle of each view it is that view's prompt
-    between = [told.words.seen(["a red mug"], orbit(1, start=azimuth))["words"] for azimuth in (44.9, 45.0, 45.1)]
-    front, side = said.words(["a red mug, front view", "a red mug, side view"])["words"]
+    between = [
+        told.embedder.with_cameras(["a red mug"], orbit(1, start=azimuth))["words"] for azimuth in (44.9, 45.0, 45.1)
+    ]
+    front, side = said.embedder(["a red mug, front view", "a red mug, side view"])["words"]
     assert torch.allclose(between[1][0], (front + side) / 2, atol=1e-6)
     assert (between[0] - between[2]).abs().max() < 0.01 * (front - side).abs().max()  # no jump where words have one
     mask = torch.tensor([True, False, False, True])
@@ -332,12 +334,12 @@ def test_cameras_blend_the_view_words(name, load):
 @pytest.mark.parametrize("name", TEXT)
 def test_a_kept_embedding_is_the_same(name, settings, tmp_path):
     first = load_teacher(settings(name, cache=str(tmp_path)), "cpu")
-    made = first.words(PROMPTS)
+    made = first.embedder(PROMPTS)
     files = {p: p.read_bytes() for p in tmp_path.iterdir()}
     assert all(p.name.removesuffix(".safetensors").isalnum() for p in files)
     again = load_teacher(settings(name, cache=str(tmp_path)), "cpu")
-    again.words.embed = None  # nobody may ask the encoders
-    kept = again.words(PROMPTS)
+    again.embedder.embed = None  # nobody may ask the encoders
+    kept = again.embedder(PROMPTS)
     assert made.keys() == kept.keys() and all(torch.equal(made[k], kept[k]) for k in made)
     assert {p: p.read_bytes() for p in tmp_path.iterdir()} == files
 
@@ -354,22 +356,22 @@ def test_sd3_does_without_its_largest_encoder(pipelines, tmp_path):
     teacher.check("a red mug")
     without = {"text_encoder_3": None, "tokenizer_3": None}
     theirs = diffusers.DiffusionPipeline.from_pretrained(folder, **without).encode_prompt("a red mug", None, None)
-    assert torch.allclose(teacher.words(["a red mug"])["words"], theirs[0], atol=1e-6)
+    assert torch.allclose(teacher.embedder(["a red mug"])["words"], theirs[0], atol=1e-6)
 
 
 @pytest.mark.parametrize("damage", ["cut", "changed", "empty"])
 def test_a_damaged_embedding_is_made_again_with_a_warning(damage, settings, tmp_path):
-    made = load_teacher(settings("sd", cache=str(tmp_path)), "cpu").words(["a red mug"])
+    made = load_teacher(settings("sd", cache=str(tmp_path)), "cpu").embedder(["a red mug"])
     for path in tmp_path.iterdir():
         data = path.read_bytes()
         path.write_bytes({"cut": data[:-9], "changed": data[:-1] + bytes([data[-1] ^ 1]), "empty": b""}[damage])
     again = load_teacher(settings("sd", cache=str(tmp_path)), "cpu")
     with pytest.warns(UserWarning, match="damaged"):
-        found = again.words(["a red mug"])
+        found = again.embedder(["a red mug"])
     assert torch.equal(made["words"], found["words"])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        load_teacher(settings("sd", cache=str(tmp_path)), "cpu").words(["a red mug"])
+        load_teacher(settings("sd", cache=str(tmp_path)), "cpu").embedder(["a red mug"])
 
 
 def test_other_weights_and_other_precision_are_other_embeddings(settings, pipelines, tmp_path):
@@ -379,20 +381,20 @@ def test_other_weights_and_other_precision_are_other_embeddings(settings, pipeli
     told = {"hf": HFConfig(cache=str(tmp_path / "kept"))}
     first = load_teacher(TeacherConfig(str(folder), "words", "float32", **told), "cpu")
     assert first.fingerprint == load_teacher(settings("sd"), "cpu").fingerprint  # a copy is the same
-    before = first.words(["a red mug"])["words"]
+    before = first.embedder(["a red mug"])["words"]
     with torch.random.fork_rng():
         torch.manual_seed(5)
         tokenizer = diffusers.StableDiffusionPipeline.from_pretrained(folder, vae=None, unet=None).tokenizer
         tiny_pipelines.clip(tokenizer, False).save_pretrained(folder / "text_encoder")
     second = load_teacher(TeacherConfig(str(folder), "words", "float32", **told), "cpu")
     assert second.fingerprint != first.fingerprint
-    assert not torch.allclose(second.words(["a red mug"])["words"], before)
+    assert not torch.allclose(second.embedder(["a red mug"])["words"], before)
     rough = load_teacher(TeacherConfig(str(folder), "words", "bfloat16", **told), "cpu")
-    assert rough.words(["a red mug"])["words"].dtype == torch.bfloat16
+    assert rough.embedder(["a red mug"])["words"].dtype == torch.bfloat16
 
 
 def test_the_text_encoders_are_gone_afterwards(load, settings, tmp_path):
-    load_teacher(settings("sd3", cache=str(tmp_path)), "cpu").words(["a red mug"])
+    load_teacher(settings("sd3", cache=str(tmp_path)), "cpu").embedder(["a red mug"])
     assert not [type(one).__name__ for one in gc.get_objects() if issubclass(type(one), PreTrainedModel)]
 
 
@@ -411,19 +413,21 @@ def test_a_long_prompt_warns_of_what_is_cut(name, load):
 
 def test_a_pipeline_reads_the_text_as_it_is_and_warns_of_weights(settings, tmp_path):
     teacher, read = load_teacher(settings("sd", cache=str(tmp_path)), "cpu"), []
-    embed = teacher.words.embed
-    teacher.words.embed = lambda prompts: read.extend(prompts) or embed(prompts)
+    embed = teacher.embedder.embed
+    teacher.embedder.embed = lambda prompts: read.extend(prompts) or embed(prompts)
     prompt = "a (RED:1.3) mug, [Кружка] №7"
     with pytest.warns(UserWarning, match=r"'\(RED:1.3\)' looks like a weighted word; weights are not applied"):
         teacher.check(prompt)
-    teacher.words([prompt])
+    teacher.embedder([prompt])
     assert read[0] == prompt
 
 
 def test_view_words_in_the_middle_of_a_prompt_are_part_of_the_object(pipelines):
     mirrors = "a car with side view mirrors"
-    assert _relatives(mirrors) == [mirrors, *(f"{mirrors}, {view}" for view in VIEW_WORDS)]
-    assert _relatives("a car, side view") == _relatives("a car") and _relatives("side view") == ["side view"]
+    assert _related_prompts(mirrors) == [mirrors, *(f"{mirrors}, {view}" for view in VIEW_WORDS)]
+    assert _related_prompts("a car, side view") == _related_prompts("a car") and _related_prompts("side view") == [
+        "side view"
+    ]
     told = config.load(mirrors, {"teacher.name": str(pipelines("sd")), "device": "cpu"})
     with pytest.warns(UserWarning, match="the words 'side view', taken as part of the object"):
         build.build_teacher(told)
@@ -493,8 +497,8 @@ def test_text_encoders_are_loaded_once(background, pipelines, monkeypatch, tmp_p
     layer = {"teacher.name": str(pipelines("sd")), "render.background": background}
     made = config.load("a red mug", told, layer)
     teacher, loads = build.build_teacher(made), []
-    embed = teacher.words.embed
-    monkeypatch.setattr(teacher.words, "embed", lambda prompts: loads.append(len(prompts)) or embed(prompts))
+    embed = teacher.embedder.embed
+    monkeypatch.setattr(teacher.embedder, "embed", lambda prompts: loads.append(len(prompts)) or embed(prompts))
     student, generator = build.build_student(made, teacher), torch.Generator().manual_seed(0)
     asked = {prompt for step in range(12) for prompt in student.draw(step, generator).prompts}
     assert len(asked) == (3 if background == "random" else 1)

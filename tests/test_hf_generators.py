@@ -141,7 +141,7 @@ def test_stable_diffusion_begins_at_999_of_1000_and_a_flow_at_pure_noise(start):
     for steps, asked in {1: [999], 2: [999, 499], 4: [999, 749, 499, 249], 3: [998, 665, 332]}.items():
         when, size = generator_times(teacher, GeneratorConfig(steps=steps))
         assert (1000 * when).tolist() == pytest.approx(asked, abs=1e-9) and size == 1
-        assert teacher.levels.told(when.float()).tolist() == asked  # the network gets whole numbers
+        assert teacher.levels.network_timesteps(when.float()).tolist() == asked  # the network gets whole numbers
     _, teacher, _ = start("sd3")
     when, size = generator_times(teacher, GeneratorConfig(steps=4))
     sigma = teacher.schedule.alpha_sigma(when)[1]
@@ -210,7 +210,7 @@ def test_fewer_steps_are_the_first_of_those_it_was_trained_with(steps, told):
     made = sds3d.train_generator(**told("sd", steps=1, **{"generator.steps": 4, "generator.sigma_init": 10}))
     painter, card = sds3d.load_generator(made.path), made.path / "pipeline" / "generator.json"
     numbers = json.loads(json.loads(card.read_text())["times"])
-    assert numbers == made.student.teacher.levels.told(made.student.times).tolist() and len(numbers) == 4
+    assert numbers == made.student.teacher.levels.network_timesteps(made.student.times).tolist() and len(numbers) == 4
     count = painter._teacher.levels.count  # of the levels that are left of 1,000
     assert (count * painter.times).tolist() == pytest.approx(numbers)
     first = [round(number) for number in numbers[:steps]]
@@ -266,14 +266,14 @@ def test_a_network_whose_last_level_is_pure_noise_begins_near_it(start):
         when, _ = generator_times(teacher, GeneratorConfig())
         alpha, sigma = teacher.schedule.alpha_sigma(when)
         assert float(sigma / alpha) == pytest.approx(20, rel=0.1)  # 2.5 for 8 of a side
-        asking = generator_scheduler.scheduler(teacher.family, teacher.levels, float(when), 1)
+        asking = generator_scheduler.build_scheduler(teacher.family, teacher.levels, float(when), 1)
         asking.set_timesteps(1)
         x_t, output = torch.randn((2, 1, 4, 8, 8), generator=torch.Generator().manual_seed(0))
         ours = Prediction(output, x_t, alpha.float(), sigma.float(), teacher.levels.kind).x0
         theirs = asking.step(output, asking.timesteps[0], x_t).prev_sample
         assert (ours - theirs).abs().max() < 1e-3 * ours.abs().max()
-    when = generator_scheduler.times(
-        teacher.family, teacher.levels, generator_scheduler.scheduler(teacher.family, teacher.levels, 0.001, 8), 8
+    when = generator_scheduler.scheduler_times(
+        teacher.family, teacher.levels, generator_scheduler.build_scheduler(teacher.family, teacher.levels, 0.001, 8), 8
     )
     assert (1000 * when).tolist() == pytest.approx([15, 13, 11, 9, 7, 5, 3, 1])
 

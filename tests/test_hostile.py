@@ -12,6 +12,7 @@ import warnings
 from pathlib import Path
 
 import pytest
+from conftest import PATIENCE, started
 
 from sds3d.cli import main
 from sds3d.config import load as configs
@@ -303,13 +304,13 @@ def test_two_ctrl_c_leave_one_line_and_whole_files(tmp_path, seconds):
     """In the imports, in a step, and while a checkpoint is written."""
     command = [sys.executable, "-m", "sds3d", "generate", "a red mug", "log.save_every=1", "backend=torch", "-q",
                "render.resolution=16", "steps=1000"]  # fmt: skip
-    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True,
-                               env={**os.environ, "PYTHONPATH": str(ROOT)})  # fmt: skip
-    time.sleep(seconds)
-    for _ in range(5):
-        process.send_signal(signal.SIGINT)
-        time.sleep(0.02)
-    _, err = process.communicate(timeout=60)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with started(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, env=environment) as process:
+        time.sleep(seconds)  # wherever the program is by then
+        for _ in range(5):
+            process.send_signal(signal.SIGINT)
+            time.sleep(0.02)
+        _, err = process.communicate(timeout=PATIENCE)
     assert "Traceback" not in err and process.returncode in (130, -signal.SIGINT), err
     assert [line for line in err.splitlines() if line and "once more" not in line][-1:] in (["stopped"], []), err
     for run in (tmp_path / "outputs").glob("*-*") if (tmp_path / "outputs").is_dir() else ():

@@ -2,10 +2,14 @@
 
 import json
 import os
+from dataclasses import dataclass, field, replace
 
 import pytest
+import tiny_pipelines
 import torch
 from conftest import TINY, BallTeacher
+from diffusers import UNet2DConditionModel
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 import sds3d
 from sds3d import cameras as cam
@@ -21,7 +25,8 @@ from sds3d.runs.scene import Asset
 from sds3d.runtime.ramp import Ramp
 from sds3d.students.base import Particles
 from sds3d.students.image import ImageConfig, ImageStudent
-from sds3d.teachers.mixture import MixtureTeacher
+from sds3d.teachers.base import TeacherConfig
+from sds3d.teachers.mixture import MixtureTeacher, PointNet
 from sds3d.train import OptimConfig, Plan, train
 
 SIZE = 12
@@ -46,12 +51,9 @@ PROMPTS = {"a disc": [1.0, 1, 0, 0], "a square": [0, 0, 1.0, 1], "ugly": [1.0, 1
 
 
 @pytest.fixture
-def oracle(monkeypatch, tmp_path) -> MixtureTeacher:
-    """An exact teacher of four pictures, in the place of every teacher."""
-    teacher = MixtureTeacher.of_images(pictures(), 0.02, PROMPTS)
-    monkeypatch.setattr("sds3d.runs.build.build_teacher", lambda config: teacher)
-    monkeypatch.chdir(tmp_path)
-    return teacher
+def oracle(in_folder) -> MixtureTeacher:
+    """An exact teacher of four pictures; and an empty folder to work in."""
+    return MixtureTeacher.of_images(pictures(), 0.02, PROMPTS)
 
 
 def own_settings(name: str) -> dict:
@@ -79,7 +81,7 @@ FOR_GENERATORS = ("dmd", "dmd2")  # they need pairs, or real images
 
 @pytest.mark.parametrize("name", [name for name in METHODS if name not in ("dds", *FOR_GENERATORS)])
 def test_every_method_paints_a_picture_that_the_oracle_knows(oracle, name):
-    painting = sds3d.paint("a disc", method=name, **own_settings(name))
+    painting = sds3d.paint("a disc", teacher=oracle, method=name, **own_settings(name))
     found = [nearest(image) for image in painting.images.cpu()]
     assert all(which < 2 for which, _ in found), found  # a disc, not a square
     if name != "csd":  # which only says what tells a disc from a square, and nothing once that is clear
@@ -92,7 +94,7 @@ def test_every_method_paints_a_picture_that_the_oracle_knows(oracle, name):
 @pytest.mark.parametrize("name", FOR_GENERATORS)
 def test_methods_for_generators_make_no_pictures(oracle, name):
     with pytest.raises(ValueError, match=f"{name.upper()} needs (pairs|real): it trains generators, with sds3d"):
-        sds3d.paint("a disc", method=name)
+        sds3d.paint("a disc", teacher=oracle, method=name)
 
 
 def test_dds_turns_a_picture_of_one_kind_into_the_other_and_keeps_a_right_one(oracle, tmp_path):
@@ -100,26 +102,51 @@ def test_dds_turns_a_picture_of_one_kind_into_the_other_and_keeps_a_right_one(or
 
     save_png(tmp_path / "square.png", pictures()[2])
     edit = own_settings("dds") | {"image.start": str(tmp_path / "square.png"), "image.noise": 0.0, "image.count": 2}
-    turned = sds3d.paint("a disc", method="dds", **edit, **{"source.prompt": "a square"})
+    turned = sds3d.paint("a disc", teacher=oracle, method="dds", **edit, **{"source.prompt": "a square"})
     assert all(nearest(image)[0] < 2 for image in turned.images.cpu())
-    kept = sds3d.paint("a square", method="dds", **edit, **{"source.prompt": "a square"})
+    kept = sds3d.paint("a square", teacher=oracle, method="dds", **edit, **{"source.prompt": "a square"})
     assert (kept.images.cpu() - pictures()[2]).abs().max() < 0.02
     with pytest.raises(ValueError, match="DDS needs a source: give source.prompt"):
-        sds3d.paint("a disc", method="dds")
+        sds3d.paint("a disc", teacher=oracle, method="dds")
     with pytest.raises(ValueError, match="DDS edits, and needs a source: give image.start"):
-        sds3d.paint("a disc", method="dds", **{"source.prompt": "a square"})
+        sds3d.paint("a disc", teacher=oracle, method="dds", **{"source.prompt": "a square"})
     with pytest.raises(ValueError, match="no picture that can be read"):
-        sds3d.paint("a disc", image={"start": "nowhere.png"})
+        sds3d.paint("a disc", teacher=oracle, image={"start": "nowhere.png"})
+
+
+def test_a_run_says_that_its_teacher_was_an_object_and_goes_on_with_one_alone(oracle, call):
+    settings = own_settings("sds") | {"steps": 2}
+    painting = sds3d.paint("a disc", teacher=oracle, **settings)
+    name = "python:sds3d.teachers.mixture.MixtureTeacher"
+    stored = configs.of_run(painting.path / "config.yaml")
+    assert stored.teacher == TeacherConfig(name, "words") and stored == painting.config
+    assert name in (painting.path / "index.html").read_text()
+    again = sds3d.resume(painting.path, teacher=oracle, steps=3)
+    assert again.run.rows()[-1]["step"] == 3
+    for said, carry_out in (
+        (f"an object in Python .{name[7:]}., .* give one of this class", lambda: sds3d.resume(painting.path, steps=4)),
+        (f"teacher is {name}, and python:conftest.B", lambda: sds3d.resume(painting.path, teacher=BallTeacher())),
+        ("teacher.dtype is for a teach", lambda: sds3d.paint("a disc", teacher=oracle, **{"teacher.dtype": "float32"})),
+        ("generator's run is opened .* by name", lambda: sds3d.train_generator(teacher=oracle, method="dmd")),
+        (
+            "teacher.name is 'digits', and the teacher is an object",
+            lambda: launch.start(configs.load("a disc", {"teacher.name": "digits"}, kind=PaintConfig), oracle),
+        ),
+    ):
+        with pytest.raises(ValueError, match=said):
+            carry_out()
+    code, _, err = call("paint", "a ball", "--teacher", "small")
+    assert code == 2 and "teacher.name is for a teacher that is loaded by its name, and an object is given" in err
 
 
 def test_a_painting_resumes_bit_for_bit_critic_and_all(oracle):
     settings = own_settings("vsd") | {"steps": 8, "log.save_every": 100}
-    whole = sds3d.paint("a disc", method="vsd", **settings)
-    half, steps = launch.start(configs.load("a disc", {"method": "vsd", **settings}, kind=PaintConfig))
+    whole = sds3d.paint("a disc", teacher=oracle, method="vsd", **settings)
+    half, steps = launch.start(configs.load("a disc", {"method": "vsd", **settings}, kind=PaintConfig), oracle)
     for step in steps:
         if step.step == 3:
             steps.close()
-    again, steps = launch.resume(half.path)
+    again, steps = launch.resume(half.path, teacher=oracle)
     assert [step.step for step in steps] == [4, 5, 6, 7, 8]
     assert torch.equal(again.images, whole.images)
 
@@ -153,23 +180,23 @@ def test_particles_share_a_critic_and_keep_to_themselves():
     assert all(torch.equal(a.pixels, b.pixels) for a, b in zip(student.students, other.students))
 
 
-def test_vsd_makes_as_many_assets_as_particles(ball_teacher, in_folder, monkeypatch):
-    ball = BallTeacher()
-    monkeypatch.setattr(
-        "sds3d.runs.build.build_critic",
-        lambda config, teacher, share: type(
-            "C",
-            (),
-            {
-                "steps": 1,
-                "predict": lambda self, x_t, t, prompts, cameras, mask: ball.predict(x_t, t, prompts, cameras),
-                "fit": lambda self, draw, g: torch.zeros(()),
-                "state_dict": lambda self: {},
-                "load_state_dict": lambda self, state: None,
-            },
-        )(),
-    )
-    asset = sds3d.generate("a red ball", method="vsd", **{**tiny(), "method.particles": 2, "method.scale": 2.0})
+@dataclass
+class TrainableBall(BallTeacher):
+    """One that a critic can start from; what the critic learns is a difference in v."""
+
+    network: PointNet = field(default_factory=lambda: PointNet(3 * 16 * 16))
+    extra_width: int = 0
+
+    def answer(self, network, x_t, t, prompts, cameras=None, camera_mask=None, extra=None):
+        exact = self.predict(x_t, t, prompts, cameras, camera_mask)
+        return replace(exact, output=exact.v + network(x_t, t), kind="v")
+
+
+def test_vsd_makes_as_many_assets_as_particles(ball_teacher, in_folder):
+    settings = {**tiny(), "method.particles": 2, "method.scale": 2.0, "critic.kind": "copy"}
+    with pytest.raises(ValueError, match="VSD trains a critic that starts from .* BallTeacher has none"):
+        sds3d.generate("a red ball", teacher=ball_teacher, method="vsd", **settings)
+    asset = sds3d.generate("a red ball", teacher=TrainableBall(), method="vsd", **settings)
     names = {p.name for p in asset.path.iterdir()}
     assert {"mesh.glb", "mesh-2.glb", "preview.png", "preview-2.png", "turntable-2.mp4"} <= names
     first, second = Asset.open(asset.path).particles
@@ -181,24 +208,23 @@ def test_vsd_makes_as_many_assets_as_particles(ball_teacher, in_folder, monkeypa
 
 
 def test_dds_edits_a_scene_beside_itself(ball_teacher, in_folder):
-    source = sds3d.generate("a red ball", **tiny())
+    source = sds3d.generate("a red ball", teacher=ball_teacher, **tiny())
     assert not source.path.is_absolute()
     edit = {**tiny(), "source.run": str(source.path), "source.prompt": "a red ball"}
-    edited, steps = launch.start(configs.load("a red ball", {"method": "dds", **edit}))
+    edited, steps = launch.start(configs.load("a red ball", {"method": "dds", **edit}), ball_teacher)
     assert torch.equal(edited.scene.field.table, source.scene.field.table)
     rows = [step.metrics["g_norm"] for step in steps]
     assert len(rows) == 6 and Asset.open(edited.path).config.source.run == str(source.path.absolute())
     with pytest.raises(ValueError, match="give source.run=outputs"):
-        sds3d.generate("a red ball", method="dds", **{**edit, "source.run": ""})
+        sds3d.generate("a red ball", teacher=ball_teacher, method="dds", **{**edit, "source.run": ""})
     with pytest.raises(ValueError, match="has other sizes"):
-        sds3d.generate("a red ball", method="dds", **{**edit, "field.levels": 3})
+        sds3d.generate("a red ball", teacher=ball_teacher, method="dds", **{**edit, "field.levels": 3})
     assert len(list((in_folder / "outputs").iterdir())) == 2  # the refused ones left nothing
 
 
-def test_a_comparison_is_one_page_and_goes_on_where_it_stopped(oracle, tmp_path, monkeypatch):
-    monkeypatch.setattr("sds3d.teachers.drawing.sample", lambda teacher, prompts, **rest: pictures()[: len(prompts)])
+def test_a_comparison_is_one_page_and_goes_on_where_it_stopped(oracle, tmp_path):
     layer = own_settings("sds") | {"steps": 20, "image.count": 2}
-    wanted = comparing.Comparison(("a disc",), ("sds", "csd"), (0, 1), "image", layer)
+    wanted = comparing.Comparison(("a disc",), ("sds", "csd"), (0, 1), "image", layer, oracle)
     out = tmp_path / "out"
     rows = comparing.compare(wanted, out)
     first = next(rows)
@@ -215,30 +241,42 @@ def test_a_comparison_is_one_page_and_goes_on_where_it_stopped(oracle, tmp_path,
         assert said in text
     assert (out / "sheet.png").is_file()
     with pytest.raises(ValueError, match="other settings.*--out"):
-        next(comparing.compare(comparing.Comparison(("a disc",), ("sds",)), out))
+        next(comparing.compare(comparing.Comparison(("a disc",), ("sds",), teacher=oracle), out))
     with pytest.raises(ValueError, match="did you mean vsd"):
         comparing.Comparison(("a disc",), ("vds",))
     with pytest.raises(ValueError, match="at least one prompt"):
         comparing.Comparison((), ("sds",))
 
 
-def test_a_run_that_diverges_does_not_end_a_comparison(oracle, tmp_path, monkeypatch):
-    monkeypatch.setattr("sds3d.teachers.drawing.sample", lambda teacher, prompts, **rest: pictures()[: len(prompts)])
-    monkeypatch.setattr("sds3d.distill.score.csd.CSD.__call__", lambda self, q: q.x * float("nan"))
+class Spoilt(MixtureTeacher):
+    """Its first answer about a student's images, which are fewer than a comparison's samples, is NaN."""
+
+    judged = 0
+
+    def predict(self, x_t, *arguments, **named):
+        answer = super().predict(x_t, *arguments, **named)
+        if len(x_t) >= comparing.SAMPLES:
+            return answer
+        self.judged += 1
+        return replace(answer, output=answer.output * float("nan")) if self.judged == 1 else answer
+
+
+def test_a_run_that_diverges_does_not_end_a_comparison(tmp_path):
+    teacher = Spoilt.of_images(pictures(), 0.02, PROMPTS)
     layer = own_settings("sds") | {"steps": 5, "image.count": 2}
-    wanted = comparing.Comparison(("a disc",), ("csd", "sds"), (0,), "image", layer)
+    wanted = comparing.Comparison(("a disc",), ("csd", "sds"), (0,), "image", layer, teacher)
     for _ in range(2):
         broken, sound = comparing.compare(wanted, tmp_path / "out")
+        assert teacher.judged == 1 + 5  # the second time, all is from what was stored
         assert "CSD: non-finite gradient at step 0" in broken.failure and not broken.figures
         assert not sound.failure and sound.figures["asked"] == 5 * 2 * 2
         found = comparing.summary([broken, sound])
         assert found["csd"]["diverged"] == 1 and found["csd"]["psnr"] is None and found["sds"]["diverged"] is None
-        monkeypatch.setattr("sds3d.runs.launch.start", None)  # the second time, from what was stored
     assert "csd; seed 0 diverged: CSD: non-finite" in (tmp_path / "out" / "index.html").read_text()
 
 
 def test_nothing_is_run_where_a_method_of_a_comparison_lacks_what_it_needs(oracle, tmp_path):
-    wanted = comparing.Comparison(("a disc",), ("sds", "dds"), (0,), "image", {"image.size": SIZE})
+    wanted = comparing.Comparison(("a disc",), ("sds", "dds"), (0,), "image", {"image.size": SIZE}, oracle)
     with pytest.raises(ValueError, match="DDS needs a source"):
         next(comparing.compare(wanted, tmp_path / "out"))
     assert not (tmp_path / "out").exists()
@@ -289,21 +327,19 @@ def test_a_scene_and_an_image_are_told_apart_by_their_config():
 
 
 @pytest.mark.parametrize("name", ["sds", "sdi"])
-def test_a_method_makes_the_scene_whose_views_the_oracle_knows(name, monkeypatch, tmp_path):
+def test_a_method_makes_the_scene_whose_views_the_oracle_knows(name, in_folder):
     """The oracle is an exact mixture of 72 true views of a mug with their cameras; nobody tells it the shape."""
     toy = toybox.parse("a red mug with a white handle")
     cameras = cam.cat([cam.orbit(24, elevation=elevation) for elevation in (0, 20, 40)])
     views, _ = toy.render(cameras, 24)
     teacher = MixtureTeacher.of_images(views, 0.02, {"a mug": [1.0] * 72}, cameras)
-    monkeypatch.setattr("sds3d.runs.build.build_teacher", lambda config: teacher)
-    monkeypatch.chdir(tmp_path)
     config = configs.load(
         "a mug",
         {"method": name, "method.scale": 1.0, "steps": 100, "render.resolution": 24, "render.samples": 24},
         {"camera.elevation": [0, 40]},
         {"time.t_min": [0, 0.8, 0.05, 100], "time.t_max": [0, 0.98, 0.3, 100], "weight": "x0"},
     )
-    asset, steps = launch.start(config)
+    asset, steps = launch.start(config, teacher)
     for _ in steps:
         pass
     seen = asset.scene.render_view(unseen_views(), 24)
@@ -312,9 +348,9 @@ def test_a_method_makes_the_scene_whose_views_the_oracle_knows(name, monkeypatch
 
 
 def test_an_edit_may_have_another_background_than_its_source(ball_teacher, in_folder):
-    source = sds3d.generate("a red ball", **tiny())
+    source = sds3d.generate("a red ball", teacher=ball_teacher, **tiny())
     edit = {**tiny(), "source.run": str(source.path), "source.prompt": "a red ball", "render.background": "#ff0000"}
-    _, steps = launch.start(configs.load("a red ball", {"method": "dds", **edit}))
+    _, steps = launch.start(configs.load("a red ball", {"method": "dds", **edit}), ball_teacher)
     assert next(steps).step == 1
     steps.close()
 
@@ -324,6 +360,19 @@ def test_overrides_of_a_method_and_of_its_settings_meet():
         assert configs.load("a ball", configs.parse_overrides(texts)).method.particles == 2
 
 
+@dataclass
+class Greedy(BallTeacher):
+    """Fails in one of its answers, as where memory ends."""
+
+    error: Exception = field(default_factory=lambda: torch.OutOfMemoryError("tried to allocate 9 GiB"))
+    after: int = 2  # answers
+
+    def predict(self, *arguments, **named):
+        if len(self.asked) == self.after:
+            raise self.error
+        return super().predict(*arguments, **named)
+
+
 @pytest.mark.parametrize(
     ("kind", "error", "lower"),
     [
@@ -331,13 +380,9 @@ def test_overrides_of_a_method_and_of_its_settings_meet():
         (PaintConfig, RuntimeError("DefaultCPUAllocator: not enough memory"), "image.count"),
     ],
 )
-def test_out_of_memory_names_the_settings_to_lower(oracle, monkeypatch, kind, error, lower):
-    def full(*arguments, **named):
-        raise error
-        yield
-
-    monkeypatch.setattr(launch, "train", full)
-    _, steps = launch.start(configs.load("a disc", tiny() if kind is Config else {}, kind=kind))
+def test_out_of_memory_names_the_settings_to_lower(in_folder, kind, error, lower):
+    config = configs.load("a ball", {"device": "cpu"}, tiny() if kind is Config else {}, kind=kind)
+    _, steps = launch.start(config, Greedy(error=error, after=0))
     with pytest.raises(ValueError, match=f"out of memory on cpu; lower {lower}.*{error}"):
         next(steps)
 
@@ -355,65 +400,73 @@ def test_what_a_generator_from_a_pipeline_can_save(told, settings):
     assert [saving.setting for saving in kinds.of(config).savings(config, 0)] == settings
 
 
-class Greedy(BallTeacher):
-    """Wants more memory than there is, from its third answer on."""
-
-    def predict(self, *arguments, **named):
-        if len(self.asked) == 2:
-            raise torch.OutOfMemoryError("tried to allocate 9 GiB")
-        return super().predict(*arguments, **named)
+SAVED_OFTEN = {"log.save_every": 1, "log.picture_every": 0, "device": "cpu", "method": "sds", "steps": 4}
 
 
-@pytest.mark.parametrize("pipeline", [False, True])
-def test_out_of_memory_leaves_a_checkpoint_and_the_command_that_goes_on(pipeline, monkeypatch, tmp_path):
-    """From the checkpoint of the step before, with those of the settings that leave the run what it is."""
-    teacher = Greedy(image_size=512) if pipeline else Greedy()
-    monkeypatch.setattr("sds3d.runs.build.build_teacher", lambda config: teacher)
-    monkeypatch.setattr("sds3d.runs.memory_savings.is_pipeline", lambda teacher: pipeline)
-    monkeypatch.chdir(tmp_path)
-    settings = {"log.save_every": 1, "log.picture_every": 0, "device": "cpu", "method": "sds", "steps": 4}
-    settings |= {"teacher.name": "somebody/model", "teacher.hf.checkpointing": False} if pipeline else {}
-    made, steps = launch.start(configs.load("a ball", tiny(), settings))
+def until_full(made, steps) -> str:
+    """What a run says whose memory ends in its third step."""
     assert [next(steps).step, next(steps).step] == [1, 2]
     with pytest.raises(ValueError) as error:
         next(steps)
-    said, now = str(error.value), "teacher.hf.checkpointing=true" if pipeline else "render.chunk=4096"
-    assert f"{made.run.checkpoint} is safe: go on with sds3d resume {made.path} {now}" in said
-    if pipeline:  # three, the most effective first, each with what it costs
-        places = [said.index(f"{key} (") for key in (now, "teacher.hf.size=256", "teacher.hf.slicing=true")]
-        assert places == sorted(places) and said.count("=") == 5
     assert made.run.load_checkpoint()["step"] == 2
-    teacher.asked.append([])
+    return str(error.value)
+
+
+def test_out_of_memory_leaves_a_checkpoint_and_the_command_that_goes_on(in_folder):
+    """From the checkpoint of the step before, with those of the settings that leave the run what it is."""
+    teacher, now = Greedy(), "render.chunk=4096"
+    made, steps = launch.start(configs.load("a ball", tiny(), SAVED_OFTEN), teacher)
+    said = until_full(made, steps)
+    assert f"{made.run.checkpoint} is safe: go on with sds3d resume {made.path} {now}" in said
+    teacher.after = -1
+    again, rest = launch.resume(made.path, configs.parse_overrides([now]), teacher)
+    assert [step.step for step in rest] == [3, 4] and again.config.render.chunk == 4096
+
+
+def test_out_of_memory_with_a_pipeline_names_what_its_teacher_can_save(tmp_path, in_folder):
+    """Three settings, the most effective first, each with what it costs."""
+    calls, now = [], "teacher.hf.checkpointing=true"
+
+    def full(module, given):
+        if isinstance(module, UNet2DConditionModel):
+            calls.append(1)
+            if len(calls) == 3:
+                raise torch.OutOfMemoryError("tried to allocate 9 GiB")
+
+    settings = {"teacher.name": str(tiny_pipelines.build("sd", tmp_path / "model"))}
+    settings |= {"teacher.hf.checkpointing": False, "teacher.hf.cache": str(tmp_path / "prompts")}
+    made, steps = launch.start(configs.load("a red ball", tiny(), SAVED_OFTEN, settings))
+    hook = register_module_forward_pre_hook(full)
+    try:
+        said = until_full(made, steps)
+    finally:
+        hook.remove()
+    assert f"{made.run.checkpoint} is safe: go on with sds3d resume {made.path} {now}" in said
+    places = [said.index(f"{key} (") for key in (now, "teacher.hf.slicing=true", "teacher.hf.offload=true")]
+    assert places == sorted(places) and said.count(" (") == 3
     again, rest = launch.resume(made.path, configs.parse_overrides([now]))
-    assert [step.step for step in rest] == [3, 4]
-    assert (again.config.teacher.hf.checkpointing if pipeline else again.config.render.chunk) in (True, 4096)
+    assert [step.step for step in rest] == [3, 4] and again.config.teacher.hf.checkpointing
 
 
-def test_out_of_memory_before_anything_was_saved_says_so(monkeypatch, tmp_path):
-    monkeypatch.setattr("sds3d.runs.build.build_teacher", lambda config: Greedy(asked=[[], []]))
-    monkeypatch.chdir(tmp_path)
-    _, steps = launch.start(configs.load("a ball", tiny(), {"device": "cpu", "method": "sds"}))
+def test_out_of_memory_before_anything_was_saved_says_so(in_folder):
+    _, steps = launch.start(configs.load("a ball", tiny(), {"device": "cpu", "method": "sds"}), Greedy(after=0))
     with pytest.raises(ValueError, match="Nothing was saved yet"):
         next(steps)
 
 
-def test_other_errors_stay_what_they_are(oracle, monkeypatch):
-    def broken(*arguments, **named):
-        raise RuntimeError("something else")
-        yield
-
-    monkeypatch.setattr(launch, "train", broken)
-    _, steps = launch.start(configs.load("a disc", tiny(), kind=Config))
+def test_other_errors_stay_what_they_are(in_folder):
+    teacher = Greedy(error=RuntimeError("something else"), after=0)
+    _, steps = launch.start(configs.load("a ball", tiny(), kind=Config), teacher)
     with pytest.raises(RuntimeError, match="something else"):
         next(steps)
 
 
-def test_a_deterministic_run_leaves_no_trace(oracle, monkeypatch):
+def test_a_deterministic_run_leaves_no_trace(ball_teacher, in_folder, monkeypatch):
     """On a GPU, while it runs; a CPU is left alone."""
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
     with launch.repeatable(torch.device("cuda")):
         assert torch.are_deterministic_algorithms_enabled() and os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
     assert not torch.are_deterministic_algorithms_enabled()
-    _, steps = launch.start(configs.load("a disc", tiny(), {"deterministic": True}, kind=Config))
+    _, steps = launch.start(configs.load("a ball", tiny(), {"deterministic": True}, kind=Config), ball_teacher)
     assert next(steps).step == 1 and not torch.are_deterministic_algorithms_enabled()
     steps.close()

@@ -136,7 +136,7 @@ class Page:
 def begin(ball_teacher, in_folder, tiny):
     """Starts a tiny run; gives the asset and its steps."""
     return lambda *more: launch.start(
-        configs.load("a red ball", configs.parse_overrides([*tiny, *more]), kind=configs.Config)
+        configs.load("a red ball", configs.parse_overrides([*tiny, *more]), kind=configs.Config), ball_teacher
     )
 
 
@@ -260,7 +260,7 @@ def test_a_pause_ends_by_resume_by_stop_and_by_ctrl_c(begin, end):
 
 def test_text_of_the_user_is_escaped(ball_teacher, in_folder, tiny):
     prompt = "a <img src=x onerror=alert(1)> ball & **bold**"
-    made, _ = launch.start(configs.load(prompt, configs.parse_overrides(tiny), kind=configs.Config))
+    made, _ = launch.start(configs.load(prompt, configs.parse_overrides(tiny), kind=configs.Config), ball_teacher)
     page = Page()
     Watch(page).begin(made)
     assert "a &lt;img src=x onerror=alert(1)&gt; ball &amp; **bold**" in page.gui.html()
@@ -306,10 +306,10 @@ def test_a_taken_port_is_named_and_leaves_no_run(call, tiny, in_folder):
         assert not (in_folder / "outputs").exists()
 
 
-def test_without_a_wish_the_next_free_port_is_taken(monkeypatch):
+def test_without_a_wish_the_next_free_port_is_taken():
     with http.server.HTTPServer(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler) as other:
-        monkeypatch.setattr("sds3d.live.address.FIRST", other.server_address[1])
-        assert Address.find().port > other.server_address[1]
+        port = other.server_address[1]
+        assert Address.find(first=port).port > port
 
 
 @pytest.mark.parametrize(
@@ -430,7 +430,7 @@ def studio(ball_teacher, in_folder, tiny):
     layer = configs.parse_overrides(tiny)
 
     def make(*teachers: str) -> Studio:
-        return Studio(Page(), configs.load("a red ball", layer, kind=configs.Config), layer, teachers)
+        return Studio(Page(), configs.load("a red ball", layer, kind=configs.Config), layer, teachers, ball_teacher)
 
     def serve(studio: Studio) -> Path | None:
         return studio.serve(lambda: not any(job.state in ("new", "waiting", "running") for job in studio.queue.jobs()))
@@ -509,16 +509,14 @@ def test_studio_offers_methods_that_make_scenes(studio):
     assert {"sds", "vsd"} <= set(methods) and not {"dds", "dmd", "dmd2"} & set(methods)
 
 
-def test_what_each_method_of_the_studio_makes_is_a_scene(studio, tiny, monkeypatch):
-    monkeypatch.undo()  # the packaged teacher, since some methods train a copy of it
+def test_what_each_method_of_the_studio_makes_is_a_scene(studio, tiny):
     offered = studio.make().stage.gui.named("method").given[1]
-    taught = load_teacher(TeacherConfig("small"))
-    monkeypatch.setattr("sds3d.runs.build.build_teacher", lambda config: taught)
+    packaged = load_teacher(TeacherConfig("small"))  # since some methods train a copy of it
     fails = []
     for method in METHODS:
         settings = configs.parse_overrides([*tiny, f"method={method}"])
         try:
-            launch.check(configs.load("a red ball", settings, kind=configs.Config))
+            launch.check(configs.load("a red ball", settings, kind=configs.Config), packaged)
         except ValueError:
             fails.append(method)
     assert set(offered) == set(METHODS) - set(fails) and {"dds", "dmd", "dmd2"} == set(fails)
@@ -547,6 +545,7 @@ def test_hints_about_other_teachers_are_their_words_or_nothing(tmp_path):
 def test_studio_hints_at_what_the_chosen_teacher_knows(studio):
     made = studio.make("digits", "no-such.safetensors")
     gui = made.stage.gui
+    gui.named("teacher").click("small")
     assert f"for example: {TOYS[0]}; " in gui.html() and "things: ball, cube" in gui.html()
     gui.named("teacher").click("digits")
     assert "handwritten" in gui.html() and "mug" not in gui.html() and gui.named(TITLE).visible
@@ -581,7 +580,7 @@ def test_what_waits_is_told_in_words(studio):
     made = studio.make()
     send(made, "a red ball")
     made._update()
-    assert "waiting: sds, teacher small, 6 steps, seed 0" in made.stage.gui.html()
+    assert "waiting: sds, teacher python:conftest.BallTeacher, 6 steps, seed 0" in made.stage.gui.html()
 
 
 @pytest.mark.parametrize("out, why", [("/proc/x", "No such file"), ("taken", "File exists")])

@@ -76,8 +76,8 @@ def test_four_times_the_same_view_is_that_view_alone(teacher):
     x_t, t = randn(1, 4, 8, 8).expand(4, -1, -1, -1), torch.full((4,), 0.4)
     cameras = orbit(1, start=70.0)[torch.zeros(4, dtype=torch.long)]
     together = teacher.predict(x_t, t, PROMPTS, cameras).eps
-    told, network = teacher.levels.told(t[:1]).float(), teacher.family.network
-    words = teacher.words(PROMPTS[:1])["words"]
+    told, network = teacher.levels.network_timesteps(t[:1]).float(), teacher.family.network
+    words = teacher.embedder(PROMPTS[:1])["words"]
     alone = network(x_t[:1], told, words, class_labels=camera_numbers(cameras[:1])).sample
     assert torch.allclose(together, alone.expand(4, -1, -1, -1), atol=1e-5)
     turned = orbit(1, start=250.0)[torch.zeros(4, dtype=torch.long)]
@@ -101,7 +101,7 @@ def test_a_querys_branches_are_sets_of_their_own(teacher):
     alpha, sigma = teacher.schedule.alpha_sigma(t)
     query = Query(teacher, x_t, x_t, x_t, t, alpha, sigma, PROMPTS, cameras, uncond_camera=True)
     cond, uncond = query.eps("cond", "uncond")
-    assert query.asked == [8]
+    assert query.teacher_images == [8]
     assert torch.allclose(cond, teacher.predict(x_t, t, PROMPTS, cameras).eps, atol=1e-5)
     assert torch.allclose(uncond, teacher.predict(x_t, t, [""] * 4, cameras).eps, atol=1e-5)
 

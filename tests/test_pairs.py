@@ -240,7 +240,7 @@ def test_a_regression_is_the_weighted_distance_of_what_the_generator_makes_of_th
         asked.append(prompts)
         return k * noise + torch.tensor([float(p) for p in prompts], dtype=torch.float64).view(-1, 1, 1, 1)
 
-    said = Regression(made, paint, squares, 0.25, 4).judge_alone(0, torch.Generator().manual_seed(1))
+    said = Regression(made, paint, squares, 0.25, 4).evaluate_without_draw(0, torch.Generator().manual_seed(1))
     said.loss.backward()
     index = [int(p) for p in asked[0]]
     z, y = made.noise[index], made.x[index]
@@ -261,7 +261,7 @@ def test_a_regression_s_batches_are_drawn_from_all_pairs_and_shared():
 
         goal = Regression(numbered(), paint, squares, 1.0, batch, processes)
         for step in range(count):
-            goal.judge_alone(step, generator)
+            goal.evaluate_without_draw(step, generator)
         return asked
 
     whole = batches(4)

@@ -140,7 +140,7 @@ def test_a_step_is_that_of_our_own_lora(name, load):
     theirs = Adapter(network, 2, seeded(), tuple(layers), torch.float64)
     assert theirs.names == layers and len(layers) > 20
     x, t, prompts = question(teacher)
-    condition = {k: v.double() for k, v in teacher.words(prompts).items()}
+    condition = {k: v.double() for k, v in teacher.embedder(prompts).items()}
     losses = []
     for down, up, a, b in zip(ours.down, ours.up, theirs.down, theirs.up, strict=True):
         up.data.normal_(0, 0.1, generator=seeded(5))
@@ -287,13 +287,15 @@ def test_plain_diffusers_loads_the_file(name, targets, pipelines, load, tmp_path
     network = getattr(pipe, "unet", None) or pipe.transformer
     x, t, prompts = question(teacher)
     with torch.no_grad():
-        loaded = teacher.family.answer(network, x, teacher.levels.told(t), teacher.words(prompts))
+        loaded = teacher.family.answer(network, x, teacher.levels.network_timesteps(t), teacher.embedder(prompts))
     ours, theirs = answer(critic), teacher.predict(x, t, prompts).output
     assert (loaded - ours).abs().max() < 1e-5 * ours.abs().max()
     assert (theirs - ours).norm() > 0.01 * ours.norm()
     pipe.unload_lora_weights()
     with torch.no_grad():
-        assert torch.equal(teacher.family.answer(network, x, teacher.levels.told(t), teacher.words(prompts)), theirs)
+        assert torch.equal(
+            teacher.family.answer(network, x, teacher.levels.network_timesteps(t), teacher.embedder(prompts)), theirs
+        )
 
 
 def test_what_nobody_could_load_is_not_written(load, tmp_path):

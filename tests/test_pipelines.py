@@ -135,7 +135,7 @@ def test_a_generator_from_a_guided_network_needs_no_guidance(copy_of):
     teacher.family.adapt(config, state, 8)
     network = type(teacher.network).from_config(config)
     network.load_state_dict({**{"time_embedding.cond_proj.weight": torch.zeros(16 // 2, 256)}, **state})
-    x_t, told, words = randn(1, 4, 8, 8), torch.tensor([500.0]), teacher.words(["a red mug"])["words"]
+    x_t, told, words = randn(1, 4, 8, 8), torch.tensor([500.0]), teacher.embedder(["a red mug"])["words"]
     trained = teacher.family.answer(teacher.network, x_t, told, {"words": words})
     for w in (0.0, 6.5):
         saved = network(x_t, told, words, timestep_cond=guidance_embedding(w + 1, 256)[None]).sample
@@ -259,7 +259,9 @@ def test_a_class_with_the_same_weights_is_its_family(name, cls, copy_of, pipelin
     teacher, plain = load(folder), load(pipelines(name), **({"size": 16} if name == "flux" else {}))
     assert torch.equal(answer(teacher), answer(plain))
     hf = HFConfig(size=16 if name == "flux" else 0)
-    assert type(sketch.draw(TeacherConfig(str(folder), hf=hf), torch.float32)[0].family) is type(teacher.family)
+    assert type(sketch.build_meta_teacher(TeacherConfig(str(folder), hf=hf), torch.float32)[0].family) is type(
+        teacher.family
+    )
 
 
 @pytest.mark.parametrize(
@@ -323,7 +325,7 @@ def test_a_field_that_would_be_passed_over_is_refused_by_name(name, file, fields
     folder = copy_of(name, {file: fields})
     settings = TeacherConfig(str(folder), hf=HFConfig(size=16 if name == "flux" else 0))
     with pytest.raises(ValueError) as error:
-        sketch.draw(settings, torch.float32)
+        sketch.build_meta_teacher(settings, torch.float32)
     assert f"{next(iter(fields))}: {next(iter(fields.values()))!r}" in str(error.value), error.value
     assert "cannot be loaded" not in str(error.value)
 

@@ -348,7 +348,7 @@ class ToZero:
     def __init__(self, student):
         self.student = student
 
-    def judge_alone(self, step, generator):
+    def evaluate_without_draw(self, step, generator):
         return Judged(self.student.upper.square().sum() + self.student.lower.square().sum(), {"step": step})
 
 

@@ -12,14 +12,18 @@ import sys
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from typer import Option
 
-from sds3d.cli import generators, live, methods, pictures, scenes, teacher
+from sds3d.cli import generators, live, methods, pictures, scenes
+from sds3d.cli import teacher as teachers
 from sds3d.cli.options import spread
 from sds3d.cli.shared import Json, Overrides, dump, finite, user_path
+
+if TYPE_CHECKING:
+    from sds3d.teachers.base import Teacher
 
 app = typer.Typer(
     name="sds3d",
@@ -89,14 +93,19 @@ for command in (generators.distill, generators.sample, live.view, live.studio):
 for command in (pictures.render, pictures.gallery):
     app.command()(command)
 app.command(name="eval")(scenes.evaluate)
-app.add_typer(teacher.app, name="teacher")
+app.add_typer(teachers.app, name="teacher")
 
 
 _UsageError: Any = typer.BadParameter.__bases__[0]  # click's UsageError, which typer does not export
 
 
-def main(arguments: list[str] | None = None) -> NoReturn:
-    """Run the command line and exit the process with its exit code."""
+def main(arguments: list[str] | None = None, teacher: Teacher | None = None) -> NoReturn:
+    """Run the command line and exit the process with its exit code.
+
+    Args:
+        arguments: the words after ``sds3d``; by default those of the process.
+        teacher: an object to use as the teacher of generate, paint, compare, resume and studio.
+    """
     texts = sys.argv[1:] if arguments is None else arguments
     try:
         with warnings.catch_warnings():
@@ -104,7 +113,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
             for text in texts:
                 text.encode()
             command = typer.main.get_command(app)
-            with command.make_context("sds3d", list(texts)) as context:
+            with command.make_context("sds3d", list(texts), obj=teacher) as context:
                 command.invoke(context)
     except typer.Exit as end:
         sys.exit(end.exit_code)

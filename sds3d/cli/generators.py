@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from typer import Argument, Option
+from typer import Argument, Context, Option
 
 from sds3d.cli.options import spread
 from sds3d.cli.shared import DType, Json, Overrides, Quiet, RunOptions, begin, print_result, user_path
@@ -32,7 +32,7 @@ class DistillOptions(RunOptions):
 
 
 @spread
-def distill(overrides: Overrides = None, options: DistillOptions = DistillOptions()) -> None:
+def distill(context: Context, overrides: Overrides = None, options: DistillOptions = DistillOptions()) -> None:
     """Train a generator that draws in one step, or a few, what its teacher draws in many.
 
     Writes generator.safetensors and grid.png. If the teacher is a diffusers pipeline, writes a diffusers pipeline with
@@ -57,7 +57,7 @@ def distill(overrides: Overrides = None, options: DistillOptions = DistillOption
     """
     from sds3d.config.load import DistillConfig
 
-    begin(None, overrides, options, DistillConfig)
+    begin(context, None, overrides, options, DistillConfig)
 
 
 @dataclass(frozen=True)

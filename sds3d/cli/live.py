@@ -116,6 +116,7 @@ def view(run: RunFolder, port: Port = None, host: Host = HERE) -> None:
 
 
 def studio(
+    context: typer.Context,
     overrides: Overrides = None,
     out: Annotated[str | None, Option("--out", "-o", help="folder for run folders")] = None,
     teacher: Annotated[list[str] | None, Option(help="one more teacher to choose from; may be repeated")] = None,
@@ -134,6 +135,7 @@ def studio(
     """
     from sds3d.config import load as configs
     from sds3d.live.studio import Studio
+    from sds3d.runs.build import refuse_settings_of_teacher
     from sds3d.runtime.files import require_folder
 
     require_place(host, port)
@@ -143,10 +145,12 @@ def studio(
     if out is not None:
         configs.refuse_twice({"out": out}, layer)
         layer |= {"out": out}
+    if context.obj is not None:
+        refuse_settings_of_teacher(layer)
     base = configs.load("a red mug", layer, kind=configs.Config)  # checks the settings before the page is served
     require_folder(Path(base.out).expanduser())
     with staging(host, port, "sds3d studio") as stage:
-        page = Studio(stage, base, layer, teacher or [])
+        page = Studio(stage, base, layer, teacher or [], context.obj)
         with interruption(lambda: page.is_busy) as stopped:
             unfinished = page.serve(lambda: bool(stopped))
     if unfinished is not None:

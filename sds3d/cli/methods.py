@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from typer import Argument, Option
+from typer import Argument, Context, Option
 
 from sds3d.cli.options import spread
 from sds3d.cli.shared import AllowPickle, Json, Overrides, Quiet, RunOptions, begin, dump, print_result, user_path
@@ -29,6 +29,7 @@ class PaintOptions(RunOptions):
 
 @spread
 def paint(
+    context: Context,
     prompt: Annotated[str, Argument(help='what to paint; view words count, as in "a red mug, front view"')],
     overrides: Overrides = None,
     options: PaintOptions = PaintOptions(),
@@ -47,7 +48,7 @@ def paint(
     """
     from sds3d.config.load import PaintConfig
 
-    begin(prompt, overrides, options, PaintConfig)
+    begin(context, prompt, overrides, options, PaintConfig)
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,7 @@ class CompareOptions:
 
 @spread
 def compare(
+    context: Context,
     prompts: Annotated[
         list[str] | None, Argument(metavar="PROMPT... [KEY=VALUE]...", help="prompts and settings")
     ] = None,
@@ -111,6 +113,7 @@ def compare(
         options.student,
         configs.parse_overrides([*negative, *(text for text in arguments if "=" in text)])
         | ({configs.PICKLE: True} if options.allow_pickle else {}),
+        context.obj,
     )
     clock, begun, entries = Clock(), time.perf_counter(), []
     total = len(comparison.prompts) * len(comparison.methods) * len(comparison.seeds)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from typer import Argument, Option
+from typer import Argument, Context, Option
 
 from sds3d.cli.live import LiveOptions
 from sds3d.cli.options import optional_flags, spread
@@ -54,6 +54,7 @@ class GenerateOptions(LiveOptions, RunOptions):
 
 @spread
 def generate(
+    context: Context,
     prompt: Annotated[str, Argument(help='what to make, in quotes, as in "a red mug with a white handle"')],
     overrides: Overrides = None,
     options: GenerateOptions = GenerateOptions(),
@@ -76,7 +77,7 @@ def generate(
     """
     from sds3d.config.load import Config
 
-    begin(prompt, overrides, options, Config)
+    begin(context, prompt, overrides, options, Config)
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,7 @@ class ResumeOptions(LiveOptions):
 
 @spread
 def resume(
+    context: Context,
     run: RunFolder,
     overrides: Overrides = None,
     options: ResumeOptions = ResumeOptions(),
@@ -116,7 +118,7 @@ def resume(
     options.require()
     if options.live and configs.of_run(Run.open(run).config).MAKES != "scene":
         raise ValueError(f"--live shows scenes, and {run} is none; leave it out")
-    made, steps = launch.resume(run, layer)
+    made, steps = launch.resume(run, layer, context.obj)
     display = make_display(quiet or distributed.join().rank > 0, json)
     with options.page(silent=quiet or json) as watch:
         carry_out(made, steps, begun, display, json, watch)

@@ -114,10 +114,20 @@ class RunOptions:
         return {key: value for key, value in (flags | self.own()).items() if value is not None}
 
 
-def begin(prompt: str | None, overrides: list[str] | None, options: RunOptions, kind: type[RunConfig]) -> None:
-    """Start a new run and train it to its end; with --dry-run, only print its settings."""
+def begin(
+    context: typer.Context,
+    prompt: str | None,
+    overrides: list[str] | None,
+    options: RunOptions,
+    kind: type[RunConfig],
+) -> None:
+    """Start a new run and train it to its end; with --dry-run, only print its settings.
+
+    Args:
+        context: its ``obj`` is the teacher if that is an object, else None; see `sds3d.cli.main`.
+    """
     from sds3d.config import load as configs
-    from sds3d.runs import launch
+    from sds3d.runs import build, launch
     from sds3d.runtime import distributed
 
     begun = time.perf_counter()
@@ -125,8 +135,11 @@ def begin(prompt: str | None, overrides: list[str] | None, options: RunOptions, 
     layers = options.layer(), configs.parse_overrides(overrides or [])
     configs.refuse_twice({**layers[0], **({} if prompt is None else {"prompt": prompt})}, layers[1])
     config = configs.load(prompt, *layers, file=options.config, kind=kind)
+    if context.obj is not None:
+        build.refuse_settings_of_teacher(*layers)
+        config = build.with_teacher(config, context.obj)
     if options.dry_run:
-        launch.check(config)
+        launch.check(config, context.obj)
         print(dump(configs.to_plain(config)) if options.json else configs.to_yaml(config).rstrip("\n"))
         return
     for count in launch.prepare(config):
@@ -135,7 +148,7 @@ def begin(prompt: str | None, overrides: list[str] | None, options: RunOptions, 
                 f"pairs of noise and the teacher's image: {count} of {config.pairs.count}", file=sys.stderr, flush=True
             )
     with options.watched() as watch:
-        made, steps = launch.start(config)
+        made, steps = launch.start(config, context.obj)
         carry_out(made, steps, begun, make_display(quiet, options.json), options.json, watch)
 
 

@@ -1,1 +1,1 @@
-"""Diffusion itself: noise schedules, timesteps, guidance and samplers. Nothing here knows a network."""
+"""Noise schedules, timesteps, guidance and samplers. Nothing here depends on a network."""

@@ -1,12 +1,12 @@
-"""Combining a teacher's answers: pure functions of eps.
+"""Guidance: pure functions that combine a teacher's predictions.
 
-One convention everywhere (Ho & Salimans, arXiv 2207.12598, with s = 1 + w):
+The guidance scale s is defined by (Ho & Salimans, arXiv 2207.12598, with s = 1 + w)
 
     eps_s = eps_uncond + s (eps_cond - eps_uncond)
 
-so s = 0 ignores the prompt, s = 1 is the conditional answer, s > 1 overshoots. Papers that write
-``eps_cond + w (eps_cond - eps_uncond)`` mean s = w + 1. All functions here are linear in differences of
-eps at one (x_t, t), so they may be fed x0, v, flow or score instead, and then return that.
+so s = 0 ignores the prompt, s = 1 is the conditional prediction, and s > 1 extrapolates. Papers that write
+``eps_cond + w (eps_cond - eps_uncond)`` mean s = w + 1. All functions are linear in differences of eps at one
+(x_t, t), so they accept x0, v, flow or score instead of eps, and then return the same quantity.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ RESCALED = ("x0", "output")
 
 @dataclass(frozen=True)
 class Guidance:
-    """How a prompt's answer is guided, beside the method's scale.
+    """Settings of guidance beside the method's scale.
 
     Args:
-        perp_neg: weight of the view words a camera does not see, by Perp-Neg; 0 leaves them out. For teachers that
-            are told the view in words.
-        rescale: share of CFG rescale, 0 to 1.
-        rescale_on: what that acts on: "x0", or "output", which is what the network predicts (eps, v or flow), as
+        perp_neg: weight of Perp-Neg on the view words that do not fit the camera; 0 turns it off. For teachers that
+            get the view in words.
+        rescale: fraction of CFG rescale, 0 to 1.
+        rescale_on: what the rescale acts on: "x0", or "output", the quantity the network predicts (eps, v or flow), as
             diffusers' guidance_rescale does.
 
     Raises:
-        ValueError: out of range.
+        ValueError: a value is out of range.
     """
 
     perp_neg: Annotated[float, Within(0, 1000)] = 0.0
@@ -46,35 +46,40 @@ class Guidance:
         if self.perp_neg < 0:
             raise ValueError(f"guidance.perp_neg is {self.perp_neg}; give a weight of at least 0")
         if not 0 <= self.rescale <= 1:
-            raise ValueError(f"guidance.rescale is {self.rescale}; give a share from 0 to 1")
+            raise ValueError(f"guidance.rescale is {self.rescale}; give a fraction from 0 to 1")
         if self.rescale_on not in RESCALED:
             raise ValueError(f"guidance.rescale_on is {self.rescale_on!r}; give {' or '.join(RESCALED)}")
         if self.rescale_on != "x0" and not self.rescale:
-            raise ValueError(f"guidance.rescale_on={self.rescale_on} needs a share: give guidance.rescale, as in 0.7")
+            raise ValueError(
+                f"guidance.rescale_on={self.rescale_on} needs a fraction: give guidance.rescale, as in 0.7"
+            )
 
 
 def cfg(uncond: Tensor, cond: Tensor, scale: float) -> Tensor:
-    """Classifier-free guidance, (B, C, H, W) each; a negative prompt's answer may stand for ``uncond``."""
+    """Return the classifier-free guidance of predictions (B, C, H, W). ``uncond`` may be a negative prompt's."""
     return uncond + scale * (cond - uncond)
 
 
-def rescaled(guided: Tensor, cond: Tensor, share: float) -> Tensor:
-    """CFG rescale (Lin et al., arXiv 2305.08891, eq. 15 and 16) on predictions of x0, eps or v, (B, C, H, W) each.
+def cfg_rescale(guided: Tensor, cond: Tensor, fraction: float) -> Tensor:
+    """Apply CFG rescale (Lin et al., arXiv 2305.08891, eq. 15 and 16) to predictions of x0, eps or v, (B, C, H, W).
 
-    Gives the guided one each sample's standard deviation under the prompt alone, and mixes ``share`` of that in.
+    Scales each sample of ``guided`` to the standard deviation of ``cond``, and interpolates: ``fraction`` of the
+    result is rescaled, the rest is ``guided``.
     """
     assert guided.shape == cond.shape, (guided.shape, cond.shape)
-    wanted, has = (per_sample(x.flatten(1).std(1), guided) for x in (cond, guided))
-    return guided * (1 - share + share * wanted / has.clamp_min(1e-12))
+    std_cond, std_guided = (per_sample(x.flatten(1).std(1), guided) for x in (cond, guided))
+    return guided * (1 - fraction + fraction * std_cond / std_guided.clamp_min(1e-12))
 
 
 def perp_neg(uncond: Tensor, cond: Tensor, negatives: Tensor, weights: Tensor, scale: float) -> Tensor:
-    """Perp-Neg (Armandpour et al., arXiv 2304.04968, eq. 6 on): subtracts of each negative only what is
-    perpendicular to the prompt's own direction, sample by sample.
+    """Apply Perp-Neg (Armandpour et al., arXiv 2304.04968, eq. 6 on).
+
+    For each sample, subtracts from the guidance only the component of each negative that is perpendicular to the
+    prompt's direction.
 
     Args:
         uncond, cond: (B, C, H, W).
-        negatives: (N, B, C, H, W), one block of B for each negative prompt.
+        negatives: (N, B, C, H, W), B predictions for each negative prompt.
         weights: (N, B), at least 0.
         scale: guidance s; with all weights 0 this is ``cfg``.
 

@@ -1,14 +1,14 @@
-"""Noise levels and what a diffusion network's output means.
+"""Noise schedules, and conversions between what diffusion networks predict.
 
 ``x_t = alpha_t x + sigma_t eps`` with eps ~ N(0, I) and t in [0, 1]. Levels are compared by sigma/alpha,
-never by t. A network may report
+never by t. A network may predict
 
     eps      x0      v = alpha eps - sigma x0      flow = alpha' x0 + sigma' eps      score = -eps / sigma
 
 (v: Salimans & Ho, arXiv 2202.00512, app. D; flow: Lipman et al., arXiv 2210.02747, and Liu et al., arXiv 2209.03003,
 whose rectified flow has alpha = 1 - t, sigma = t, alpha' = -1, sigma' = 1; primes are derivatives in t).
-Each is a linear combination of x0 and eps, and so is x_t. Hence any of them is a combination of x_t and the output,
-whose two coefficients ``Prediction`` solves for at once: nothing is derived through a third quantity.
+Each is a linear combination of x0 and eps, and so is x_t. Each is therefore a combination of x_t and the output.
+``Prediction`` solves for its two coefficients directly, without a third quantity in between.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ KINDS = ("eps", "x0", "v", "flow", "score")
 
 
 def per_sample(value: Tensor, like: Tensor) -> Tensor:
-    """(B,) shaped to broadcast over the samples of ``like`` (B, C, H, W)."""
+    """Reshape ``value`` (B,) so that it broadcasts over the samples of ``like`` (B, C, H, W)."""
     return value.view(-1, *[1] * (like.dim() - 1))
 
 
@@ -34,8 +34,8 @@ class Schedule(ABC):
 
     Attributes:
         t_noisiest: t of the noisiest level that a network is trained on, where sampling begins.
-        t_clean: where steps of equal length in t arrive at sigma = 0. Below 0 in a table, whose first level is a little
-            noisy: nothing is evaluated there, the last prediction of x0 stands for it.
+        t_clean: t at which equally spaced steps reach sigma = 0. It is below 0 for a table, whose first level has some
+            noise; nothing is evaluated there, the last prediction of x0 is the result.
     """
 
     t_noisiest, t_clean = 1.0, 0.0
@@ -47,14 +47,15 @@ class Schedule(ABC):
 
     @staticmethod
     def linear() -> Schedule:
-        """Stable Diffusion's ``table``: beta the square of a linear ramp from 0.00085^0.5 to 0.012^0.5 over 1,000."""
+        """Stable Diffusion's ``table`` of 1,000 levels: sqrt(beta) is linear from 0.00085^0.5 to 0.012^0.5."""
         return _linear()
 
     @staticmethod
     def table(alpha_bar: Tensor) -> Schedule:
-        """That of a network trained on N levels with alpha_t^2 = alpha_bar (N,), falling, as diffusers' schedulers have
-        it: t = index / N (so t = 0 is index 0, a little noisy). Between indices, log(sigma/alpha) is linear, and it
-        goes on straight to t = 1, a level more than the network knows.
+        """Schedule of a network trained on N levels with alpha_t^2 = alpha_bar (N,), falling, as in diffusers.
+
+        t = index / N, so t = 0 is index 0, which has some noise. Between indices log(sigma/alpha) is linear. It is
+        extrapolated to t = 1, one level beyond those the network is trained on.
 
         Raises:
             ValueError: alpha_bar does not fall, or leaves [0, 1).
@@ -71,27 +72,29 @@ class Schedule(ABC):
 
     @staticmethod
     def flow(shift: float = 1.0) -> Schedule:
-        """Rectified flow: alpha = 1 - sigma, sigma = shift t / (1 + (shift - 1) t), t itself where shift is 1 (Esser et
-        al., arXiv 2403.03206, eq. 23: larger images are trained on more noise)."""
+        """Rectified flow: alpha = 1 - sigma, sigma = shift t / (1 + (shift - 1) t); shift 1 gives sigma = t.
+
+        Models of larger images have a larger shift (Esser et al., arXiv 2403.03206, eq. 23).
+        """
         return _Flow(float(shift))
 
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """alpha (B,) and sigma (B,) at t (B,), computed in float64, returned in t's dtype (float32 at least)."""
+        """Return alpha (B,) and sigma (B,) at t (B,), computed in float64, in t's dtype (at least float32)."""
         dtype = torch.promote_types(t.dtype, torch.float32)
         alpha, sigma = self._levels(t.double())
         return alpha.to(dtype), sigma.to(dtype)
 
     def rates(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """d alpha / dt (B,) and d sigma / dt (B,), as ``alpha_sigma``; what ``flow`` needs."""
+        """Return d alpha / dt (B,) and d sigma / dt (B,) at t (B,); predictions of flow need them."""
         dtype = torch.promote_types(t.dtype, torch.float32)
         alpha_rate, sigma_rate = self._rates(t.double())
         return alpha_rate.to(dtype), sigma_rate.to(dtype)
 
     def t_of_ratio(self, sigma_over_alpha: Tensor | float) -> Tensor:
-        """The t whose sigma/alpha is the given one, same shape.
+        """Return the t at which sigma/alpha has the given value, same shape.
 
         Raises:
-            ValueError: this schedule never gets there.
+            ValueError: the value is outside this schedule's range.
         """
         ratio = torch.as_tensor(sigma_over_alpha)
         dtype = torch.promote_types(ratio.dtype, torch.float32)
@@ -104,21 +107,21 @@ class Schedule(ABC):
 
     @abstractmethod
     def _levels(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """alpha, sigma; everything here is float64, shape of t."""
+        """Return alpha and sigma at t; all float64, shape of t."""
 
     @abstractmethod
     def _rates(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Derivatives of alpha and sigma in t."""
+        """Return the derivatives of alpha and sigma in t."""
 
     @abstractmethod
     def _invert(self, ratio: Tensor) -> Tensor:
-        """t of sigma/alpha; outside [0, 1], or NaN, where there is none."""
+        """Return t of sigma/alpha; a value outside [0, 1] or NaN if there is none."""
 
 
 @dataclass(frozen=True)
 class _Cosine(Schedule):
     def _levels(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        # sin of the distance to the far end: exact 0 at t = 1, which cos(pi / 2) is not
+        # alpha as a sine of 1 - t is exactly 0 at t = 1; cos(pi / 2) is not
         return torch.sin(math.pi / 2 * (1 - t)), torch.sin(math.pi / 2 * t)
 
     def _rates(self, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -138,8 +141,8 @@ class _Flow(Schedule):
             raise ValueError(f"a flow's shift is {self.shift}; give a number above 0")
 
     def _levels(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        whole = 1 + (self.shift - 1) * t
-        return (1 - t) / whole, self.shift * t / whole
+        denominator = 1 + (self.shift - 1) * t
+        return (1 - t) / denominator, self.shift * t / denominator
 
     def _rates(self, t: Tensor) -> tuple[Tensor, Tensor]:
         rate = self.shift / (1 + (self.shift - 1) * t) ** 2
@@ -169,7 +172,7 @@ class _VE(Schedule):
 
 
 class _Table(Schedule):
-    """See ``Schedule.table``; made of log alpha_bar (N,), float64."""
+    """See ``Schedule.table``; takes log alpha_bar (N,), float64."""
 
     def __init__(self, log_alpha_bar: Tensor):
         log_ratio = (torch.log(-torch.expm1(log_alpha_bar)) - log_alpha_bar) / 2
@@ -179,13 +182,13 @@ class _Table(Schedule):
         self._tables = {log_ratio.device: log_ratio}
 
     def _table(self, device: torch.device) -> Tensor:
-        """log(sigma/alpha) at indices 0 ... N."""
+        """Return log(sigma/alpha) at indices 0 ... N on a device."""
         if device not in self._tables:
             self._tables[device] = self._tables[torch.device("cpu")].to(device)
         return self._tables[device]
 
     def _log_ratio(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """log(sigma/alpha) at t, and its derivative in t."""
+        """Return log(sigma/alpha) at t, and its derivative in t."""
         table = self._table(t.device)
         index = (t * self.count).floor().clamp(0, self.count - 1).long()
         slope = (table[index + 1] - table[index]) * self.count
@@ -214,16 +217,17 @@ def _linear() -> _Table:
 
 @dataclass(frozen=True)
 class Prediction:
-    """A network's output at (x_t, t), and what it says about x0, eps, v, flow and score.
+    """A network's output at (x_t, t), and the x0, eps, v, flow and score it implies.
 
     Args:
-        output: (B, C, H, W), the network's own output (any shape that starts with B).
-        x_t: as output.
+        output: (B, C, H, W), the network's output; any shape that starts with B works.
+        x_t: shape of output.
         alpha, sigma: (B,) at t.
         kind: what the output is, one of ``KINDS``.
         rates: (alpha', sigma'), each (B,); only flow needs them. None means rectified flow, (-1, 1).
 
-    The five properties have the shape of output, at least float32, and are computed in float64 inside.
+    The properties ``eps``, ``x0``, ``v``, ``flow`` and ``score`` have the shape of output. They are computed in
+    float64 and returned in the output's dtype (at least float32).
     """
 
     output: Tensor
@@ -239,7 +243,7 @@ class Prediction:
         assert self.alpha.shape == self.sigma.shape == self.x_t.shape[:1], (self.alpha.shape, self.sigma.shape)
 
     def __getitem__(self, index: slice | Tensor) -> Prediction:
-        """Select samples by slice, mask or index tensor."""
+        """Select samples by a slice, a mask or an index tensor."""
         rates = None if self.rates is None else (self.rates[0][index], self.rates[1][index])
         return Prediction(
             self.output[index], self.x_t[index], self.alpha[index], self.sigma[index], self.kind, rates=rates
@@ -267,7 +271,7 @@ class Prediction:
 
     @property
     def score(self) -> Tensor:
-        """The gradient of log p(x_t), -eps / sigma."""
+        """The gradient of log p_t at x_t, -eps / sigma."""
         return self._as("score")
 
     def _as(self, wanted: str) -> Tensor:
@@ -279,10 +283,10 @@ class Prediction:
         return (per_sample(from_x_t, x_t) * x_t + per_sample(from_output, output) * output).to(dtype)
 
     def _coefficients(self, wanted: str) -> tuple[Tensor, Tensor]:
-        """(B,), (B,) float64: wanted = first * x_t + second * output."""
+        """Return coefficients a and b, each (B,) float64, with wanted = a x_t + b output."""
         alpha, sigma = self.alpha.double(), self.sigma.double()
         rates = None if self.rates is None else (self.rates[0].double(), self.rates[1].double())
-        # score is eps times a number, so it takes eps's place: then neither needs alpha > 0 to become the other
+        # score is treated as a multiple of eps, so that converting one into the other works at alpha = 0
         unscore = -sigma if self.kind == "score" else torch.ones_like(sigma)
         rescore = -1 / sigma if wanted == "score" else torch.ones_like(sigma)
         k, w = (_plain("eps" if kind == "score" else kind, alpha, sigma, rates) for kind in (self.kind, wanted))
@@ -301,7 +305,7 @@ def _check_kind(kind: str) -> None:
 
 
 def _plain(kind: str, alpha: Tensor, sigma: Tensor, rates: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
-    """(coefficient of x0, coefficient of eps) of a kind, each (B,)."""
+    """Return the coefficients of x0 and of eps in a kind of prediction, each (B,)."""
     zero, one = torch.zeros_like(alpha), torch.ones_like(alpha)
     if kind == "eps":
         return zero, one
@@ -315,17 +319,17 @@ def _plain(kind: str, alpha: Tensor, sigma: Tensor, rates: tuple[Tensor, Tensor]
 
 
 def noised(x: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-    """x_t = alpha x + sigma eps; x and eps (B, C, H, W), alpha and sigma (B,)."""
+    """Return x_t = alpha x + sigma eps for x and eps (B, C, H, W), alpha and sigma (B,)."""
     return per_sample(alpha, x) * x + per_sample(sigma, x) * eps
 
 
 def target(
     kind: str, x: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor, rates: tuple[Tensor, Tensor] | None = None
 ) -> Tensor:
-    """What a network of this kind should output for clean x and noise eps, both (B, C, H, W).
+    """Return the training target of a network of this kind for clean x and noise eps, both (B, C, H, W).
 
     Raises:
-        ValueError: unknown kind.
+        ValueError: the kind is unknown.
     """
     _check_kind(kind)
     from_x, from_eps = _plain(kind, alpha, sigma, rates)

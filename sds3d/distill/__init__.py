@@ -1,1 +1,1 @@
-"""From a teacher's answers to a loss on a student: one core, and a folder for each family of methods."""
+"""Losses on a student from a teacher's predictions: one core, and a folder for each family of methods."""

@@ -1,13 +1,13 @@
-"""The distillation core: a teacher's judgement of images, turned into a gradient on them.
+"""The distillation core: turns a teacher's predictions on noised images into a gradient on the images.
 
-A method returns a direction d in eps units, shape of x. Everything else is here, once (DreamFusion,
-arXiv 2209.14988, eq. 3, is the case d = eps_teacher - eps):
+A method returns a direction d in eps units, shape of x. The core does the rest (DreamFusion, arXiv 2209.14988, eq. 3,
+is the case d = eps_teacher - eps):
 
-    x_t  = alpha x + sigma eps                            # t from the schedule's draw, one t a group
+    x_t  = alpha x + sigma eps                            # t from the timestep sampler, one t for each group
     g    = stop_grad(W(t) N d)                            # weight W by name, normaliser N (1 unless a method has one)
     loss = 0.5 |x - stop_grad(x - g)|^2 / B               # summed over a sample, mean over the batch
 
-so the gradient on x is g / B, and the loss's value means nothing. The teacher is never differentiated.
+The gradient on x is g / B. The value of the loss has no meaning. The teacher is never differentiated.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ from sds3d.students.base import Draw
 from sds3d.teachers.base import Teacher
 
 NOISES = ("fresh", "fixed")
-T_BINS = 5  # |g| is reported for this many equal parts of t in [0, 1]
+T_BINS = 5  # |g| is reported for this many equal intervals of t in [0, 1]
 
 
 class Method:
-    """A distillation method: a frozen dataclass of hyper-parameters. What it needs decides which objectives it has.
+    """A distillation method: a frozen dataclass of hyper-parameters.
 
     Attributes:
-        NEEDS: what it cannot do without, of "critic", "negative" (a negative prompt), "source" (what to edit), "pairs"
-            (noise and what the teacher makes of it: it has a ``scale`` for that, and a weight ``regression``) and
-            "real" (images that nobody drew).
-        DENOISER: whether a generator that it trains still answers as a denoiser at every t, as the teacher that it
-            began as: then it can be the teacher of a next run.
+        NEEDS: what the method requires, of "critic", "negative" (a negative prompt), "source" (images to edit), "pairs"
+            (noise and the teacher's sample from it; such a method has a guidance ``scale`` and a weight ``regression``)
+            and "real" (real images). A run adds the objectives that use them.
+        DENOISER: whether a generator trained with the method still denoises at every t, as its teacher does. Such a
+            generator can be the teacher of another run.
     """
 
     NEEDS: ClassVar[tuple[str, ...]] = ()
@@ -49,31 +49,32 @@ class Method:
 
 
 class ScoreMethod(Method):
-    """A score-distillation method: its call gives a direction, of which `ScoreObjective` makes a loss.
+    """A score-distillation method. Its call returns a direction, which `ScoreObjective` turns into a loss.
 
     Attributes:
-        WEIGHT: W(t) where the run names none, one of ``distill.weights.WEIGHTS``.
+        WEIGHT: the default of W(t), one of ``distill.weights.WEIGHTS``.
     """
 
     WEIGHT: ClassVar[str] = "sigma2"
 
     def __call__(self, q: Query) -> Tensor:
-        """The direction d = eps_teacher - eps_reference, (B, C, H, W), in eps units."""
+        """Return the direction d = eps_teacher - eps_reference, (B, C, H, W), in eps units."""
         raise NotImplementedError
 
     def normaliser(self, q: Query) -> Tensor | float:
-        """N, a number or (B,)."""
+        """Return N, a number or (B,)."""
         return 1.0
 
     def unused_negative(self) -> str:
-        """Why a negative prompt changes nothing with these settings, and what to do; "" where it does."""
+        """Return why a negative prompt has no effect with these settings, and what to do; "" if it has an effect."""
         return ""
 
 
 class ScoreDifference(ScoreMethod):
-    """d = eps_s - eps_phi: the teacher's guided score against the critic's, the gradient of a KL divergence.
+    """The teacher's guided score minus the critic's, d = eps_s - eps_phi: the gradient of a KL divergence.
 
-    VSD, Diff-Instruct and DMD are this, and differ in W, in N and in the t they draw. A subclass has a ``scale``.
+    VSD, Diff-Instruct and DMD are subclasses. They differ in W, in N and in how they draw t. A subclass has a
+    guidance ``scale``.
     """
 
     NEEDS: ClassVar[tuple[str, ...]] = ("critic",)
@@ -83,17 +84,17 @@ class ScoreDifference(ScoreMethod):
         require_scale(self, "scale")
 
     def __call__(self, q: Query) -> Tensor:  # (B, C, H, W), eps units
-        """See `Method`."""
+        """See `ScoreMethod`."""
         return q.guided(scale_of(self.scale, q.step)) - q.critic_eps()
 
 
 def scale_of(value: Ramp | float, step: int) -> float:
-    """A guidance scale at a step."""
+    """Return a guidance scale at a step."""
     return Ramp.parse(value)(step)
 
 
 def require_scale(method: Method, *names: str) -> None:
-    """Raises ValueError where a method's guidance scale is below 0 at some step."""
+    """Raise ValueError if one of the method's settings ``names`` is below 0 at some step."""
     for name in names:
         ramp = Ramp.parse(getattr(method, name))
         if min(ramp.v0, ramp.v1) < 0:
@@ -101,23 +102,23 @@ def require_scale(method: Method, *names: str) -> None:
 
 
 def image_normaliser(q: Query, scale: float, floor: float) -> Tensor:
-    """1 / mean |x - x0_s| over each sample, (B,): g of one size for every image (DMD, arXiv 2311.18828, eq. 8).
+    """Return 1 / mean |x - x0_s| over each sample, (B,): it equalises |g| over images (DMD, arXiv 2311.18828, eq. 8).
 
     Args:
-        scale: guidance of x0_s, the teacher's denoised image.
-        floor: the least mean.
+        scale: guidance scale of x0_s, the teacher's denoised image.
+        floor: lower bound of the mean.
     """
     x0 = Prediction(q.guided(scale), q.x_t, q.alpha, q.sigma, "eps").x0
     return 1 / (q.x - x0).abs().flatten(1).mean(1).clamp_min(floor)
 
 
 @dataclass
-class Judgement:
-    """What an objective says in one step.
+class ObjectiveResult:
+    """What an objective returns in one step.
 
     Args:
-        loss: scalar; for a score method its gradient is the point, its value means nothing.
-        metrics: named figures.
+        loss: scalar. For a score method only its gradient has a meaning.
+        metrics: values to log, by name.
     """
 
     loss: Tensor
@@ -125,20 +126,20 @@ class Judgement:
 
 
 @dataclass
-class Distilled(Judgement):
-    """One step of a score method.
+class ScoreResult(ObjectiveResult):
+    """What a score method's objective returns in one step.
 
     Args:
-        metrics: "g_norm" (mean over the batch of |g|), "t" (mean), "asked" (images the teacher judged), and
-            "g_norm/t0.2-0.4" for each part of t drawn.
-        query: the step's query; ``query.answers("cond")[0].x0`` is what the teacher would rather see.
+        metrics: "g_norm" (mean over the batch of |g|), "t" (mean), "asked" (images in the teacher's forwards), and
+            "g_norm/t0.2-0.4" and so on for each interval of t in the batch.
+        query: the step's query; ``query.answers("cond")[0].x0`` is the teacher's denoised image.
     """
 
     query: Query
 
 
 class NonFiniteGradient(ArithmeticError):
-    """A gradient that is not finite: the run must stop before it reaches the student."""
+    """A gradient is not finite. The run must stop before it updates the student."""
 
     def __init__(self, method: str, step: int, t: float, cause: str):
         self.method, self.step, self.t = method, step, t
@@ -150,24 +151,24 @@ class NonFiniteGradient(ArithmeticError):
 
 @dataclass
 class ScoreObjective:
-    """A method with what the core adds to it: noise, weight, finiteness, detaching, reduction.
+    """The loss of a score method: adds noise, weight, a check for finiteness, detaching and reduction to it.
 
     Args:
-        teacher: the judge.
-        method: gives the direction.
-        time: where t comes from.
-        weight: name of W, one of ``distill.weights.WEIGHTS``, or "auto", the method's own.
+        teacher: predicts on the noised images.
+        method: returns the direction.
+        time: draws t.
+        weight: name of W, one of ``distill.weights.WEIGHTS``, or "auto" for the method's default.
         negative: negative prompt, "" for none.
         uncond_camera: see ``Query``.
-        noise: "fresh" every step, or "fixed": the same for every step of the run.
+        noise: "fresh" noise in every step, or "fixed" noise for the whole run.
         guidance: see ``Query``.
         critic: see ``Query``.
-        source_prompt: what a draw's ``source`` shows.
-        noise_seed: of fixed noise.
+        source_prompt: prompt of the source images, for methods that edit.
+        noise_seed: seed of fixed noise.
 
     Raises:
-        ValueError: unknown weight or noise, a negative prompt the teacher cannot read, or something the method needs
-            is missing.
+        ValueError: weight or noise is unknown, the teacher cannot read a prompt, or something the method needs is
+            missing.
     """
 
     teacher: Teacher
@@ -189,26 +190,26 @@ class ScoreObjective:
             self.teacher.check(prompt)
         if self.noise not in NOISES:
             raise ValueError(f"noise is {self.noise!r}; give {' or '.join(NOISES)}")
-        has = {"critic": self.critic is not None, "negative": self.negative, "source": self.source_prompt}
-        how = {
+        given = {"critic": self.critic is not None, "negative": self.negative, "source": self.source_prompt}
+        remedies = {
             "critic": "a critic: give critic.kind=lora or copy",
             "negative": "a negative prompt: give negative='low quality' or other words the teacher knows",
-            "source": "a source: give source.prompt and source.run, what is to be edited",
+            "source": "a source: give source.prompt and source.run, the images to edit",
         }
         for need in self.method.NEEDS:
-            if not has.get(need, True):
-                raise ValueError(f"{self.name} needs {how[need]}")
+            if not given.get(need, True):
+                raise ValueError(f"{self.name} needs {remedies[need]}")
         unused = self.method.unused_negative() if self.negative else ""
         if unused:
             warnings.warn(f"the negative prompt changes nothing: {unused}", stacklevel=2)
 
     @property
     def name(self) -> str:
-        """Of the method's class."""
+        """Name of the method's class."""
         return type(self.method).__name__
 
-    def __call__(self, draw: Draw, step: int, rng: torch.Generator) -> Distilled:
-        """The loss on a draw's images; t and noise come from the generator.
+    def __call__(self, draw: Draw, step: int, rng: torch.Generator) -> ScoreResult:
+        """Return the loss on a draw's images. ``rng`` draws t and the noise.
 
         Raises:
             NonFiniteGradient: g is not finite.
@@ -216,17 +217,17 @@ class ScoreObjective:
         x = draw.x(self.teacher.encode)
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         t = self.time_of(draw, step, rng)
-        source = rng if self.noise == "fresh" else torch.Generator().manual_seed(self.noise_seed)
-        noise = onto(draw.processes.randn(x.shape, source, x.dtype), x.device)
+        noise_rng = rng if self.noise == "fresh" else torch.Generator().manual_seed(self.noise_seed)
+        noise = onto(draw.processes.randn(x.shape, noise_rng, x.dtype), x.device)
         query = self.query(draw, x, onto(t, x.device), noise, step, rng)
         g = self.gradient(query)
-        return Distilled(surrogate(x, g), _metrics(g, t.tolist()) | {"asked": sum(query.asked)}, query)
+        return ScoreResult(surrogate(x, g), _metrics(g, t.tolist()) | {"asked": sum(query.teacher_images)}, query)
 
     def time_of(self, draw: Draw, step: int, rng: torch.Generator) -> Tensor:
-        """t (B,) for a draw's images."""
+        """Draw t (B,) for a draw's images."""
         group, processes = draw.group, draw.processes
-        whole = torch.cat([group + i * (int(group.max()) + 1) for i in range(processes.world_size)])
-        return processes.rows(self.time.draw(step, whole, rng, self.teacher.schedule))
+        groups = torch.cat([group + i * (int(group.max()) + 1) for i in range(processes.world_size)])  # of all ranks
+        return processes.rows(self.time.draw(step, groups, rng, self.teacher.schedule))
 
     def query(
         self,
@@ -237,7 +238,7 @@ class ScoreObjective:
         step: int = 0,
         rng: torch.Generator | None = None,
     ) -> Query:
-        """The question about clean x (B, C, H, W) at t (B,) with this noise (B, C, H, W)."""
+        """Return the query for clean x (B, C, H, W) noised with ``noise`` (B, C, H, W) at t (B,)."""
         assert len(draw.prompts) == len(x) == len(t), (len(draw.prompts), x.shape, t.shape)
         x, t = x.detach(), t.to(x.dtype)
         alpha, sigma = self.teacher.schedule.alpha_sigma(t)
@@ -265,11 +266,11 @@ class ScoreObjective:
         )
 
     def gradient(self, q: Query) -> Tensor:
-        """g = W N d, (B, C, H, W), detached; the gradient on x is g / B.
+        """Return g = W N d, (B, C, H, W), detached. The gradient on x is g / B.
 
         Raises:
-            NonFiniteGradient: naming method, step and the first t where it happened. On a GPU nobody looks here, since
-                looking would wait: the loop finds it in the loss, when the step has been told.
+            NonFiniteGradient: g is not finite; names the method, the step and t of the first such sample. On a GPU
+                there is no check here, since it would synchronise. The training loop checks the logged loss instead.
         """
         with torch.no_grad():
             d = self.method(q)
@@ -278,7 +279,7 @@ class ScoreObjective:
             g = (per_sample(w, d) * d).to(q.x.dtype)
         if not g.is_cuda and not bool(g.isfinite().all()):
             bad = int((~g.isfinite()).flatten(1).any(1).nonzero()[0, 0])
-            cause = "the teacher's answer or the weight is not finite"
+            cause = "the teacher's prediction or the weight is not finite"
             if not bool(q.x[bad].isfinite().all()):
                 cause = "the student's own image is not finite"
             raise NonFiniteGradient(self.name, q.step, float(q.t[bad]), cause)
@@ -286,17 +287,17 @@ class ScoreObjective:
 
 
 def surrogate(x: Tensor, g: Tensor) -> Tensor:
-    """The scalar whose gradient on x (B, C, H, W) is g / B."""
+    """Return a scalar whose gradient on x (B, C, H, W) is g / B."""
     return 0.5 * (x - (x - g).detach()).square().sum() / len(x)
 
 
 def _metrics(g: Tensor, times: list[float]) -> dict[str, float | Tensor]:
-    norms = g.flatten(1).norm(dim=1)  # left where they are: asking a GPU for a number would wait
+    norms = g.flatten(1).norm(dim=1)  # stay on their device: reading a number from a GPU would synchronise
     bins = torch.tensor([min(int(time * T_BINS), T_BINS - 1) for time in times])
-    there = bins.unique()
-    members = (bins == there[:, None]).to(norms.dtype)
+    occupied = bins.unique()
+    members = (bins == occupied[:, None]).to(norms.dtype)
     means = onto(members / members.sum(1, keepdim=True), norms.device) @ norms
     metrics = {"g_norm": norms.mean(), "t": sum(times) / len(times)}
-    for i, mean in zip(there.tolist(), means.unbind(), strict=True):
+    for i, mean in zip(occupied.tolist(), means.unbind(), strict=True):
         metrics[f"g_norm/t{i / T_BINS:.1f}-{(i + 1) / T_BINS:.1f}"] = mean
     return metrics

@@ -1,7 +1,7 @@
-"""A critic that also tells what the student draws from real images (DMD2, arXiv 2405.14867, section 4.3).
+"""A critic with a discriminator between real images and the student's (DMD2, arXiv 2405.14867, section 4.3).
 
-Both are noised to the same kind of levels; the verdict is a small head on the critic network's lowest features, and
-the two learn together: the denoising loss and
+Real and drawn images are noised to t of the same distribution. The discriminator D is a small head on the critic's
+feature maps of the lowest resolution. Critic and head are trained together, on the denoising loss plus
 
     softplus(-D(real_t)) + softplus(D(drawn_t))
 """
@@ -22,16 +22,16 @@ from sds3d.runtime.distributed import Processes
 from sds3d.runtime.transfer import onto
 from sds3d.students.base import Draw
 
-Real = Callable[[int, torch.Generator], tuple[Tensor, list[str]]]  # so many -> x (B, C, h, w) and their prompts
+RealSampler = Callable[[int, torch.Generator], tuple[Tensor, list[str]]]  # B, rng -> real x (B, C, h, w), B prompts
 
 
 class TrainedDiscriminator(TrainedCritic):
-    """See the module.
+    """A trained critic with a discriminator head.
 
     Args:
-        teacher, config, rng, processes: as ``TrainedCritic``'s.
+        teacher, config, rng, processes: see ``TrainedCritic``.
         real: draws real images.
-        weight: of the discriminator's loss beside the denoising loss.
+        weight: weight of the discriminator's loss; the denoising loss has weight 1.
     """
 
     def __init__(
@@ -39,41 +39,41 @@ class TrainedDiscriminator(TrainedCritic):
         teacher: Featured,
         config: CriticConfig,
         rng: torch.Generator,
-        real: Real,
+        real: RealSampler,
         weight: float,
         processes: Processes = Processes(),
     ):
-        self.real, self.weight, self.shown = real, weight, teacher
+        self.real, self.weight, self.featured = real, weight, teacher
         like = next(teacher.network.parameters())
         dtype = torch.promote_types(like.dtype, torch.float32)  # small steps are lost on weights in half precision
-        with torch.random.fork_rng(devices=[]):  # modules draw their first weights from the global stream
+        with torch.random.fork_rng(devices=[]):  # modules draw their initial weights from the global stream
             torch.manual_seed(rng.initial_seed())
             self.head = DiscriminatorHead(teacher.feature_width).to(like.device, dtype)
         super().__init__(teacher, config, rng, processes)
 
     def parts(self) -> list[nn.Module]:
-        """See `TrainedCritic.parts`; and the head."""
+        """Return the modules of `TrainedCritic.parts` and the head."""
         return [*super().parts(), self.head]
 
-    def verdict(self, x: Tensor, prompts: list[str], rng: torch.Generator) -> Tensor:
-        """How real clean x (B, C, h, w) look once noised to any t that the network knows, (B,); differentiable in x."""
+    def logits(self, x: Tensor, prompts: list[str], rng: torch.Generator) -> Tensor:
+        """Return logits (B,), positive for real, of clean x (B, C, h, w) noised to random t; differentiable in x."""
         t = onto(self.processes.rand((len(x),), rng), x.device).to(x.dtype) * self.teacher.schedule.t_noisiest
         noise = onto(self.processes.randn(x.shape, rng, x.dtype), x.device)
         x_t = noised(x, noise, *self.teacher.schedule.alpha_sigma(t))
-        return self.head(self.shown.features(self.network, x_t, t, prompts)[-1])
+        return self.head(self.featured.features(self.network, x_t, t, prompts)[-1])
 
     def loss(self, draw: Draw, x: Tensor, rng: torch.Generator) -> Tensor:
-        """See `TrainedCritic.loss`; and the head's, on real and drawn images."""
+        """Return the loss of `TrainedCritic.loss` plus the weighted loss of the head on real and drawn images."""
         real, prompts = self.real(len(x), rng)
-        told = F.softplus(-self.verdict(real, prompts, rng)).mean()
-        missed = F.softplus(self.verdict(x, draw.prompts, rng)).mean()
-        return super().loss(draw, x, rng) + self.weight * (told + missed)
+        on_real = F.softplus(-self.logits(real, prompts, rng)).mean()
+        on_drawn = F.softplus(self.logits(x, draw.prompts, rng)).mean()
+        return super().loss(draw, x, rng) + self.weight * (on_real + on_drawn)
 
     def state_dict(self) -> dict[str, Any]:
-        """See `TrainedCritic.state_dict`; and the head's."""
+        """Return the state of `TrainedCritic.state_dict` and of the head."""
         return {**super().state_dict(), "head": self.head.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up what `state_dict` gave."""
+        """Load what `state_dict` returned."""
         super().load_state_dict(state)
         self.head.load_state_dict(state["head"])

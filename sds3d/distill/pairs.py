@@ -1,8 +1,8 @@
-"""Pairs of noise and what the teacher makes of it by a deterministic sampler: made once, kept on disk, resumable.
+"""Pairs of noise and the teacher's sample from it by a deterministic sampler, stored on disk.
 
-DMD's regression learns from them (arXiv 2311.18828, section 3.3). A folder holds parts of at most PART pairs, each
-drawn by itself, so that an interrupted making goes on where it stopped, and a longer one adds to it: pair i is image i
-of SEED (`sds3d.diffusion.draws`), whose prompt comes from its part's number.
+DMD's regression trains on them (arXiv 2311.18828, section 3.3). A folder holds parts of PART pairs. Each part is drawn
+by itself, so an interrupted run resumes at the first missing part, and a larger count adds parts. Pair i is image i of
+SEED (`sds3d.diffusion.draws`); its prompt is drawn from the number of its part.
 """
 
 from __future__ import annotations
@@ -23,24 +23,25 @@ from sds3d.runtime.files import from_json, read_text, replacing
 from sds3d.runtime.ranges import Within
 from sds3d.runtime.transfer import onto
 from sds3d.teachers.base import Teacher
-from sds3d.teachers.drawing import drawn
+from sds3d.teachers.drawing import draw_batches
 
 PART = 500
 PARTS = "[0-9]*.safetensors"
-SEED = 0x9A125  # none that samples and evaluations begin with: a generator is not judged by the noise it learnt from
+SEED = 0x9A125  # samples and evaluations begin with other seeds: a generator is not judged on its training noise
 
 
 @dataclass(frozen=True)
 class PairsConfig:
-    """
+    """Settings of the pairs.
+
     Args:
-        count: how many.
-        batch: of them in a step of the regression.
-        sampler, steps: see `sds3d.diffusion.samplers.Sampler`; deterministic.
-        folder: where they are kept; "" is a folder pairs beside the runs, one for each teacher and sampler.
+        count: number of pairs.
+        batch: pairs in a step of the regression.
+        sampler, steps: see `sds3d.diffusion.samplers.Sampler`; a deterministic one.
+        folder: folder of the pairs; "" is a folder named pairs beside the runs, one for each teacher and sampler.
 
     Raises:
-        ValueError: too few, or a sampler that adds noise.
+        ValueError: the count is below the batch, or the sampler adds noise.
     """
 
     count: Annotated[int, Within(1, 10_000_000)] = 10_000
@@ -66,9 +67,9 @@ class Pairs:
     prompts: list[str]
 
     def __getitem__(self, index: Tensor) -> Pairs:
-        """Some of them, by index (B,) on the CPU."""
-        there = onto(index, self.x.device)
-        return Pairs(self.noise[there], self.x[there], [self.prompts[i] for i in index.tolist()])
+        """Select pairs by an index (B,) on the CPU."""
+        device_index = onto(index, self.x.device)
+        return Pairs(self.noise[device_index], self.x[device_index], [self.prompts[i] for i in index.tolist()])
 
 
 def make(
@@ -80,18 +81,18 @@ def make(
     guidance: float = 1.0,
     device: torch.device | str = "cpu",
 ) -> Iterator[int]:
-    """Make what is missing in ``folder``; yields how many pairs are there after each part.
+    """Make the parts that are missing in ``folder``; yield the number of pairs after each part.
 
     Args:
-        identity: the teacher's, which the folder remembers.
-        prompts: drawn from with equal chances.
+        identity: name and fingerprint of the teacher, recorded in the folder.
+        prompts: prompts to draw from, equally likely.
 
     Raises:
-        ValueError: the folder holds other pairs, or the disk says no; what was there stays.
+        ValueError: the folder holds pairs with other settings, or cannot be written. Nothing in it is changed.
     """
-    told = {"teacher": identity, "sampler": config.sampler, "steps": config.steps, "guidance": guidance}
-    told |= {"prompts": list(prompts), "dtype": str(teacher.dtype).removeprefix("torch.")}
-    _claim(folder, told)
+    settings = {"teacher": identity, "sampler": config.sampler, "steps": config.steps, "guidance": guidance}
+    settings |= {"prompts": list(prompts), "dtype": str(teacher.dtype).removeprefix("torch.")}
+    _record_settings(folder, settings)
     for part in range(-(-config.count // PART)):
         path = _part(folder, part)
         if not path.is_file():
@@ -99,36 +100,36 @@ def make(
         yield min((part + 1) * PART, config.count)
 
 
-def _claim(folder: Path, told: dict) -> None:
-    """Write what the folder's pairs are, or compare."""
+def _record_settings(folder: Path, settings: dict) -> None:
+    """Write the settings of a folder's pairs, or compare them with those recorded there."""
     path = folder / "pairs.json"
     if not path.is_file() and not any(folder.glob(PARTS)):
         with replacing(path) as part:
-            part.write_text(json.dumps(told), encoding="utf-8")
+            part.write_text(json.dumps(settings), encoding="utf-8")
         return
-    there = _claimed(folder)
-    for key, wanted in told.items():
-        if key not in there:  # older pairs: any precision, and of a pipeline's levels with noise left in
+    recorded = _recorded_settings(folder)
+    for key, wanted in settings.items():
+        if key not in recorded:  # older pairs have any dtype, and those of a pipeline have noise left in them
             raise ValueError(
                 f"{path} is of an older version and does not say {key}; give another pairs.folder, or remove {folder} "
                 "and the pairs are made again"
             )
-        if there[key] != wanted:
+        if recorded[key] != wanted:
             raise ValueError(
-                f"{folder} holds pairs made with {key}={there[key]}, not {wanted}; give another pairs.folder"
+                f"{folder} holds pairs made with {key}={recorded[key]}, not {wanted}; give another pairs.folder"
             )
 
 
-def _claimed(folder: Path) -> dict:
-    """What the folder's pairs are. Raises ValueError where nobody can say."""
+def _recorded_settings(folder: Path) -> dict:
+    """Return the settings of a folder's pairs. Raises ValueError if they are missing or damaged."""
     path = folder / "pairs.json"
     try:
-        there = from_json(read_text(path))
-        if not isinstance(there, dict):
+        recorded = from_json(read_text(path))
+        if not isinstance(recorded, dict):
             raise ValueError("no object")
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} is missing or damaged; remove {folder}, or give another pairs.folder") from error
-    return there
+    return recorded
 
 
 def _part(folder: Path, number: int) -> Path:
@@ -144,35 +145,35 @@ def _make_part(
     guidance: float,
     device: torch.device,
 ) -> None:
-    """The PART pairs of a part."""
+    """Draw the PART pairs of a part and write them."""
     chosen = torch.randint(len(prompts), (PART,), generator=torch.Generator().manual_seed(part))
-    told = [prompts[int(i)] for i in chosen.tolist()]
+    part_prompts = [prompts[int(i)] for i in chosen.tolist()]
     sampler = Sampler(config.sampler, config.steps)
-    pieces = list(drawn(teacher, told, SEED, sampler, guidance, first=part * PART, device=device))
+    pieces = list(draw_batches(teacher, part_prompts, SEED, sampler, guidance, first=part * PART, device=device))
     order = [row for rows, _, _ in pieces for row in rows]
     noise = in_order(order, [noise[: len(rows)] for rows, noise, _ in pieces]).cpu().float().contiguous()
     x = in_order(order, [x[: len(rows)] for rows, _, x in pieces]).cpu().float().contiguous()
-    row = {"noise": noise, "x": x, "prompt": chosen}
+    tensors = {"noise": noise, "x": x, "prompt": chosen}
     with replacing(path) as file:
-        file.write_bytes(tensor_files.to_bytes(row))
+        file.write_bytes(tensor_files.to_bytes(tensors))
 
 
 def load(folder: Path, config: PairsConfig, device: torch.device | str = "cpu") -> Pairs:
-    """The first ``config.count`` pairs of a folder.
+    """Load the first ``config.count`` pairs of a folder.
 
     Raises:
         ValueError: there are fewer, or a file is damaged.
     """
-    parts = [_part(folder, number) for number in range(-(-config.count // PART))]
-    there = sum(path.is_file() for path in parts)
-    if there < len(parts):
-        raise ValueError(f"{folder} holds {there * PART} pairs and {config.count} are wanted; make them first")
-    rows = []
-    for path in parts:
+    paths = [_part(folder, number) for number in range(-(-config.count // PART))]
+    existing = sum(path.is_file() for path in paths)
+    if existing < len(paths):
+        raise ValueError(f"{folder} holds {existing * PART} pairs and {config.count} are wanted; make them first")
+    parts = []
+    for path in paths:
         try:
-            rows.append(tensor_files.read(path)[0])
+            parts.append(tensor_files.read(path)[0])
         except ValueError as error:
             raise ValueError(f"{path} is damaged; remove it, and it is made again ({error})") from error
-    noise, x, which = (torch.cat([row[key] for row in rows])[: config.count] for key in ("noise", "x", "prompt"))
-    prompts = _claimed(folder)["prompts"]
-    return Pairs(noise.to(device), x.to(device), [prompts[i] for i in which.tolist()])
+    noise, x, index = (torch.cat([part[key] for part in parts])[: config.count] for key in ("noise", "x", "prompt"))
+    prompts = _recorded_settings(folder)["prompts"]
+    return Pairs(noise.to(device), x.to(device), [prompts[i] for i in index.tolist()])

@@ -1,7 +1,7 @@
-"""How different two images look, by name: in the frozen teacher's own features, in pixels, or by LPIPS.
+"""Distances between images by name: in the frozen teacher's features, in pixels, or LPIPS.
 
-"teacher" needs no download: the maps of the teacher's way down at a low noise level, each place's vector scaled to
-length 1 as LPIPS does (Zhang et al., arXiv 1801.03924, eq. 1), plus the pixels themselves.
+"teacher" needs no download. It compares the feature maps of the teacher's encoder at a low noise level, normalised over
+channels as in LPIPS (Zhang et al., arXiv 1801.03924, eq. 1), and adds the "pixels" distance.
 """
 
 from __future__ import annotations
@@ -16,14 +16,16 @@ from sds3d.diffusion.noise import noised
 from sds3d.distill.critics import Featured
 
 DISTANCES = ("teacher", "pixels", "lpips")
-LEVEL = 0.1  # t at which the teacher looks, without noise
+LEVEL = 0.1  # t of the teacher's features; the input is scaled by alpha, without noise
 
 
 def distance(name: str, teacher: Featured, device: torch.device | str = "cpu") -> Callable[[Tensor, Tensor], Tensor]:
-    """A distance of x from y, (B, C, h, w) each in the teacher's space -> (B,), differentiable in x.
+    """Return a function of x and y, each (B, C, h, w) in the teacher's space, that gives their distances (B,).
+
+    It is differentiable in x.
 
     Raises:
-        ValueError: unknown name, or LPIPS is not installed.
+        ValueError: the name is unknown, or LPIPS is not installed.
     """
     if name == "pixels":
         return _pixels
@@ -42,28 +44,28 @@ def _features(teacher: Featured, x: Tensor, y: Tensor) -> Tensor:
     t = torch.full((len(x),), LEVEL, dtype=x.dtype, device=x.device)
     alpha, sigma = teacher.schedule.alpha_sigma(t)
 
-    def look(z: Tensor) -> list[Tensor]:
+    def features(z: Tensor) -> list[Tensor]:
         return teacher.features(teacher.network, noised(z, torch.zeros_like(z), alpha, sigma), t, [""] * len(z))
 
     with torch.no_grad():
-        wanted = look(y)
+        maps_y = features(y)
     total = _pixels(x, y)
-    for ours, theirs in zip(look(x), wanted):
-        apart = F.normalize(ours, dim=1) - F.normalize(theirs, dim=1)
-        total = total + apart.square().sum(1).flatten(1).mean(1)
+    for map_x, map_y in zip(features(x), maps_y):
+        difference = F.normalize(map_x, dim=1) - F.normalize(map_y, dim=1)
+        total = total + difference.square().sum(1).flatten(1).mean(1)
     return total
 
 
 def _lpips(teacher: Featured, device: torch.device | str) -> Callable[[Tensor, Tensor], Tensor]:
-    """LPIPS with VGG features on images of at least 64 pixels."""
+    """Return LPIPS with VGG features; images of fewer than 64 pixels are enlarged to 64."""
     try:
         import lpips
     except ImportError as error:
         raise ValueError("the distance lpips is not installed; pip install sds3d[lpips], or give teacher") from error
-    judge = lpips.LPIPS(net="vgg").to(device).requires_grad_(False)
+    model = lpips.LPIPS(net="vgg").to(device).requires_grad_(False)
 
-    def images(x: Tensor) -> Tensor:
-        shown = 2 * teacher.decode(x) - 1
-        return F.interpolate(shown, 64, mode="bilinear") if shown.shape[-1] < 64 else shown
+    def decode(x: Tensor) -> Tensor:
+        images = 2 * teacher.decode(x) - 1
+        return F.interpolate(images, 64, mode="bilinear") if images.shape[-1] < 64 else images
 
-    return lambda x, y: judge(images(x), images(y)).flatten()
+    return lambda x, y: model(decode(x), decode(y)).flatten()

@@ -1,4 +1,4 @@
-"""W(t): how much each noise level counts in a loss."""
+"""Weights W(t) of noise levels in a loss."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ WEIGHTS = ("sigma2", "x0", "uniform", "flow")
 
 
 def weight(name: str, alpha: Tensor, sigma: Tensor) -> Tensor:
-    """How much a noise level counts, (B,); a function of sigma/alpha alone, so the same in every schedule.
+    """Return the weights (B,) of noise levels. They depend on sigma/alpha alone, so they suit every schedule.
 
     ``sigma2``: sigma^2 / (alpha^2 + sigma^2), DreamFusion's 1 - alpha_bar (arXiv 2209.14988, eq. 3);
-    ``x0``: sigma/alpha, which makes an eps residual an x0 residual; ``uniform``: 1; ``flow``: 1 + sigma/alpha, which
-    makes it the residual of the velocity eps - x that flow models predict (RFDS, arXiv 2406.03293).
+    ``x0``: sigma/alpha, which turns an eps residual into an x0 residual; ``uniform``: 1; ``flow``: 1 + sigma/alpha,
+    which turns it into a residual of the velocity eps - x that flow models predict (RFDS, arXiv 2406.03293).
 
     Raises:
-        ValueError: unknown name.
+        ValueError: the name is unknown.
     """
     if name == "sigma2":
         return sigma**2 / (alpha**2 + sigma**2)

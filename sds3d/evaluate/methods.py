@@ -40,6 +40,7 @@ from sds3d.runtime import memory
 from sds3d.runtime.device import pick_device
 from sds3d.runtime.files import from_json, read_text, replacing
 from sds3d.runtime.machine import machine
+from sds3d.teachers.base import Teacher, object_name
 from sds3d.train import Diverged
 
 COLUMNS = {
@@ -77,6 +78,7 @@ class Comparison:
         seeds: every method and prompt has a run for each seed.
         student: "scene" or "image".
         layer: settings of all runs.
+        teacher: an object, in place of the teacher that the settings name.
 
     Raises:
         ValueError: there is nothing to compare, or a method or the student is unknown.
@@ -87,8 +89,11 @@ class Comparison:
     seeds: tuple[int, ...] = (0,)
     student: str = "image"
     layer: Mapping[str, Any] = field(default_factory=dict)
+    teacher: Teacher | None = None
 
     def __post_init__(self):
+        if self.teacher is not None:
+            build.refuse_settings_of_teacher(self.layer)
         if not (self.prompts and self.methods and self.seeds):
             raise ValueError("a comparison needs at least one prompt, one method and one seed")
         for name in self.methods:
@@ -106,12 +111,14 @@ class Comparison:
 
     def config(self, prompt: str, method: str, seed: int, out: Path) -> RunConfig:
         """Build the config of one run."""
-        settings = {"method": method, "seed": seed, "out": str(out)}
-        return configs.load(prompt, {"method": method}, self.layer, settings, kind=kinds.KINDS[self.student].config)
+        own = {"method": method, "seed": seed, "out": str(out)}
+        config = configs.load(prompt, {"method": method}, self.layer, own, kind=kinds.KINDS[self.student].config)
+        return build.with_teacher(config, self.teacher)
 
     def settings(self) -> dict[str, Any]:
         """Return the settings that all runs share, as plain values. A second call must have the same."""
-        return {"student": self.student, "layer": plain(self.layer)}
+        teacher = {} if self.teacher is None else {"teacher": object_name(self.teacher)}
+        return {"student": self.student, "layer": plain(self.layer), **teacher}
 
 
 @dataclass
@@ -154,15 +161,15 @@ def compare(comparison: Comparison, out: Path) -> Iterator[Entry]:
     keys = [(p, m, s) for p in comparison.prompts for m in comparison.methods for s in comparison.seeds]
     for key in keys:
         if key not in done:
-            launch.check(comparison.config(*key, out / "runs"))
-    samples = {p: teacher_samples(comparison.config(p, comparison.methods[0], 0, out)) for p in comparison.prompts}
+            launch.check(comparison.config(*key, out / "runs"), comparison.teacher)
+    samples = {p: teacher_samples(comparison, p) for p in comparison.prompts}
     unfinished = _unfinished(out, done)
     for key in keys:
         if key not in done:
             config = comparison.config(*key, out / "runs")
             try:
                 folder = next((path for path, its_config in unfinished.items() if its_config == config), None)
-                made, figures, pictures = _carry_out(config, samples[key[0]], folder)
+                made, figures, pictures = _carry_out(comparison, config, samples[key[0]], folder)
                 run = made.path.relative_to(out).as_posix()
                 done[key] = Entry(*key, comparison.student, run, figures, pictures)
             except (Diverged, NonFiniteGradient) as error:
@@ -172,13 +179,14 @@ def compare(comparison: Comparison, out: Path) -> Iterator[Entry]:
     _write(comparison, out, [done[key] for key in keys], samples)
 
 
-def teacher_samples(config: RunConfig) -> Tensor:
+def teacher_samples(comparison: Comparison, prompt: str) -> Tensor:
     """Draw samples of the teacher for a prompt, (SAMPLES, 3, H, W) in [0, 1]; for a scene, from cameras around it."""
     from sds3d.teachers.drawing import sample
 
-    teacher = build.build_teacher(config)
+    config = comparison.config(prompt, comparison.methods[0], 0, Path())
+    teacher = build.build_teacher(config, comparison.teacher)
     cameras = orbit(SAMPLES) if kinds.of(config).seen_by_cameras and teacher.views == "camera" else None
-    return sample(teacher, [config.prompt] * SAMPLES, seed=1, guidance=2.0, cameras=cameras).cpu()
+    return sample(teacher, [prompt] * SAMPLES, seed=1, guidance=2.0, cameras=cameras).cpu()
 
 
 def _unfinished(out: Path, done: Mapping[tuple, Entry]) -> dict[Path, RunConfig]:
@@ -194,12 +202,13 @@ def _unfinished(out: Path, done: Mapping[tuple, Entry]) -> dict[Path, RunConfig]
 
 
 def _carry_out(
-    config: RunConfig, samples: Tensor, folder: Path | None
+    comparison: Comparison, config: RunConfig, samples: Tensor, folder: Path | None
 ) -> tuple[Asset | Painting, dict[str, float | None], Tensor]:
     """Train a new run, or resume the one in ``folder``. Returns its result, figures and pictures (B, 3, H, W)."""
     memory.reset_peak()
     made: Any  # the result of one of STUDENTS, which have pictures
-    made, steps = launch.start(config) if folder is None else launch.resume(folder)
+    teacher = comparison.teacher
+    made, steps = launch.start(config, teacher) if folder is None else launch.resume(folder, teacher=teacher)
     rows = made.run.rows()
     begun, earlier = time.perf_counter(), rows[-1].get("seconds", 0.0) if rows else 0.0
     for _ in steps:
@@ -340,12 +349,12 @@ def _load(comparison: Comparison, out: Path) -> dict[tuple[str, str, int], Entry
         raise ValueError(f"{out} holds a comparison with other settings ({settings}); name another folder with --out")
     entries = {}
     for row in rows:
-        entry = Entry(**row, pictures=NO_PICTURES if row.get("failure") else _pictures(out / row["run"]))
+        entry = Entry(**row, pictures=NO_PICTURES if row.get("failure") else _pictures(comparison, out / row["run"]))
         entries[entry.key] = entry
     return entries
 
 
-def _pictures(path: Path) -> Tensor:
+def _pictures(comparison: Comparison, path: Path) -> Tensor:
     """The pictures of a finished run."""
     made: Any = kinds.open_run(path)  # the result of one of STUDENTS, which have pictures
-    return made.pictures(VIEWS, build.build_teacher(made.config).image_size).cpu()
+    return made.pictures(VIEWS, build.build_teacher(made.config, comparison.teacher).image_size).cpu()

@@ -25,15 +25,15 @@ class Address:
     port: int
 
     @classmethod
-    def find(cls, host: str = HERE, port: int | None = None) -> Address:
-        """Find an address with the given port, or with the first free one from FIRST on.
+    def find(cls, host: str = HERE, port: int | None = None, first: int = FIRST) -> Address:
+        """Find an address with the given port, or with the first free one from ``first`` on.
 
         Raises:
             ValueError: the port is taken or not allowed, or the host is not this machine's.
         """
         if port is not None and not 0 <= port <= 65535:
             raise ValueError(f"--port is {port}; give a number from 1 to 65535, or leave it out")
-        for candidate in range(FIRST, FIRST + TRIES) if port is None else [port]:
+        for candidate in range(first, first + TRIES) if port is None else [port]:
             try:
                 return cls(host, _bind(host, candidate))
             except socket.gaierror as error:
@@ -43,7 +43,7 @@ class Address:
                 if port is None and not _is_taken(error):
                     raise ValueError(f"cannot serve on {host}: {problem}; leave --host out for {HERE}") from error
         if port is None:
-            raise ValueError(f"no port from {FIRST} to {FIRST + TRIES - 1} is free on {host}; give one with --port")
+            raise ValueError(f"no port from {first} to {first + TRIES - 1} is free on {host}; give one with --port")
         raise ValueError(f"cannot use port {port} on {host}: {problem}; give another --port, or leave it out")
 
     @property

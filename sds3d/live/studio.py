@@ -24,7 +24,7 @@ from sds3d.live.watch import Watch
 from sds3d.runs import build, launch
 from sds3d.runs.folder import Run, open_picture
 from sds3d.runtime.ranges import STEPS
-from sds3d.teachers.base import PACKAGED
+from sds3d.teachers.base import PACKAGED, Teacher, object_name
 
 if TYPE_CHECKING:
     from sds3d.live.stage import Stage
@@ -60,10 +60,19 @@ class Studio:
         base: the initial settings of the form; its ``out`` is the folder of the runs.
         layer: settings of every run; those of the form override them.
         teachers: further teachers to choose from, beside that of ``base`` and the packaged one.
+        teacher: an object, which replaces the teacher of ``base``.
     """
 
-    def __init__(self, stage: Stage, base: configs.Config, layer: Mapping[str, Any], teachers: Sequence[str] = ()):
-        self.stage, self.queue, self._layer = stage, Queue(), layer
+    def __init__(
+        self,
+        stage: Stage,
+        base: configs.Config,
+        layer: Mapping[str, Any],
+        teachers: Sequence[str] = (),
+        teacher: Teacher | None = None,
+    ):
+        self.stage, self.queue, self._layer, self._teacher = stage, Queue(), layer, teacher
+        base = build.with_teacher(base, teacher)
         self._rows: list[Any] = []  # viser's elements that show the queue
         self._version, self._count = 0, 0
         gui = stage.gui
@@ -163,8 +172,9 @@ class Studio:
         while (job := self.queue.first("new")) is not None:
             try:
                 config = self._config(job)
-                if config.teacher.name in PACKAGED:  # others are large: not loaded beside the one in training
-                    build.build_teacher(config)
+                teacher = self._given(config)
+                if teacher is not None or config.teacher.name in PACKAGED:  # others are large: not loaded beside the
+                    build.build_teacher(config, teacher)  # one in training
                 self.queue.move(job.number, "waiting")
             except PROBLEMS as error:  # the error of one prompt; the studio goes on
                 self._fail(job, error)
@@ -201,6 +211,11 @@ class Studio:
     def _config(self, job: Job) -> configs.Config:
         return configs.load(job.prompt, self._layer, job.settings, kind=configs.Config)
 
+    def _given(self, config: configs.Config) -> Teacher | None:
+        """The object, where it is the teacher that was chosen; None for one that is loaded by its name."""
+        chosen = self._teacher is not None and config.teacher.name == object_name(self._teacher)
+        return self._teacher if chosen else None
+
     def _make(self, job: Job, interrupted: Callable[[], bool]) -> Path | None:
         """Train one asset. Returns its folder if Ctrl-C stopped it before its end. Errors are shown on the page."""
         if not self.queue.move(job.number, "running"):
@@ -208,7 +223,8 @@ class Studio:
         self._update()
         self._empty.visible, begun = False, False
         try:
-            made, steps = launch.start(self._config(job))
+            config = self._config(job)
+            made, steps = launch.start(config, self._given(config))
             begun = True
             self.watch.begin(made)
             for last in steps:

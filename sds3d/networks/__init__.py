@@ -1,1 +1,1 @@
-"""Small networks, and what is done to networks: averages, adapters, an optimiser."""
+"""Small networks, and tools for networks: running averages, low-rank adapters, an optimiser."""

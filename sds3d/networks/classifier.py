@@ -1,4 +1,4 @@
-"""Small classifiers: what they see before their answer are the features that judges compare."""
+"""Small classifiers. Their penultimate activations are the features that the evaluation compares."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from torch import Tensor, nn
 
 
 class Classifier(nn.Module):
-    """Three convolutions and two layers.
+    """A classifier of three convolutions and two linear layers.
 
     Args:
-        classes: how many.
-        width: of the features.
-        channels: of the images.
+        classes: number of classes.
+        width: number of features.
+        channels: channels of the images.
     """
 
     def __init__(self, classes: int, width: int = 48, channels: int = 1):
@@ -32,19 +32,20 @@ class Classifier(nn.Module):
         self.last = nn.Linear(width, classes)
 
     def features(self, x: Tensor) -> Tensor:
-        """x (B, channels, H, W) in [-1, 1] -> (B, width)."""
+        """Return the features (B, width) of images x (B, channels, H, W) in [-1, 1]."""
         return self.look(x)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x -> logits (B, classes)."""
+        """Return the logits (B, classes) of images x."""
         return self.last(F.silu(self.features(x)))
 
 
 class ToyClassifier(nn.Module):
-    """Five convolutions for 64 x 64 pixels: which toy, its main colour, its second colour.
+    """A classifier of 64 x 64 images of toys: which toy, its main colour and its second colour.
 
     Args:
-        kinds, colours: how many.
+        kinds: number of toys.
+        colours: number of colours.
     """
 
     def __init__(self, kinds: int, colours: int):
@@ -57,9 +58,9 @@ class ToyClassifier(nn.Module):
         self.head = nn.Linear(160 * 16, sum(self.sizes))
 
     def features(self, x: Tensor) -> Tensor:
-        """x (B, 3, 64, 64) in [-1, 1] -> (B, 160), the last maps' means."""
+        """Return the spatial means of the last feature maps, (B, 160), for x (B, 3, 64, 64) in [-1, 1]."""
         return self.body(x).mean((2, 3))
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        """x -> logits of the toy (B, kinds), of its main and of its second colour (B, colours)."""
+        """Return the logits of the toy (B, kinds), of its main colour and of its second colour (B, colours each)."""
         return self.head(self.body(x).flatten(1)).split(self.sizes, -1)

@@ -1,6 +1,6 @@
-"""A discriminator's last layers: features of a diffusion network in, one number an image out.
+"""The last layers of a discriminator: they map features of a diffusion network to one logit per image.
 
-It computes in the precision of its own weights, float32 at least, whatever precision the features come in.
+They compute in the dtype of their own weights (at least float32), whatever the dtype of the features.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 
 class DiscriminatorHead(nn.Module):
-    """How real the images behind feature maps are.
+    """Maps features of an image to a logit that is positive for real images.
 
     Args:
-        width: channels of the maps, a multiple of 8.
+        width: channels of the feature maps, a multiple of 8.
     """
 
     def __init__(self, width: int):
@@ -22,7 +22,7 @@ class DiscriminatorHead(nn.Module):
         self.last = nn.Linear(width, 1)
 
     def forward(self, features: Tensor) -> Tensor:
-        """(B, width, h, w) -> (B,), above 0 for real."""
+        """Return logits (B,), positive for real, of feature maps (B, width, h, w)."""
         with torch.autocast(features.device.type, enabled=False):
             maps = self.look(features.to(self.last.weight.dtype))
-            return self.last(maps.mean((2, 3))).sum(1)  # of one number; FSDP wants no view
+            return self.last(maps.mean((2, 3))).sum(1)  # removes the axis of size 1; FSDP allows no view here

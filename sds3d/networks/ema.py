@@ -12,11 +12,11 @@ M = TypeVar("M", bound=nn.Module)
 
 
 class EMA(Generic[M]):
-    """Exponential moving average of parameters; the first steps count more, so that it never lags at the start.
+    """Exponential moving average of parameters. The decay is smaller in the first steps, so the average does not lag.
 
     Args:
         module: the network that is trained; ``self.module`` is the averaged copy.
-        decay: of the average in the long run.
+        decay: final decay of the average.
     """
 
     def __init__(self, module: M, decay: float = 0.998):

@@ -11,19 +11,19 @@ from torch.func import functional_call
 
 
 class LoRA(nn.Module):
-    """A frozen network under learnable low-rank changes of its matrices and convolutions.
+    """A frozen network with trainable low-rank changes to its matrices and convolutions.
 
-    The network's weights are shared, not copied: ``network`` stays as it is, and this module's parameters and state
-    are the changes alone. B starts at zero, so it starts equal to the network.
+    The network's weights are shared, not copied, and ``network`` is not modified. The parameters and the state of this
+    module are the changes alone. B starts at zero, so the outputs equal the network's at first.
 
     Args:
         network: any module; its weights get no gradient here.
-        rank: of every change; a weight whose shorter side is smaller is left alone.
+        rank: rank of every change. Weights whose shorter side is not above the rank are not changed.
         scale: the change is multiplied by scale / rank.
-        rng: of A's initial values.
+        rng: generator of A's initial values.
 
     Raises:
-        ValueError: a rank below 1, or above every weight's shorter side.
+        ValueError: the rank is below 1, or no weight's shorter side is above it.
     """
 
     def __init__(self, network: nn.Module, rank: int = 8, scale: float = 8.0, rng: torch.Generator | None = None):
@@ -44,7 +44,7 @@ class LoRA(nn.Module):
             raise ValueError(f"LoRA's rank is {rank}, and no weight of the network is wider: give a smaller one")
 
     def weights(self) -> dict[str, Tensor]:
-        """The changed weights by name."""
+        """Return the changed weights by name."""
         frozen = dict(self._network[0].named_parameters())
         return {
             name: frozen[name].detach() + self.factor * (up @ down).view(frozen[name].shape)
@@ -52,5 +52,5 @@ class LoRA(nn.Module):
         }
 
     def forward(self, *arguments: Any, **named: Any) -> Any:
-        """What the network answers with the changed weights."""
+        """Call the network with the changed weights."""
         return functional_call(self._network[0], self.weights(), arguments, named)

@@ -1,7 +1,7 @@
-"""Muon: momentum whose step is orthogonal, for the matrices and convolutions of a network.
+"""Muon: momentum with orthogonalised steps, for the matrices and convolutions of a network.
 
-Jordan et al., "Muon: an optimizer for hidden layers in neural networks" (2024); the step's size follows Liu et al.,
-"Muon is scalable for LLM training" (arXiv 2502.16982, eq. 4), so that AdamW's learning rates fit.
+See Jordan et al., "Muon: an optimizer for hidden layers in neural networks" (2024). The step size follows Liu et al.,
+"Muon is scalable for LLM training" (arXiv 2502.16982, eq. 4), so that learning rates are comparable to AdamW's.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the odd quintic that drives singular values towards 1
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the odd quintic polynomial that moves singular values towards 1
 
 
 def orthogonal(x: Tensor, steps: int = 5) -> Tensor:
-    """Near-orthogonal matrices with the singular vectors of ``x``, (B, M, N) with M <= N -> (B, M, N).
+    """Return near-orthogonal matrices (B, M, N) with the singular vectors of ``x`` (B, M, N), M <= N.
 
-    Newton-Schulz iteration on the M x M Gram matrices: every iterate is a polynomial of x xᵀ times x, so the long
-    side is touched only twice. Singular values end between about 0.7 and 1.2.
+    Runs the Newton-Schulz iteration on the M x M Gram matrices: every iterate is a polynomial of x xᵀ times x, so only
+    two products involve the long side N. The singular values end between about 0.7 and 1.2.
     """
     a, b, c = COEFFICIENTS
     gram = x @ x.mT
@@ -35,18 +35,18 @@ def orthogonal(x: Tensor, steps: int = 5) -> Tensor:
 
 
 def matrix(x: Tensor) -> Tensor:
-    """A weight as a view (M, N) with M <= N; a convolution's inputs and its window share one side."""
+    """Return a view (M, N), M <= N, of a weight; input channels and kernel of a convolution are flattened together."""
     x = x.permute(0, 2, 3, 1).view(len(x), -1) if x.ndim == 4 else x
     return x.mT if x.shape[0] > x.shape[1] else x
 
 
 class Muon(torch.optim.Optimizer):
-    """Nesterov momentum, made orthogonal; weights of one shape are stepped together.
+    """Nesterov momentum with orthogonalised steps. Weights of the same shape are updated in one batch.
 
     Args:
         parameters: matrices (M, N) and convolutions (O, I, H, W) in channels-last memory.
-        lr: as for AdamW: the step's root mean square is about 0.2 lr.
-        momentum: decay of the gradients' running sum.
+        lr: learning rate as for AdamW: the root mean square of a step is about 0.2 lr.
+        momentum: decay of the running sum of gradients.
     """
 
     def __init__(self, parameters: Iterable[Tensor], lr: float = 1e-3, momentum: float = 0.95):
@@ -54,9 +54,9 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
-        """Take one step along the gradients of the parameters that have one."""
+        """Perform one optimisation step on the parameters that have a gradient."""
         for group in self.param_groups:
-            shapes: dict[torch.Size, list[tuple[Tensor, Tensor]]] = {}  # weights and their gradients
+            shapes: dict[torch.Size, list[tuple[Tensor, Tensor]]] = {}  # shape -> weights and their gradients
             for p in group["params"]:
                 if p.grad is not None:
                     shapes.setdefault(matrix(p).shape, []).append((p, p.grad))

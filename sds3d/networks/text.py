@@ -1,4 +1,4 @@
-"""A closed-vocabulary text encoder: words in, one vector a word and one for the whole caption out."""
+"""A closed-vocabulary text encoder: one vector for each word, and one for the whole caption."""
 
 from __future__ import annotations
 
@@ -8,16 +8,17 @@ from torch import Tensor, nn
 from sds3d.prompts import words
 
 MAX_WORDS = 24
-PROMPT_WORDS = MAX_WORDS - 6  # of a user's: a run may add "side view" and "on a grey background"
+PROMPT_WORDS = MAX_WORDS - 6  # longest prompt of a user: a run may add "side view" and "on a grey background"
 
 
 class TextEncoder(nn.Module):
     """A small transformer over words.
 
     Args:
-        vocabulary: the known words; index 0 is padding and 1 starts every caption, so word i is i + 2.
+        vocabulary: the known words. Token 0 is padding and token 1 starts every caption, so word i is token i + 2.
         width: size of the vectors.
-        layers, heads: of the transformer.
+        layers: number of transformer layers.
+        heads: attention heads of each layer.
     """
 
     def __init__(self, vocabulary: tuple[str, ...], width: int = 160, layers: int = 2, heads: int = 4):
@@ -33,10 +34,10 @@ class TextEncoder(nn.Module):
         self.norm = nn.LayerNorm(width)
 
     def tokens(self, captions: list[str]) -> Tensor:
-        """Word indices, (B, L) padded with 0, L <= MAX_WORDS + 1; a null caption is the start token alone.
+        """Return token indices (B, L), padded with 0, L <= MAX_WORDS + 1. A null caption is the start token alone.
 
         Raises:
-            ValueError: for a caption longer than MAX_WORDS words.
+            ValueError: a caption has more than MAX_WORDS words.
         """
         rows = []
         for caption in captions:
@@ -48,7 +49,11 @@ class TextEncoder(nn.Module):
         return torch.tensor([row + [0] * (length - len(row)) for row in rows])
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, L) -> vectors (B, L, width), padding mask (B, L) True where there is a word, whole (B, width)."""
+        """Encode tokens (B, L).
+
+        Returns:
+            Word vectors (B, L, width), mask (B, L), True where there is a token, and caption vectors (B, width).
+        """
         mask = tokens != 0
         x = self.words(tokens) + self.places[: tokens.shape[1]]
         x = self.norm(self.blocks(x, src_key_padding_mask=~mask))

@@ -1,9 +1,9 @@
-"""The embedded teachers' U-Net: text by attention, and where there is one, the exact camera by rays.
+"""The U-Net of the packaged teachers, conditioned on text by attention and optionally on the exact camera by rays.
 
-Pixels are folded into channels, 2 x 2 for images of 64 pixels, so that network works at 32, 16, 8 and 4 pixels a side.
-The caption enters twice: as keys of the attention at the two lowest levels, so that two colours can bind to two parts,
-and as a whole through the scale and shift of every block, beside time and camera. The camera enters as an embedding
-and as features of each pixel's ray, which tell every place in the image which line through the object it looks along.
+Pixels are folded into channels, 2 x 2 for images of 64 pixels: the network then works at 32, 16, 8 and 4 pixels a side.
+The caption enters twice: its word vectors are keys of the attention at the two lowest levels, so that two colours can
+bind to two parts, and its caption vector joins time and camera in the scale and shift of every block. The camera enters
+as an embedding and as features of each pixel's ray.
 """
 
 from __future__ import annotations
@@ -23,17 +23,20 @@ CAMERA_FEATURES = 14
 
 @dataclass(frozen=True)
 class UNetConfig:
-    """
+    """Sizes of a U-Net.
+
     Args:
-        widths: of each level, highest resolution first; each next one has half the side. At least two.
-        blocks: of each level but the lowest, which has one each way.
-        condition: width of what scales and shifts every block.
+        widths: channels of each level, highest resolution first; each level halves the side. At least two levels.
+        blocks: blocks of each level on the way down, and as many on the way up; the lowest level has one of each and
+            is not listed.
+        condition: width of the condition that scales and shifts every block.
         text: width of the text encoder's vectors.
-        heads: of the attention at the two lowest levels.
-        size, channels: of the images; the side is a multiple of ``fold`` times 2 for each level but one.
-        fold: side of the squares of pixels that become channels.
-        cameras: whether it can be told a camera.
-        dropout: share of the features dropped in training.
+        heads: attention heads at the two lowest levels.
+        size: side of the images in pixels, a multiple of fold * 2^(levels - 1).
+        channels: channels of the images.
+        fold: fold squares of fold x fold pixels into channels.
+        cameras: whether the network takes a camera.
+        dropout: probability of dropping a feature in training.
     """
 
     widths: tuple[int, ...] = (32, 64, 160, 192)
@@ -53,7 +56,8 @@ class UNetConfig:
 
 
 def camera_features(cameras: Cameras) -> Tensor:
-    """(B, CAMERA_FEATURES): sines and cosines of up to 4 times the azimuth and 2 times the elevation, distance, fov."""
+    """Return (B, CAMERA_FEATURES): sines and cosines of multiples of azimuth (1 to 4) and elevation (1, 2); distance
+    and field of view, shifted."""
     azimuth = torch.deg2rad(cameras.azimuth)[:, None] * torch.arange(1, 5, device=cameras.azimuth.device)
     elevation = torch.deg2rad(cameras.elevation)[:, None] * torch.arange(1, 3, device=cameras.azimuth.device)
     rest = torch.stack([cameras.distance - 3, (cameras.fov - 40) / 10], -1)
@@ -61,7 +65,8 @@ def camera_features(cameras: Cameras) -> Tensor:
 
 
 def ray_features(cameras: Cameras, side: int) -> Tensor:
-    """(B, RAY_FEATURES, side, side): each ray's direction, and its point nearest to the origin with waves of it."""
+    """Return (B, RAY_FEATURES, side, side): each ray's direction, its point nearest to the origin, and sines and
+    cosines of that point."""
     origins, directions = cameras.rays(side)
     nearest = origins - (origins * directions).sum(-1, keepdim=True) * directions
     waves = [f(math.pi * k * nearest) for k in (1, 2) for f in (torch.sin, torch.cos)]
@@ -69,13 +74,13 @@ def ray_features(cameras: Cameras, side: int) -> Tensor:
 
 
 def time_features(t: Tensor, width: int = 64) -> Tensor:
-    """(B,) in [0, 1] -> (B, width)."""
+    """Return sinusoidal features (B, width) of t (B,) in [0, 1]."""
     angles = t[:, None] * 1000 * torch.exp(torch.arange(width // 2, device=t.device) * (-math.log(1e4) / (width // 2)))
     return torch.cat([angles.sin(), angles.cos()], -1)
 
 
 class Block(nn.Module):
-    """Two 3 x 3 convolutions with a residual path; the condition scales and shifts between them."""
+    """A residual block of two 3 x 3 convolutions. The condition scales and shifts the features between them."""
 
     def __init__(self, inputs: int, outputs: int, condition: int, dropout: float = 0.0):
         super().__init__()
@@ -88,7 +93,7 @@ class Block(nn.Module):
         nn.init.zeros_(self.conv2.weight)
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        """Features (B, inputs, h, w) and conditions (B, condition) -> (B, outputs, h, w)."""
+        """Return (B, outputs, h, w) for features x (B, inputs, h, w) and condition (B, condition)."""
         h = self.conv1(F.silu(self.norm1(x)))
         scale, shift = self.film(condition)[:, :, None, None].chunk(2, 1)
         h = self.conv2(self.dropout(F.silu(self.norm2(h) * (1 + scale) + shift)))
@@ -96,7 +101,7 @@ class Block(nn.Module):
 
 
 class Attention(nn.Module):
-    """Every place looks at every place and at the caption's words, in one softmax."""
+    """Self-attention over pixels and cross-attention to the caption's words, in one softmax."""
 
     def __init__(self, width: int, text: int, heads: int):
         super().__init__()
@@ -108,19 +113,19 @@ class Attention(nn.Module):
         nn.init.zeros_(self.out.weight)
 
     def forward(self, x: Tensor, words: Tensor, mask: Tensor) -> Tensor:
-        """Features (B, width, h, w), words (B, L, text) and which of them count (B, L) bool -> (B, width, h, w)."""
+        """Return (B, width, h, w) for features x (B, width, h, w), words (B, L, text) and their mask (B, L) bool."""
         b, c, h, w = x.shape
         q, k, v = self.qkv(self.norm(x)).flatten(2).transpose(1, 2).chunk(3, -1)  # (B, HW, C)
         wk, wv = self.words(words).chunk(2, -1)  # (B, L, C)
         k, v = torch.cat([k, wk], 1), torch.cat([v, wv], 1)
-        seen = torch.cat([mask.new_ones(b, h * w), mask], 1)[:, None, None, :]
+        attend = torch.cat([mask.new_ones(b, h * w), mask], 1)[:, None, None, :]
         q, k, v = (y.view(b, -1, self.heads, c // self.heads).transpose(1, 2) for y in (q, k, v))
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=attend)
         return x + self.out(y.transpose(1, 2).reshape(b, h * w, c).transpose(1, 2).view(b, c, h, w))
 
 
 class UNet(nn.Module):
-    """Text-conditioned U-Net on (B, channels, size, size), told the camera where it can be."""
+    """Text-conditioned U-Net on (B, channels, size, size), optionally conditioned on the camera."""
 
     def __init__(self, config: UNetConfig = UNetConfig()):
         super().__init__()
@@ -154,61 +159,65 @@ class UNet(nn.Module):
         t: Tensor,
         text: tuple[Tensor, Tensor, Tensor],
         cameras: Cameras | None = None,
-        seen: Tensor | None = None,
+        camera_mask: Tensor | None = None,
         extra: Tensor | None = None,
     ) -> Tensor:
         """Predict v.
 
         Args:
-            x: (B, C, H, W) noisy images; other sides than the config's work where they halve as often.
+            x: (B, C, H, W) noisy images. Sides other than the config's work if they are multiples of
+                fold * 2^(levels - 1).
             t: (B,) in [0, 1].
-            text: what `TextEncoder` returns.
-            cameras: B cameras, or None for none.
-            seen: (B,) 1 where the camera is given, 0 where it is dropped; not needed without cameras.
-            extra: (B, condition), added to what scales and shifts every block.
+            text: the output of `TextEncoder`.
+            cameras: B cameras, or None.
+            camera_mask: (B,), 1 where the camera is used, 0 where it is dropped. Required with cameras.
+            extra: (B, condition), added to the condition of every block.
 
         Returns:
             (B, C, H, W).
         """
-        condition, rays = self._condition(x, t, text[2], cameras, seen, extra)
-        kept: list[Tensor] = []
-        h = self._descend(x, condition, text, rays, kept)
+        condition, rays = self._condition(x, t, text[2], cameras, camera_mask, extra)
+        skips: list[Tensor] = []
+        h = self._descend(x, condition, text, rays, skips)
         for level in reversed(range(len(self.up))):
             blocks = self.up[level]
             assert isinstance(blocks, nn.ModuleList)
             for block in blocks:
-                h = block(torch.cat([h, kept.pop()], 1), condition)
-            h = self._look(self.look_up, level, h, text)
+                h = block(torch.cat([h, skips.pop()], 1), condition)
+            h = self._attend(self.look_up, level, h, text)
             if level:
                 h = F.interpolate(self.grow[level - 1](h), scale_factor=2, mode="nearest")
         return F.pixel_shuffle(self.last(F.silu(self.norm(h))), self.config.fold)
 
     def features(self, x: Tensor, t: Tensor, text: tuple[Tensor, Tensor, Tensor]) -> list[Tensor]:
-        """What the way down sees of x (B, C, H, W) at t (B,): one map (B, width, h, w) a block, highest first."""
+        """Return the feature maps (B, width, h, w) of the blocks on the way down, highest resolution first, for
+        x (B, C, H, W) at t (B,)."""
         condition, rays = self._condition(x, t, text[2], None, None, None)
-        kept: list[Tensor] = []
-        self._descend(x, condition, text, rays, kept)
-        return kept
+        maps: list[Tensor] = []
+        self._descend(x, condition, text, rays, maps)
+        return maps
 
     def _condition(
         self,
         x: Tensor,
         t: Tensor,
-        whole: Tensor,  # (B, text)
+        caption: Tensor,  # (B, text)
         cameras: Cameras | None,
-        seen: Tensor | None,
+        camera_mask: Tensor | None,
         extra: Tensor | None,
     ) -> tuple[Tensor, list[Tensor]]:
-        """What scales and shifts every block, (B, condition); what the rays add to each level's pixels, if anything."""
-        condition = self.time(time_features(t)) + self.caption(whole)
+        """Return the condition of every block, (B, condition), and the ray features to add at each level; an empty
+        list without cameras."""
+        condition = self.time(time_features(t)) + self.caption(caption)
         if extra is not None:
             condition = condition + extra
         rays = []
         if cameras is not None:
-            assert self.config.cameras and seen is not None, "this network takes no camera"
-            condition = condition + self.camera(camera_features(cameras)) * seen[:, None]
+            assert self.config.cameras and camera_mask is not None, "this network takes no camera"
+            condition = condition + self.camera(camera_features(cameras)) * camera_mask[:, None]
             sides = [x.shape[-1] // self.config.fold // 2**level for level in range(len(self.rays))]
-            rays = [f(ray_features(cameras, s) * seen[:, None, None, None]) for f, s in zip(self.rays, sides)]
+            mask = camera_mask[:, None, None, None]
+            rays = [layer(ray_features(cameras, side) * mask) for layer, side in zip(self.rays, sides)]
         return F.silu(condition), rays
 
     def _descend(
@@ -217,9 +226,9 @@ class UNet(nn.Module):
         condition: Tensor,
         text: tuple[Tensor, Tensor, Tensor],
         rays: list[Tensor],
-        kept: list[Tensor],
+        maps: list[Tensor],
     ) -> Tensor:
-        """From pixels to the lowest level; every block's answer goes into ``kept``."""
+        """Run the way down. Appends the output of every block to ``maps`` and returns the last one."""
         h = self.first(F.pixel_unshuffle(x, self.config.fold))
         for level, blocks in enumerate(self.down):
             if level:
@@ -228,11 +237,11 @@ class UNet(nn.Module):
                 h = h + rays[level]
             assert isinstance(blocks, nn.ModuleList)
             for block in blocks:
-                h = self._look(self.look_down, level, block(h, condition), text)
-                kept.append(h)
+                h = self._attend(self.look_down, level, block(h, condition), text)
+                maps.append(h)
         return h
 
-    def _look(self, looks: nn.ModuleList, level: int, h: Tensor, text: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-        """Attention, at the two lowest levels."""
-        lowest = level - (len(self.down) - 2)
-        return looks[lowest](h, *text[:2]) if lowest >= 0 else h
+    def _attend(self, layers: nn.ModuleList, level: int, h: Tensor, text: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        """Apply the attention layer of the level; only the two lowest levels have one."""
+        index = level - (len(self.down) - 2)
+        return layers[index](h, *text[:2]) if index >= 0 else h

@@ -8,22 +8,24 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from sds3d import ops
 from sds3d.config.schema import RunConfig
 from sds3d.distill.core import ScoreMethod, ScoreObjective
-from sds3d.distill.critics import TrainedCritic
+from sds3d.distill.critics import Trainable, TrainedCritic
 from sds3d.distill.score.bridge import Bridge
 from sds3d.runs import kinds
 from sds3d.runtime.device import pick_device
 from sds3d.runtime.distributed import Processes
 from sds3d.students.base import Student
-from sds3d.teachers.base import Teacher
-from sds3d.teachers.load import Loaded, load_teacher
+from sds3d.teachers.base import Teacher, TeacherConfig, object_name
+from sds3d.teachers.load import load_teacher
 from sds3d.train import Objective
+
+AnyConfig = TypeVar("AnyConfig", bound=RunConfig)
 
 
 def usable_here(config: RunConfig, given: Mapping[str, Any]) -> RunConfig:
@@ -65,11 +67,44 @@ def usable_here(config: RunConfig, given: Mapping[str, Any]) -> RunConfig:
     return config
 
 
-def build_teacher(config: RunConfig) -> Loaded:
-    """Load the config's teacher. Raises ValueError where it does not know the run's prompts."""
+def with_teacher(config: AnyConfig, teacher: Teacher | None) -> AnyConfig:
+    """Return the config of a run whose teacher is an object: ``teacher.name`` names its class. None changes nothing.
+
+    Raises:
+        ValueError: the config has settings of another teacher, or this kind of run needs a teacher with a name.
+    """
+    if teacher is None:
+        return config
+    own = TeacherConfig(object_name(teacher), teacher.views)
+    if kinds.of(config).opens_with_teacher:
+        raise ValueError(
+            f"the teacher is an object ({own.name}), and a generator's run is opened with its teacher, by name: "
+            "give a name, as in teacher='digits', or the folder of a training"
+        )
+    if config.teacher.name != own.name:
+        usual = type(config)("a red mug").teacher
+        for field in dataclasses.fields(usual):
+            value = getattr(config.teacher, field.name)
+            if value not in (getattr(usual, field.name), getattr(own, field.name)):
+                raise ValueError(
+                    f"teacher.{field.name} is {value!r}, and the teacher is an object ({own.name}), which has its own "
+                    "settings: leave one of the two out"
+                )
+    return dataclasses.replace(config, teacher=own)
+
+
+def refuse_settings_of_teacher(*layers: Mapping[str, Any]) -> None:
+    """Raise ValueError if settings are about a teacher; for runs whose teacher is an object."""
+    for key in (key for layer in layers for key in layer if key.split(".")[0] == "teacher"):
+        raise ValueError(f"{key} is for a teacher that is loaded by its name, and an object is given: leave one out")
+
+
+def build_teacher(config: RunConfig, teacher: Teacher | None = None) -> Teacher:
+    """Load the config's teacher, or check the given one. Raises ValueError if it does not know the run's prompts."""
     kind = kinds.of(config)
     kind.check(config)
-    teacher = load_teacher(config.teacher, config.device)
+    if teacher is None:
+        teacher = load_teacher(config.teacher, config.device)
     kind.check_teacher(config, teacher)
     both = f"{config.prompt}, {config.negative}" if isinstance(config.method, Bridge) and config.negative else ""
     for name, prompt in (
@@ -87,7 +122,7 @@ def build_teacher(config: RunConfig) -> Loaded:
     return teacher
 
 
-def build_student(config: RunConfig, teacher: Loaded | None = None, processes: Processes = Processes()) -> Student:
+def build_student(config: RunConfig, teacher: Teacher | None = None, processes: Processes = Processes()) -> Student:
     """Build the student that a run trains. The same seed builds the same student.
 
     Args:
@@ -99,18 +134,24 @@ def build_student(config: RunConfig, teacher: Loaded | None = None, processes: P
     return kinds.of(config).build_student(config, teacher, processes)
 
 
-def build_critic(config: RunConfig, teacher: Loaded, processes: Processes = Processes()) -> TrainedCritic | None:
+def build_critic(config: RunConfig, teacher: Teacher, processes: Processes = Processes()) -> TrainedCritic | None:
     """Build a critic that starts from the teacher, with a discriminator where the method needs one.
 
     Returns:
         The critic; None where the method needs none.
 
     Raises:
-        ValueError: the method is not for this kind of run, or the discriminator has no real images.
+        ValueError: the method is not for this kind of run, the teacher has no network that a critic could start from,
+            or the discriminator has no real images.
     """
     require_kind(config)
     if "critic" not in config.method.NEEDS:
         return None
+    if not isinstance(teacher, Trainable):
+        raise ValueError(
+            f"{type(config.method).__name__} trains a critic that starts from the teacher's network, and "
+            f"{type(teacher).__name__} has none (network, extra_width, answer): take a method without a critic"
+        )
     rng = torch.Generator().manual_seed(config.seed)
     return kinds.of(config).build_critic(config, teacher, rng, processes)
 

@@ -141,7 +141,9 @@ class Generated:
         header = {"generator": json.dumps(asdict(self.config.generator)), "teacher": student.identity}
         header |= {"method": type(self.config.method).__name__, "steps": str(self.config.steps)}
         header["denoiser"] = json.dumps(self.config.method.DENOISER)
-        numbers = teacher.levels.told(student.times) if isinstance(teacher, DiffusersTeacher) else student.times
+        numbers = (
+            teacher.levels.network_timesteps(student.times) if isinstance(teacher, DiffusersTeacher) else student.times
+        )
         header["times"] = json.dumps(numbers.tolist())
         if isinstance(teacher, DiffusersTeacher):
             header["prompts"] = json.dumps(student.prompts)
@@ -306,7 +308,7 @@ def _times(teacher: SmallTeacher | DiffusersTeacher, config: GeneratorConfig, te
             older files, which do not store them; the times are then computed from the config as they were in training.
     """
     if text is None and isinstance(teacher, DiffusersTeacher):
-        return generator_scheduler.times(
+        return generator_scheduler.scheduler_times(
             teacher.family, teacher.levels, teacher.family.pipe.scheduler, config.steps
         ), 1.0
     if text is None:
@@ -317,7 +319,7 @@ def _times(teacher: SmallTeacher | DiffusersTeacher, config: GeneratorConfig, te
     if len(numbers) != config.steps or not falls:
         raise ValueError(f"times is {shown(text)}, not {config.steps} decreasing numbers above 0, up to {most:g}")
     if isinstance(teacher, DiffusersTeacher):
-        return generator_scheduler.times_of(teacher.levels, numbers), 1.0
+        return generator_scheduler.t_of_network_timesteps(teacher.levels, numbers), 1.0
     return numbers, float(teacher.schedule.alpha_sigma(numbers[:1])[1])
 
 
@@ -385,12 +387,12 @@ def load_generator(path: str | Path, device: str = "auto", dtype: str = "auto") 
         except ValueError as error:
             raise ValueError(f"{file / hf.CARD} is damaged ({error}); train the generator again") from error
         pipeline = loading.load(TeacherConfig(str(file), "words", dtype, hf=config), pick_device(device))
-        pipeline.words.sided = False
+        pipeline.embedder.all_views = False
         return LoadedGenerator(pipeline, header)
     if dtype == "float16":
         raise ValueError(f"dtype float16 is for diffusers pipelines, and {file} is none; give float32 or bfloat16")
     torch_dtype = None if dtype == "auto" else getattr(torch, dtype)
     network = small.load(file, "words", pick_device(device), torch_dtype)
-    if "generator" not in network.told:
+    if "generator" not in network.header:
         raise ValueError(f"{file} is a teacher's, not a generator's; distil it: sds3d distill --teacher {file}")
-    return LoadedGenerator(network, network.told)
+    return LoadedGenerator(network, network.header)

@@ -18,7 +18,7 @@ from sds3d.distill import pairs, perceptual
 from sds3d.distill.adversarial.generator_loss import Adversarial
 from sds3d.distill.core import ScoreObjective, scale_of
 from sds3d.distill.critics import TrainedCritic
-from sds3d.distill.discriminators import Real, TrainedDiscriminator
+from sds3d.distill.discriminators import RealSampler, TrainedDiscriminator
 from sds3d.distill.regression import Regression
 from sds3d.runs.folder import slug
 from sds3d.runs.memory_savings import Saving, halved, of_critic
@@ -46,7 +46,7 @@ def check_teacher(config: DistillConfig, teacher: Loaded) -> None:
         name = config.teacher.name
         raise ValueError(f"the teacher {name} judges several views of a scene at once; a generator draws single images")
     if isinstance(teacher, DiffusersTeacher):
-        teacher.words.sided = False
+        teacher.embedder.all_views = False
     if "real" in config.method.NEEDS or ("pairs" in config.method.NEEDS and config.distance == "teacher"):
         _ = teacher.feature_width  # raises where the network has no features
 
@@ -102,7 +102,7 @@ def build_critic(config: DistillConfig, teacher: Loaded, rng: torch.Generator, p
     return TrainedDiscriminator(teacher, config.critic, rng, draw, config.method.discriminator, processes)
 
 
-def real(config: DistillConfig, teacher: Loaded, processes: Processes = Processes()) -> Real:
+def real(config: DistillConfig, teacher: Loaded, processes: Processes = Processes()) -> RealSampler:
     """Return a function that draws real images for a discriminator, with the generator's own prompts.
 
     The generator's prompts stand in for the images' captions, so that the discriminator cannot tell real images by

@@ -76,6 +76,7 @@ class Kind:
         seen_by_cameras: whether the student is rendered from cameras.
         many_prompts: whether an empty prompt means all prompts that the teacher was trained on.
         many_processes: whether several processes of torchrun can train one student.
+        opens_with_teacher: whether a run folder is opened with its teacher, which must then have a name.
     """
 
     config: type[RunConfig]
@@ -97,6 +98,7 @@ class Kind:
     seen_by_cameras: bool = False
     many_prompts: bool = False
     many_processes: bool = False
+    opens_with_teacher: bool = False
 
 
 KINDS = {
@@ -135,6 +137,7 @@ KINDS = {
         gives=frozenset({"pairs", "real"}),
         many_prompts=True,
         many_processes=True,
+        opens_with_teacher=True,
     ),
 }
 

@@ -27,31 +27,35 @@ from sds3d.runtime.files import is_own
 from sds3d.runtime.modes import training
 from sds3d.students.edit import EditedScene
 from sds3d.students.representation import Scene
-from sds3d.teachers.base import Teacher
+from sds3d.teachers.base import Teacher, object_name
 from sds3d.train import Step, make_optimiser, train
 
 
 @training()
-def check(config: RunConfig) -> None:
+def check(config: RunConfig, teacher: Teacher | None = None) -> None:
     """Build the parts of a run without starting it. Raises ValueError if it could not run."""
-    parts = _Parts(config)
+    parts = _Parts(build.with_teacher(config, teacher), teacher=teacher)
     parts.begin_from_source()
     make_optimiser(parts.student, config.optim)
 
 
 @overload
-def start(config: Config) -> tuple[Asset, Generator[Step]]: ...
+def start(config: Config, teacher: Teacher | None = None) -> tuple[Asset, Generator[Step]]: ...
 @overload
-def start(config: RunConfig) -> tuple[kinds.Made, Generator[Step]]: ...
+def start(config: RunConfig, teacher: Teacher | None = None) -> tuple[kinds.Made, Generator[Step]]: ...
 @training()
-def start(config: RunConfig) -> tuple[kinds.Made, Generator[Step]]:
+def start(config: RunConfig, teacher: Teacher | None = None) -> tuple[kinds.Made, Generator[Step]]:
     """A new run: its folder, and the loop, not yet begun. The folder is made once everything else is in order.
+
+    Args:
+        teacher: an object, in place of the teacher that the config names; the run's config.yaml then names its class.
 
     Raises:
         ValueError: the prompt is not for this teacher, weights are missing, the method lacks what it needs, the folder
             cannot be written ...
     """
-    parts = _Parts(config, processes_of(config))
+    config = build.with_teacher(config, teacher)
+    parts = _Parts(config, processes_of(config), teacher)
     parts.begin_from_source()
     title, first = parts.kind.title(config), parts.processes.rank == 0
     run = Run.create(config.out, title, configs.to_yaml(config)) if first else None
@@ -66,7 +70,9 @@ def start(config: RunConfig) -> tuple[kinds.Made, Generator[Step]]:
 
 
 @training()
-def resume(path: str | Path, layer: Mapping[str, Any] | None = None) -> tuple[kinds.Made, Generator[Step]]:
+def resume(
+    path: str | Path, layer: Mapping[str, Any] | None = None, teacher: Teacher | None = None
+) -> tuple[kinds.Made, Generator[Step]]:
     """Resume a run from its checkpoint, or from the beginning if it has none yet.
 
     A run that was made on a GPU goes on without one, with a warning, where there is none; its config.yaml does not
@@ -76,16 +82,21 @@ def resume(path: str | Path, layer: Mapping[str, Any] | None = None) -> tuple[ki
     Args:
         path: the run folder.
         layer: settings to change: steps, device, backend, fsdp, log, export.
+        teacher: the teacher of a run that was started with an object.
 
     Returns:
         The result, which the loop trains, and the loop: a generator of steps.
 
     Raises:
-        ValueError: the run or its checkpoint is missing or damaged, another process works on it, or it has done more
-            steps than ``steps``.
+        ValueError: the run or its checkpoint is missing or damaged, another process works on it, it has done more
+            steps than ``steps``, or the teacher is not the run's.
     """
     run = Run.open(path)
     config = configs.changed(configs.of_run(run.config), layer or {})
+    if teacher is not None and config.teacher.name != object_name(teacher):
+        raise ValueError(
+            f"the run's teacher is {config.teacher.name}, and {object_name(teacher)} is given: go on with its own"
+        )
     here = build.usable_here(config, layer or {})
     processes = processes_of(here)
     with ExitStack() as stack:
@@ -95,7 +106,7 @@ def resume(path: str | Path, layer: Mapping[str, Any] | None = None) -> tuple[ki
         safe = _own_cache(here)
         for _ in prepare(safe, run.path.parent):
             pass
-        parts = _Parts(safe, processes)
+        parts = _Parts(safe, processes, teacher)
         made = parts.made(run)
         begun = _is_begun(run, config)
         if not begun:
@@ -164,9 +175,9 @@ def _after_divergence(run: Run) -> str:
 class _Parts:
     """The parts of a run, built from its config. Raises ValueError if something is missing."""
 
-    def __init__(self, config: RunConfig, processes: Processes = Processes()):
+    def __init__(self, config: RunConfig, processes: Processes = Processes(), teacher: Teacher | None = None):
         self.config, self.processes, self.kind = config, processes, kinds.of(config)
-        self.teacher = build.build_teacher(config)
+        self.teacher = build.build_teacher(config, teacher)
         self.student = build.build_student(config, self.teacher, processes)
         self.critic = build.build_critic(config, self.teacher, processes)
         self.objective = build.build_objective(config, self.teacher, self.critic)
@@ -293,7 +304,7 @@ def prepare(config: RunConfig, home: Path | None = None) -> Iterator[int]:
     if "pairs" in config.method.NEEDS and "pairs" in kinds.of(config).gives:
         processes = processes_of(config)
         if processes.rank == 0:
-            teacher = build.build_teacher(config)
+            teacher: Any = build.build_teacher(config)  # has a name: the kind opens with its teacher
             distilled: Any = config  # a DistillConfig: only generators give pairs
             folder = generator_parts.pairs_folder(distilled, teacher)
             if home is not None and not (is_own(folder, home) or (folder / "pairs.json").is_file()):

@@ -208,7 +208,7 @@ def _load(settings: TeacherConfig, dtype: torch.dtype) -> FakeTeacher:
     if is_pipeline(settings):
         from sds3d.teachers.hf import sketch
 
-        pipeline, encoders = sketch.draw(settings, dtype)
+        pipeline, encoders = sketch.build_meta_teacher(settings, dtype)
         modules = {"network": pipeline.family.network, "VAE": pipeline.family.vae}
         present = {name: module for name, module in modules.items() if module is not None}
         return FakeTeacher(pipeline, present, tensor_bytes(*encoders))
@@ -313,7 +313,7 @@ def largest_batch(config: Config) -> int:
         images = torch.full((views, *zero.shape), 0.5)
         group = torch.zeros(views, dtype=torch.long)
         draw = Draw(images, [config.prompt] * views, cameras, group, source=images if config.source.prompt else None)
-        counts += objective(draw, step, rng).query.asked
+        counts += objective(draw, step, rng).query.teacher_images
     return max(counts, default=0)
 
 

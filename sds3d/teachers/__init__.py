@@ -1,1 +1,1 @@
-"""Frozen image diffusion models that judge images; ``base.Teacher`` is what they have in common."""
+"""Teachers: frozen image diffusion models. ``base.Teacher`` is their common interface."""

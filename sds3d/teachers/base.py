@@ -1,4 +1,4 @@
-"""What the score side asks of a teacher, whatever network is behind it."""
+"""The interface of teachers, and the settings that choose one."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from sds3d.diffusion.noise import Prediction, Schedule
 from sds3d.runtime.ranges import Within
 
 PACKAGED = ("small", "toybox", "digits")  # "toybox" is another name of "small"
-VIEWS = ("camera", "words")  # how a teacher may be told where an image is seen from
+VIEWS = ("camera", "words")  # how a teacher gets the viewpoint of an image
+OBJECT = "python:"  # begins teacher.name if the teacher is an object, which cannot be loaded by a name
 
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -22,22 +23,23 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 @dataclass(frozen=True)
 class HFConfig:
-    """Of diffusers pipelines only.
+    """Settings of diffusers pipelines.
 
     Args:
-        variant: of the weights' files, as "fp16"; "" is the plain one, or the only one there is.
-        allow_pickle: take .bin files where there is no .safetensors. Such a file can run any program it carries.
-        size: pixels a side of the images it judges; 0 is what it was trained on. Smaller is faster and worse.
-        embedded_guidance: what a guidance-distilled network (FLUX.1-dev, latent consistency models) is told, beside the
-            method's own scale.
+        variant: variant of the weight files, such as "fp16"; "" is the plain one, or the only one available.
+        allow_pickle: load .bin files if there is no .safetensors. Such a file can run any program it carries.
+        size: side of the images in pixels; 0 is the size the model was trained on. Smaller is faster and worse.
+        embedded_guidance: guidance scale embedded in a guidance-distilled network (FLUX.1-dev, latent consistency
+            models), beside the method's own scale.
         cache: folder for embedded prompts; "" is sds3d/prompts in the user's cache folder.
-        checkpointing: recompute the VAE encoder's layers in the backward pass: gigabytes less at 512 pixels, for one
+        checkpointing: recompute the VAE encoder's layers in the backward pass. Saves gigabytes at 512 pixels, for one
             more forward of the encoder.
         slicing: encode one image at a time.
         tiling: encode large images in overlapping tiles, which differ slightly at their seams.
-        attention_slicing: a U-Net's attention in slices, for GPUs without a memory-saving attention kernel.
-        channels_last: the memory layout that convolutions in half precision like best.
-        offload: keep the network off the GPU except while it answers; not for methods with a critic, which trains it.
+        attention_slicing: compute a U-Net's attention in slices, for GPUs without a memory-saving attention kernel.
+        channels_last: use the channels-last memory layout, the fastest for convolutions in half precision.
+        offload: keep the network off the GPU except while it predicts. Not for methods with a critic, which trains on
+            the network.
     """
 
     variant: str = ""
@@ -54,23 +56,24 @@ class HFConfig:
 
     def __post_init__(self):
         if self.size < 0:
-            raise ValueError(f"teacher.hf.size is {self.size}; give pixels a side, or 0 for the model's own")
+            raise ValueError(f"teacher.hf.size is {self.size}; give pixels a side, or 0 for the model's own size")
         if self.embedded_guidance < 0:
             raise ValueError(f"teacher.hf.embedded_guidance is {self.embedded_guidance}; give at least 0 (1 to 5)")
 
 
 @dataclass(frozen=True)
 class TeacherConfig:
-    """
+    """Settings of the teacher.
+
     Args:
         name: a packaged teacher, a path to weights of the same kind, or a diffusers pipeline: its folder, or its id on
             the hub.
-        views: how it learns where an image is seen from: "camera" (exactly; of a diffusers pipeline, embeddings of view
-            words blended by the camera's angles) or "words" (front, side, back view).
-        dtype: "auto" (bfloat16 where that is fast), "float32", "bfloat16", or of a diffusers pipeline "float16".
-        compile: compile its network with torch.compile, which needs a C compiler: slow to begin, then faster. A
-            packaged teacher's is replayed as a CUDA graph.
-        hf: of diffusers pipelines.
+        views: how the teacher gets the viewpoint of an image: "camera" (the exact camera; for a diffusers pipeline,
+            embeddings of view words blended by the camera's angles) or "words" (front, side, back view).
+        dtype: "auto" (bfloat16 where that is fast), "float32", "bfloat16", or for a diffusers pipeline "float16".
+        compile: compile the network with torch.compile, which needs a C compiler. Starts slowly, then runs faster. On a
+            GPU a packaged teacher runs as a CUDA graph.
+        hf: settings of diffusers pipelines.
     """
 
     name: str = "small"
@@ -87,18 +90,18 @@ class TeacherConfig:
 
 
 class Teacher(Protocol):
-    """A frozen text-conditioned diffusion model that judges images.
+    """A frozen text-conditioned diffusion model.
 
     Attributes:
-        schedule: its noise levels; every t below is that of this schedule.
-        image_size: side of the images it was trained on, pixels.
+        schedule: noise schedule; every t below is a t of this schedule.
+        image_size: side in pixels of the images it was trained on.
         shape: (C, h, w) of one x, the space it denoises in.
-        views: how it is told where an image is seen from: "camera" (cameras are passed, no view words) or
-            "words" (the prompts carry view words, cameras are not passed).
-        dtype: what its network computes in.
+        views: how it gets the viewpoint: "camera" (cameras are passed, prompts have no view words) or "words" (prompts
+            have view words, cameras are not passed).
+        dtype: dtype in which the network computes.
 
-    What some have beside that are protocols of their own: `SeesSets`, `HasVocabulary`, `OnDevice`. One that knows a
-    picture of the object takes it when it is made, and leaves it out where the prompt is "".
+    Optional abilities are protocols of their own: `HasViewSets`, `HasVocabulary`, `HasDevice`. A teacher conditioned on
+    a picture of the object takes the picture in its constructor, and drops it where the prompt is "".
     """
 
     schedule: Schedule
@@ -108,11 +111,11 @@ class Teacher(Protocol):
     dtype: torch.dtype
 
     def encode(self, images: Tensor) -> Tensor:
-        """images (B, 3, H, W) in [0, 1], any size -> x (B, C, h, w), the space it denoises in; differentiable."""
+        """Encode images (B, 3, H, W) in [0, 1], any size, to x (B, C, h, w); differentiable."""
         ...
 
     def decode(self, x: Tensor) -> Tensor:
-        """x (B, C, h, w) -> images (B, 3, H, W) in [0, 1]."""
+        """Decode x (B, C, h, w) to images (B, 3, H, W) in [0, 1]."""
         ...
 
     def predict(
@@ -123,25 +126,28 @@ class Teacher(Protocol):
         cameras: Cameras | None = None,
         camera_mask: Tensor | None = None,  # (B,) bool
     ) -> Prediction:
-        """Its answer at (x_t, t), without gradient, dropout off. "" is the null prompt. Where ``camera_mask`` is
-        False the camera is dropped; no mask keeps all. Text embeddings are cached by the teacher."""
+        """Return the prediction at (x_t, t), without gradient and without dropout.
+
+        "" is the null prompt. Cameras are dropped where ``camera_mask`` is False; without a mask all are used. The
+        teacher caches text embeddings.
+        """
         ...
 
     def check(self, prompt: str) -> None:
-        """Refuse what this teacher cannot read.
+        """Check that the teacher can read a prompt.
 
         Raises:
-            ValueError: names the words it does not know and the nearest it does.
+            ValueError: it cannot; names the unknown words and the nearest known ones.
         """
         ...
 
 
 @runtime_checkable
-class SeesSets(Protocol):
-    """A teacher that judges several views of one scene in one forward, as MVDream's kind does (4).
+class HasViewSets(Protocol):
+    """A teacher that denoises several views of one scene jointly, as MVDream does (4 views).
 
-    Rows that come with cameras are sets of ``views_per_set`` neighbours, whose cameras stand evenly around the scene
-    (`sds3d.cameras.CameraRanges.ring`).
+    With cameras, a batch consists of sets of ``views_per_set`` neighbouring rows. The cameras of a set stand evenly
+    around the scene (`sds3d.cameras.CameraRanges.ring`).
     """
 
     views_per_set: int
@@ -149,30 +155,35 @@ class SeesSets(Protocol):
 
 @runtime_checkable
 class HasVocabulary(Protocol):
-    """A teacher that reads these words and no others."""
+    """A teacher with a closed vocabulary."""
 
     vocabulary: tuple[str, ...]
 
 
 @runtime_checkable
-class OnDevice(Protocol):
-    """A teacher that says where its network is."""
+class HasDevice(Protocol):
+    """A teacher that names its device."""
 
     @property
     def device(self) -> torch.device:
-        """The device of what it is given."""
+        """The device of its network and of its inputs."""
         ...
 
 
+def object_name(teacher: Teacher) -> str:
+    """What teacher.name says of a teacher that was given as an object: "python:" and its class."""
+    return f"{OBJECT}{type(teacher).__module__}.{type(teacher).__qualname__}"
+
+
 def views_per_set(teacher: Teacher) -> int:
-    """How many views of one scene a teacher judges in one forward; 1 of most."""
-    return teacher.views_per_set if isinstance(teacher, SeesSets) else 1
+    """Return how many views of one scene a teacher denoises jointly; 1 for most teachers."""
+    return teacher.views_per_set if isinstance(teacher, HasViewSets) else 1
 
 
 def encode_pixels(images: Tensor, image_size: int, channels: int = 3) -> Tensor:
-    """images (B, 3, H, W) in [0, 1] -> (B, channels, image_size, image_size) in [-1, 1]: a pixel teacher's ``encode``.
+    """Encode images (B, 3, H, W) in [0, 1] for a pixel teacher: (B, channels, image_size, image_size) in [-1, 1].
 
-    Shrinks by area, grows bilinearly; one channel is the mean of the three. Differentiable.
+    Downsamples by area, upsamples bilinearly. One channel is the mean of the three. Differentiable.
     """
     if channels == 1:
         images = images.mean(1, keepdim=True)
@@ -185,5 +196,5 @@ def encode_pixels(images: Tensor, image_size: int, channels: int = 3) -> Tensor:
 
 
 def decode_pixels(x: Tensor) -> Tensor:
-    """x (B, 1 or 3, H, W) in [-1, 1] -> images (B, 3, H, W) in [0, 1], clamped: a pixel teacher's ``decode``."""
+    """Decode x (B, 1 or 3, H, W) in [-1, 1] of a pixel teacher to images (B, 3, H, W) in [0, 1], clamped."""
     return ((x + 1) / 2).clamp(0, 1).expand(-1, 3, -1, -1)

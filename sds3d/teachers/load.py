@@ -1,4 +1,4 @@
-"""From a name to a teacher: packaged weights, a file or a folder of a training, a diffusers pipeline."""
+"""Loads a teacher by name: packaged weights, the file or folder of a training, or a diffusers pipeline."""
 
 from __future__ import annotations
 
@@ -10,17 +10,26 @@ import torch
 
 from sds3d.runtime.device import pick_device
 from sds3d.teachers import small
-from sds3d.teachers.base import PACKAGED, HFConfig, TeacherConfig
+from sds3d.teachers.base import OBJECT, PACKAGED, HFConfig, TeacherConfig
 from sds3d.teachers.hf import loading
 from sds3d.teachers.hf.generator import CARD, read
 from sds3d.teachers.hf.teacher import DiffusersTeacher
 
-Loaded = small.SmallTeacher | DiffusersTeacher  # what `load_teacher` gives
+Loaded = small.SmallTeacher | DiffusersTeacher  # what `load_teacher` returns
 
 
 def load_teacher(settings: TeacherConfig, device: str = "auto") -> Loaded:
-    """A frozen teacher; a generator that answers as a denoiser is one. Raises ValueError where there is none of that
-    name, or its weights are damaged."""
+    """Load a frozen teacher. A generator that still denoises can be a teacher as well.
+
+    Raises:
+        ValueError: there is no teacher of that name, its weights are damaged, or it is a generator that does not
+            denoise.
+    """
+    if settings.name.startswith(OBJECT):
+        raise ValueError(
+            f"the teacher was an object in Python ({settings.name.removeprefix(OBJECT)}), which cannot be loaded by a "
+            "name: give an object of this class again, as in sds3d.resume(run, teacher=...)"
+        )
     if loading.is_pipeline(settings.name):
         folder = Path(settings.name).expanduser()
         if (folder / CARD).is_file():
@@ -40,17 +49,17 @@ def load_teacher(settings: TeacherConfig, device: str = "auto") -> Loaded:
             f"{loading.INDEX}, or an id on the hub such as owner/model"
         )
     dtype = None if settings.dtype == "auto" else getattr(torch, settings.dtype)
-    found = small.load(path, settings.views, pick_device(device), dtype, settings.compile)
-    if "generator" in found.told:
-        _require_denoiser(str(path), found.told)
-    return found
+    teacher = small.load(path, settings.views, pick_device(device), dtype, settings.compile)
+    if "generator" in teacher.header:
+        _require_denoiser(str(path), teacher.header)
+    return teacher
 
 
 def _require_denoiser(name: str, header: Mapping[str, Any]) -> None:
-    """Raises ValueError where a generator's header does not say that it answers as a denoiser; older ones say nothing,
-    and none of them does."""
+    """Raise ValueError if a generator's header does not say that it denoises. No generator of an older version, whose
+    header has no such entry, does."""
     if header.get("denoiser") != "true":
         raise ValueError(
             f"{name} is a generator, which paints by itself (sds3d sample) and is no denoiser any more: name the "
-            "teacher it came from"
+            "teacher it was distilled from"
         )

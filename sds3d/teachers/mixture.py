@@ -1,4 +1,4 @@
-"""Exact teachers: Gaussian mixtures, whose answer at every noise level is known in closed form.
+"""Exact teachers: Gaussian mixtures, whose prediction at every noise level is known in closed form.
 
 For x ~ sum_k w_k N(m_k, diag s_k^2), x_t = alpha x + sigma eps is again a mixture, of N(alpha m_k, diag V_k) with
 V_k = alpha^2 s_k^2 + sigma^2, and with the responsibilities r_k ~ w_k N(x_t; alpha m_k, V_k)
@@ -6,8 +6,8 @@ V_k = alpha^2 s_k^2 + sigma^2, and with the responsibilities r_k ~ w_k N(x_t; al
     E[x0 | x_t]  = sum_k r_k (m_k + alpha s_k^2 (x_t - alpha m_k) / V_k)
     E[eps | x_t] = sum_k r_k sigma (x_t - alpha m_k) / V_k            # = -sigma grad log p_t(x_t)
 
-What a perfectly trained network would report. With images as means and s_k = 0 it is the softmax-weighted mean of the
-images: the oracle for pictures, and with a camera for each image for scenes.
+These are the predictions of a perfectly trained network. With images as means and s_k = 0, E[x0 | x_t] is the
+softmax-weighted mean of the images: an oracle for images and, with a camera for each image, for scenes.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from sds3d.teachers.base import decode_pixels, encode_pixels
 
 @dataclass
 class Mixture:
-    """A mixture of K Gaussians with diagonal covariances, over tensors of any shape (D, ...); float64 inside.
+    """A mixture of K Gaussians with diagonal covariances over tensors of shape (D, ...), computed in float64.
 
     Args:
         weights: (K,), at least 0; they are normalised.
         means: (K, D, ...).
-        stds: shape that broadcasts to means, at least 0; a number for all.
+        stds: at least 0; a number, or a tensor that broadcasts to means.
 
     Raises:
-        ValueError: weights or standard deviations that are negative, or no weight at all.
+        ValueError: a weight or a standard deviation is negative, or all weights are 0.
     """
 
     weights: Tensor
@@ -55,62 +55,62 @@ class Mixture:
         self.weights = self.weights / self.weights.sum()
 
     def log_joint(self, x_t: Tensor, alpha: Tensor, sigma: Tensor, log_prior: Tensor | None = None) -> Tensor:
-        """log w_k + log N(x_t; alpha m_k, V_k), (B, K).
+        """Return log w_k + log N(x_t; alpha m_k, V_k), (B, K).
 
         Args:
             x_t: (B, D, ...).
             alpha, sigma: (B,).
             log_prior: (B, K) log weights in place of the mixture's own.
         """
-        off, variance = self._off(x_t, alpha, sigma)
-        log_normal = -0.5 * (off**2 / variance + variance.log() + math.log(2 * math.pi)).flatten(2).sum(-1)
+        residual, variance = self._residual(x_t, alpha, sigma)
+        log_normal = -0.5 * (residual**2 / variance + variance.log() + math.log(2 * math.pi)).flatten(2).sum(-1)
         return log_normal + (self.weights.log() if log_prior is None else log_prior)
 
     def log_density(self, x_t: Tensor, alpha: Tensor, sigma: Tensor, log_prior: Tensor | None = None) -> Tensor:
-        """log p_t(x_t), (B,); differentiable."""
+        """Return log p_t(x_t), (B,); differentiable."""
         return self.log_joint(x_t, alpha, sigma, log_prior).logsumexp(-1)
 
     def posterior(
         self, x_t: Tensor, alpha: Tensor, sigma: Tensor, log_prior: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """E[x0 | x_t] and E[eps | x_t], each (B, D, ...) float64."""
-        share = self.log_joint(x_t, alpha, sigma, log_prior).softmax(-1)  # (B, K)
-        share = share.view(*share.shape, *[1] * (x_t.dim() - 1))
-        off, variance = self._off(x_t, alpha, sigma)
-        pull = off / variance
+        """Return E[x0 | x_t] and E[eps | x_t], each (B, D, ...) float64."""
+        r = self.log_joint(x_t, alpha, sigma, log_prior).softmax(-1)  # (B, K), the responsibilities
+        r = r.view(*r.shape, *[1] * (x_t.dim() - 1))
+        residual, variance = self._residual(x_t, alpha, sigma)
+        scaled = residual / variance
         alpha, sigma = (v.double().view(-1, *[1] * x_t.dim()) for v in (alpha, sigma))
-        x0 = (share * (self.means + alpha * self.stds**2 * pull)).sum(1)
-        return x0, (share * sigma * pull).sum(1)
+        x0 = (r * (self.means + alpha * self.stds**2 * scaled)).sum(1)
+        return x0, (r * sigma * scaled).sum(1)
 
     def sample(self, n: int, rng: torch.Generator, weights: Tensor | None = None) -> Tensor:
-        """n samples, (n, D, ...) float64; ``weights`` (K,) in place of the mixture's own."""
-        which = torch.multinomial(self.weights if weights is None else weights, n, True, generator=rng)
+        """Draw n samples, (n, D, ...) float64. ``weights`` (K,) replaces the mixture's own."""
+        component = torch.multinomial(self.weights if weights is None else weights, n, True, generator=rng)
         noise = torch.randn((n, *self.means.shape[1:]), generator=rng, dtype=torch.float64)
-        return self.means[which] + torch.as_tensor(self.stds)[which] * noise
+        return self.means[component] + torch.as_tensor(self.stds)[component] * noise
 
-    def _off(self, x_t: Tensor, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-        """x_t - alpha m_k and V_k, each (B, K, D, ...)."""
+    def _residual(self, x_t: Tensor, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        """Return x_t - alpha m_k and V_k, each (B, K, D, ...)."""
         alpha, sigma = (v.double().view(-1, *[1] * x_t.dim()) for v in (alpha, sigma))
         variance = (alpha**2 * self.stds**2 + sigma**2).clamp_min(1e-300)  # a point mass without noise stays finite
         return x_t.double()[:, None] - alpha * self.means, variance
 
 
 class MixtureTeacher:
-    """A `sds3d.teachers.base.Teacher` with exact answers.
+    """A `sds3d.teachers.base.Teacher` with exact predictions.
 
     Args:
-        mixture: what it knows; components are (C, H, W).
-        classes: prompt -> weights (K,) of the mixture under it; view words may be part of the prompt. "" is the whole
+        mixture: the data distribution; components are (C, H, W).
+        classes: prompt -> weights (K,) of the mixture under it. View words may be part of the prompt. "" is the whole
             mixture.
-        schedule: its noise levels.
-        kind: what it reports, one of `sds3d.diffusion.noise.KINDS`.
-        cameras: K cameras, where component k is a picture taken by camera k; then ``views`` is "camera", and a told
-            camera favours the components seen from near it.
-        view_width: degrees of arc over which that favour falls off (a Gaussian's standard deviation).
-        pixels: whether x is an image in [-1, 1]; otherwise images are taken as they are.
+        schedule: noise schedule.
+        kind: what it predicts, one of `sds3d.diffusion.noise.KINDS`.
+        cameras: K cameras; component k is a picture taken by camera k. ``views`` is then "camera", and the weights of
+            components fall with the angle between their camera and the given one.
+        view_width: standard deviation in degrees of that Gaussian fall-off.
+        pixels: whether x is an image in [-1, 1]; otherwise x is the image in [0, 1] itself.
 
     Raises:
-        ValueError: classes whose weights do not fit the mixture.
+        ValueError: the weights of a class do not fit the mixture.
     """
 
     dtype = torch.float64
@@ -148,7 +148,7 @@ class MixtureTeacher:
         cameras: Cameras | None = None,
         schedule: Schedule | None = None,
     ) -> MixtureTeacher:
-        """Knows these pictures, equally likely, each blurred by noise of ``std`` in [-1, 1]'s units."""
+        """Return the teacher of these images, equally likely, each with noise of ``std`` in units of [-1, 1]."""
         mixture = Mixture(torch.ones(len(images)), 2 * images - 1, std)
         return cls(mixture, classes, schedule, cameras=cameras, pixels=True)
 
@@ -161,22 +161,22 @@ class MixtureTeacher:
         return decode_pixels(x) if self.pixels else x
 
     def check(self, prompt: str) -> None:
-        """Raises ValueError for a prompt that is no class."""
+        """Raise ValueError for a prompt that is not a class."""
         if not prompt or self._class_of(prompt) is None:
             known = ", ".join(repr(p) for p in self.classes if p) or "none: it is unconditional"
             raise ValueError(f"this exact teacher does not know {prompt!r}; its prompts are {known}")
 
     def weights(self, prompt: str) -> Tensor:
-        """(K,) of a class, with or without its view words.
+        """Return the weights (K,) of a class, whose prompt may have view words.
 
         Raises:
-            ValueError: it is no class.
+            ValueError: the prompt is not a class.
         """
-        found = self._class_of(prompt)
-        if found is None:
+        weights = self._class_of(prompt)
+        if weights is None:
             self.check(prompt)
-        assert found is not None, "check refuses what is no class"
-        return found
+        assert weights is not None, "check refuses other prompts"
+        return weights
 
     @torch.no_grad()
     def predict(
@@ -198,7 +198,7 @@ class MixtureTeacher:
 
     @cached_property
     def network(self) -> PointNet:
-        """What a critic of this teacher learns: a difference in v, zero at first."""
+        """The network that a critic of this teacher trains: a correction of v, zero at first."""
         return PointNet(self.mixture.means[0].numel())
 
     extra_width = 0
@@ -213,7 +213,7 @@ class MixtureTeacher:
         camera_mask: Tensor | None = None,
         extra: Tensor | None = None,
     ) -> Prediction:
-        """See `sds3d.distill.critics.Trainable.answer`; the network's answer is added to the exact one."""
+        """See `sds3d.distill.critics.Trainable.answer`. The network's output is added to the exact v."""
         exact = self.predict(x_t, t, prompts, cameras, camera_mask)
         dtype = torch.promote_types(x_t.dtype, torch.float32)
         v = exact.v + network(x_t.to(torch.float32), t.to(torch.float32)).to(dtype)
@@ -222,21 +222,21 @@ class MixtureTeacher:
     def log_prior(
         self, prompts: list[str], cameras: Cameras | None = None, camera_mask: Tensor | None = None
     ) -> Tensor:
-        """log weights of the components under each prompt and camera, (B, K), normalised."""
-        place = {p: i for i, p in enumerate(dict.fromkeys(prompts))}
-        log_weights = torch.stack([self.weights(p) for p in place]).log()[[place[p] for p in prompts]]
+        """Return the normalised log weights of the components under each prompt and camera, (B, K)."""
+        row = {p: i for i, p in enumerate(dict.fromkeys(prompts))}
+        log_weights = torch.stack([self.weights(p) for p in row]).log()[[row[p] for p in prompts]]
         if cameras is not None and self.cameras is not None:
-            towards, known = (
+            directions, own_directions = (
                 torch.nn.functional.normalize(c.positions().double(), dim=-1) for c in (cameras, self.cameras)
             )
-            angle = torch.rad2deg(torch.acos((towards @ known.T).clamp(-1, 1)))  # (B, K)
-            favour = -0.5 * (angle / self.view_width) ** 2
-            told = torch.ones(len(prompts), dtype=torch.bool) if camera_mask is None else camera_mask
-            log_weights = log_weights + torch.where(told[:, None], favour, 0.0)
+            angle = torch.rad2deg(torch.acos((directions @ own_directions.T).clamp(-1, 1)))  # (B, K)
+            log_view = -0.5 * (angle / self.view_width) ** 2
+            mask = torch.ones(len(prompts), dtype=torch.bool) if camera_mask is None else camera_mask
+            log_weights = log_weights + torch.where(mask[:, None], log_view, 0.0)
         return log_weights.log_softmax(-1)
 
     def _class_of(self, prompt: str) -> Tensor | None:
         if prompt in self.classes:
             return self.classes[prompt]
-        plain, _, view = prompt.rpartition(", ")
-        return self.classes.get(plain) if view in VIEW_WORDS else None
+        without_view, _, view = prompt.rpartition(", ")
+        return self.classes.get(without_view) if view in VIEW_WORDS else None

@@ -1,4 +1,4 @@
-"""What a file of weights is that is no teacher's, told from its header, and what to do with it."""
+"""Recognises weight files of other kinds by their header, and says how to use them."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from pathlib import Path
 from sds3d.runtime.files import from_json
 
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")
-ORIGINAL = "model.diffusion_model."  # how the first programs for Stable Diffusion name the network
-LARGEST = 100_000_000  # bytes of a header, as safetensors itself allows
+ORIGINAL = "model.diffusion_model."  # prefix of the network's tensors in Stable Diffusion's original format
+LARGEST = 100_000_000  # bytes of a header, the limit of safetensors itself
 
 
 def explain(path: Path) -> str:
-    """Why a file of weights is no teacher of this project, by its header alone; "" for one or a damaged file."""
+    """Return why a weight file is not a teacher of this project, from its header alone; "" for a teacher or a damaged
+    file."""
     if path.suffix.lower() in PICKLES:
         return (
             f"{path} is a pickle, which can run any program it carries, so it is not read: get the same model as "
@@ -37,7 +38,7 @@ def explain(path: Path) -> str:
 
 
 def _names(path: Path) -> list[str]:
-    """Of the tensors in a file of safetensors; none where it is damaged."""
+    """Return the names of the tensors in a safetensors file; none if it is damaged."""
     try:
         with path.open("rb") as file:
             (size,) = struct.unpack("<Q", file.read(8))
@@ -47,7 +48,7 @@ def _names(path: Path) -> list[str]:
 
 
 def _class_of(has: Callable[..., bool]) -> str:
-    """The diffusers class of a model in one file."""
+    """Return the diffusers class of a model in one file."""
     if has("double_blocks."):
         return "FluxPipeline"
     if has("joint_blocks."):
@@ -55,10 +56,10 @@ def _class_of(has: Callable[..., bool]) -> str:
     return "StableDiffusionXLPipeline" if has("conditioner.embedders.", "label_emb.") else "StableDiffusionPipeline"
 
 
-def _convert(path: Path, cls: str, whole: bool) -> str:
-    """How a model in one file becomes a pipeline's folder."""
+def _convert(path: Path, cls: str, complete: bool) -> str:
+    """Return how to convert a model in one file to a pipeline's folder."""
     folder = path.with_suffix("")
-    alone = "" if whole else ", which may lack its text encoders and its VAE"
+    alone = "" if complete else ", which may lack its text encoders and its VAE"
     return (
         f"{path} is a whole model in one file (of {cls}){alone}; a teacher is a folder, and diffusers makes one of it, "
         f'once and with a network for the small files that say how it is built: python -c "import diffusers; '

@@ -1,8 +1,8 @@
-"""The embedded teachers: small U-Nets whose weights ship with the package or were trained by `sds3d teacher train`.
+"""Small teachers: U-Nets whose weights ship with the package or were trained by `sds3d teacher train`.
 
-They predict v on a cosine schedule. "small" (or "toybox") draws toys at 64 x 64 pixels, and one set of weights answers
-in two modes: told the exact camera (``views="camera"``, as multi-view teachers are) or view words only
-(``views="words"``, as ordinary 2D teachers are). "digits" draws handwritten digits at 8 x 8 and knows no camera.
+They predict v on a cosine schedule. "small" (or "toybox") draws toys at 64 x 64 pixels. Its weights serve two modes:
+the network gets the exact camera (``views="camera"``, as multi-view teachers do) or view words only
+(``views="words"``, as ordinary 2D teachers do). "digits" draws handwritten digits at 8 x 8 pixels, without a camera.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from sds3d.runtime.transfer import onto
 from sds3d.teachers.base import VIEWS, decode_pixels, encode_pixels
 from sds3d.teachers.single_file import explain
 
-FILE = "teacher.safetensors"  # the weights in a training's folder
+FILE = "teacher.safetensors"  # the weights in the folder of a training
 
 
 def packaged(name: str) -> Path:
-    """The weights of a packaged teacher, one of `sds3d.teachers.base.PACKAGED`."""
+    """Return the weight file of a packaged teacher, one of `sds3d.teachers.base.PACKAGED`."""
     return Path(__file__).with_name(f"{'small' if name == 'toybox' else name}.safetensors")
 
 
@@ -44,15 +44,15 @@ class SmallTeacher:
 
     Args:
         unet, text: the networks.
-        vocabulary: the words it knows.
-        views: "camera" or "words"; a network that takes no camera reads words, whatever this says.
-        dtype: torch.bfloat16 to run under autocast, torch.float32 otherwise.
+        vocabulary: the known words.
+        views: "camera" or "words". Always "words" for a network without a camera.
+        dtype: torch.bfloat16 runs under autocast, torch.float32 does not.
         compiled: whether ``predict`` runs the U-Net through torch.compile, with CUDA graphs on a GPU.
 
     Attributes:
-        fingerprint: of the file it was loaded from, "" where there is none.
-        prompts: what it may be asked for, of those it was trained on.
-        told: the file's header.
+        fingerprint: fingerprint of the loaded file, "" without a file.
+        prompts: examples of prompts that it was trained on.
+        header: header of the loaded file.
     """
 
     schedule = Schedule.cosine()
@@ -72,13 +72,12 @@ class SmallTeacher:
         self.views = views if unet.config.cameras else "words"
         self.image_size = unet.config.size
         self.shape = (unet.config.channels, unet.config.size, unet.config.size)
-        # torch's types leave out that of a module it makes a module
-        judge = cast(nn.Module, torch.compile(unet, mode="reduce-overhead")) if compiled else unet
-        self._judge: nn.Module = judge
+        # torch.compile of a module returns a module, which its annotation does not say
+        self._predict_unet = cast(nn.Module, torch.compile(unet, mode="reduce-overhead")) if compiled else unet
         self._embedded: dict[str, tuple[Tensor, Tensor]] = {}
         self.fingerprint = ""
         self.prompts: tuple[str, ...] = ()
-        self.told: dict[str, str] = {}
+        self.header: dict[str, str] = {}
 
     @property
     def device(self) -> torch.device:
@@ -86,10 +85,10 @@ class SmallTeacher:
         return self.unet.last.weight.device
 
     def check(self, prompt: str) -> None:
-        """Refuse what this teacher cannot read.
+        """Check that this teacher can read a prompt.
 
         Raises:
-            ValueError: for an empty prompt, one that is too long, or unknown words; names the nearest known words.
+            ValueError: the prompt is empty or too long, or has unknown words; names the nearest known words.
         """
         if not words(prompt):
             raise ValueError('the prompt is empty: say what to make, for example "a red mug"')
@@ -98,10 +97,10 @@ class SmallTeacher:
             raise ValueError(f"the prompt has {length} words; the embedded teacher reads {PROMPT_WORDS}: shorten it")
         unknown = unknown_words(prompt, self.vocabulary)
         if unknown:
-            piece = weighted(prompt)
+            weight = weighted(prompt)
             raise ValueError(
                 f"the embedded teacher does not know {unknown}"
-                + (f" (it reads no weights, such as {piece!r})" if piece else "")
+                + (f" (it reads no weights, such as {weight!r})" if weight else "")
                 + f"; it knows {len(self.vocabulary)} words (sds3d teacher "
                 "words lists them). An open vocabulary needs a diffusers pipeline: give its folder or its id on the "
                 "hub with --teacher"
@@ -127,7 +126,8 @@ class SmallTeacher:
         return self.unet.config.widths[-1]
 
     def nearest_times(self, times: Tensor) -> tuple[Tensor, float]:
-        """See `sds3d.students.generator.Network.nearest_times`; every time is possible, with the schedule's noise."""
+        """See `sds3d.students.generator.Network.nearest_times`. Returns the times unchanged, and sigma at the
+        first of them."""
         return times, float(self.schedule.alpha_sigma(times[0])[1])
 
     @property
@@ -145,7 +145,7 @@ class SmallTeacher:
         camera_mask: Tensor | None = None,  # (B,) bool
     ) -> Prediction:
         """See `sds3d.teachers.base.Teacher.predict`."""
-        return self.answer(self._judge, x_t, t, prompts, cameras, camera_mask)
+        return self.answer(self._predict_unet, x_t, t, prompts, cameras, camera_mask)
 
     def answer(
         self,
@@ -158,34 +158,36 @@ class SmallTeacher:
         extra: Tensor | None = None,  # (B, extra_width)
     ) -> Prediction:
         """See `sds3d.distill.critics.Trainable.answer`."""
-        exact = self.unet.last.weight.dtype  # float32, or float64 where somebody wants it
-        seen = torch.ones(len(x_t), device=x_t.device) if camera_mask is None else camera_mask.float()
+        exact = self.unet.last.weight.dtype  # float32, or float64 if the networks were converted
+        mask = torch.ones(len(x_t), device=x_t.device) if camera_mask is None else camera_mask.float()
         text, cameras = self._embed(prompts), cameras.to(x_t.device) if cameras else None
         with torch.autocast(x_t.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
-            v = network(x_t.to(exact), t.to(exact), text, cameras, seen, extra).to(exact)
-        if network is not self.unet and network is self._judge:
-            v = v.clone()  # a CUDA graph writes its next answer where this one lies
+            v = network(x_t.to(exact), t.to(exact), text, cameras, mask, extra).to(exact)
+        if network is not self.unet and network is self._predict_unet:
+            v = v.clone()  # a CUDA graph overwrites its output in the next call
         alpha, sigma = self.schedule.alpha_sigma(t)
         return Prediction(v, x_t, alpha, sigma, "v")
 
     def features(self, network: nn.Module, x_t: Tensor, t: Tensor, prompts: list[str]) -> list[Tensor]:
-        """See `sds3d.distill.critics.Featured.features`: the maps of the network's way down."""
+        """See `sds3d.distill.critics.Featured.features`. The maps are those of the way down."""
         assert isinstance(network, UNet), type(network)
         exact, text = self.unet.last.weight.dtype, self._embed(prompts)
         with torch.autocast(x_t.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
-            found = network.features(x_t.to(exact), t.to(exact), text)
-        return [maps.to(exact) for maps in found]
+            maps = network.features(x_t.to(exact), t.to(exact), text)
+        return [features.to(exact) for features in maps]
 
-    @torch.inference_mode(False)  # what is kept here also goes through a critic, with gradients
+    @torch.inference_mode(False)  # the cached embeddings are also used with gradients, by a critic
     @torch.no_grad()
     def _embed(self, prompts: list[str]) -> tuple[Tensor, Tensor, Tensor]:
-        """Word vectors (B, L, D), mask (B, L), whole (B, D), in the encoder's own precision (float32), whatever the
-        teacher's; every prompt is encoded once and kept."""
-        with torch.autocast(self.device.type, enabled=False):  # what is kept depends on nobody who asked first
+        """Return word vectors (B, L, D), mask (B, L) and caption vectors (B, D).
+
+        They have the encoder's dtype (float32), whatever ``self.dtype`` is. Every prompt is encoded once and cached.
+        """
+        with torch.autocast(self.device.type, enabled=False):  # a cached embedding must not depend on its first caller
             for prompt in dict.fromkeys(prompts):
                 if prompt not in self._embedded:
-                    vectors, _, whole = self.text(onto(self.text.tokens([prompt]), self.device))
-                    self._embedded[prompt] = (vectors[0], whole[0])
+                    vectors, _, caption = self.text(onto(self.text.tokens([prompt]), self.device))
+                    self._embedded[prompt] = (vectors[0], caption[0])
         vectors = [self._embedded[p][0] for p in prompts]
         padded = torch.nn.utils.rnn.pad_sequence(vectors, batch_first=True)
         lengths = onto(torch.tensor([len(v) for v in vectors]), self.device)
@@ -194,14 +196,15 @@ class SmallTeacher:
 
 
 def fast_bf16(device: torch.device) -> bool:
-    """Whether bfloat16 is fast on this device: CUDA from compute capability 8, CPUs with AMX tiles."""
+    """Return whether bfloat16 is fast on this device: CUDA from compute capability 8, CPUs with AMX tiles."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device)[0] >= 8
     return device.type == "cpu" and torch.cpu._is_amx_tile_supported()
 
 
 def pick_dtype(device: torch.device, wanted: torch.dtype | None = None) -> torch.dtype:
-    """What to compute in; None takes bfloat16 where it is fast. A GPU too old for it gets float32, and a warning."""
+    """Return the dtype to compute in; None takes bfloat16 where it is fast. Warns and returns float32 on a GPU without
+    bfloat16."""
     if device.type == "cuda" and not fast_bf16(device) and wanted != torch.float32:
         name, (major, minor) = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
         warnings.warn(
@@ -217,17 +220,18 @@ def save(
     text: TextEncoder,
     vocabulary: tuple[str, ...],
     prompts: Sequence[str] = (),
-    told: Mapping[str, str] = MappingProxyType({}),
+    extra_header: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
-    """Write both networks as fp16 safetensors; vocabulary, sizes and prompts it may be asked for go into the header.
+    """Write both networks as fp16 safetensors, with vocabulary, sizes and prompts in the header.
 
     Args:
-        told: what else the header says.
+        prompts: examples of prompts.
+        extra_header: further entries of the header.
     """
     tensors = {f"unet.{k}": v for k, v in unet.state_dict().items()}
     tensors |= {f"text.{k}": v for k, v in text.state_dict().items()}
     header = {"vocabulary": json.dumps(vocabulary), "unet": json.dumps(asdict(unet.config))}
-    header |= {"prompts": json.dumps(prompts), **told}
+    header |= {"prompts": json.dumps(prompts), **extra_header}
     tensors = {k: v.detach().half().cpu().contiguous() for k, v in tensors.items()}
     data = tensor_files.to_bytes(tensors, header)
     with replacing(path, (".safetensors",)) as part:
@@ -235,11 +239,12 @@ def save(
 
 
 def _fingerprint(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> str:
-    """12 letters that stand for weights, sizes and vocabulary; a file's own bytes have no fixed order."""
-    mark = hashlib.sha256((header["vocabulary"] + header["unet"]).encode())
+    """Return 12 hexadecimal digits of a hash of weights, sizes and vocabulary. The bytes of a file are not hashed
+    themselves, as their order is not fixed."""
+    digest = hashlib.sha256((header["vocabulary"] + header["unet"]).encode())
     for name in sorted(tensors):
-        mark.update(name.encode() + tensors[name].numpy().tobytes())
-    return mark.hexdigest()[:12]
+        digest.update(name.encode() + tensors[name].numpy().tobytes())
+    return digest.hexdigest()[:12]
 
 
 def load(
@@ -252,12 +257,12 @@ def load(
     """Load a teacher that `save` wrote; the packaged "small" one without a path.
 
     Args:
-        path: a file of weights.
+        path: weight file.
         dtype: see ``pick_dtype``.
         compiled: see ``SmallTeacher``.
 
     Raises:
-        ValueError: if the file is missing, damaged or of another kind, or views is unknown; or see
+        ValueError: the file is missing, damaged or of another kind, or views is unknown; or see
             `sds3d.runtime.modes.require_own_process`.
     """
     require_own_process()
@@ -282,9 +287,9 @@ def load(
     except (LookupError, TypeError, AttributeError, RuntimeError, ValueError) as error:
         raise ValueError(f"{path} is damaged or no teacher of this project ({error}); restore or retrain it") from error
     for module in (unet, text):
-        # torch's types of Module.to leave out memory_format
+        # the annotation of Module.to lacks memory_format
         module.requires_grad_(False).eval().to(device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     teacher = SmallTeacher(unet, text, vocabulary, views, pick_dtype(device, dtype), compiled)
-    teacher.fingerprint, teacher.told = _fingerprint(tensors, header), header
+    teacher.fingerprint, teacher.header = _fingerprint(tensors, header), header
     teacher.prompts = tuple(prompts)
     return teacher

@@ -1,1 +1,1 @@
-"""Objectives that ask a discriminator."""
+"""Objectives with a discriminator."""

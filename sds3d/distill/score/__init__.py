@@ -1,4 +1,4 @@
-"""Score distillation: ``core`` turns a method's direction into a gradient; each method is a file, listed here."""
+"""Score-distillation methods, one file each. ``distill.core`` turns a method's direction into a gradient."""
 
 from sds3d.distill.core import Method
 from sds3d.distill.score.bridge import Bridge

@@ -14,13 +14,13 @@ from sds3d.runtime.ranges import SCALES, STEPS, Within
 
 @dataclass(frozen=True)
 class Bridge(ScoreMethod):
-    """A bridge from the images there are to those there should be (McAllister et al., arXiv 2406.09417).
+    """A bridge from the distribution of the student's images to the target's (McAllister et al., arXiv 2406.09417).
 
-    First SDS, which makes the shape and leaves its artefacts; from step ``second`` on d = eps_cond - eps_spoilt, where
-    the spoilt prompt is the prompt and the negative prompt's words for those artefacts.
+    The first stage is SDS. From step ``second`` on, d = eps_cond - eps_spoilt: the spoilt prompt is the prompt followed
+    by the negative prompt, which names the artefacts that SDS leaves.
 
     Raises:
-        ValueError: a scale below 0 or a step below 0.
+        ValueError: a scale, the strength or a step is below 0.
     """
 
     NEEDS: ClassVar[tuple[str, ...]] = ("negative",)
@@ -34,6 +34,6 @@ class Bridge(ScoreMethod):
 
     def __call__(self, q: Query) -> Tensor:  # (B, C, H, W), eps units
         if q.step < self.second:
-            return q.guided_at(q.x_t, q.t, scale_of(self.scale, q.step), kept=True) - q.noise
+            return q.guided_at(q.x_t, q.t, scale_of(self.scale, q.step), cached=True) - q.noise
         cond, spoilt = q.eps("cond", "spoilt")
         return self.strength * (cond - spoilt)

@@ -17,11 +17,11 @@ from sds3d.runtime.ranges import SCALES
 class DDS(ScoreMethod):
     """Delta denoising score, for edits (Hertz et al., arXiv 2304.07090): d = eps_s(x_t, y) - eps_s(x'_t, y').
 
-    x' and y' are the source image and its prompt; t and noise are shared, so what is wrong with the teacher's answer
-    to both cancels.
+    x' and y' are the source image and its prompt. Both terms use the same t and noise, so the teacher's errors that are
+    common to both cancel.
 
     Raises:
-        ValueError: a scale below 0.
+        ValueError: the scale is below 0.
     """
 
     WEIGHT: ClassVar[str] = "uniform"
@@ -37,5 +37,5 @@ class DDS(ScoreMethod):
             raise ValueError("DDS compares with a source image, and this draw has none")
         scale, (source, prompt) = scale_of(self.scale, q.step), q.source
         source_t = noised(source, q.noise, q.alpha, q.sigma)
-        away = "negative" if q.negative else "uncond"
-        return q.guided(scale) - q.guided_at(source_t, q.t, scale, away, prompt)
+        base = "negative" if q.negative else "uncond"
+        return q.guided(scale) - q.guided_at(source_t, q.t, scale, base, prompt)

@@ -14,10 +14,11 @@ from sds3d.runtime.ranges import SCALES
 class DiffInstruct(ScoreDifference):
     """Diff-Instruct (Luo et al., arXiv 2305.18455): d = eps_s - eps_phi, weighted as a difference of denoised images.
 
-    The gradient of the KL divergence between what the generator draws and the data, both noised, integrated over t.
+    This is the gradient of the KL divergence between the noised distributions of the generator and of the data,
+    integrated over t.
 
     Raises:
-        ValueError: a scale below 0.
+        ValueError: the scale is below 0.
     """
 
     WEIGHT: ClassVar[str] = "x0"

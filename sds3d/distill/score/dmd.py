@@ -16,18 +16,18 @@ from sds3d.runtime.ranges import SCALES, Within
 class DMD(ScoreDifference):
     """Distribution matching distillation (Yin et al., arXiv 2311.18828): d = eps_s - eps_phi, normalised by image.
 
-    N = 1 / mean |x - x0_s| over each image (eq. 8). Beside it goes a regression on pairs of noise and the teacher's own
-    image (eq. 9).
+    N = 1 / mean |x - x0_s| over each image (eq. 8). The run adds a regression on pairs of noise and the teacher's
+    sample from it (eq. 9).
 
     Raises:
-        ValueError: a scale or a regression weight below 0, or a floor of 0.
+        ValueError: the scale or the regression weight is below 0, or the floor is not above 0.
     """
 
     WEIGHT: ClassVar[str] = "x0"
     NEEDS: ClassVar[tuple[str, ...]] = ("critic", "pairs")
 
     scale: Annotated[Ramp | float, SCALES] = 1.0  # guidance s, of the teacher alone
-    floor: Annotated[float, Within(0, 1e3, above=True)] = 1e-2  # least mean |x - x0_s|: at little noise it goes to 0
+    floor: Annotated[float, Within(0, 1e3, above=True)] = 1e-2  # lower bound of mean |x - x0_s|, which goes to 0 with t
     regression: Annotated[float, Within(0, 1e6)] = 0.25  # weight of the regression on pairs
 
     def __post_init__(self):

@@ -16,20 +16,20 @@ from sds3d.runtime.ranges import SCALES, Within
 class DMD2(ScoreDifference):
     """Improved distribution matching distillation (Yin et al., DMD2, arXiv 2405.14867): DMD without pairs.
 
-    Instead of the regression, a critic that is fitted several times a step (critic.steps) and a discriminator on the
-    critic's features, which tells noised drawn images from noised real ones (section 4).
+    The regression is replaced by several critic steps for each step (critic.steps), and by a discriminator between
+    noised drawn and noised real images on the critic's features (section 4).
 
     Raises:
-        ValueError: a scale or a weight below 0, or a floor of 0.
+        ValueError: the scale or a weight is below 0, or the floor is not above 0.
     """
 
     WEIGHT: ClassVar[str] = "x0"
     NEEDS: ClassVar[tuple[str, ...]] = ("critic", "real")
 
     scale: Annotated[Ramp | float, SCALES] = 1.0  # guidance s, of the teacher alone
-    floor: Annotated[float, Within(0, 1e3, above=True)] = 1e-2  # least mean |x - x0_s|
-    adversarial: Annotated[float, Within(0, 1e6)] = 3e-3  # weight of its verdict in the generator's loss
-    discriminator: Annotated[float, Within(0, 1e6)] = 1e-2  # weight of the discriminator's own loss in the critic's
+    floor: Annotated[float, Within(0, 1e3, above=True)] = 1e-2  # lower bound of mean |x - x0_s|
+    adversarial: Annotated[float, Within(0, 1e6)] = 3e-3  # weight of the adversarial loss in the generator's loss
+    discriminator: Annotated[float, Within(0, 1e6)] = 1e-2  # weight of the discriminator's loss in the critic's loss
 
     def __post_init__(self):
         super().__post_init__()

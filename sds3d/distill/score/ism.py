@@ -18,18 +18,18 @@ from sds3d.runtime.ranges import SCALES, Within
 class ISM(ScoreMethod):
     """Interval score matching (Liang et al., LucidDreamer, arXiv 2311.11284): d = eps_s(x_t) - eps_uncond(x_s).
 
-    x_s, a little less noisy than x_t, comes from the image by DDIM inversion under the null prompt, and x_t from x_s
-    by one step more of it.
+    x_s with s = t - gap comes from the image by DDIM inversion under the null prompt; x_t comes from x_s by one more
+    step of the inversion.
 
     Raises:
-        ValueError: a scale below 0, no steps, or a gap that is not above 0.
+        ValueError: the scale is below 0, steps is below 1, or the gap is outside (0, 1).
     """
 
     WEIGHT: ClassVar[str] = "x0"
 
     scale: Annotated[Ramp | float, SCALES] = 7.5  # guidance s
     gap: Annotated[float, Within(0, 1, above=True)] = 0.05  # t - s
-    steps: Annotated[int, Within(1, 1000)] = 5  # of the inversion from the image to s
+    steps: Annotated[int, Within(1, 1000)] = 5  # steps of the inversion from the image to s
 
     def __post_init__(self):
         require_scale(self, "scale")

@@ -18,18 +18,18 @@ from sds3d.runtime.ranges import SCALES, Within
 class NFSD(ScoreMethod):
     """Noise-free score distillation (Katzir et al., arXiv 2310.17590).
 
-    d = delta_D + s delta_C with delta_C = eps_cond - eps_uncond; delta_D = eps_uncond at low noise, where the null
-    prompt's answer is the way towards clean images, and eps_uncond - eps_negative above. The negative prompt names
-    defects ("blurry, low quality ..."); it never takes the null prompt's place.
+    d = delta_D + s delta_C with delta_C = eps_cond - eps_uncond. delta_D = eps_uncond at low noise, where it points
+    towards clean images, and eps_uncond - eps_negative at high noise. The negative prompt names defects ("blurry, low
+    quality ..."); it never replaces the null prompt.
 
     Raises:
-        ValueError: a scale or a switch below 0.
+        ValueError: the scale or the switch is below 0.
     """
 
     NEEDS: ClassVar[tuple[str, ...]] = ("negative",)
 
     scale: Annotated[Ramp | float, SCALES] = 7.5  # guidance s
-    # sigma/alpha below which nothing is subtracted (Stable Diffusion's index 200 of 1,000)
+    # sigma/alpha below which eps_negative is not subtracted (Stable Diffusion's index 200 of 1,000)
     switch: Annotated[float, Within(0, 1e4)] = 0.572
 
     def __post_init__(self):

@@ -17,19 +17,19 @@ from sds3d.runtime.ranges import SCALES, Within
 class SDI(ScoreMethod):
     """Score distillation via inversion (Lukoianov et al., arXiv 2405.15891): d = eps_s(x_t) - kappa(x).
 
-    kappa is the noise that DDIM inversion finds for the image, x_t = alpha x + sigma kappa. With the weight "x0" the
-    gradient is x - x0, the residual to what the teacher would make of the image.
+    kappa is the noise that DDIM inversion finds for the image: x_t = alpha x + sigma kappa. With the weight "x0" the
+    gradient is x - x0, the residual to the teacher's denoised image.
 
     Raises:
-        ValueError: a scale below 0, no steps, or eta outside [0, 1].
+        ValueError: the scale is below 0, steps is below 1, or eta is outside [0, 1].
     """
 
     WEIGHT: ClassVar[str] = "x0"
 
-    scale: Annotated[Ramp | float, SCALES] = 7.5  # guidance s of the judgement
+    scale: Annotated[Ramp | float, SCALES] = 7.5  # guidance s of eps_s
     inversion_scale: Annotated[float, SCALES] = -7.5  # guidance s of the inversion
-    steps: Annotated[int, Within(1, 1000)] = 10  # of the inversion
-    eta: Annotated[float, Within(0, 1)] = 0.3  # share of fresh noise in it
+    steps: Annotated[int, Within(1, 1000)] = 10  # steps of the inversion
+    eta: Annotated[float, Within(0, 1)] = 0.3  # amount of fresh noise in the inversion, see samplers.ddim
 
     def __post_init__(self):
         require_scale(self, "scale")

@@ -16,13 +16,13 @@ from sds3d.runtime.ranges import SCALES
 class SDS(ScoreMethod):
     """Score distillation sampling (Poole et al., DreamFusion, arXiv 2209.14988, eq. 3): d = eps_s(x_t) - eps.
 
-    A negative prompt, where the run has one, takes the null prompt's place in the guidance.
+    If the run has a negative prompt, it replaces the null prompt in the guidance.
 
     Raises:
-        ValueError: a scale below 0.
+        ValueError: the scale is below 0.
     """
 
-    # guidance s, may change with the step; DreamFusion used 100 with its own teacher
+    # guidance s, which may change with the step; DreamFusion used 100 with its own teacher
     scale: Annotated[Ramp | float, SCALES] = 5.0
 
     def __post_init__(self):

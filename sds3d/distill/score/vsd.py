@@ -14,14 +14,14 @@ from sds3d.runtime.ranges import SCALES, Within
 class VSD(ScoreDifference):
     """Variational score distillation (Wang et al., ProlificDreamer, arXiv 2305.16213): d = eps_s - eps_phi.
 
-    eps_phi is the critic's: the score of what the student draws, learnt along the way, under the prompt, unguided.
+    eps_phi is the unguided prediction of the critic, which learns the score of the student's images during the run.
 
     Raises:
-        ValueError: a scale below 0, or a number of particles outside 1 to 64.
+        ValueError: the scale is below 0, or the number of particles is not 1 to 64.
     """
 
     scale: Annotated[Ramp | float, SCALES] = 7.5  # guidance s, of the teacher alone
-    particles: Annotated[int, Within(1, 64)] = 1  # students that share the critic; one of them draws in each step
+    particles: Annotated[int, Within(1, 64)] = 1  # students that share one critic; each step trains one of them
 
     def __post_init__(self):
         super().__post_init__()

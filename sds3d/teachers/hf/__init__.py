@@ -1,2 +1,4 @@
-"""Teachers from diffusers pipelines, of a folder or of the hub. ``loading.load`` makes one; this package alone knows
-diffusers and transformers, and imports them when a teacher is loaded."""
+"""Teachers from diffusers pipelines in a folder or on the hub; see ``loading.load``.
+
+Only this package uses diffusers and transformers. It imports them when a teacher is loaded.
+"""

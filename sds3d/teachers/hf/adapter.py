@@ -1,9 +1,8 @@
-"""Low-rank changes (LoRA, arXiv 2106.09685) to a diffusers network, by peft: its layers, its choice of targets, and the
-file that any diffusers pipeline loads.
+"""Low-rank changes (LoRA, arXiv 2106.09685) to a diffusers network, with peft's layers, targets and file format.
 
-A changed layer answers W x + B A x. It holds the frozen layer itself, so there is no second copy of the weights, nor a
-gradient of their size. The changed layers stand in the network only while it answers for the adapter: at any other time
-the network is what it was, its keys too, and several adapters may share it.
+A changed layer computes W x + B A x. It refers to the frozen layer itself, so there is no second copy of the weights
+and no gradient of their size. The changed layers are in the network only during a forward of the adapter. At any other
+time the network and its keys are unchanged, so several adapters can share it.
 """
 
 from __future__ import annotations
@@ -22,27 +21,28 @@ from torch.utils.checkpoint import checkpoint
 
 from sds3d.runtime.files import replacing
 
-FILE = "pytorch_lora_weights.safetensors"  # what diffusers looks for in a folder
+FILE = "pytorch_lora_weights.safetensors"  # the name that diffusers looks for in a folder
 NAME = "critic"
-# the projections of every attention; the last four are of transformers that attend to image and words at once
+# the projections of every attention; the last four occur in transformers with joint attention to image and words
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 
 
 class Adapter(nn.Module):
-    """Stands for a network under changes of its own; its parameters and its state are the changes alone.
+    """A network with low-rank changes. Its parameters and its state are the changes alone.
 
-    B starts at zero, so it starts equal to the network, bit for bit.
+    B starts at zero, so the outputs equal the network's at first, bit for bit.
 
     Args:
-        network: of diffusers; its weights get no gradient here.
-        rank: of every change.
-        rng: of A's initial values.
-        targets: names of linear and convolutional layers, or their ends; () is every attention's projections.
-        dtype: of the changes.
+        network: a diffusers network; its weights get no gradient here.
+        rank: rank of every change.
+        rng: generator of A's initial values.
+        targets: names of linear and convolutional layers, or the ends of names; () is the projections of every
+            attention.
+        dtype: dtype of the changes.
         checkpointing: recompute the network's blocks in the backward pass.
 
     Raises:
-        ValueError: a target that no layer is called by.
+        ValueError: a target matches no layer.
     """
 
     def __init__(
@@ -67,95 +67,95 @@ class Adapter(nn.Module):
 
     @contextmanager
     def changed(self) -> Iterator[None]:
-        """Inside, the changed layers are in their places in the network; afterwards what was there before."""
+        """Put the changed layers into the network; restore the original layers on exit."""
         network = self._network[0]
-        places = [(network.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in self.names]
-        before = [place._modules[name] for place, name in places]
+        parents = [(network.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in self.names]
+        originals = [parent._modules[name] for parent, name in parents]
         try:
-            for (place, name), layer in zip(places, self._layers, strict=True):
-                place._modules[name] = layer
+            for (parent, name), layer in zip(parents, self._layers, strict=True):
+                parent._modules[name] = layer
             yield
         finally:
-            for (place, name), layer in zip(places, before, strict=True):
-                place._modules[name] = layer
+            for (parent, name), layer in zip(parents, originals, strict=True):
+                parent._modules[name] = layer
 
     def forward(self, *arguments: Any, **named: Any) -> Any:
-        """As the network's. In its own precision, as it answers without changes; these compute in theirs."""
+        """Call the network with the changed layers, without autocast: each layer computes in its own dtype."""
         network = self._network[0]
-        plain = torch.autocast(next(self.down.parameters()).device.type, enabled=False)
-        with self.changed(), plain, self._recomputing() if torch.is_grad_enabled() else nullcontext():
+        no_autocast = torch.autocast(next(self.down.parameters()).device.type, enabled=False)
+        with self.changed(), no_autocast, self._recomputing() if torch.is_grad_enabled() else nullcontext():
             return network(*arguments, **named)
 
     @contextmanager
     def _recomputing(self) -> Iterator[None]:
-        """Inside, the network's blocks keep nothing for the backward pass, which finds the changed layers again."""
+        """Enable gradient checkpointing of the network; the recomputation uses the changed layers as well."""
         if not self.checkpointing:
             yield
             return
-        again = partial(checkpoint, use_reentrant=False, context_fn=lambda: (nullcontext(), self.changed()))
+        recompute = partial(checkpoint, use_reentrant=False, context_fn=lambda: (nullcontext(), self.changed()))
         try:
-            self._network[0].enable_gradient_checkpointing(again)
+            self._network[0].enable_gradient_checkpointing(recompute)
             yield
         finally:
             self._network[0].disable_gradient_checkpointing()
 
     def named_weights(self) -> dict[str, Tensor]:
-        """The changes as peft names them, on the CPU."""
+        """Return the changes by peft's names, on the CPU."""
         parts = zip(self.names, self.down, self.up, strict=True)
         named = {f"{n}.lora_{k}.weight": layer for n, a, b in parts for k, layer in (("A", a), ("B", b))}
         return {name: layer.get_parameter("weight").detach().cpu().contiguous() for name, layer in named.items()}
 
 
 def layers_called(network: nn.Module, targets: tuple[str, ...]) -> list[str]:
-    """Full names of the linear and convolutional layers whose names are, or end in, the targets.
+    """Return the full names of the linear and convolutional layers whose names equal a target or end in it.
 
     Args:
-        targets: () is every attention's projections, of those that there are.
+        targets: () is the projections of every attention, those of ATTENTION that exist.
 
     Raises:
-        ValueError: a target that no layer is called by.
+        ValueError: a target matches no layer.
     """
-    there = [name for name, module in network.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
-    found = {end: [n for n in there if f".{n}".endswith(f".{end}")] for end in targets or ATTENTION}
-    missing = [end for end, names in found.items() if not names] if targets else []
-    if missing or not any(found.values()):
-        said = ", ".join(missing) or "left out, which is attention's projections"
-        ends = dict.fromkeys(end for name in there for end in re.findall(r"[^.]+(?:\.\d+)*$", name))
+    layers = [name for name, module in network.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+    matches = {end: [name for name in layers if f".{name}".endswith(f".{end}")] for end in targets or ATTENTION}
+    missing = [end for end, names in matches.items() if not names] if targets else []
+    if missing or not any(matches.values()):
+        given = ", ".join(missing) or "left out, which is attention's projections"
+        ends = dict.fromkeys(end for name in layers for end in re.findall(r"[^.]+(?:\.\d+)*$", name))
         raise ValueError(
-            f"critic.targets is {said}; no layer of this {type(network).__name__} is called that: give the ends of "
-            f"names, such as {', '.join(ends)}, or a whole name, such as {there[len(there) // 2]}"
+            f"critic.targets is {given}; no layer of this {type(network).__name__} is called that: give the ends of "
+            f"names, such as {', '.join(ends)}, or a whole name, such as {layers[len(layers) // 2]}"
         )
-    wanted = {name for names in found.values() for name in names}
-    return [name for name in there if name in wanted]
+    wanted = {name for names in matches.values() for name in names}
+    return [name for name in layers if name in wanted]
 
 
 def _inject(network: nn.Module, names: list[str], rank: int) -> list[Any]:
-    """peft's layers around those of these names, taken out of the network again; lora_A and lora_B hold the changes."""
+    """Return peft's layers around those of these names; lora_A and lora_B hold the changes. The network is restored."""
     from peft import LoraConfig, inject_adapter_in_model
 
-    before = {name: network.get_submodule(name) for name in names}
+    originals = {name: network.get_submodule(name) for name in names}
     try:
-        with torch.random.fork_rng(devices=[]):  # it draws first weights from the global stream
+        with torch.random.fork_rng(devices=[]):  # peft draws initial weights from the global stream
             inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=names), network, NAME)
         return [network.get_submodule(name) for name in names]
     finally:
-        for name, layer in before.items():
+        for name, layer in originals.items():
             network.set_submodule(name, layer)
         vars(network).pop("peft_config", None)
 
 
 def save(adapter: Adapter, pipe: Any, part: str, folder: Path) -> Path | None:
-    """Write an adapter as plain diffusers loads it: ``pipe.load_lora_weights(folder)``.
+    """Write an adapter in the format of ``pipe.load_lora_weights(folder)`` of diffusers.
 
     Args:
         pipe: a pipeline of the kind that will load it.
-        part: the network's name in it.
+        part: name of the network in the pipeline.
 
     Returns:
-        The file; None for a pipeline that loads none (DDPM's).
+        The file; None for a pipeline without LoRA support (DDPM's).
 
     Raises:
-        ValueError: the disk says no.
+        ValueError: the file cannot be written.
     """
     if not hasattr(pipe, "save_lora_weights"):
         return None

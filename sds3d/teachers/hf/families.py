@@ -1,15 +1,16 @@
-"""What the families of diffusers pipelines do differently: which parts they have, what a prompt becomes, how the
-network is called, and which noise levels it knows. Every number is read from the pipeline's own configuration.
+"""The families of diffusers pipelines: their parts, their conditions, how their network is called, its noise levels.
+Every number is read from the pipeline's own configuration.
 
-    family                     space    network      its output is           told of a prompt
-    Stable Diffusion 1.x, 2.x  latents  U-Net        eps or v                words
-    SDXL                       latents  U-Net        eps or v                words, a whole, sizes in pixels
-    DeepFloyd IF, stage 1      pixels   U-Net        eps (and a variance)    words
-    SD3, SD3.5                 latents  transformer  flow                    words, a whole
-    FLUX.1                     latents  transformer  flow, in 2 x 2 patches  words, a whole, a distilled guidance
-    DDPM                       pixels   U-Net        eps, v or x0            nothing
+    family                     space    network      its output              its condition
+    Stable Diffusion 1.x, 2.x  latents  U-Net        eps or v                word vectors
+    SDXL                       latents  U-Net        eps or v                word vectors, pooled vector, image sizes
+    DeepFloyd IF, stage 1      pixels   U-Net        eps (and a variance)    word vectors
+    SD3, SD3.5                 latents  transformer  flow                    word vectors, pooled vector
+    FLUX.1                     latents  transformer  flow, in 2 x 2 patches  word vectors, pooled vector, guidance scale
+    DDPM                       pixels   U-Net        eps, v or x0            none
 
-A U-Net whose configuration has time_cond_proj_dim (latent consistency models) is told a distilled guidance, too.
+A U-Net whose configuration has time_cond_proj_dim (latent consistency models) also gets a guidance scale. In a
+condition the word vectors are called "words" and the pooled vector "whole".
 """
 
 from __future__ import annotations
@@ -29,22 +30,23 @@ from sds3d.teachers.hf.levels import Levels, levels
 
 @dataclass(frozen=True)
 class Family:
-    """A pipeline's frozen parts and how to use them; as it stands, of Stable Diffusion 1.x and 2.x.
+    """The frozen parts of a pipeline and how to use them. This class is Stable Diffusion 1.x and 2.x.
 
     Args:
         pipe: a diffusers pipeline without its text encoders.
-        settings: the user's.
+        settings: settings of the user.
 
     Attributes:
-        PIPELINES: names of the classes whose files it reads; with the first of them, since their weights are the same.
-        FIELDS: of the network's configuration, those that are known.
-        PART: the network's name in the pipeline.
-        ENCODERS: the text encoders' names.
-        TOKENIZERS: the tokenizers' names, each with the number of tokens it is cut to; 0 is the tokenizer's own.
-        LEFT_OUT: parts nobody needs here.
-        UPCAST: whether the VAE's ``force_upcast`` is meant, as only SDXL's pipelines mean it.
-        together: see `sds3d.teachers.base.Teacher`.
-        SCHEDULER: what else a generator's scheduler says, because the pipeline asks for it.
+        PIPELINES: names of the pipeline classes whose files it reads. It reads all with the first class, since their
+            weights are the same.
+        FIELDS: known fields of the network's configuration.
+        PART: name of the network in the pipeline.
+        ENCODERS: names of the text encoders.
+        TOKENIZERS: names of the tokenizers, each with its maximal number of tokens; 0 is the tokenizer's own.
+        LEFT_OUT: names of parts that are not loaded.
+        UPCAST: whether to obey ``force_upcast`` of the VAE's configuration. Only SDXL's pipelines obey it.
+        views_per_set: see `sds3d.teachers.base.HasViewSets`.
+        SCHEDULER: further configuration of a generator's scheduler, which its pipeline needs.
     """
 
     pipe: Any
@@ -57,7 +59,7 @@ class Family:
         "LatentConsistencyModelPipeline",
         "LatentConsistencyModelImg2ImgPipeline",
     )
-    FIELDS: ClassVar[fields.Known] = fields.UNET
+    FIELDS: ClassVar[fields.KnownFields] = fields.UNET
     PART: ClassVar[str] = "unet"
     ENCODERS: ClassVar[tuple[str, ...]] = ("text_encoder",)
     TOKENIZERS: ClassVar[dict[str, int]] = {"tokenizer": 0}
@@ -67,16 +69,16 @@ class Family:
     views_per_set: ClassVar[int] = 1
 
     def prepare(self) -> None:
-        """Change the network, once, where it has to be."""
+        """Modify the network once, after loading, if the family needs it."""
 
     @property
     def network(self) -> Any:
-        """An nn.Module of a diffusers class of its own, whose ``config`` and parts torch's types do not know."""
+        """The network, an nn.Module. Typed as Any, since nn.Module has no ``config``."""
         return getattr(self.pipe, self.PART)
 
     @property
     def vae(self) -> Any:
-        """A diffusers module like ``network``; None in a family of pixels."""
+        """The VAE, typed like ``network``; None in a family of pixels."""
         return self.pipe.components.get("vae")
 
     @property
@@ -85,122 +87,121 @@ class Family:
 
     @property
     def takes_guidance(self) -> bool:
-        """Whether the network is told a distilled guidance."""
+        """Whether the network takes a guidance scale (guidance distillation)."""
         return bool(self.network.config.get("time_cond_proj_dim"))
 
     def check(self) -> None:
-        """Refuse a network or a VAE that would have to be used in another way than it is here, or settings that would
-        do nothing. Raises ValueError."""
+        """Raise ValueError if network or VAE must be used in another way than here, or a setting has no effect."""
         network, vae, guidance = self.network, self.vae, self.settings.embedded_guidance
         fields.refuse_unknown(network, "the pipeline's network", self.FIELDS)
-        taken = network.config.in_channels
-        given = network.config.out_channels or taken  # twice as many where it says a variance, too
+        inputs = network.config.in_channels
+        outputs = network.config.out_channels or inputs  # twice as many if it predicts a variance as well
         if vae is not None:
             kind = type(vae).__name__
             if kind not in fields.VAES:
                 raise ValueError(f"the pipeline's VAE is of the class {kind}; known are {', '.join(fields.VAES)}")
             fields.refuse_unknown(vae, "the pipeline's VAE", fields.VAES[kind])
-        if taken > given or (vae is None and self.channels not in (1, 3)):
+        if inputs > outputs or (vae is None and self.channels not in (1, 3)):
             raise ValueError(
-                f"the pipeline's network takes {taken} channels and gives {given}: an image, and a mask or another "
+                f"the pipeline's network takes {inputs} channels and gives {outputs}: an image, and a mask or another "
                 "image beside it, which a teacher has not (inpainting, depth, editing or upscaling); give a "
                 "text-to-image model"
             )
         if guidance != HFConfig().embedded_guidance and not self.takes_guidance:
             raise ValueError(
-                f"teacher.hf.embedded_guidance is {guidance:g}, and this {type(network).__name__} is told no guidance; "
+                f"teacher.hf.embedded_guidance is {guidance:g}, and this {type(network).__name__} takes no guidance; "
                 "leave it out (the method's own scale is method.scale)"
             )
 
     def _guidance(self, like: Tensor) -> Tensor | None:
-        """What the U-Net is told of a distilled guidance for B images, (B, time_cond_proj_dim); None for nothing."""
+        """Return the embedded guidance scale, (B, time_cond_proj_dim) for ``like`` (B, ...); None if it takes none."""
         if not self.takes_guidance:
             return None
-        told = guidance_embedding(self.settings.embedded_guidance, self.network.config.time_cond_proj_dim)
-        return told.to(like).expand(len(like), -1)
+        embedding = guidance_embedding(self.settings.embedded_guidance, self.network.config.time_cond_proj_dim)
+        return embedding.to(like).expand(len(like), -1)
 
     @property
     def side(self) -> int:
-        """Of the x it was trained on."""
+        """Side of the x it was trained on."""
         size = self.network.config.sample_size
         if size is None and not self.settings.size:
-            raise ValueError("the pipeline does not say what size it paints; give teacher.hf.size, in pixels")
+            raise ValueError("the pipeline does not name the size of its images; give teacher.hf.size, in pixels")
         if size is None:
             return self.settings.size // self.cell
         return size if isinstance(size, int) else min(size)
 
     @property
     def cell(self) -> int:
-        """Pixels a side that become one of x."""
+        """Side in pixels of the square that one element of x stands for."""
         return 1 if self.vae is None else 2 ** (len(self.vae.config.block_out_channels) - 1)
 
     @property
     def multiple(self) -> int:
-        """What the side of an x is a multiple of, so that the network halves it evenly."""
+        """The side of x must be a multiple of this, so that the network can halve it at each level."""
         return 2 ** (len(self.network.config.block_out_channels) - 1)
 
     def levels(self, side: int) -> Levels:
-        """The noise levels, of x of this side."""
+        """Return the noise levels for x of this side."""
         return levels(self.pipe.scheduler, (side // 2) ** 2)
 
     def embed(self, pipe: Any, prompts: list[str], device: torch.device) -> dict[str, Tensor]:
-        """What the network is told of N prompts, by name, (N, ...) each; by a pipeline with its text encoders."""
+        """Return the condition of N prompts, tensors (N, ...) by name; ``pipe`` has its text encoders."""
         words, _ = pipe.encode_prompt(prompts, device, 1, False)
         return {"words": words}
 
-    def sees(self, cameras: Cameras, told: Tensor | None) -> dict[str, Tensor] | None:
-        """What the network is told of B cameras, by name, (B, ...) each; None where words have to do.
+    def camera_condition(self, cameras: Cameras, camera_mask: Tensor | None) -> dict[str, Tensor] | None:
+        """Return the condition of B cameras, tensors (B, ...) by name; None if the network takes no camera.
 
         Args:
-            told: (B,) bool, False where the camera is dropped.
+            camera_mask: (B,) bool, False where the camera is dropped.
         """
         return None
 
-    def told(self, tokens: int) -> dict[str, tuple[int, ...]]:
-        """The shape of what ``embed`` gives for one prompt, by name, where a CLIP reads so many tokens."""
+    def condition_shapes(self, tokens: int) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of one prompt's condition by name, for CLIP tokenizers of at most ``tokens`` tokens."""
         config = self.network.config
         return {"words": (self._lengths(tokens)[0], config.get("encoder_hid_dim") or config.cross_attention_dim)}
 
     def _lengths(self, tokens: int) -> list[int]:
-        """Tokens of each text encoder."""
+        """Return the maximal number of tokens of each text encoder."""
         return [length or tokens for length in self.TOKENIZERS.values()]
 
-    def answer(self, network: nn.Module, x_t: Tensor, told: Tensor, condition: dict[str, Tensor]) -> Tensor:
-        """The output (B, C, h, w) of this network, or one of its form, for x_t (B, C, h, w) at ``told`` (B,)."""
-        return network(x_t, told, condition["words"], timestep_cond=self._guidance(x_t), return_dict=False)[0]
+    def answer(self, network: nn.Module, x_t: Tensor, timesteps: Tensor, condition: dict[str, Tensor]) -> Tensor:
+        """Return the output (B, C, h, w) of a network of this form for x_t (B, C, h, w) at its timesteps (B,)."""
+        return network(x_t, timesteps, condition["words"], timestep_cond=self._guidance(x_t), return_dict=False)[0]
 
     @property
     def feature_width(self) -> int:
-        """Channels of the last of ``features``. Raises ValueError where there are none."""
+        """Channels of the last of ``features``. Raises ValueError if the network has no feature maps."""
         return self.network.config.block_out_channels[-1]
 
-    def features(self, network: Any, x_t: Tensor, told: Tensor, condition: dict[str, Tensor]) -> list[Tensor]:
-        """The maps of a U-Net's way down and of its middle while it answers, highest resolution first."""
-        found: list[Tensor] = []
+    def features(self, network: Any, x_t: Tensor, timesteps: Tensor, condition: dict[str, Tensor]) -> list[Tensor]:
+        """Return the feature maps of a U-Net's down blocks and of its middle block, highest resolution first."""
+        maps: list[Tensor] = []
 
-        def keep(_: nn.Module, __: Any, output: Any) -> None:
-            found.append(output[0] if isinstance(output, tuple) else output)
+        def append(_: nn.Module, __: Any, output: Any) -> None:
+            maps.append(output[0] if isinstance(output, tuple) else output)
 
-        hooks = [block.register_forward_hook(keep) for block in (*network.down_blocks, network.mid_block)]
+        hooks = [block.register_forward_hook(append) for block in (*network.down_blocks, network.mid_block)]
         try:
-            self.answer(network, x_t, told, condition)
+            self.answer(network, x_t, timesteps, condition)
         finally:
             for hook in hooks:
                 hook.remove()
-        return found
+        return maps
 
-    # what a generator that starts from it needs; see generator.py
+    # for generators that start from the pipeline; see generator.py
 
-    def ask(self, scheduler: Any, steps: int) -> None:
-        """Set a generator's scheduler to so many steps, as the pipeline does."""
+    def set_timesteps(self, scheduler: Any, steps: int) -> None:
+        """Set a generator's scheduler to ``steps`` steps, as the pipeline does."""
         scheduler.set_timesteps(steps)
 
     def adapt(self, config: dict[str, Any], state: dict[str, Tensor], side: int) -> None:
-        """Change a generator's configuration and weights in place, so that its pipeline's defaults are right for it.
+        """Change a generator's configuration and weights in place, so that its pipeline's defaults suit it.
 
-        A pipeline takes a U-Net with time_cond_proj_dim for guided already: it asks once, whatever its guidance_scale
-        is, and tells the network that number through these weights, which are made 0. What they added for the one
-        guidance that this generator knows goes into the bias of the layer that follows.
+        A pipeline treats a U-Net with time_cond_proj_dim as guidance-distilled: it evaluates the network once, whatever
+        guidance_scale is, and embeds that number with the weights time_embedding.cond_proj. They are set to 0. What
+        they added for the one guidance scale of this generator is added to the bias of the next layer.
         """
         config |= {"sample_size": side, "time_cond_proj_dim": 256}
         weights = state.pop("time_embedding.cond_proj.weight", None)
@@ -209,8 +210,8 @@ class Family:
             name, layer = "time_embedding.linear_1.bias", state["time_embedding.linear_1.weight"]
             state[name] = (state[name].double() + layer.double() @ added).to(layer.dtype)
 
-    def call(self, steps: int, size: int) -> str:
-        """What a user tells a generator's pipeline for an image of ``size`` pixels."""
+    def call_arguments(self, steps: int, size: int) -> str:
+        """Return the arguments, as source text, of a call of a generator's pipeline for an image of ``size`` pixels."""
         return f'"a prompt", num_inference_steps={steps}'
 
 
@@ -225,49 +226,49 @@ class XL(Family):
 
     def embed(self, pipe: Any, prompts: list[str], device: torch.device) -> dict[str, Tensor]:
         words, _, whole, _ = pipe.encode_prompt(prompts, device=device, do_classifier_free_guidance=False)
-        if pipe.config.force_zeros_for_empty_prompt:  # the null prompt it was trained with
-            said = torch.tensor([prompt != "" for prompt in prompts], device=words.device)
-            words, whole = words * said[:, None, None], whole * said[:, None]
+        if pipe.config.force_zeros_for_empty_prompt:  # the null prompt of its training
+            nonempty = torch.tensor([prompt != "" for prompt in prompts], device=words.device)
+            words, whole = words * nonempty[:, None, None], whole * nonempty[:, None]
         return {"words": words, "whole": whole}
 
-    def told(self, tokens: int) -> dict[str, tuple[int, ...]]:
+    def condition_shapes(self, tokens: int) -> dict[str, tuple[int, ...]]:
         config = self.network.config
         whole = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
-        return {**super().told(tokens), "whole": (whole,)}
+        return {**super().condition_shapes(tokens), "whole": (whole,)}
 
-    def answer(self, network: nn.Module, x_t: Tensor, told: Tensor, condition: dict[str, Tensor]) -> Tensor:
+    def answer(self, network: nn.Module, x_t: Tensor, timesteps: Tensor, condition: dict[str, Tensor]) -> Tensor:
         height, width = (self.cell * side for side in x_t.shape[-2:])
         sizes = torch.tensor([height, width, 0.0, 0.0, height, width])  # original, crop's corner, target
         added = {"text_embeds": condition["whole"], "time_ids": sizes.to(x_t.device).expand(len(x_t), -1)}
-        guidance = {"timestep_cond": self._guidance(x_t), "added_cond_kwargs": added}
-        return network(x_t, told, condition["words"], **guidance, return_dict=False)[0]
+        arguments = {"timestep_cond": self._guidance(x_t), "added_cond_kwargs": added}
+        return network(x_t, timesteps, condition["words"], **arguments, return_dict=False)[0]
 
 
 class IF(Family):
     """DeepFloyd IF's first stage."""
 
     PIPELINES = ("IFPipeline", "IFImg2ImgPipeline", "IFInpaintingPipeline")
-    FIELDS = fields.UNET.with_values(time_cond_proj_dim=(None,))  # its pipelines would tell it nothing
+    FIELDS = fields.UNET.with_values(time_cond_proj_dim=(None,))  # its pipelines pass no guidance scale
     TOKENIZERS = {"tokenizer": 77}
     LEFT_OUT = ("safety_checker", "feature_extractor", "watermarker")
-    SCHEDULER = {"variance_type": "fixed_small"}  # the pipeline then drops the learned variance
+    SCHEDULER = {"variance_type": "fixed_small"}  # makes the pipeline drop the learned variance
 
     def embed(self, pipe: Any, prompts: list[str], device: torch.device) -> dict[str, Tensor]:
         words, _ = pipe.encode_prompt(prompts, do_classifier_free_guidance=False, device=device)
         return {"words": words}
 
-    def answer(self, network: nn.Module, x_t: Tensor, told: Tensor, condition: dict[str, Tensor]) -> Tensor:
-        return super().answer(network, x_t, told, condition)[:, : self.channels]  # the rest is a learned variance
+    def answer(self, network: nn.Module, x_t: Tensor, timesteps: Tensor, condition: dict[str, Tensor]) -> Tensor:
+        return super().answer(network, x_t, timesteps, condition)[:, : self.channels]  # the rest is a learned variance
 
     def adapt(self, config: dict[str, Any], state: dict[str, Tensor], side: int) -> None:
         config["sample_size"] = side
 
-    def call(self, steps: int, size: int) -> str:
-        return f"{super().call(steps, size)}, guidance_scale=1"
+    def call_arguments(self, steps: int, size: int) -> str:
+        return f"{super().call_arguments(steps, size)}, guidance_scale=1"
 
 
 class Transformer(Family):
-    """What flow transformers have in common."""
+    """Base class of flow transformers."""
 
     PIPELINES = ()
     PART = "transformer"
@@ -275,18 +276,18 @@ class Transformer(Family):
     @property
     def feature_width(self) -> int:
         raise ValueError(
-            f"a {type(self.network).__name__} has no maps to compare; give distance=pixels or lpips, and for a "
+            f"a {type(self.network).__name__} has no feature maps; give distance=pixels or lpips, and for a "
             "discriminator (dmd2) a teacher with a U-Net"
         )
 
     def adapt(self, config: dict[str, Any], state: dict[str, Tensor], side: int) -> None:
         pass
 
-    def call(self, steps: int, size: int) -> str:
+    def call_arguments(self, steps: int, size: int) -> str:
         guidance = self.settings.embedded_guidance if self.takes_guidance else 1.0
-        own = self.pipe.default_sample_size * self.cell
-        sizes = "" if size == own else f", height={size}, width={size}"
-        return f"{super().call(steps, size)}, guidance_scale={guidance:g}{sizes}"
+        default_size = self.pipe.default_sample_size * self.cell
+        sizes = "" if size == default_size else f", height={size}, width={size}"
+        return f"{super().call_arguments(steps, size)}, guidance_scale={guidance:g}{sizes}"
 
 
 class SD3(Transformer):
@@ -303,21 +304,21 @@ class SD3(Transformer):
         return self.network.config.patch_size
 
     def embed(self, pipe: Any, prompts: list[str], device: torch.device) -> dict[str, Tensor]:
-        told = {"prompt": prompts, "prompt_2": None, "prompt_3": None, "device": device}
-        words, _, whole, _ = pipe.encode_prompt(**told, do_classifier_free_guidance=False)
+        arguments = {"prompt": prompts, "prompt_2": None, "prompt_3": None, "device": device}
+        words, _, whole, _ = pipe.encode_prompt(**arguments, do_classifier_free_guidance=False)
         return {"words": words, "whole": whole}
 
-    def told(self, tokens: int) -> dict[str, tuple[int, ...]]:
+    def condition_shapes(self, tokens: int) -> dict[str, tuple[int, ...]]:
         config, (clip, _, t5) = self.network.config, self._lengths(tokens)
         return {"words": (clip + t5, config.joint_attention_dim), "whole": (config.pooled_projection_dim,)}
 
-    def answer(self, network: nn.Module, x_t: Tensor, told: Tensor, condition: dict[str, Tensor]) -> Tensor:
-        return network(x_t, condition["words"], condition["whole"], told, return_dict=False)[0]
+    def answer(self, network: nn.Module, x_t: Tensor, timesteps: Tensor, condition: dict[str, Tensor]) -> Tensor:
+        return network(x_t, condition["words"], condition["whole"], timesteps, return_dict=False)[0]
 
 
 class Flux(Transformer):
-    """Guidance-distilled: it was never trained on a null prompt, so two-pass guidance says little and it teaches
-    weakly. SD3 is the better teacher of this kind."""
+    """FLUX.1, guidance-distilled. It was not trained on a null prompt, so classifier-free guidance has little effect
+    and it is a weak teacher; SD3 is the better teacher of this kind."""
 
     PIPELINES = ("FluxPipeline", "FluxImg2ImgPipeline", "FluxInpaintPipeline")
     FIELDS = fields.FLUX
@@ -345,34 +346,34 @@ class Flux(Transformer):
         words, whole, _ = pipe.encode_prompt(prompts, device=device)
         return {"words": words, "whole": whole}
 
-    def told(self, tokens: int) -> dict[str, tuple[int, ...]]:
+    def condition_shapes(self, tokens: int) -> dict[str, tuple[int, ...]]:
         config, (_, t5) = self.network.config, self._lengths(tokens)
         return {"words": (t5, config.joint_attention_dim), "whole": (config.pooled_projection_dim,)}
 
-    def answer(self, network: nn.Module, x_t: Tensor, told: Tensor, condition: dict[str, Tensor]) -> Tensor:
-        size, (height, width), words = len(x_t), x_t.shape[-2:], condition["words"]
+    def answer(self, network: nn.Module, x_t: Tensor, timesteps: Tensor, condition: dict[str, Tensor]) -> Tensor:
+        count, (height, width), words = len(x_t), x_t.shape[-2:], condition["words"]
         guidance = None
         if self.takes_guidance:
-            guidance = torch.full((size,), self.settings.embedded_guidance, device=x_t.device)
-        places = self.pipe._prepare_latent_image_ids(size, height // 2, width // 2, x_t.device, torch.float32)
+            guidance = torch.full((count,), self.settings.embedded_guidance, device=x_t.device)
+        positions = self.pipe._prepare_latent_image_ids(count, height // 2, width // 2, x_t.device, torch.float32)
         patches = network(
-            hidden_states=self.pipe._pack_latents(x_t, size, self.channels, height, width),
-            timestep=told / self.pipe.scheduler.config.num_train_timesteps,  # it multiplies by that itself
+            hidden_states=self.pipe._pack_latents(x_t, count, self.channels, height, width),
+            timestep=timesteps / self.pipe.scheduler.config.num_train_timesteps,  # the network multiplies by it again
             guidance=guidance,
             encoder_hidden_states=words,
             pooled_projections=condition["whole"],
             txt_ids=words.new_zeros(words.shape[1], 3),
-            img_ids=places,
+            img_ids=positions,
             return_dict=False,
         )[0]
         return self.pipe._unpack_latents(patches, height * self.cell, width * self.cell, self.cell)
 
-    def ask(self, scheduler: Any, steps: int) -> None:
+    def set_timesteps(self, scheduler: Any, steps: int) -> None:
         scheduler.set_timesteps(sigmas=[1 - i / steps for i in range(steps)])
 
 
 class Unconditional(Family):
-    """Told nothing of prompts: every branch of guidance is the same answer."""
+    """An unconditional model: all prompts give the same prediction, so guidance has no effect."""
 
     PIPELINES = ("DDPMPipeline", "DDIMPipeline")
     FIELDS = fields.PLAIN_UNET
@@ -381,18 +382,18 @@ class Unconditional(Family):
     def embed(self, pipe: Any, prompts: list[str], device: torch.device) -> dict[str, Tensor]:
         return {}
 
-    def told(self, tokens: int) -> dict[str, tuple[int, ...]]:
+    def condition_shapes(self, tokens: int) -> dict[str, tuple[int, ...]]:
         return {}
 
-    def answer(self, network: nn.Module, x_t: Tensor, told: Tensor, condition: dict[str, Tensor]) -> Tensor:
-        return network(x_t, told, return_dict=False)[0][:, : self.channels]  # the rest is a learned variance
+    def answer(self, network: nn.Module, x_t: Tensor, timesteps: Tensor, condition: dict[str, Tensor]) -> Tensor:
+        return network(x_t, timesteps, return_dict=False)[0][:, : self.channels]  # the rest is a learned variance
 
     def adapt(self, config: dict[str, Any], state: dict[str, Tensor], side: int) -> None:
         config |= {"sample_size": side, "out_channels": self.channels}
-        for name in ("conv_out.weight", "conv_out.bias"):  # a variance is of no use to a generator
+        for name in ("conv_out.weight", "conv_out.bias"):  # a generator has no use for a learned variance
             state[name] = state[name][: self.channels]
 
-    def call(self, steps: int, size: int) -> str:
+    def call_arguments(self, steps: int, size: int) -> str:
         return f"num_inference_steps={steps}"
 
 

@@ -1,14 +1,14 @@
-"""The fields of a pipeline's configuration files that this adapter knows.
+"""The known fields of a pipeline's configuration files.
 
-diffusers keeps every field of a file in a part's ``config``, those that its class has never heard of, too: they change
-nothing there, and the file's author meant something by them. So each field is one of these, or is refused by name:
+diffusers keeps every field of a file in a part's ``config``, including fields that its class does not know and ignores.
+The author of the file meant something by them, so a teacher that ignored them could be wrong. A field is therefore
+refused by name unless it is one of
 
-    made    diffusers' class does everything about it by itself, and it changes nothing in how the part is called
-    values  it changes how the part must be called, and the adapter calls it rightly for these values alone
-    idle    it concerns what is not used here, such as a scheduler's own way from noise to an image: any value will do
+    handled  diffusers' class does everything about it, and it does not change how the part is called
+    values   it changes how the part must be called, and this package calls it correctly for these values alone
+    unused   it concerns something that is not used here, such as a scheduler's own sampling; any value is accepted
 
-A field that is none of them is accepted where it is off (null, false or empty) or what its class takes where no file
-says anything.
+Any other field is accepted if it is off (null, false or empty) or has the default value of its class.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class Known:
-    """The fields of one kind of part; see above."""
+class KnownFields:
+    """The known fields of one kind of part; see above."""
 
-    made: frozenset[str] = frozenset()
+    handled: frozenset[str] = frozenset()
     values: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
-    idle: frozenset[str] = frozenset()
+    unused: frozenset[str] = frozenset()
 
-    def with_values(self, **changed: tuple[Any, ...]) -> Known:
-        """The same, with other values for some fields."""
-        return Known(self.made - changed.keys(), {**self.values, **changed}, self.idle)
+    def with_values(self, **changed: tuple[Any, ...]) -> KnownFields:
+        """Return a copy with other accepted values for some fields."""
+        return KnownFields(self.handled - changed.keys(), {**self.values, **changed}, self.unused)
 
 
 _UNET = """
@@ -43,10 +43,10 @@ _UNET = """
     sample_size time_cond_proj_dim time_embedding_act_fn time_embedding_dim time_embedding_type timestep_post_act
     transformer_layers_per_block up_block_types upcast_attention use_linear_projection
 """
-UNET = Known(
-    made=frozenset(_UNET.split()),
+UNET = KnownFields(
+    handled=frozenset(_UNET.split()),
     values={
-        "addition_embed_type": (None, "text"),  # "text" is made of the words that it is told anyway
+        "addition_embed_type": (None, "text"),  # "text" is computed from the word vectors, which it gets anyway
         "attention_type": ("default",),
         "class_embed_type": (None,),
         "encoder_hid_dim_type": (None, "text_proj"),
@@ -59,17 +59,17 @@ _PLAIN_UNET = """
     mid_block_scale_factor mid_block_type norm_eps norm_num_groups num_train_timesteps out_channels
     resnet_time_scale_shift sample_size time_embedding_dim time_embedding_type up_block_types upsample_type
 """
-PLAIN_UNET = Known(frozenset(_PLAIN_UNET.split()), {"class_embed_type": (None,), "num_class_embeds": (None,)})
+PLAIN_UNET = KnownFields(frozenset(_PLAIN_UNET.split()), {"class_embed_type": (None,), "num_class_embeds": (None,)})
 _SD3 = """
     attention_head_dim caption_projection_dim dual_attention_layers in_channels joint_attention_dim num_attention_heads
     num_layers out_channels patch_size pooled_projection_dim pos_embed_max_size qk_norm sample_size
 """
-SD3 = Known(frozenset(_SD3.split()))
+SD3 = KnownFields(frozenset(_SD3.split()))
 _FLUX = """
     attention_head_dim axes_dims_rope in_channels joint_attention_dim num_attention_heads num_layers num_single_layers
     out_channels pooled_projection_dim
 """
-FLUX = Known(frozenset(_FLUX.split()), {"guidance_embeds": (True, False), "patch_size": (1,)})
+FLUX = KnownFields(frozenset(_FLUX.split()), {"guidance_embeds": (True, False), "patch_size": (1,)})
 _KL = """
     act_fn block_out_channels down_block_types force_upcast in_channels latent_channels latents_mean latents_std
     layers_per_block mid_block_add_attention norm_num_groups out_channels sample_size scaling_factor shift_factor
@@ -80,41 +80,43 @@ _TINY = """
     latent_magnitude latent_shift num_decoder_blocks num_encoder_blocks out_channels scaling_factor shift_factor
     upsample_fn upsampling_scaling_factor
 """
-# block_out_channels is what a tiny autoencoder's class itself adds to its configuration
+# the class of a tiny autoencoder itself adds block_out_channels to its configuration
 VAES = {
-    "AutoencoderKL": Known(frozenset(_KL.split())),
-    "AutoencoderTiny": Known(frozenset(_TINY.split()), idle=frozenset(["block_out_channels"])),
+    "AutoencoderKL": KnownFields(frozenset(_KL.split())),
+    "AutoencoderTiny": KnownFields(frozenset(_TINY.split()), unused=frozenset(["block_out_channels"])),
 }
-# of model_index.json itself: a filter of images and its watermark are left out here, whatever it says of them
-PIPELINE = Known(
+# fields of model_index.json itself; the safety checker and the watermark are never loaded
+PIPELINE = KnownFields(
     values={"requires_aesthetics_score": (False,), "force_zeros_for_empty_prompt": (True, False)},
-    idle=frozenset(["requires_safety_checker", "add_watermarker"]),
+    unused=frozenset(["requires_safety_checker", "add_watermarker"]),
 )
 
 
-def refuse_unknown(part: Any, what: str, known: Known) -> None:
-    """Refuse a part whose configuration says what this adapter does not know.
+def refuse_unknown(part: Any, what: str, known: KnownFields) -> None:
+    """Refuse a part whose configuration has unknown fields.
 
     Args:
-        part: of a diffusers pipeline.
-        what: it is, in words.
+        part: part of a diffusers pipeline.
+        what: description of the part for the message.
 
     Raises:
-        ValueError: a field that is not known, or a value of one that is; names both.
+        ValueError: a field is unknown, or a known field has an unknown value; names field and value.
     """
-    own = inspect.signature(type(part).__init__).parameters
-    defaults = {name: parameter.default for name, parameter in own.items()}
+    parameters = inspect.signature(type(part).__init__).parameters
+    defaults = {name: parameter.default for name, parameter in parameters.items()}
     _refuse(part.config, f"{what} (a {type(part).__name__})", known, defaults)
 
 
 def refuse_unknown_parts(index: Mapping[str, Any], known_parts: set[str], folder: Path) -> None:
-    """Refuse a pipeline with a part, or a field of its own, that nobody here would use.
+    """Refuse a pipeline with unknown parts or unknown fields in model_index.json.
 
     Args:
-        index: what its model_index.json says.
+        index: content of model_index.json.
+        known_parts: names of known parts.
+        folder: folder of the pipeline, for the message.
 
     Raises:
-        ValueError: names it.
+        ValueError: a part or a field is unknown; names it.
     """
     parts = {name: what for name, what in index.items() if isinstance(what, list) and not name.startswith("_")}
     for name, what in parts.items():
@@ -126,18 +128,18 @@ def refuse_unknown_parts(index: Mapping[str, Any], known_parts: set[str], folder
     _refuse({k: v for k, v in index.items() if k not in parts}, f"{folder / 'model_index.json'}", PIPELINE, {})
 
 
-def _refuse(config: Mapping[str, Any], what: str, known: Known, defaults: Mapping[str, Any]) -> None:
+def _refuse(config: Mapping[str, Any], what: str, known: KnownFields, defaults: Mapping[str, Any]) -> None:
     for name, value in config.items():
-        if name.startswith("_") or name in known.idle:
+        if name.startswith("_") or name in known.unused:
             continue
         if name in known.values:
             if value not in known.values[name]:
                 accepted = ", ".join(map(repr, known.values[name]))
                 raise ValueError(f"{what} says {name}: {value!r}; a teacher can have {name}: {accepted}")
-        elif not (_off(value) or (name in defaults and (name in known.made or _same(value, defaults[name])))):
-            there = "its class does not know it" if name in known.made else "sds3d does not know what it means"
+        elif not (_off(value) or (name in defaults and (name in known.handled or _same(value, defaults[name])))):
+            reason = "its class does not know it" if name in known.handled else "sds3d does not know what it means"
             raise ValueError(
-                f"{what} says {name}: {value!r}, and {there}; update diffusers and sds3d, or take the line out of its "
+                f"{what} says {name}: {value!r}, and {reason}; update diffusers and sds3d, or take the line out of its "
                 "file if the model is the same without it"
             )
 
@@ -147,5 +149,5 @@ def _off(value: Any) -> bool:
 
 
 def _same(value: Any, default: Any) -> bool:
-    """Whether a file says what a class takes anyway; JSON has lists where Python has tuples."""
+    """Return whether a value equals a default; JSON has lists where Python has tuples."""
     return value == (list(default) if isinstance(default, tuple) and isinstance(value, list) else default)

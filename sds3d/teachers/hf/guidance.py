@@ -1,4 +1,4 @@
-"""A distilled guidance as a U-Net is told it."""
+"""The embedding of a guidance scale for guidance-distilled U-Nets."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ from torch import Tensor
 
 
 def guidance_embedding(scale: float, width: int) -> Tensor:
-    """What diffusers tells a U-Net of a guidance, (width,): sines, then cosines, of 1000 (scale - 1) times frequencies
-    that fall from 1 to 1e-4, and a zero where the width is odd. In float32, as there: angles are as large as 7,500."""
+    """Return diffusers' embedding of a guidance scale, (width,).
+
+    It consists of the sines and then the cosines of 1000 (scale - 1) times frequencies that fall from 1 to 1e-4, and a
+    zero if the width is odd. Computed in float32, as in diffusers, since angles are as large as 7,500.
+    """
     half = width // 2
     frequencies = torch.exp(torch.arange(half) * -(torch.tensor(1e4).log() / (half - 1)))
     angles = torch.tensor(scale - 1.0) * 1000 * frequencies

@@ -1,8 +1,8 @@
 """The noise levels of a pipeline, read from its scheduler's configuration.
 
-A scheduler says two things: which noise the network was trained on, and how its own pipeline walks from noise to an
-image. The first is read here. The second is of no consequence, since nobody walks with that scheduler. A field that is
-neither is refused by name.
+The configuration describes the noise levels that the network was trained on, and the scheduler's own sampling. The
+first is read here. The second is ignored, since the scheduler is never used for sampling. Other fields are refused by
+name.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from typing import Any
 from torch import Tensor
 
 from sds3d.diffusion.noise import Schedule
-from sds3d.teachers.hf.fields import Known, refuse_unknown
+from sds3d.teachers.hf.fields import KnownFields, refuse_unknown
 
-KINDS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}  # diffusers' names of what a network may output
+KINDS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}  # diffusers' prediction types
 BETAS = ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "trained_betas", "rescale_betas_zero_snr")
 SHIFTS = ("num_train_timesteps", "shift", "use_dynamic_shifting", "base_shift", "max_shift")
 SHIFTS += ("base_image_seq_len", "max_image_seq_len")
-WALK = """
+SAMPLING = """
     algorithm_type clip_sample clip_sample_range corrector_order disable_corrector dynamic_thresholding_ratio
     euler_at_final final_sigmas_type flow_shift interpolation_type lambda_min_clipped lower_order_final
     original_inference_steps predict_x0 predictor_order sample_max_value set_alpha_to_one shift_terminal sigma_max
@@ -28,15 +28,15 @@ WALK = """
     timestep_scaling timestep_spacing upscale_mode use_beta_sigmas use_exponential_sigmas use_karras_sigmas
     use_lu_lambdas variance_type
 """
-TABLE = Known(
-    made=frozenset(BETAS),
+TABLE = KnownFields(
+    handled=frozenset(BETAS),
     values={"prediction_type": (*KINDS,), "timestep_type": ("discrete",), "use_flow_sigmas": (False,)},
-    idle=frozenset([*WALK.split(), "use_dynamic_shifting", "time_shift_type"]),
+    unused=frozenset([*SAMPLING.split(), "use_dynamic_shifting", "time_shift_type"]),
 )
-FLOW = Known(
-    made=frozenset(SHIFTS),
+FLOW = KnownFields(
+    handled=frozenset(SHIFTS),
     values={"time_shift_type": ("exponential", "linear"), "invert_sigmas": (False,)},
-    idle=frozenset(WALK.split()),
+    unused=frozenset(SAMPLING.split()),
 )
 
 
@@ -45,11 +45,11 @@ class Levels:
     """The noise levels a network was trained on.
 
     Args:
-        schedule: of x_t.
-        kind: of the network's output, one of `sds3d.diffusion.noise.KINDS`.
-        count: of the levels; the network is told numbers from 0 to this.
-        flow: whether it is told count * sigma, else count * t.
-        shift: of a flow's schedule; None of other schedules.
+        schedule: noise schedule.
+        kind: what the network predicts, one of `sds3d.diffusion.noise.KINDS`.
+        count: number of levels; the network's timesteps go from 0 to this.
+        flow: whether the network's timestep is count * sigma; otherwise it is count * t.
+        shift: shift of a flow's schedule, None for other schedules.
     """
 
     schedule: Schedule
@@ -58,19 +58,19 @@ class Levels:
     flow: bool = False
     shift: float | None = None
 
-    def told(self, t: Tensor) -> Tensor:
-        """What the network is told at t (B,), (B,)."""
+    def network_timesteps(self, t: Tensor) -> Tensor:
+        """Return the timesteps (B,) that the network takes as input at t (B,)."""
         return self.count * (self.schedule.alpha_sigma(t)[1] if self.flow else t)
 
 
 def levels(scheduler: Any, patches: int) -> Levels:
-    """What a scheduler's configuration says.
+    """Read the noise levels from a scheduler's configuration.
 
     Args:
-        patches: the transformer's, of one image, on which a flow's shift may depend.
+        patches: number of patches of one image in the transformer; a flow's shift may depend on it.
 
     Raises:
-        ValueError: a scheduler of another kind, or one with a field that is not known here.
+        ValueError: the scheduler is of another kind, or has an unknown field.
     """
     config = scheduler.config
     if "FlowMatch" in type(scheduler).__name__:
@@ -88,7 +88,7 @@ def levels(scheduler: Any, patches: int) -> Levels:
 
 
 def _shift(config: Any, patches: int) -> float:
-    """A flow's shift; where it is dynamic it grows with the image, as diffusers' FluxPipeline has it."""
+    """Return a flow's shift. A dynamic shift grows with the image, as in diffusers' FluxPipeline."""
     if not config.get("use_dynamic_shifting"):
         return config.shift
     slope = (config.max_shift - config.base_shift) / (config.max_image_seq_len - config.base_image_seq_len)

@@ -1,4 +1,4 @@
-"""From a folder's or the hub's files to a teacher: what is there, what is refused, what goes where."""
+"""Loads a teacher from the files of a diffusers pipeline in a folder or on the hub."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from sds3d.teachers.hf.families import FAMILIES, Family
 from sds3d.teachers.hf.fields import refuse_unknown_parts
 from sds3d.teachers.hf.multi_view import MultiView, is_multi_view
 from sds3d.teachers.hf.teacher import DiffusersTeacher
-from sds3d.teachers.hf.variants import files, variants_of
-from sds3d.teachers.hf.words import Words, cache_folder
+from sds3d.teachers.hf.variants import file_options, variants_of
+from sds3d.teachers.hf.words import PromptEmbedder, cache_folder
 from sds3d.teachers.small import pick_dtype
 
 INDEX = "model_index.json"
 WEIGHTS = (".safetensors", ".bin")
-SAMPLE = 1 << 16  # bytes of a file that a fingerprint looks at in each of three places
+SAMPLE = 1 << 16  # bytes that a fingerprint reads at the start, the middle and the end of a file
 
 
 def is_pipeline(name: str) -> bool:
-    """Whether a teacher's name is a diffusers folder, or looks like an id on the hub: owner/model."""
+    """Return whether a teacher's name is a diffusers folder, or looks like an id on the hub: owner/model."""
     path = Path(name).expanduser()
     if name in PACKAGED:
         return False
@@ -39,38 +39,44 @@ def is_pipeline(name: str) -> bool:
 
 
 def load(settings: TeacherConfig, device: torch.device) -> DiffusersTeacher:
-    """A frozen teacher from a diffusers pipeline.
+    """Load a frozen teacher from a diffusers pipeline.
 
     Raises:
-        ValueError: the hub cannot be reached or says no, the pipeline is of no family we know, its weights are pickles
-            or damaged, or an option is not for it; or see `sds3d.runtime.modes.require_own_process`.
+        ValueError: the hub cannot be reached or refuses, the pipeline is of an unknown family, its weights are pickles
+            or damaged, or an option does not apply to it; or see `sds3d.runtime.modes.require_own_process`.
     """
     require_own_process()
-    folder = find(settings.name, settings.hf)
+    folder = pipeline_folder(settings.name, settings.hf)
     kind, wanted = kind_of(folder, settings.name), None if settings.dtype == "auto" else getattr(torch, settings.dtype)
-    # float16 is for GPUs without bfloat16
+    # pick_dtype would replace float16 by float32 on a GPU without bfloat16
     dtype = torch.float16 if wanted == torch.float16 else pick_dtype(device, wanted)
     refuse_pickles(kind, folder, settings.hf)
     variants = variants_of(folder, parts_of(kind, folder), settings.hf)
     family = family_of(kind, _pipeline(kind, folder, settings.hf, variants, dtype), settings.hf)
-    place(family, settings.hf, device, dtype)
-    mark = fingerprint(folder)
+    place_parts(family, settings.hf, device, dtype)
+    digest = fingerprint(folder)
 
     def embed(prompts: list[str]) -> dict[str, Tensor]:
-        with _text_pipeline(family, folder, variants, dtype, device) as (pipe, where):
-            each = [family.embed(pipe, [prompt], where) for prompt in prompts]  # one by one: the same in any company
-            return {name: torch.cat([one[name] for one in each]).to(dtype) for name in each[0]}
+        with _text_pipeline(family, folder, variants, dtype, device) as (pipe, encoder_device):
+            # one by one, so that an embedding does not depend on the other prompts
+            conditions = [family.embed(pipe, [prompt], encoder_device) for prompt in prompts]
+            return {name: torch.cat([c[name] for c in conditions]).to(dtype) for name in conditions[0]}
 
-    kept = Path(settings.hf.cache).expanduser() if settings.hf.cache else cache_folder()
+    cache = Path(settings.hf.cache).expanduser() if settings.hf.cache else cache_folder()
     teacher = DiffusersTeacher(
-        family, Words(embed, f"{mark} {dtype}", kept, device), settings.views, dtype, settings.compile
+        family, PromptEmbedder(embed, f"{digest} {dtype}", cache, device), settings.views, dtype, settings.compile
     )
-    teacher.fingerprint, teacher.whole = mark, lambda: _whole(family, folder, variants, dtype, device)
+    teacher.fingerprint = digest
+    teacher.full_pipeline = lambda: _full_pipeline(family, folder, variants, dtype, device)
     return teacher
 
 
-def find(name: str, settings: HFConfig) -> Path:
-    """The folder with a pipeline's files; what is on the hub is downloaded to its cache. Raises ValueError."""
+def pipeline_folder(name: str, settings: HFConfig) -> Path:
+    """Return the folder of a pipeline's files. Downloads a pipeline on the hub to the hub's cache.
+
+    Raises:
+        ValueError: the hub cannot be reached or refuses.
+    """
     path = Path(name).expanduser()
     if path.is_dir():
         return path
@@ -78,42 +84,46 @@ def find(name: str, settings: HFConfig) -> Path:
 
     left_out = {part: None for family in FAMILIES.values() for part in family.LEFT_OUT}
     safe = None if settings.allow_pickle else True
-    with asking_hub(name):
+    with hub_errors(name):
         return Path(
             DiffusionPipeline.download(name, use_safetensors=safe, variant=settings.variant or None, **left_out)
         )
 
 
 @contextmanager
-def asking_hub(name: str) -> Iterator[None]:
-    """The hub's errors, as what a user can do about them."""
+def hub_errors(name: str) -> Iterator[None]:
+    """Raise errors of the hub as a ValueError that says what to do."""
     from diffusers.utils import logging
     from huggingface_hub import errors
 
-    # of what it talks through: a proxy's, a timeout
-    theirs = cast("tuple[type[Exception], ...]", errors.HfHubHTTPError.__bases__)  # an error's bases are errors
-    spoken = logging.get_verbosity()
-    logging.set_verbosity_error()  # what went wrong is told below, once
+    # errors of the HTTP library, such as a timeout or a proxy's; HfHubHTTPError derives from them
+    http_errors = cast("tuple[type[Exception], ...]", errors.HfHubHTTPError.__bases__)
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # the ValueError reports the problem
     try:
         yield
-    except (OSError, ValueError, errors.OfflineModeIsEnabled, *theirs) as error:
+    except (OSError, ValueError, errors.OfflineModeIsEnabled, *http_errors) as error:
         raise ValueError(_refusal(name, error)) from error
     finally:
-        logging.set_verbosity(spoken)
+        logging.set_verbosity(verbosity)
 
 
 def kind_of(folder: Path, name: str) -> type[Family]:
-    """The family of the pipeline in a folder, that the user calls by this name. Raises ValueError for another."""
-    found = pipeline_class(folder)
-    if not found:
+    """Return the family of the pipeline in a folder. ``name`` is the user's name of it, for messages.
+
+    Raises:
+        ValueError: the pipeline is of no known family, or has unknown parts.
+    """
+    cls = pipeline_class(folder)
+    if not cls:
         raise ValueError(f"{folder / INDEX} is damaged, or names no class of pipeline; download it again")
-    if found not in FAMILIES:
+    if cls not in FAMILIES:
         steered = " A ControlNet, an adapter or another attention (PAG) steers a model: give the model without it."
         raise ValueError(
-            f"{name} is a {found}; what can teach is {', '.join(FAMILIES)}."
-            f"{steered if re.search('ControlNet|Adapter|PAG|SAG|Attend', found) else ''}"
+            f"{name} is a {cls}; what can teach is {', '.join(FAMILIES)}."
+            f"{steered if re.search('ControlNet|Adapter|PAG|SAG|Attend', cls) else ''}"
         )
-    kind = FAMILIES[found]
+    kind = FAMILIES[cls]
     if (folder / INDEX).is_file():
         parts = {kind.PART, "vae", "scheduler", *kind.ENCODERS, *kind.TOKENIZERS, *kind.LEFT_OUT}
         refuse_unknown_parts(_index(folder), parts, folder)
@@ -121,27 +131,30 @@ def kind_of(folder: Path, name: str) -> type[Family]:
 
 
 def family_of(kind: type[Family], pipe: Any, settings: HFConfig) -> Family:
-    """A pipeline as one of its family, or as what its network turns out to be. Raises ValueError for one that would
-    have to be used in another way."""
+    """Wrap a pipeline in its family, or in `MultiView` if its network takes cameras.
+
+    Raises:
+        ValueError: see `Family.check`.
+    """
     family = (MultiView if is_multi_view(pipe) else kind)(pipe, settings)
     family.check()
     return family
 
 
 def class_for(kind: type[Family]) -> Any:
-    """The diffusers class with which a family's pipelines are read, whichever of its classes their files name."""
+    """Return the diffusers class that reads a family's pipelines, whichever class of the family their files name."""
     import diffusers
 
     return getattr(diffusers, kind.PIPELINES[0])
 
 
 def pipeline_class(folder: Path) -> str:
-    """Name of the diffusers class of the pipeline in a folder."""
+    """Return the name of the diffusers class of the pipeline in a folder."""
     return class_of(folder / INDEX) if (folder / INDEX).is_file() else "DDPMPipeline"
 
 
 def _refusal(name: str, error: BaseException) -> str:
-    """What a user can do about an error of the hub's."""
+    """Return a message about an error of the hub that says what the user can do."""
     from huggingface_hub import errors
 
     chain, cause = [], error
@@ -165,7 +178,7 @@ def _refusal(name: str, error: BaseException) -> str:
 
 
 def _line(error: BaseException) -> str:
-    """The first sentence of an error."""
+    """Return the first sentence of an error."""
     return str(error).strip().split("\n")[0].split(". ")[0][:200]
 
 
@@ -177,14 +190,14 @@ _PICKLE = (
 
 
 def refuse_pickles(kind: type[Family], folder: Path, settings: HFConfig) -> None:
-    """Raises ValueError where a part that is used has weights, and no safetensors, unless pickles are allowed."""
+    """Raise ValueError if a used part has only pickled weights and pickles are not allowed."""
     for part in (folder / name for name in ("", kind.PART, "vae", *kind.ENCODERS)):
         if any(part.glob("*.bin")) and not any(part.glob("*.safetensors")) and not settings.allow_pickle:
             raise ValueError(f"{part} holds only .bin weights; {_PICKLE}")
 
 
 def parts_of(kind: type[Family], folder: Path) -> list[str]:
-    """The folders of the parts that have weights and are used; "" is the pipeline's own, where it is a lone network."""
+    """Return the folders of the used parts with weights; "" is the pipeline's folder itself, for a lone network."""
     if not (folder / INDEX).is_file():
         return [""]
     index = _index(folder)
@@ -192,24 +205,24 @@ def parts_of(kind: type[Family], folder: Path) -> list[str]:
 
 
 def fingerprint(folder: Path) -> str:
-    """12 letters that stand for a pipeline's files: names, sizes, and what lies at begin, middle and end of each."""
-    mark = hashlib.sha256()
+    """Return 12 hexadecimal digits of a hash of a pipeline's files: name, size, start, middle and end of each."""
+    digest = hashlib.sha256()
     for file in sorted(folder.rglob("*")):
         if file.suffix in (*WEIGHTS, ".json", ".txt", ".model") and file.is_file():
             size = file.stat().st_size
-            mark.update(f"{file.relative_to(folder).as_posix()} {size}".encode())
+            digest.update(f"{file.relative_to(folder).as_posix()} {size}".encode())
             with file.open("rb") as stream:
                 for start in (0, size // 2, max(size - SAMPLE, 0)):
                     stream.seek(start)
-                    mark.update(stream.read(SAMPLE))
-    return mark.hexdigest()[:12]
+                    digest.update(stream.read(SAMPLE))
+    return digest.hexdigest()[:12]
 
 
-def place(family: Family, settings: HFConfig, device: torch.device, dtype: torch.dtype) -> None:
-    """Freeze a family's parts, set their memory options, move them to the device.
+def place_parts(family: Family, settings: HFConfig, device: torch.device, dtype: torch.dtype) -> None:
+    """Freeze the parts of a family, set their memory options and move them to the device.
 
     Raises:
-        ValueError: an option that this network has not.
+        ValueError: the network does not support an option.
     """
     layout = torch.channels_last if settings.channels_last else torch.preserve_format
     network, vae = family.network.requires_grad_(False).eval(), family.vae
@@ -226,7 +239,8 @@ def place(family: Family, settings: HFConfig, device: torch.device, dtype: torch
         vae.requires_grad_(False).eval().to(device, memory_format=layout)
         if family.UPCAST and not vae.config.get("force_upcast"):
             vae.to(dtype)
-        if settings.checkpointing and type(vae).__name__ != "AutoencoderTiny":  # which then forgets to scale its input
+        # with checkpointing an AutoencoderTiny does not scale its input
+        if settings.checkpointing and type(vae).__name__ != "AutoencoderTiny":
             vae.enable_gradient_checkpointing()
         if settings.slicing:
             vae.enable_slicing()
@@ -235,108 +249,112 @@ def place(family: Family, settings: HFConfig, device: torch.device, dtype: torch
 
 
 def class_of(path: Path) -> str:
-    """The class that a diffusers file of settings names; "" where there is none."""
+    """Return the class that a configuration file of diffusers names; "" if it names none."""
     try:
         name = from_json(read_text(path)).get("_class_name", "")
     except (OSError, ValueError, AttributeError):
         return ""
-    if isinstance(name, list) and name:  # of the hub's own kind: library and class
+    if isinstance(name, list) and name:  # a custom pipeline on the hub: library and class
         name = name[-1]
     return name if isinstance(name, str) else ""
 
 
 def _index(folder: Path) -> dict[str, Any]:
-    """What a pipeline's model_index.json says."""
+    """Read the model_index.json of a pipeline."""
     return from_json(read_text(folder / INDEX))
 
 
 def _pipeline(
     kind: type[Family], folder: Path, settings: HFConfig, variants: dict[str, str], dtype: torch.dtype
 ) -> Any:
-    """The pipeline without its text encoders."""
+    """Load the pipeline without its text encoders."""
     import diffusers
 
-    with quiet(), sound(folder):
+    with quiet(), loading_errors(folder):
         if not (folder / INDEX).is_file():
             return diffusers.DDPMPipeline(
-                diffusers.UNet2DModel.from_pretrained(folder, dtype=dtype, **files(settings, variants[""])),
+                diffusers.UNet2DModel.from_pretrained(folder, dtype=dtype, **file_options(settings, variants[""])),
                 diffusers.DDPMScheduler.from_pretrained(folder),  # pyright: ignore[reportArgumentType]  # no tuple unless asked
             )
-        precision: Any = {"default": dtype, "vae": torch.float32} if kind.UPCAST else dtype
-        parts = {name: torch.float32 if kind.UPCAST and name == "vae" else dtype for name in (kind.PART, "vae")}
-        found = spared(folder, (*kind.ENCODERS, *kind.LEFT_OUT)) | _varied(folder, settings, variants, parts)
-        return class_for(kind).from_pretrained(folder, dtype=precision, **files(settings), **found)
+        dtypes: Any = {"default": dtype, "vae": torch.float32} if kind.UPCAST else dtype
+        part_dtypes = {name: torch.float32 if kind.UPCAST and name == "vae" else dtype for name in (kind.PART, "vae")}
+        parts = omitted_parts(folder, (*kind.ENCODERS, *kind.LEFT_OUT))
+        parts |= _load_variants(folder, settings, variants, part_dtypes)
+        return class_for(kind).from_pretrained(folder, dtype=dtypes, **file_options(settings), **parts)
 
 
-def _varied(
-    folder: Path, settings: HFConfig, variants: dict[str, str], parts: dict[str, torch.dtype]
+def _load_variants(
+    folder: Path, settings: HFConfig, variants: dict[str, str], dtypes: dict[str, torch.dtype]
 ) -> dict[str, torch.nn.Module]:
-    """Of these parts those of another variant than the plain one, in their precision. Read one by one: a pipeline told
-    of a variant fails where any part's folder holds a file without a suffix."""
+    """Load those of the parts in ``dtypes`` whose weights are not the plain variant.
+
+    They are loaded one by one: diffusers' own ``variant`` of a pipeline fails if any part's folder holds a file without
+    a suffix.
+    """
     import diffusers
     import transformers
 
-    index, found = _index(folder), {}
-    for name, dtype in parts.items():
+    index, parts = _index(folder), {}
+    for name, dtype in dtypes.items():
         if variants.get(name):
             library, cls = index[name]
-            kind = getattr(transformers if library == "transformers" else diffusers, cls)
-            found[name] = kind.from_pretrained(folder / name, dtype=dtype, **files(settings, variants[name]))
-    return found
+            part = getattr(transformers if library == "transformers" else diffusers, cls)
+            parts[name] = part.from_pretrained(folder / name, dtype=dtype, **file_options(settings, variants[name]))
+    return parts
 
 
-def spared(folder: Path, names: Iterable[str]) -> dict[str, Any]:
-    """How a pipeline is told to do without these parts, and without those that its index says it has not."""
+def omitted_parts(folder: Path, names: Iterable[str]) -> dict[str, Any]:
+    """Return the arguments of ``from_pretrained`` that omit these parts and those that the pipeline's index omits."""
     index = _index(folder)
-    told: dict[str, Any] = dict.fromkeys([*names, *(name for name, what in index.items() if what == [None, None])])
-    if "safety_checker" in told:  # nobody looks at what is painted here
-        told["requires_safety_checker"] = False
-    return told
+    omitted: dict[str, Any] = dict.fromkeys([*names, *(name for name, what in index.items() if what == [None, None])])
+    if "safety_checker" in omitted:  # no image of the pipeline itself is shown
+        omitted["requires_safety_checker"] = False
+    return omitted
 
 
 @contextmanager
 def _text_pipeline(
     family: Family, folder: Path, variants: dict[str, str], dtype: torch.dtype, device: torch.device
 ) -> Iterator[tuple[Any, torch.device]]:
-    """The pipeline with its text encoders, and where these are, for as long as the block lasts.
+    """Load the pipeline with its text encoders; give it and their device for the time of a with block.
 
-    The network leaves the GPU meanwhile; encoders that do not fit beside what is there all the same run on the CPU.
+    The network is moved off the GPU meanwhile. Encoders that do not fit on the GPU even so run on the CPU.
     """
-    network, home = family.network, next(family.network.parameters()).device
-    there = {name: part for name, part in family.pipe.components.items() if name not in family.ENCODERS}
+    network, network_device = family.network, next(family.network.parameters()).device
+    loaded = {name: part for name, part in family.pipe.components.items() if name not in family.ENCODERS}
     encoders: list[torch.nn.Module] = []
     try:
         network.to("cpu")
         if device.type == "cuda":
-            torch.cuda.empty_cache()  # or what it leaves counts as used
-        with quiet(), sound(folder):
-            found = _varied(folder, family.settings, variants, dict.fromkeys(family.ENCODERS, dtype))
-            parts = spared(folder, family.LEFT_OUT) | there | found
-            pipe = type(family.pipe).from_pretrained(folder, dtype=dtype, **files(family.settings), **parts)
+            torch.cuda.empty_cache()  # otherwise mem_get_info counts the network's memory as used
+        with quiet(), loading_errors(folder):
+            encoder_variants = _load_variants(folder, family.settings, variants, dict.fromkeys(family.ENCODERS, dtype))
+            parts = omitted_parts(folder, family.LEFT_OUT) | loaded | encoder_variants
+            pipe = type(family.pipe).from_pretrained(folder, dtype=dtype, **file_options(family.settings), **parts)
         encoders += [part for name in family.ENCODERS if (part := getattr(pipe, name)) is not None]
         needed = sum(p.numel() * p.element_size() for encoder in encoders for p in encoder.parameters())
         fits = device.type != "cuda" or 1.2 * needed < torch.cuda.mem_get_info(device)[0]
-        where = device if fits else torch.device("cpu")
+        encoder_device = device if fits else torch.device("cpu")
         for encoder in encoders:
-            encoder.requires_grad_(False).eval().to(where)
+            encoder.requires_grad_(False).eval().to(encoder_device)
         with torch.no_grad():
-            yield pipe, where
+            yield pipe, encoder_device
     finally:
         for encoder in encoders:
-            encoder.to("meta")  # whoever still holds it, its weights are gone
+            encoder.to("meta")  # frees the weights even if something still refers to the encoder
         if device.type == "cuda":
             torch.cuda.empty_cache()
-        network.to(home)
+        network.to(network_device)
 
 
 @contextmanager
-def _whole(
+def _full_pipeline(
     family: Family, folder: Path, variants: dict[str, str], dtype: torch.dtype, device: torch.device
 ) -> Iterator[Any]:
-    """The pipeline with all its parts, for as long as the block lasts."""
+    """Give the pipeline with all its parts for the time of a with block."""
     import diffusers
 
-    if not family.ENCODERS:  # a DDIMPipeline would put a scheduler of its own in the place of any
+    if not family.ENCODERS:  # a DDPMPipeline, since a DDIMPipeline replaces its scheduler by its own
         yield diffusers.DDPMPipeline(family.network, family.pipe.scheduler)
         return
     with _text_pipeline(family, folder, variants, dtype, device) as (pipe, _):
@@ -344,8 +362,8 @@ def _whole(
 
 
 @contextmanager
-def sound(folder: Path) -> Iterator[None]:
-    """Errors of loading, as what a user can do about them."""
+def loading_errors(folder: Path) -> Iterator[None]:
+    """Raise errors of loading as a ValueError that says what to do."""
     from safetensors import SafetensorError
 
     try:
@@ -358,17 +376,17 @@ def sound(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """No progress bars and no remarks while parts are loaded."""
-    from diffusers.utils import logging as theirs
-    from transformers.utils import logging as others
+    """Turn off progress bars and warnings of diffusers and transformers."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
 
-    spoken = [(log, log.get_verbosity()) for log in (theirs, others)]
-    for log, _ in spoken:
-        log.set_verbosity_error()
-        log.disable_progress_bar()
+    verbosities = [(logging, logging.get_verbosity()) for logging in (diffusers_logging, transformers_logging)]
+    for logging, _ in verbosities:
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
     try:
         yield
     finally:
-        for log, level in spoken:
-            log.set_verbosity(level)
-            log.enable_progress_bar()
+        for logging, verbosity in verbosities:
+            logging.set_verbosity(verbosity)
+            logging.enable_progress_bar()

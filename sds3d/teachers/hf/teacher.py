@@ -1,4 +1,4 @@
-"""Any diffusers pipeline as a teacher: what its families have in common."""
+"""A teacher from any supported diffusers pipeline."""
 
 from __future__ import annotations
 
@@ -22,39 +22,41 @@ from sds3d.teachers.hf.words import Condition, Embedder, warn_of_cut
 
 
 class DiffusersTeacher:
-    """A `sds3d.teachers.base.Teacher`, and a `sds3d.distill.critics.Trainable`, around a pipeline's frozen parts.
+    """A `sds3d.teachers.base.Teacher` and a `sds3d.distill.critics.Trainable` around a pipeline's frozen parts.
 
     Args:
         family: the parts, on their device.
-        words: embeds prompts.
-        views: "words", or "camera": prompts then carry no view words and the cameras' angles blend them in.
-        dtype: of the network.
+        embedder: embeds prompts.
+        views: "words", or "camera": prompts then have no view words, and embeddings with view words are blended by the
+            camera's angles.
+        dtype: dtype of the network.
         compiled: whether ``predict`` runs the network through torch.compile.
 
     Attributes:
-        fingerprint: of the files it was loaded from.
-        whole: gives the pipeline with its text encoders, for the time of a with block.
+        fingerprint: fingerprint of the loaded files.
+        full_pipeline: returns a context manager that gives the pipeline with its text encoders.
     """
 
     extra_width = 0
     fingerprint = ""
-    whole: Callable[[], contextlib.AbstractContextManager[Any]]
+    full_pipeline: Callable[[], contextlib.AbstractContextManager[Any]]
 
-    def __init__(self, family: Family, words: Embedder, views: str, dtype: torch.dtype, compiled: bool = False):
-        self.family, self.words, self.views, self.dtype, self.device = family, words, views, dtype, words.device
+    def __init__(self, family: Family, embedder: Embedder, views: str, dtype: torch.dtype, compiled: bool = False):
+        self.family, self.embedder, self.views, self.dtype = family, embedder, views, dtype
+        self.device = embedder.device
         side = (family.settings.size or family.side * family.cell) // family.cell
         self.image_size, self.shape = side * family.cell, (family.channels, side, side)
         self.levels = family.levels(side)
         self.schedule: Schedule = self.levels.schedule
         self.views_per_set = family.views_per_set
-        self._judge: nn.Module = cast(nn.Module, torch.compile(family.network)) if compiled else family.network
+        self._predict_network = cast(nn.Module, torch.compile(family.network)) if compiled else family.network
         self._shift, self._scale = (value.to(self.device) for value in _latent_scale(family.vae))
 
     def check(self, prompt: str) -> None:
-        """Warn of what its text encoders cut from a prompt and of weights, and expect it to be asked for.
+        """Warn if the text encoders cut a prompt or if it has weights, and announce it to the embedder.
 
         Raises:
-            ValueError: an empty prompt.
+            ValueError: the prompt is empty.
         """
         if not prompt.strip():
             raise ValueError('the prompt is empty: say what to make, for example "a DSLR photo of a corgi"')
@@ -63,16 +65,16 @@ class DiffusersTeacher:
             tokenizer = self.family.pipe.components.get(name)
             if tokenizer is not None:
                 warn_of_cut(tokenizer, length or tokenizer.model_max_length, f"{prompt}, overhead view")
-        self.words.expect(prompt)
+        self.embedder.expect(prompt)
 
     def encode(self, images: Tensor) -> Tensor:
-        """See `sds3d.teachers.base.Teacher.encode`; of latents the mean, without the noise that the VAE offers."""
+        """See `sds3d.teachers.base.Teacher.encode`. Latents are the mode of the VAE's distribution, without noise."""
         vae = self.family.vae
         pixels = encode_pixels(images, self.image_size, self.family.channels if vae is None else 3)
         if vae is None:
             return pixels
-        found = vae.encode(pixels.to(vae.dtype))  # a tiny autoencoder has no distribution
-        latents = (found.latents if hasattr(found, "latents") else found.latent_dist.mode()).to(pixels.dtype)
+        encoded = vae.encode(pixels.to(vae.dtype))  # a tiny autoencoder has no distribution
+        latents = (encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mode()).to(pixels.dtype)
         if vae.dtype == torch.float16 and latents.requires_grad:
             _keep_gradient_near_one(pixels, latents)
         return (latents - self._shift) * self._scale
@@ -86,7 +88,7 @@ class DiffusersTeacher:
 
     @property
     def network(self) -> nn.Module:
-        """Raises ValueError where it is kept off the GPU."""
+        """See `sds3d.distill.critics.Trainable`. Raises ValueError if the network is offloaded."""
         if self.family.settings.offload:
             raise ValueError("a critic trains on the network, which teacher.hf.offload keeps away; leave that out")
         return self.family.network
@@ -103,18 +105,19 @@ class DiffusersTeacher:
 
     @property
     def prompts(self) -> tuple[str, ...]:
-        """What a generator learns where nobody says: something to say, where prompts mean nothing."""
+        """Default prompts of a generator: a placeholder for an unconditional model, none for others."""
         return () if self.family.ENCODERS else ("an image",)
 
     @property
     def feature_width(self) -> int:
-        """Raises ValueError where the network has no features."""
+        """See `sds3d.distill.critics.Featured`. Raises ValueError if the network has no feature maps."""
         return self.family.feature_width
 
     def nearest_times(self, times: Tensor) -> tuple[Tensor, float]:
-        """See `sds3d.students.generator.Network.nearest_times`; the times are those of the generator's scheduler."""
-        scheduler = generator_scheduler.scheduler(self.family, self.levels, float(times[0]), len(times))
-        return generator_scheduler.times(self.family, self.levels, scheduler, len(times)), 1.0
+        """See `sds3d.students.generator.Network.nearest_times`. The times are those of the saved generator's
+        scheduler."""
+        scheduler = generator_scheduler.build_scheduler(self.family, self.levels, float(times[0]), len(times))
+        return generator_scheduler.scheduler_times(self.family, self.levels, scheduler, len(times)), 1.0
 
     @torch.no_grad()
     def predict(
@@ -127,8 +130,8 @@ class DiffusersTeacher:
     ) -> Prediction:
         """See `sds3d.teachers.base.Teacher.predict`."""
         condition = self._condition(prompts, cameras, camera_mask)
-        with self._present(), torch.autocast(x_t.device.type, enabled=False):  # a caller's changes no answer
-            return self._ask(self._judge, x_t, t, condition)
+        with self._on_device(), torch.autocast(x_t.device.type, enabled=False):  # independent of the caller's autocast
+            return self._predict(self._predict_network, x_t, t, condition)
 
     def answer(
         self,
@@ -140,22 +143,26 @@ class DiffusersTeacher:
         camera_mask: Tensor | None = None,  # (B,) bool
         extra: Tensor | None = None,
     ) -> Prediction:
-        """See `sds3d.distill.critics.Trainable.answer`. In half precision the network's weights may be in
-        float32; an adapter answers as ``predict`` does, without autocast."""
-        assert extra is None, "it has no place for an extra condition"
+        """See `sds3d.distill.critics.Trainable.answer`.
+
+        Runs under autocast if ``self.dtype`` is a half precision, since the network's weights may be float32. An
+        adapter turns autocast off again, as ``predict`` does.
+        """
+        assert extra is None, "the network takes no extra condition"
         condition = self._condition(prompts, cameras, camera_mask)
         with torch.autocast(x_t.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            return self._ask(network, x_t, t, condition)
+            return self._predict(network, x_t, t, condition)
 
     def features(self, network: nn.Module, x_t: Tensor, t: Tensor, prompts: list[str]) -> list[Tensor]:
         """See `sds3d.distill.critics.Featured.features`."""
         condition = self._condition(prompts, None, None)
         with torch.autocast(x_t.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            found = self.family.features(network, x_t.to(self.dtype), self.levels.told(t).float(), condition)
-        return [maps.to(torch.promote_types(x_t.dtype, torch.float32)) for maps in found]
+            timesteps = self.levels.network_timesteps(t).float()
+            maps = self.family.features(network, x_t.to(self.dtype), timesteps, condition)
+        return [features.to(torch.promote_types(x_t.dtype, torch.float32)) for features in maps]
 
-    def _ask(self, network: nn.Module, x_t: Tensor, t: Tensor, condition: Condition) -> Prediction:
-        output = self.family.answer(network, x_t.to(self.dtype), self.levels.told(t).float(), condition)
+    def _predict(self, network: nn.Module, x_t: Tensor, t: Tensor, condition: Condition) -> Prediction:
+        output = self.family.answer(network, x_t.to(self.dtype), self.levels.network_timesteps(t).float(), condition)
         alpha, sigma = self.schedule.alpha_sigma(t)
         return Prediction(output.to(torch.promote_types(x_t.dtype, torch.float32)), x_t, alpha, sigma, self.levels.kind)
 
@@ -163,43 +170,46 @@ class DiffusersTeacher:
         if not self.family.ENCODERS:
             return {}
         if self.views == "words" or cameras is None:
-            return self.words(prompts)
-        seen = self.family.sees(cameras, mask)
-        if seen is not None:
-            return self.words(prompts) | {name: onto(value, self.device) for name, value in seen.items()}
-        return self.words.seen(prompts, cameras, mask)
+            return self.embedder(prompts)
+        by_camera = self.family.camera_condition(cameras, mask)
+        if by_camera is not None:
+            return self.embedder(prompts) | {name: onto(value, self.device) for name, value in by_camera.items()}
+        return self.embedder.with_cameras(prompts, cameras, mask)
 
     @contextlib.contextmanager
-    def _present(self) -> Iterator[None]:
-        """The network is on the device inside; where it is offloaded, only there."""
+    def _on_device(self) -> Iterator[None]:
+        """Move an offloaded network to the device for the time of a with block."""
         if not self.family.settings.offload:
             yield
             return
-        waiting = {p: p.data for p in [*self.family.network.parameters(), *self.family.network.buffers()]}
-        for tensor, host in waiting.items():
-            tensor.data = host.to(self.device, non_blocking=True)
+        host_data = {p: p.data for p in [*self.family.network.parameters(), *self.family.network.buffers()]}
+        for tensor, data in host_data.items():
+            tensor.data = data.to(self.device, non_blocking=True)
         try:
             yield
         finally:
-            for tensor, host in waiting.items():
-                tensor.data = host
+            for tensor, data in host_data.items():
+                tensor.data = data
 
 
 def _keep_gradient_near_one(pixels: Tensor, latents: Tensor) -> None:
-    """Let the gradient on the latents be at most 1 on its way back to the pixels, and there what it was: float16 has
-    nothing below 6e-8, nor above 65,504. A power of two, so it changes no digit, found without asking a GPU."""
-    power: list[Tensor] = []
+    """Scale the gradient on the latents to at most 1 in the backward pass to the pixels, and scale it back there.
 
-    def enter(gradient: Tensor) -> Tensor:
-        power[:] = [torch.frexp(gradient.abs().amax())[1]]
-        return torch.ldexp(gradient, -power[0])
+    float16 has no numbers below 6e-8 or above 65,504. The factor is a power of two, so scaling is exact, and it stays
+    on the device, so a GPU is not synchronised.
+    """
+    exponent: list[Tensor] = []
 
-    latents.register_hook(enter)
-    pixels.register_hook(lambda gradient: torch.ldexp(gradient, power[0]))
+    def scale_down(gradient: Tensor) -> Tensor:
+        exponent[:] = [torch.frexp(gradient.abs().amax())[1]]
+        return torch.ldexp(gradient, -exponent[0])
+
+    latents.register_hook(scale_down)
+    pixels.register_hook(lambda gradient: torch.ldexp(gradient, exponent[0]))
 
 
 def _latent_scale(vae: Any) -> tuple[Tensor, Tensor]:
-    """A latent is (what the VAE says - shift) * scale; both (C, 1, 1) or ()."""
+    """Return shift and scale, each (C, 1, 1) or (), such that a latent is (output of the VAE - shift) * scale."""
     if vae is None:
         return torch.zeros(()), torch.ones(())
     config = vae.config

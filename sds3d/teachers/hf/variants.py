@@ -1,4 +1,4 @@
-"""Which files of a pipeline's weights are read: a folder may hold each part's in several variants, such as fp16."""
+"""Chooses the weight files of a pipeline: a folder may hold several variants of each part's weights, such as fp16."""
 
 from __future__ import annotations
 
@@ -11,56 +11,56 @@ from typing import Any
 from sds3d.teachers.base import HFConfig
 
 
-def files(settings: HFConfig, variant: str = "") -> dict[str, Any]:
-    """How diffusers is told which of a part's files to read."""
+def file_options(settings: HFConfig, variant: str = "") -> dict[str, Any]:
+    """Return the arguments of ``from_pretrained`` that choose the weight files of a part."""
     return {"variant": variant or None, "use_safetensors": None if settings.allow_pickle else True}
 
 
 def variants_of(folder: Path, parts: Sequence[str], settings: HFConfig) -> dict[str, str]:
-    """The variant of each part's weights, as "fp16", "" where it is the plain one.
+    """Choose the variant of each part's weights, such as "fp16", or "" for the plain weights.
 
-    What the settings name is taken where a part has it, else its plain weights. Where they name none and parts have
-    no plain weights, the only variant of these is taken, and a warning says so.
+    A part that has the variant of the settings gets it; other parts get their plain weights. If the settings name no
+    variant and some parts have no plain weights, these get the only variant that they have, with a warning.
 
     Args:
-        parts: names of their folders.
+        parts: names of the parts' folders.
 
     Raises:
-        ValueError: a part without weights, a variant that no part has, or several to choose from.
+        ValueError: a part has no weights, no part has the variant, or there are several to choose from.
     """
-    there = {name: _variants(folder / name, settings.allow_pickle) for name in parts}
-    for name, found in there.items():
-        if not found:
+    available = {name: _variants(folder / name, settings.allow_pickle) for name in parts}
+    for name, variants in available.items():
+        if not variants:
             raise ValueError(
                 f"the pipeline in {folder} cannot be loaded: {folder / name} holds no weights; is it missing or "
                 "damaged? Of a model on the hub that has another precision only, name that: teacher.hf.variant=fp16"
             )
-    wanted, others = settings.variant, sorted(set().union(*there.values()) - {""})
+    wanted, others = settings.variant, sorted(set().union(*available.values()) - {""})
     if wanted and wanted not in others:
-        what = f"there is {', '.join(others)}" if others else "leave it out"
-        raise ValueError(f"teacher.hf.variant is {wanted!r}, which no part in {folder} has; {what}")
-    lacking = [name for name, found in there.items() if not found & {"", wanted}]
+        remedy = f"there is {', '.join(others)}" if others else "leave it out"
+        raise ValueError(f"teacher.hf.variant is {wanted!r}, which no part in {folder} has; {remedy}")
+    lacking = [name for name, variants in available.items() if not variants & {"", wanted}]
     if lacking and wanted:
         raise ValueError(
             f"{folder} holds neither plain weights nor {wanted} of {', '.join(lacking)}; there is {', '.join(others)}"
         )
     if lacking:
-        wanted = _only(folder, there, lacking)
+        wanted = _only_variant(folder, available, lacking)
         warnings.warn(
             f"{folder} has only {wanted} weights of {', '.join(lacking)}, and they are taken; teacher.hf.variant="
             f"{wanted} takes them without this warning",
             stacklevel=3,
         )
-        return {name: wanted if name in lacking else "" for name in there}
-    return {name: wanted if wanted in found else "" for name, found in there.items()}
+        return {name: wanted if name in lacking else "" for name in available}
+    return {name: wanted if wanted in variants else "" for name, variants in available.items()}
 
 
-def _only(folder: Path, there: dict[str, set[str]], lacking: list[str]) -> str:
-    """The one variant that all these parts have. Raises ValueError where there are more, or none."""
-    shared = sorted(set.intersection(*(there[name] for name in lacking)))
+def _only_variant(folder: Path, available: dict[str, set[str]], lacking: list[str]) -> str:
+    """Return the one variant that all ``lacking`` parts have. Raises ValueError if there are several, or none."""
+    shared = sorted(set.intersection(*(available[name] for name in lacking)))
     if len(shared) == 1:
         return shared[0]
-    every = sorted(set().union(*(there[name] for name in lacking)))
+    every = sorted(set().union(*(available[name] for name in lacking)))
     raise ValueError(
         f"{folder} has no plain weights of {', '.join(lacking)}, but {', '.join(every)}: say which to take, as in "
         f"teacher.hf.variant={'fp16' if 'fp16' in every else every[0]}"
@@ -68,8 +68,9 @@ def _only(folder: Path, there: dict[str, set[str]], lacking: list[str]) -> str:
 
 
 def _variants(folder: Path, pickles: bool) -> set[str]:
-    """Of a part's weights, "" for the plain ones; pieces of a large file have a number, before the variant or after."""
-    kinds, piece = "safetensors|bin" if pickles else "safetensors", r"(?:-\d+-of-\d+)?"
-    pattern = rf"(?:diffusion_pytorch_model|pytorch_model|model){piece}(?:\.([\w-]+?))?{piece}\.(?:{kinds})"
-    found = (re.fullmatch(pattern, file.name) for file in folder.glob("*"))
-    return {match[1] or "" for match in found if match}
+    """Return the variants of a part's weights, "" for the plain ones. Shards of a large file have a number before or
+    after the variant."""
+    kinds, shard = "safetensors|bin" if pickles else "safetensors", r"(?:-\d+-of-\d+)?"
+    pattern = rf"(?:diffusion_pytorch_model|pytorch_model|model){shard}(?:\.([\w-]+?))?{shard}\.(?:{kinds})"
+    matches = (re.fullmatch(pattern, file.name) for file in folder.glob("*"))
+    return {match[1] or "" for match in matches if match}

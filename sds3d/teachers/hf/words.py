@@ -1,4 +1,4 @@
-"""What a prompt becomes: embedded once, kept in memory and on disk, so that text encoders need not stay."""
+"""Embeds prompts once and caches the embeddings in memory and on disk, so that the text encoders can be unloaded."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ from sds3d.runtime.files import replacing
 from sds3d.runtime.transfer import onto
 
 Condition = dict[str, Tensor]  # by name, (N, ...) each
-VERSION = 2  # of what is kept on disk; the first one's numbers depended on who asked first
+VERSION = 2  # of the cache on disk; embeddings of version 1 depended on the other prompts in the batch
 
 
 def cache_folder() -> Path:
-    """Where embedded prompts are kept unless the settings say otherwise."""
+    """Return the default folder of embedded prompts."""
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return base / "sds3d" / "prompts"
 
 
-def _plain(method: Callable[..., Condition]) -> Callable[..., Condition]:
-    """Let a method compute without gradients, and as if its caller had neither autocast nor inference mode."""
+def _without_caller_modes(method: Callable[..., Condition]) -> Callable[..., Condition]:
+    """Run a method without gradients and outside the caller's autocast and inference mode."""
 
     @wraps(method)
-    def run(self: Words, *arguments: Any) -> Condition:
-        with torch.inference_mode(False), torch.no_grad():  # on the CPU, too: it may have the text encoders
+    def run(self: PromptEmbedder, *arguments: Any) -> Condition:
+        with torch.inference_mode(False), torch.no_grad():  # autocast is off on the CPU too: text encoders may be there
             with torch.autocast("cpu", enabled=False), torch.autocast(self.device.type, enabled=False):
                 return method(self, *arguments)
 
@@ -42,123 +42,123 @@ def _plain(method: Callable[..., Condition]) -> Callable[..., Condition]:
 
 
 class Embedder(Protocol):
-    """What gives a teacher the conditions of prompts: `Words`, or what stands in for it.
+    """The interface of `PromptEmbedder` and of its stand-in on torch's meta device.
 
     Attributes:
-        device: where the conditions are.
-        sided: whether a prompt is expected to be asked for from all sides, too.
+        device: device of the conditions.
+        all_views: whether to embed a prompt together with all its view words.
     """
 
     device: torch.device
-    sided: bool
+    all_views: bool
 
     def expect(self, prompt: str) -> None:
-        """Say that a prompt will be asked for."""
+        """Announce a prompt that will be used later."""
         ...
 
     def __call__(self, prompts: Sequence[str]) -> Condition:
-        """The condition of B prompts, (B, ...) each."""
+        """Return the condition of B prompts, tensors (B, ...) by name."""
         ...
 
-    def seen(self, prompts: Sequence[str], cameras: Cameras, told: Tensor | None = None) -> Condition:
-        """The condition of B prompts, each seen from its camera."""
+    def with_cameras(self, prompts: Sequence[str], cameras: Cameras, camera_mask: Tensor | None = None) -> Condition:
+        """Return the condition of B prompts, each with the view of its camera."""
         ...
 
 
-class Words:
-    """Embeds prompts, in the precision of the text encoders' own weights: under a caller's autocast or inference mode
-    as without.
+class PromptEmbedder:
+    """Embeds prompts in the dtype of the text encoders' weights, whatever autocast or inference mode the caller has.
 
     Args:
-        embed: loads the text encoders, embeds N prompts and lets the encoders go.
-        mark: of the model and its precision: what the embeddings depend on beside the prompt.
-        folder: of the disk cache.
-        device: where the embeddings go.
+        embed: loads the text encoders, embeds N prompts and unloads the encoders.
+        model_key: identifies model and dtype, which the embeddings depend on beside the prompt.
+        folder: folder of the disk cache.
+        device: device of the embeddings.
 
     Attributes:
-        sided: whether a prompt is expected to be asked for from all sides, too.
+        all_views: whether to embed a prompt together with all its view words.
     """
 
-    def __init__(self, embed: Callable[[list[str]], Condition], mark: str, folder: Path, device: torch.device):
-        self.embed, self.mark, self.folder, self.device = embed, mark, folder, device
-        self.sided = True
+    def __init__(self, embed: Callable[[list[str]], Condition], model_key: str, folder: Path, device: torch.device):
+        self.embed, self.model_key, self.folder, self.device = embed, model_key, folder, device
+        self.all_views = True
         self._known: dict[str, Condition] = {}
-        self._awaited: list[str] = [""]
+        self._expected: list[str] = [""]
 
     def expect(self, prompt: str) -> None:
-        """Say that a prompt will be asked for: it is embedded together with the first that is."""
-        self._awaited.append(prompt)
+        """Announce a prompt that will be used later. It is embedded together with the first prompt that is used."""
+        self._expected.append(prompt)
 
-    @_plain
+    @_without_caller_modes
     def __call__(self, prompts: Sequence[str]) -> Condition:
-        """The condition of B prompts, (B, ...) each."""
+        """Return the condition of B prompts, tensors (B, ...) by name."""
         missing = [p for p in dict.fromkeys(prompts) if p not in self._known]
         if missing:
-            wanted = [*missing, *self._awaited]
-            wanted = dict.fromkeys(text for p in wanted for text in (_relatives(p) if self.sided else [p]))
-            self._learn([p for p in wanted if p not in self._known])
-            self._awaited.clear()
-        found = [self._known[p] for p in prompts]
-        return {name: torch.stack([one[name] for one in found]) for name in found[0]}
+            wanted = [*missing, *self._expected]
+            wanted = dict.fromkeys(text for p in wanted for text in (_related_prompts(p) if self.all_views else [p]))
+            self._load_or_embed([p for p in wanted if p not in self._known])
+            self._expected.clear()
+        conditions = [self._known[p] for p in prompts]
+        return {name: torch.stack([c[name] for c in conditions]) for name in conditions[0]}
 
-    @_plain
-    def seen(self, prompts: Sequence[str], cameras: Cameras, told: Tensor | None = None) -> Condition:
-        """The condition of B prompts, each seen from its camera: the view words' embeddings, blended by its angles.
+    @_without_caller_modes
+    def with_cameras(self, prompts: Sequence[str], cameras: Cameras, camera_mask: Tensor | None = None) -> Condition:
+        """Return the condition of B prompts: the embeddings with view words, blended by the angles of each camera.
 
         Args:
-            told: (B,) bool, False where the camera is dropped.
+            camera_mask: (B,) bool, False where the camera is dropped.
         """
-        places = zip(cameras.azimuth.tolist(), cameras.elevation.tolist(), strict=True)
-        shares = torch.tensor([[0.0, *view_blend(*place).values()] for place in places])
-        shares = onto(shares, self.device)  # (B, 5): of the bare prompt, then by VIEW_WORDS
-        if told is not None:
-            bare = onto(torch.eye(shares.shape[1])[0], self.device)
-            shares = torch.where(onto(told, self.device)[:, None], shares, bare)
-        each = zip(*(_with_views(p) for p in prompts), strict=True)
-        views = [self(texts) for texts in each]
-        return {name: _blend([view[name] for view in views], shares) for name in views[0]}
+        angles = zip(cameras.azimuth.tolist(), cameras.elevation.tolist(), strict=True)
+        weights = torch.tensor([[0.0, *view_blend(*pair).values()] for pair in angles])
+        weights = onto(weights, self.device)  # (B, 5): of the prompt without view words, then by VIEW_WORDS
+        if camera_mask is not None:
+            no_view = onto(torch.eye(weights.shape[1])[0], self.device)
+            weights = torch.where(onto(camera_mask, self.device)[:, None], weights, no_view)
+        texts_by_view = zip(*(_with_views(p) for p in prompts), strict=True)
+        views = [self(texts) for texts in texts_by_view]
+        return {name: _blend([view[name] for view in views], weights) for name in views[0]}
 
-    def _learn(self, prompts: list[str]) -> None:
-        """Read prompts from the disk, and embed what is not there."""
+    def _load_or_embed(self, prompts: list[str]) -> None:
+        """Read embeddings from the disk; embed and write the missing ones."""
         for prompt in prompts:
-            kept = _read(self._path(prompt))
-            if kept is not None:
-                self._keep(prompt, kept)
+            cached = _read(self._path(prompt))
+            if cached is not None:
+                self._remember(prompt, cached)
         missing = [p for p in prompts if p not in self._known]
-        made = self.embed(missing) if missing else {}
+        embedded = self.embed(missing) if missing else {}
         for i, prompt in enumerate(missing):
-            one = {name: rows[i].contiguous().cpu() for name, rows in made.items()}
-            self._keep(prompt, one)
-            _write(self._path(prompt), one, prompt)
+            condition = {name: rows[i].contiguous().cpu() for name, rows in embedded.items()}
+            self._remember(prompt, condition)
+            _write(self._path(prompt), condition, prompt)
 
-    def _keep(self, prompt: str, one: Condition) -> None:
-        self._known[prompt] = {name: onto(value, self.device) for name, value in one.items()}
+    def _remember(self, prompt: str, condition: Condition) -> None:
+        self._known[prompt] = {name: onto(value, self.device) for name, value in condition.items()}
 
     def _path(self, prompt: str) -> Path:
-        name = hashlib.sha256(f"{VERSION} {self.mark}: {prompt}".encode()).hexdigest()[:40]
+        name = hashlib.sha256(f"{VERSION} {self.model_key}: {prompt}".encode()).hexdigest()[:40]
         return self.folder / f"{name}.safetensors"
 
 
 def _with_views(prompt: str) -> list[str]:
-    """A prompt bare, then with each view word; the null prompt says no view."""
+    """Return a prompt without view words, then with each; the null prompt never gets view words."""
     return [prompt, *(f"{prompt}, {view}" if prompt else "" for view in VIEW_WORDS)]
 
 
-def _relatives(prompt: str) -> list[str]:
-    """What will probably be asked for where this is: the prompt from all sides."""
+def _related_prompts(prompt: str) -> list[str]:
+    """Return the prompts that a run with this one will probably use: it alone if it names a view itself, otherwise
+    the prompt without and with each of the view words."""
     for view in VIEW_WORDS:
         prompt = prompt.removesuffix(f", {view}")
     return [prompt] if named_view(prompt) else _with_views(prompt)
 
 
-def _blend(views: list[Tensor], shares: Tensor) -> Tensor:
-    """The mean of N embeddings (B, ...) by shares (B, N)."""
-    weights = shares.T.view(*shares.T.shape, *[1] * (views[0].dim() - 1))  # (N, B, 1 ...)
-    return (torch.stack(views).float() * weights).sum(0).to(views[0].dtype)
+def _blend(views: list[Tensor], weights: Tensor) -> Tensor:
+    """Return the mean of N embeddings (B, ...) with weights (B, N)."""
+    factors = weights.T.view(*weights.T.shape, *[1] * (views[0].dim() - 1))  # (N, B, 1 ...)
+    return (torch.stack(views).float() * factors).sum(0).to(views[0].dtype)
 
 
 def _read(path: Path) -> Condition | None:
-    """A kept embedding; None where there is none, with a warning where it is damaged."""
+    """Read a cached embedding; None if there is none, and None with a warning if it is damaged."""
     if not path.is_file():
         return None
     try:
@@ -168,9 +168,9 @@ def _read(path: Path) -> Condition | None:
         return None
 
 
-def _write(path: Path, one: Condition, prompt: str) -> None:
-    """Keep an embedding for the next run; a disk that says no is only a warning."""
-    data = tensor_files.to_bytes(one, {"prompt": prompt})
+def _write(path: Path, condition: Condition, prompt: str) -> None:
+    """Cache an embedding on disk. Only warns if the file cannot be written."""
+    data = tensor_files.to_bytes(condition, {"prompt": prompt})
     try:
         with replacing(path) as part:
             part.write_bytes(data)
@@ -179,14 +179,14 @@ def _write(path: Path, one: Condition, prompt: str) -> None:
 
 
 def warn_of_cut(tokenizer: Any, length: int, prompt: str) -> None:
-    """Warn of what this tokenizer cuts from a prompt.
+    """Warn about the words that a tokenizer cuts from a long prompt.
 
     Args:
-        length: tokens the text encoder reads, with those for begin and end.
+        length: maximal number of tokens, including those for start and end.
     """
     ids = tokenizer(prompt, verbose=False).input_ids
     if len(ids) > length:
-        lost = tokenizer.decode(ids[length - 1 : -1]).strip()  # its last token is the end, which stays
+        lost = tokenizer.decode(ids[length - 1 : -1]).strip()  # the last token is the end, which is not cut
         warnings.warn(
             f"with view words the prompt has {len(ids)} tokens and a text encoder reads {length}: it never sees "
             f"{lost!r}; shorten the prompt",

@@ -1,6 +1,6 @@
-"""Trains an embedded teacher: denoising with v-prediction on the cosine schedule (Salimans and Ho, arXiv 2202.00512).
+"""Trains a small teacher: denoising with v-prediction on the cosine schedule (Salimans and Ho, arXiv 2202.00512).
 
-What it sees is a `Source`: the toybox, scikit-learn's digits, or a user's own folder.
+The training images come from a `Source`: the toybox, scikit-learn's digits, or a folder of captioned pictures.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from sds3d.teachers import small
 from sds3d.teachers.drawing import sample
 from sds3d.teachers.training.sources import Batch, Source
 
-DIGITS_STEPS = 5000  # of the packaged digits teacher; beyond, images it never saw are denoised no better
+DIGITS_STEPS = 5000  # of the packaged digits teacher; more steps do not lower the loss on held-out images
 
 
 @dataclass(frozen=True)
@@ -45,17 +45,18 @@ class FitConfig:
 
     Args:
         data: "toybox", "digits", or a folder of pictures with captions.
-        size: pixels a side of a folder's pictures, 32 or 64.
-        steps: in all; may be changed on resuming.
-        batch: images a step; a coarse step takes twice as many.
-        coarse: for so many first steps the images are shrunk to half their side, which halves the time of one; what
-            words and cameras mean is learnt there, detail afterwards.
-        part: in the coarse steps of the toybox, how much more than others a pixel weighs that shows the second colour:
-            handles and stems are small, and their colours are what is learnt last.
-        lr: learning rate after 200 steps of warm-up; falls linearly to 0 over the last ``decay`` of the steps.
-        images: renders to draw from, of the toybox.
-        ema: decay of the weights' running mean, which is what is saved.
-        seed: of everything.
+        size: side in pixels of a folder's pictures, 32 or 64.
+        steps: total number of steps; may be changed on resuming.
+        batch: images in a step; a coarse step takes twice as many.
+        coarse: number of first steps with images of half the side, which halves the time of a step. The meaning of
+            words and cameras is learnt in these steps, detail afterwards.
+        part: in the coarse steps of the toybox, extra weight of pixels that show the second colour. Handles and stems
+            are small, and their colours are learnt last.
+        lr: learning rate after 200 steps of warm-up.
+        decay: fraction of the steps, the last ones, over which the learning rate falls linearly to 0.
+        images: number of renders of the toybox.
+        ema: decay of the running mean of the weights, which is what is saved.
+        seed: seed of all random numbers.
         save_every: steps between checkpoints, each with a sample grid.
     """
 
@@ -90,7 +91,7 @@ class FitConfig:
 
     @staticmethod
     def usual(data: str) -> FitConfig:
-        """What suits a kind of data."""
+        """Return the default settings for a kind of data."""
         if data == "toybox":
             return FitConfig()
         if data == "digits":
@@ -98,14 +99,14 @@ class FitConfig:
         return FitConfig(data, steps=20_000, coarse=0, decay=0.5)
 
     def rate(self, step: int) -> float:
-        """The learning rate of a step."""
-        left = (self.steps - step) / (self.decay * self.steps)
-        return self.lr * min(1.0, (step + 1) / 200, left)
+        """Return the learning rate of a step."""
+        remaining = (self.steps - step) / (self.decay * self.steps)
+        return self.lr * min(1.0, (step + 1) / 200, remaining)
 
 
 @dataclass(frozen=True)
 class FitStep:
-    """One training step: number (from 1), total, running loss, seconds since the start of this session."""
+    """One training step: its number (from 1), the total, the mean of recent losses, seconds in this session."""
 
     step: int
     total: int
@@ -114,15 +115,15 @@ class FitStep:
 
 
 def is_inner(name: str, weight: Tensor) -> bool:
-    """Whether Muon steps a weight: hidden matrices and convolutions, neither embeddings nor first and last layers."""
+    """Return whether Muon trains a weight: a hidden matrix or convolution, no embedding and no first or last layer."""
     return weight.ndim >= 2 and name.split(".")[1] not in ("words", "places", "first", "last", "rays", "time", "camera")
 
 
 class Fit:
-    """A training in progress: networks, their mean, optimiser, random state.
+    """The state of a training: networks, their running mean, optimisers, random state.
 
     Args:
-        dtype: torch.bfloat16 to train under autocast, torch.float32; None takes bfloat16 where that is fast.
+        dtype: torch.bfloat16 trains under autocast, torch.float32 does not; None takes bfloat16 where that is fast.
     """
 
     def __init__(
@@ -134,11 +135,11 @@ class Fit:
     ):
         self.config, self.source, self.step, self.device = config, source, 0, torch.device(device)
         self.dtype = small.pick_dtype(self.device, dtype)
-        with torch.random.fork_rng(devices=[]):  # modules draw their first weights from the global stream
+        with torch.random.fork_rng(devices=[]):  # modules draw their initial weights from the global stream
             torch.manual_seed(config.seed)
             text = TextEncoder(source.vocabulary, source.network.text)
             self.nets = nn.ModuleDict({"unet": UNet(source.network), "text": text})
-        # torch's types of Module.to leave out memory_format
+        # the annotation of Module.to lacks memory_format
         self.nets.to(self.device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         self.ema = EMA(self.nets, config.ema)
         inner, outer = [], []
@@ -150,7 +151,8 @@ class Fit:
         self.losses: list[float] = []
 
     def loss(self, batch: Batch) -> Tensor:
-        """Mean squared error of v at drawn t; t leans towards 1, where the caption and the camera decide most."""
+        """Return the mean squared error of v at random t. Larger t are more likely: there caption and camera matter
+        most."""
         b, clean, weight = len(batch.x), batch.x, torch.ones(())
         if self.step < self.config.coarse:
             clean = F.avg_pool2d(clean, 2)
@@ -162,25 +164,29 @@ class Fit:
         clean, eps, t, weight = (x.to(self.device) for x in (clean, eps, t, weight))
         alpha, sigma = small.SmallTeacher.schedule.alpha_sigma(t)
         unet, text = _parts(self.nets)
-        known = text(text.tokens(batch.captions).to(self.device))
+        encoded = text(text.tokens(batch.captions).to(self.device))
         cameras = None if batch.cameras is None else batch.cameras.to(self.device)
-        seen = None if batch.seen is None else batch.seen.float().to(self.device)
+        camera_mask = None if batch.camera_mask is None else batch.camera_mask.float().to(self.device)
         with (
-            self._noise_of_step(),
+            self._dropout_noise(),
             torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16),
         ):
-            v = unet(noised(clean, eps, alpha, sigma), t, known, cameras, seen)
+            v = unet(noised(clean, eps, alpha, sigma), t, encoded, cameras, camera_mask)
         return (weight * (v.float() - target("v", clean, eps, alpha, sigma)).square()).mean()
 
     @contextmanager
-    def _noise_of_step(self) -> Iterator[None]:
-        """Dropout takes its noise from the global stream, which is seeded for the step and then put back."""
+    def _dropout_noise(self) -> Iterator[None]:
+        """Seed the global stream, from which dropout draws, for this step; restore it afterwards."""
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(self.config.seed * 1_000_003 + self.step)
             yield
 
     def advance(self, batch: Batch) -> float:
-        """One optimiser step; returns the loss. Raises Diverged before it, where loss or gradient is not finite."""
+        """Take one optimiser step and return the loss.
+
+        Raises:
+            Diverged: the loss or its gradient is not finite; no step is taken.
+        """
         loss = self.loss(batch)
         self.nets.zero_grad()
         loss.backward()
@@ -197,11 +203,11 @@ class Fit:
         return self.losses[-1]
 
     def save(self, out: Path) -> None:
-        """Checkpoint, fp16 weights and loss log, each replaced atomically.
+        """Write checkpoint, fp16 weights and settings. Each file is replaced atomically.
 
         Raises:
-            Diverged: a weight is not finite; what was saved before stays.
-            ValueError: the disk says no.
+            Diverged: a weight is not finite; the files of before stay.
+            ValueError: a file cannot be written.
         """
         for name, weight in (*self.nets.state_dict().items(), *self.ema.module.state_dict().items()):
             if weight.is_floating_point() and not bool(torch.isfinite(weight).all()):
@@ -215,7 +221,7 @@ class Fit:
             "source": self._source(),
         }
         state["sha256"] = _digest(state)
-        data = io.BytesIO()  # torch's own writer says "unexpected pos" where a disk is full
+        data = io.BytesIO()  # on a full disk torch's own writer fails with "unexpected pos"
         torch.save(state, data)
         with replacing(out / "state.pt") as part:
             part.write_bytes(data.getbuffer())
@@ -224,23 +230,22 @@ class Fit:
             part.write_text(json.dumps({"step": self.step, **asdict(self.config)}, indent=1))
 
     def _source(self) -> tuple[int, tuple[str, ...]]:
-        """Pixels a side and all words; a word's number comes from its place among them."""
+        """Return the side in pixels and the vocabulary; the order of the words defines their token numbers."""
         return self.source.network.size, self.source.vocabulary
 
     def load(self, out: Path) -> None:
-        """Take up the state that `save` left in ``out``.
+        """Load the state that `save` wrote to ``out``. States of older versions have no digest and are not checked.
 
         Raises:
-            ValueError: it is damaged, of another version or of other data, or has done all its steps. A state of before
-                there were digests has none, and is taken as it is.
+            ValueError: the state is damaged, of another version or of other data, or has done all its steps.
         """
         path = out / "state.pt"
         with _undamaged(path):
-            state = torch.load(path, map_location="cpu", weights_only=True)  # which checks no number
-            mark, _ = state.pop("sha256", None), state.pop("digest", None)  # the latter is of an earlier form
-            if mark not in (None, _digest(state)):
+            state = torch.load(path, map_location="cpu", weights_only=True)  # does not detect changed numbers
+            digest, _ = state.pop("sha256", None), state.pop("digest", None)  # the second is of an older version
+            if digest not in (None, _digest(state)):
                 raise ValueError("its content is not what was written")
-            trained, given = state.get("source", self._source()), self._source()  # older states do not say
+            trained, given = state.get("source", self._source()), self._source()  # older states have no "source"
         if trained != given:
             new, gone = (sorted(set(a[1]) - set(b[1])) for a, b in ((given, trained), (trained, given)))
             raise ValueError(
@@ -261,21 +266,21 @@ class Fit:
 
 
 def _parts(nets: nn.ModuleDict) -> tuple[UNet, TextEncoder]:
-    """The networks that `Fit` trains."""
+    """Return the networks that `Fit` trains."""
     unet, text = nets["unet"], nets["text"]
     assert isinstance(unet, UNet) and isinstance(text, TextEncoder)
     return unet, text
 
 
 def _digest(state: dict[str, Any]) -> str:
-    """Of all that a state holds."""
+    """Return a digest of everything in a state."""
     tensors: dict[str, Tensor] = {}
     return tensor_files.digest(tensors, tensor_files.flatten(state, tensors))
 
 
 @contextmanager
 def _undamaged(path: Path) -> Iterator[None]:
-    """Whatever reading a state can end with, as one sentence."""
+    """Raise any error of reading a state as a ValueError of one sentence."""
     try:
         yield
     except (
@@ -297,15 +302,16 @@ def _undamaged(path: Path) -> Iterator[None]:
 def train(
     out: Path, config: FitConfig, source: Source, resume: bool = False, device: torch.device | str = "cpu"
 ) -> Generator[FitStep]:
-    """Train a teacher into a folder: state.pt, teacher.safetensors, fit.json, loss.png, a sample grid at every save.
+    """Train a teacher into a folder, and yield every step.
 
-    Whoever stops iterating leaves a state to resume from.
+    Writes state.pt, teacher.safetensors, fit.json, loss.png, and a sample grid at every save. If the iteration is
+    stopped, the state is saved first, so that the training can be resumed.
 
     Raises:
-        ValueError: if ``out`` already holds a training and ``resume`` is not asked for, or the other way round; if the
-            training there is damaged, finished or of other data; if a batch is larger than the data; if another process
-            trains there; if the disk says no, which is tried at once.
-        Diverged: a loss, a gradient or a weight is not finite. What was saved last is good, and is not replaced.
+        ValueError: ``out`` holds a training and ``resume`` is False, or holds none and it is True; the training there
+            is damaged, finished or of other data; a batch is larger than the data; another process trains there; or
+            the folder cannot be written, which is checked first.
+        Diverged: a loss, a gradient or a weight is not finite. The last saved state is good and is not replaced.
     """
     require(out, config, source)
     with lock(out / ".lock", f"{out} is in use: wait until that training is done, or stop it"):
@@ -314,15 +320,15 @@ def train(
             yield from _train(out, config, source, resume, device)
         except Diverged as error:
             saved = (out / "state.pt").exists()
-            left = f"{out / 'state.pt'} is from before, and good" if saved else "Nothing was saved yet"
-            raise Diverged(f"{error}. {left}") from error
+            state = f"{out / 'state.pt'} is from before, and good" if saved else "Nothing was saved yet"
+            raise Diverged(f"{error}. {state}") from error
 
 
 def require(out: Path, config: FitConfig, source: Source) -> None:
-    """Raises ValueError where a training cannot begin: a batch is larger than the data, or the disk says no."""
-    there = source.size(config.images)
-    if config.batch > there:
-        raise ValueError(f"batch is {config.batch} and there are {there} images; give batch={there} or more images")
+    """Raise ValueError if a training cannot begin: a batch is larger than the data, or the folder cannot be written."""
+    size = source.size(config.images)
+    if config.batch > size:
+        raise ValueError(f"batch is {config.batch} and there are {size} images; give batch={size} or more images")
     require_folder(out)
 
 
@@ -337,9 +343,9 @@ def _train(out: Path, config: FitConfig, source: Source, resume: bool, device: t
     fit = Fit(config, source, device)
     if resume:
         fit.load(out)
-    batches, begun = source.batches(out, fit.rng), time.monotonic()
+    draw_batch, start = source.batches(out, fit.rng), time.monotonic()
     while fit.step < config.steps:
-        fit.advance(batches(config.batch * (2 if fit.step < config.coarse else 1)))
+        fit.advance(draw_batch(config.batch * (2 if fit.step < config.coarse else 1)))
         recent = fit.losses[-200:]
         if fit.step % config.save_every == 0 or fit.step == config.steps:
             fit.save(out)
@@ -348,17 +354,17 @@ def _train(out: Path, config: FitConfig, source: Source, resume: bool, device: t
             )
             save_curve(fit.losses, out / "loss.png")
         try:
-            yield FitStep(fit.step, config.steps, sum(recent) / len(recent), time.monotonic() - begun)
+            yield FitStep(fit.step, config.steps, sum(recent) / len(recent), time.monotonic() - start)
         except GeneratorExit:
             fit.save(out)
             raise
 
 
 def settings_of(out: Path) -> dict[str, Any]:
-    """The settings of the training in a folder, by field of FitConfig.
+    """Return the settings of the training in a folder, by field of FitConfig.
 
     Raises:
-        ValueError: there is none.
+        ValueError: the folder holds no training.
     """
     try:
         values = from_json(read_text(out / "fit.json"))
@@ -368,17 +374,18 @@ def settings_of(out: Path) -> dict[str, Any]:
 
 
 def save_curve(losses: list[float], path: Path) -> None:
-    """The loss of every step, and its mean over 100 steps."""
+    """Plot the loss of every step, and its mean over 100 steps."""
     from sds3d.media.chart import chart
 
     mean = F.avg_pool1d(torch.tensor(losses)[None], min(100, len(losses)), 1)[0]
-    late = torch.arange(len(mean)) + len(losses) - len(mean) + 1
-    each = torch.arange(len(losses)) + 1
-    chart({"step": (each, torch.tensor(losses)), "mean of 100": (late, mean)}, path, "step", "mean squared error of v")
+    steps = torch.arange(len(losses)) + 1
+    mean_steps = steps[len(losses) - len(mean) :]
+    curves = {"step": (steps, torch.tensor(losses)), "mean of 100": (mean_steps, mean)}
+    chart(curves, path, "step", "mean squared error of v")
 
 
 def save_grid(teacher: small.SmallTeacher, prompts: Sequence[str], path: Path) -> None:
-    """Samples of a few prompts, one a row: four views each, or eight images where the teacher takes no camera."""
+    """Draw samples of a few prompts, one prompt in a row: four views, or eight images if the teacher has no camera."""
     from sds3d.media.sheet import contact_sheet, seen
 
     cameras = cam.orbit(4, elevation=20, start=30) if teacher.views == "camera" else None

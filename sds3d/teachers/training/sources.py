@@ -1,4 +1,4 @@
-"""What teachers are trained on: the toybox's renders, or pictures with captions."""
+"""Training data of teachers: renders of the toybox, or pictures with captions."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from sds3d.networks.text import PROMPT_WORDS
 from sds3d.networks.unet import UNetConfig
 from sds3d.prompts import COLOURS, with_view
 
-NULL_SHARE = 0.1  # of the captions are dropped, for guidance (Ho and Salimans, arXiv 2207.12598)
-GRID_PROMPTS = (  # none is held out
+NULL_FRACTION = 0.1  # of captions to drop, for guidance (Ho and Salimans, arXiv 2207.12598)
+GRID_PROMPTS = (  # prompts of the sample grid; none is held out
     "a red mug with a white handle",
     "a red rocket",
     "a blue chair",
@@ -35,7 +35,7 @@ GRID_PROMPTS = (  # none is held out
     "a yellow ball",
 )
 
-NETWORKS = {  # side of the pictures -> the U-Net for them
+NETWORKS = {  # side of the pictures in pixels -> U-Net
     8: UNetConfig((32, 64, 64), (1, 1), condition=128, text=64, size=8, fold=1, dropout=0.15),
     32: UNetConfig((48, 96, 160), (1, 2), size=32, fold=1, dropout=0.1),
     64: UNetConfig(dropout=0.1),
@@ -48,26 +48,26 @@ class Batch:
 
     Args:
         x: (B, C, S, S) clean, in [-1, 1].
-        captions: B of them.
-        part: (B, 1, S, S), 1 where the second colour shows, else 0; None where nobody knows.
-        cameras: B cameras, None where images have none.
-        seen: (B,) bool, whether the network is told the camera.
+        captions: B captions.
+        part: (B, 1, S, S), 1 where the second colour shows, else 0; None if unknown.
+        cameras: B cameras, or None if the images have none.
+        camera_mask: (B,) bool, whether the network gets the camera.
     """
 
     x: Tensor
     captions: list[str]
     part: Tensor | None = None
     cameras: Cameras | None = None
-    seen: Tensor | None = None
+    camera_mask: Tensor | None = None
 
 
 class Source(Protocol):
-    """Where training images come from.
+    """A source of training images.
 
     Attributes:
         vocabulary: every word of the captions.
         network: sizes of a U-Net that fits the images.
-        prompts: what it can be asked for; the sample grid shows the first ones.
+        prompts: examples of captions; the sample grid shows the first ones.
     """
 
     vocabulary: tuple[str, ...]
@@ -79,15 +79,15 @@ class Source(Protocol):
         ...
 
     def size(self, count: int) -> int:
-        """How many images there are, or will be where ``count`` are made."""
+        """Return the number of images. A source that makes its images makes ``count``."""
         ...
 
     def prepare(self, out: Path, count: int, seed: int) -> Iterator[int]:
-        """Make what is needed first, in the training's folder; yields how many images are ready."""
+        """Make missing images in the folder of the training; yield the number of images that are ready."""
         ...
 
     def batches(self, out: Path, rng: torch.Generator) -> Callable[[int], Batch]:
-        """What draws so many images at random."""
+        """Return a function that draws a batch of a given size at random."""
         ...
 
 
@@ -98,7 +98,7 @@ class Toybox:
 
     @property
     def prompts(self) -> tuple[str, ...]:
-        """Those of the sample grid, then captions."""
+        """The prompts of the sample grid, then captions."""
         return _toy_prompts()
 
     def size(self, count: int) -> int:
@@ -123,10 +123,10 @@ def _toy_prompts() -> tuple[str, ...]:
 
 
 class Captioned:
-    """Pictures in memory.
+    """Captioned pictures in memory.
 
     Args:
-        pictures: all of one size, which picks the network: 8, 32 or 64 pixels.
+        pictures: pictures of one size, 8, 32 or 64 pixels, which determines the network.
     """
 
     def __init__(self, pictures: Pictures):
@@ -149,16 +149,17 @@ class Captioned:
         def draw(size: int) -> Batch:
             index = torch.randint(len(self.pictures), (size,), generator=rng)
             chosen = self.pictures[index.tolist()]
-            said, dropped = torch.rand((2, size), generator=rng)
-            captions = [texts[int(place * len(texts))] for texts, place in zip(chosen.captions, said.tolist())]
-            kept = ["" if drop else text for text, drop in zip(captions, (dropped < NULL_SHARE).tolist())]
-            return Batch(chosen.images.float() / 127.5 - 1, kept)
+            pick, drop = torch.rand((2, size), generator=rng)
+            captions = [texts[int(place * len(texts))] for texts, place in zip(chosen.captions, pick.tolist())]
+            dropped = (drop < NULL_FRACTION).tolist()
+            captions = ["" if is_null else text for text, is_null in zip(captions, dropped)]
+            return Batch(chosen.images.float() / 127.5 - 1, captions)
 
         return draw
 
 
 def degrade(image: Tensor, quality: str, rng: torch.Generator) -> Tensor:
-    """Spoil an image (3, H, W) in [0, 1] in the way a key of `toybox.QUALITIES` names."""
+    """Return an image (3, H, W) in [0, 1] degraded in the way that a key of `toybox.QUALITIES` names."""
     amount = torch.rand((), generator=rng).item()
     if quality == "blur":
         small_side = int(22 - 10 * amount)
@@ -179,43 +180,44 @@ def degrade(image: Tensor, quality: str, rng: torch.Generator) -> Tensor:
 
 
 class RenderBatches:
-    """Draws training batches from stored renders."""
+    """Draws training batches from stored renders, painted and captioned anew."""
 
     def __init__(self, store: renders.Renders, rng: torch.Generator):
         self.store, self.rng = store, rng
         self.captions = CaptionDraw(rng)
 
     def __call__(self, size: int) -> Batch:
-        """``size`` training images."""
+        """Draw ``size`` training images."""
         index = torch.randint(len(self.store), (size,), generator=self.rng)
         rows = [self.captions(self.store.names[i], self.store.sizes[i]) for i in index.tolist()]
         main, second = (torch.tensor([COLOURS[getattr(r, k)] for r in rows]) for k in ("main", "second"))
         layers = self.store.batch(index)
         rgb, coverage = paint(layers, main, second)
-        behind = torch.stack([background_colour(r.background) for r in rows])
-        images = rgb + (1 - coverage) * behind[:, :, None, None]
+        backgrounds = torch.stack([background_colour(r.background) for r in rows])
+        images = rgb + (1 - coverage) * backgrounds[:, :, None, None]
         for i, row in enumerate(rows):
             if row.quality:
                 images[i] = degrade(images[i], row.quality, self.rng)
         cameras = self.store.cameras[index]
         draws = torch.rand(3, size, generator=self.rng)
-        dropped = draws[2] < NULL_SHARE
-        seen = (draws[0] < 0.8) & ~(dropped & (draws[1] < 0.5))
-        viewed = with_view([r.text for r in rows], cameras)
-        said = draws[1] < torch.where(seen, 0.15, 0.9)
-        texts = [v if s else r.text for v, s, r in zip(viewed, said.tolist(), rows)]
-        captions = ["" if drop else text for text, drop in zip(texts, dropped.tolist())]
-        return Batch(images * 2 - 1, captions, (layers[:, 1:2] > 0).float(), cameras, seen)
+        dropped = draws[2] < NULL_FRACTION
+        camera_mask = (draws[0] < 0.8) & ~(dropped & (draws[1] < 0.5))
+        view_mask = draws[1] < torch.where(camera_mask, 0.15, 0.9)
+        with_views = with_view([r.text for r in rows], cameras)
+        texts = [view if use else r.text for view, use, r in zip(with_views, view_mask.tolist(), rows)]
+        captions = ["" if is_null else text for text, is_null in zip(texts, dropped.tolist())]
+        return Batch(images * 2 - 1, captions, (layers[:, 1:2] > 0).float(), cameras, camera_mask)
 
 
-def of(data: str, size: int = 64) -> tuple[Source, list[str]]:
-    """The source of that name, "toybox" or "digits", or of a folder of captioned pictures, and what was skipped there.
+def build_source(data: str, size: int = 64) -> tuple[Source, list[str]]:
+    """Return a source and the list of skipped pictures.
 
     Args:
-        size: pixels a side, of a folder's: 32 or 64.
+        data: "toybox", "digits", or a folder of captioned pictures.
+        size: side in pixels of a folder's pictures, 32 or 64.
 
     Raises:
-        ValueError: no such folder, or nothing in it that can be used, or a size for which there is no network.
+        ValueError: there is no such folder, nothing in it can be used, or there is no network for this size.
     """
     if data == "toybox":
         return Toybox(), []
@@ -223,5 +225,5 @@ def of(data: str, size: int = 64) -> tuple[Source, list[str]]:
         return Captioned(digits.pictures()), []
     if size not in NETWORKS:
         raise ValueError(f"size is {size}; give {', '.join(map(str, NETWORKS))} pixels a side")
-    found = folder.read(data, size, PROMPT_WORDS)
-    return Captioned(found.pictures), found.skipped
+    contents = folder.read(data, size, PROMPT_WORDS)
+    return Captioned(contents.pictures), contents.skipped
