@@ -73,7 +73,7 @@ HOMES = {  # package -> the only files that may import it
         f"cli/{name}.py"
         for name in ("__init__", "generators", "live", "methods", "options", "pictures", "scenes", "shared", "teacher")
     },
-    "sklearn": {"data/digits.py"},
+    "sklearn": set(),
     "viser": {"live/stage.py"},
     "lpips": {"distill/perceptual.py"},
     "torch_fidelity": {"evaluate/inception.py"},

@@ -68,7 +68,8 @@ def judge() -> DigitJudge:
 
 def test_the_judge_knows_digits_it_never_saw(judge):
     said = judge.classify(digits.pictures("held-out").rgb())
-    assert float((said == digits.labels("held-out")).float().mean()) >= 0.98
+    right = float((said == digits.labels("held-out")).float().mean())
+    assert right >= 0.983, right  # 0.9933, less three standard errors of 596 images
 
 
 def test_the_judge_does_not_mind_the_company(judge):

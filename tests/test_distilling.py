@@ -111,7 +111,8 @@ def test_a_method_without_a_score_or_a_critic_trains_by_its_regression_alone(in_
     rows, state = made.run.rows(), made.run.load_checkpoint()
     assert set(rows[0]) - {"memory"} == {"step", "seconds", "loss", "distance", "grad/generator"}
     distances = [row["distance"] for row in rows]
-    assert sum(distances[-6:]) < 0.7 * sum(distances[:6]), distances
+    # Seeds 0, 1 and 2 come to 0.39, 0.19 and 0.32: what seed 0 reaches and three standard deviations between them.
+    assert sum(distances[-6:]) < 0.69 * sum(distances[:6]), distances
     assert state["companions"] == {}
     with pytest.raises(ValueError, match="Direct needs pairs: it trains generators"):
         build.build_critic(load("a red mug", {"method": "direct"}), None)
@@ -390,15 +391,17 @@ def test_the_kernel_distance_of_few_real_digits_is_zero_on_average():
 def test_real_digits_are_their_own_floor():
     floor = evaluation.Digits().floor()
     assert floor["class_accuracy"] > 0.99 and floor["copy_rate"] == 1.0
-    assert floor["precision"] > 0.95 and floor["recall"] > 0.9
+    # 0.985 and 0.945, less three standard errors of 596 images.
+    assert floor["precision"] > 0.97 and floor["recall"] > 0.917
 
 
 def test_true_toys_are_their_own_floor_and_blank_pictures_are_not():
     told = ("a red mug with a blue handle", "a blue chair", "a green cube on a yellow cylinder", "a pink ball")
     real = evaluation.Toys(told, 80)
     floor = real.floor()
-    assert floor["precision"] > 0.9 and floor["recall"] > 0.9
-    assert floor["class_accuracy"] > 0.8  # a handle is hidden from behind
+    # 0.975, 1 and 0.8875 (a handle is hidden from behind), less three standard errors of 80 images.
+    assert floor["precision"] > 0.92 and floor["recall"] > 0.96
+    assert floor["class_accuracy"] > 0.8
     mug, _, _, ball = real.labels(4).tolist()
     assert real.judge.kinds[mug[0]] == "mug" and [real.judge.colours[i] for i in mug[1:]] == ["red", "blue"]
     assert ball[2] == -1  # of one colour

@@ -114,7 +114,7 @@ def test_the_reference_has_every_setting_and_says_what_it_means(monkeypatch):
     groups = {key.rpartition(".")[0] for key in wanted}  # "render" is none itself, but for render.views and so on
     assert {row[0] for row in rows} == wanted - groups | {"method"}
     assert [row[0] for row in rows if not row[3].strip()] == []
-    assert "| `seed` | integer, 0 to 2^62 - 1 | `0` | of every random draw. |" in reference
+    assert "| `seed` | integer, 0 to 2^62 - 1 | `0` | seed of every random draw. |" in reference
     assert "| `generator.half_lives` | list of: integer, 1 to 10^12 |" in reference
     assert "<!-- settings -->" in (ROOT / "docs" / "configuration.md").read_text()
 

@@ -171,7 +171,7 @@ print(numba_kernels.FAST["cache"], *(str(one.message) for one in said))
 def test_kernels_compile_where_they_cannot_be_kept():
     done = subprocess.run([sys.executable, "-c", READ_ONLY], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("False compiled kernels cannot be kept") and "NUMBA_CACHE_DIR" in done.stdout
+    assert done.stdout.startswith("False compiled kernels cannot be cached") and "NUMBA_CACHE_DIR" in done.stdout
 
 
 def test_a_prompt_that_cannot_be_kept_is_only_a_warning(tmp_path):

@@ -24,5 +24,11 @@ def test_a_held_out_prompt_becomes_a_mesh(rocket):
 
 
 def test_it_looks_like_the_truth(rocket):
+    """Seeds 0, 1 and 2 reached IoU 0.9680, 0.9682 and 0.9674, PSNR 18.37, 18.53 and 18.29 dB, Chamfer 0.0137, 0.0127
+    and 0.0140, F-score 0.987, 0.989 and 0.989. The bounds are seed 0's less three standard deviations between them (of
+    IoU, which lie within 0.001, five)."""
     scores = rocket.evaluate()
-    assert scores.iou >= 0.75, scores.numbers()
+    assert scores.iou >= 0.966, scores.numbers()
+    assert scores.psnr >= 18.0, scores.numbers()
+    assert scores.chamfer <= 0.0158, scores.numbers()
+    assert scores.fscore >= 0.982, scores.numbers()

@@ -77,6 +77,12 @@ def nearest(image: torch.Tensor) -> tuple[int, float]:
 
 
 FOR_GENERATORS = ("dmd", "dmd2")  # they need pairs, or real images
+# The root-mean-square distance to the nearest picture, of the worst of four images: what seed 0 reached and three
+# standard deviations between seeds 0, 1 and 2, in which it was 0.0002, 0.029, 0.045, 0.0625, 0.138, 0.027 and 0.036 at
+# seed 0. ISM's seeds reach 0.138, 0.208 and 0.206, and its bound is nearer. CSD only says what tells a disc from a
+# square, and nothing once that is clear: it has none.
+FARTHEST = {"sds": 0.001, "nfsd": 0.033, "vsd": 0.066, "sdi": 0.064, "ism": 0.15, "bridge": 0.052}
+FARTHEST |= {"diffinstruct": 0.075}
 
 
 @pytest.mark.parametrize("name", [name for name in METHODS if name not in ("dds", *FOR_GENERATORS)])
@@ -84,8 +90,8 @@ def test_every_method_paints_a_picture_that_the_oracle_knows(oracle, name):
     painting = sds3d.paint("a disc", teacher=oracle, method=name, **own_settings(name))
     found = [nearest(image) for image in painting.images.cpu()]
     assert all(which < 2 for which, _ in found), found  # a disc, not a square
-    if name != "csd":  # which only says what tells a disc from a square, and nothing once that is clear
-        assert max(distance for _, distance in found) < 0.15, found
+    if name != "csd":
+        assert max(distance for _, distance in found) < FARTHEST[name], found
     files = {p.name for p in painting.path.iterdir()}
     assert {"image.png", "images", "progress", "config.yaml", "metrics.jsonl"} <= files
     assert len(list((painting.path / "images").iterdir())) == 4
@@ -326,9 +332,13 @@ def test_a_scene_and_an_image_are_told_apart_by_their_config():
     assert build.build_student(image).images().shape == (4, 3, 64, 64)
 
 
-@pytest.mark.parametrize("name", ["sds", "sdi"])
-def test_a_method_makes_the_scene_whose_views_the_oracle_knows(name, in_folder):
-    """The oracle is an exact mixture of 72 true views of a mug with their cameras; nobody tells it the shape."""
+@pytest.mark.parametrize(("name", "iou"), [("sds", 0.88), ("sdi", 0.8)])
+def test_a_method_makes_the_scene_whose_views_the_oracle_knows(name, iou, in_folder):
+    """The oracle is an exact mixture of 72 true views of a mug with their cameras; nobody tells it the shape.
+
+    Seeds 0, 1 and 2 reached 0.906, 0.893 and 0.889 with SDS, 0.814, 0.801 and 0.812 with SDI. The bounds are what seed
+    0 reached less three and two standard deviations between them.
+    """
     toy = toybox.parse("a red mug with a white handle")
     cameras = cam.cat([cam.orbit(24, elevation=elevation) for elevation in (0, 20, 40)])
     views, _ = toy.render(cameras, 24)
@@ -344,7 +354,8 @@ def test_a_method_makes_the_scene_whose_views_the_oracle_knows(name, in_folder):
         pass
     seen = asset.scene.render_view(unseen_views(), 24)
     _, truth = toy.render(unseen_views(), 24)
-    assert float(silhouette_iou(seen.opacity, truth).mean()) > 0.8
+    reached = float(silhouette_iou(seen.opacity, truth).mean())
+    assert reached > iou, reached
 
 
 def test_an_edit_may_have_another_background_than_its_source(ball_teacher, in_folder):

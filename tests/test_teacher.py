@@ -242,36 +242,40 @@ def test_degraded_images_stay_images(quality):
     assert (spoilt - image).abs().mean() > 0.02
 
 
+class SmallToys(sources.Toybox):
+    """The toybox for a network that is trained in a moment."""
+
+    network = UNetConfig(widths=(8, 8, 16, 16), blocks=(1, 1, 1), condition=16, heads=2)
+
+
 @pytest.mark.network
 def test_training_learns_and_resumes_bit_for_bit(tmp_path, monkeypatch):
-    small_net = UNetConfig(widths=(8, 8, 16, 16), blocks=(1, 1, 1), condition=16, heads=2)
-    monkeypatch.setattr(sources.Toybox, "network", small_net)
     monkeypatch.setattr(fit, "save_grid", lambda teacher, prompts, path: None)
     config = fit.FitConfig(steps=6, batch=2, coarse=3, images=20, save_every=3)
-    whole = list(fit.train(tmp_path / "whole", config, sources.Toybox()))
-    stopped = fit.train(tmp_path / "parts", config, sources.Toybox())
+    whole = list(fit.train(tmp_path / "whole", config, SmallToys()))
+    stopped = fit.train(tmp_path / "parts", config, SmallToys())
     for row in stopped:
         if row.step == 4:  # between two saves
             break
     stopped.close()
-    rest = list(fit.train(tmp_path / "parts", config, sources.Toybox(), resume=True))
+    rest = list(fit.train(tmp_path / "parts", config, SmallToys(), resume=True))
     assert [r.step for r in rest] == [5, 6]
     assert (tmp_path / "parts" / "loss.png").is_file()
     a, b = (torch.load(tmp_path / k / "state.pt", weights_only=True) for k in ("whole", "parts"))
     assert torch.equal(a["losses"], b["losses"]) and whole[-1].total == 6
     assert all(torch.equal(a["ema"][k], b["ema"][k]) for k in a["ema"])
     loaded = small.load(tmp_path / "whole" / "teacher.safetensors")
-    assert isinstance(loaded.unet, UNet) and loaded.unet.config == small_net
+    assert isinstance(loaded.unet, UNet) and loaded.unet.config == SmallToys.network
     with pytest.raises(ValueError, match="--resume"):
-        next(fit.train(tmp_path / "whole", config, sources.Toybox()))
+        next(fit.train(tmp_path / "whole", config, SmallToys()))
     with pytest.raises(ValueError, match="no training"):
-        next(fit.train(tmp_path / "new", config, sources.Toybox(), resume=True))
+        next(fit.train(tmp_path / "new", config, SmallToys(), resume=True))
     assert fit.settings_of(tmp_path / "parts") == asdict(config)
     with pytest.raises(ValueError, match="has done 6 of 6 steps; give more"):
-        next(fit.train(tmp_path / "parts", config, sources.Toybox(), resume=True))
+        next(fit.train(tmp_path / "parts", config, SmallToys(), resume=True))
     (tmp_path / "parts" / "state.pt").write_bytes(b"junk")
     with pytest.raises(ValueError, match="state.pt is damaged or of another version"):
-        next(fit.train(tmp_path / "parts", config, sources.Toybox(), resume=True))
+        next(fit.train(tmp_path / "parts", config, SmallToys(), resume=True))
 
 
 class TwoSquares:
@@ -289,10 +293,9 @@ class TwoSquares:
         return layers
 
 
-def test_coarse_steps_weigh_the_second_colour_more(monkeypatch):
+def test_coarse_steps_weigh_the_second_colour_more():
     """Where it shows, and only there; a fine step weighs all pixels alike."""
-    toybox_source = sources.Toybox()
-    monkeypatch.setattr(toybox_source, "network", UNetConfig((8, 8, 16, 16), (1, 1, 1), condition=16, heads=2), False)
+    toybox_source = SmallToys()
     batch = sources.RenderBatches(TwoSquares(), torch.Generator().manual_seed(0))(2)
     assert batch.part.sum() == 2 * 10 * 10 and batch.part[:, :, 40:50, 40:50].all()
     losses = {}

@@ -147,8 +147,8 @@ class MeshOptions(_MeshFlags):
 
     def changed(self) -> dict[str, Any]:
         """Return the settings of ``export.mesh`` that were given."""
-        given = {f.name: getattr(self, f.name) for f in fields(MeshConfig)}
-        return {name: value for name, value in given.items() if value is not None}
+        values = {f.name: getattr(self, f.name) for f in fields(MeshConfig)}
+        return {name: value for name, value in values.items() if value is not None}
 
 
 @spread
@@ -189,9 +189,9 @@ def export(
             raise ValueError(f"format has {suffix} twice; give it once")
     meshes = [suffix for suffix in suffixes if suffix not in names]
     options.check(meshes)
-    given = [*options.changed(), *(name for name in ("up", "height") if getattr(options, name) is not None)]
-    if given and not meshes:
-        raise ValueError(f"--{given[0]} applies to meshes, and {format} has none; leave it out")
+    flags = [*options.changed(), *(name for name in ("up", "height") if getattr(options, name) is not None)]
+    if flags and not meshes:
+        raise ValueError(f"--{flags[0]} applies to meshes, and {format} has none; leave it out")
     asset, files, reports, lines = Asset.open(run), [], {}, []
     require_folder(out or asset.path)  # before the work
     with progress.parts(quiet or json) as tell:

@@ -34,7 +34,7 @@ PICKLE = "teacher.hf.allow_pickle"  # no file may set it: a pickle can run any p
 # Paths that a run reads, which are stored as absolute paths, and paths that it writes, which are only checked.
 INPUT_PATHS = ("teacher.name", "source.run", "image.start", "generator.prompts", "pairs.folder", "real")
 OUTPUT_PATHS = ("out", "teacher.hf.cache")
-RENAMED = {  # old name -> new name; old names still work
+RENAMED = {  # old name of a setting, which is still accepted -> its new name
     "export.mesh_resolution": "export.mesh.resolution",
     "export.threshold": "export.mesh.level",
     **{f"export.{name}": f"export.mesh.{name}" for name in ("keep", "fill", "smooth", "faces", "colours", "texture")},

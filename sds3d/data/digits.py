@@ -1,4 +1,4 @@
-"""Handwritten digits: the 1,797 images of 8 x 8 pixels in scikit-learn (UCI's optical recognition set).
+"""Handwritten digits: the 1,797 images of 8 x 8 pixels of UCI's optical recognition set, as scikit-learn has them.
 
 Every third image of each digit is held out: 1,201 are for training, 596 for evaluation. Training on held-out images
 makes every evaluation invalid.
@@ -7,7 +7,9 @@ makes every evaluation invalid.
 from __future__ import annotations
 
 from functools import cache
+from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,6 +17,7 @@ from sds3d.data.pictures import Pictures
 
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 PARTS = ("train", "held-out")
+FILE = Path(__file__).with_suffix(".npz")  # written by scripts/pack_digits.py
 
 
 def prompt(digit: int) -> str:
@@ -31,11 +34,9 @@ def captions(digit: int) -> tuple[str, ...]:
 @cache
 def _all() -> tuple[Tensor, Tensor]:
     """All images (N, 1, 8, 8) uint8, where 255 is ink, and their digits (N,)."""
-    from sklearn.datasets import load_digits
-
-    pixels, digits = load_digits(return_X_y=True)  # (N, 64) in [0, 16], (N,)
-    images = torch.from_numpy(pixels.reshape(-1, 8, 8)).mul(255 / 16).round().to(torch.uint8)[:, None]
-    return images, torch.from_numpy(digits).long()
+    with np.load(FILE) as stored:
+        ink, digits = torch.from_numpy(stored["ink"]), torch.from_numpy(stored["digits"])  # (N, 8, 8) in [0, 16], (N,)
+    return ink.double().mul(255 / 16).round().to(torch.uint8)[:, None], digits.long()
 
 
 def labels(part: str = "train") -> Tensor:

@@ -1,17 +1,17 @@
-"""From a density to a closed mesh: marching cubes (Lorensen and Cline 1987, as in scikit-image), cleaned and thinned.
+"""From a density to a closed mesh: marching cubes (Lorensen and Cline 1987, as in scikit-image), cleaning, decimation.
 
-What is marched is not the density s but a bounded opacity,
+Marching cubes runs on a bounded opacity instead of the density s,
 
     v = 1 - 2^(-max((s / level)^2, D / ln 2))  in [0, 1),   surface at v = 1/2,
 
-so that the surface lies where s is the level, or where D is ln 2: D(x) is the optical depth between x and the outside
-along that of 26 directions that is clearest. Where D is larger, half the light is lost on every way in: nobody sees
-what is there, and it counts as solid. A soft scene is foam inside; this makes it a solid body with one skin.
-v is bounded, so linear interpolation between two corners puts the surface where a jump of the density is. It is
-smoothed by the size of the smallest detail that the scene can hold.
+so the surface lies where s equals the level, or where D equals ln 2. D(x) is the smallest of the optical depths from x
+to the outside along 26 directions. Where D is larger than ln 2, more than half the light is lost in every direction:
+no camera sees this part, and it counts as solid. So a soft scene, which is foam inside, becomes a solid body with one
+skin. Because v is bounded, linear interpolation between two corners puts the surface at a jump of the density. v is
+smoothed by the size of the smallest detail that the scene can represent.
 
-The level is the one whose silhouettes, from 12 views, agree best with the scene's own rendered opacity (mean IoU). Of
-levels that agree alike, as all do in a hard scene, it is the highest, which stays clear of fog.
+The level is chosen so that the mesh's silhouettes from 12 views agree best with the scene's rendered opacity (mean
+IoU). If several levels agree equally, as in a hard scene, the highest is chosen, since it excludes fog.
 
 Meshes are in the world of ``cameras.py`` (y up, front +z).
 """
@@ -32,13 +32,13 @@ from sds3d.export import raster
 from sds3d.export.settings import MeshConfig
 from sds3d.export.source import CHUNK, Source, Tell, choosing_views, silent
 
-CHOICE_RESOLUTION = 128  # voxels a side, at most, of the meshes that choose it
-THREADS = 2  # levels that are tried at once
-POWERS = 12  # levels that are tried: the largest density halved once, twice ...
-ALIKE = 0.001  # IoU by which levels do not differ: a pixel a view
-BLUR = 0.7  # voxels by which v is smoothed, at least: closes pinholes, keeps corners within a voxel
-HASTE = (2, 4, 7)  # of the decimation: the lower, the fewer thin parts it pinches; but it may stop above its aim
-TAUBIN = (0.5, -0.53)  # one round of smoothing: in, then a little more out (Taubin 1995)
+CHOICE_RESOLUTION = 128  # the largest number of voxels a side of the meshes that choose the level
+THREADS = 2  # levels tried at the same time
+POWERS = 12  # levels tried: the largest density divided by 2, 4, 8 ...
+ALIKE = 0.001  # levels whose IoU differs by less count as equal: about one pixel a view
+BLUR = 0.7  # the least smoothing of v, in voxels: closes pinholes, keeps corners within a voxel
+HASTE = (2, 4, 7)  # fast_simplification's agg: a low one pinches fewer thin parts, but may stop above the target
+TAUBIN = (0.5, -0.53)  # one round of smoothing: shrink, then expand slightly more (Taubin 1995)
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,8 @@ class Skin:
     Args:
         vertices: (V, 3) float64.
         faces: (F, 3) int64, counter-clockwise seen from outside.
-        level: the density it was marched at.
-        level_iou: how well that level's silhouettes agree with the rendered ones; None where it was given.
+        level: the density at the surface.
+        level_iou: mean IoU of that level's silhouettes with the rendered ones; None if the user gave the level.
     """
 
     vertices: np.ndarray
@@ -60,10 +60,10 @@ class Skin:
 
 @torch.no_grad()
 def extract(source: Source, settings: MeshConfig = MeshConfig(), tell: Tell = silent) -> Skin:
-    """The surface of a scene, closed, with faces that look outwards.
+    """Return the closed surface of a scene, with faces that point outwards.
 
     Raises:
-        ValueError: the scene is empty, or nothing is as dense as the level; says what there is.
+        ValueError: the scene is empty, or nothing is as dense as the level. The message says how dense it is.
     """
     density = _sample_lattice(source, settings.resolution, tell)
     buried = _optical_depth(density, 2 / settings.resolution)
@@ -82,7 +82,7 @@ def extract(source: Source, settings: MeshConfig = MeshConfig(), tell: Tell = si
 
 
 def normals(vertices: np.ndarray, faces: np.ndarray) -> np.ndarray:
-    """Unit normals (V, 3) of vertices: the mean of their faces', by area; straight up where there is none."""
+    """Return unit normals (V, 3) of vertices: the area-weighted mean of their faces' normals, (0, 1, 0) if it is 0."""
     a, b, c = (vertices[faces[:, i]] for i in range(3))
     each = np.cross(b - a, c - a)
     total = np.stack([np.bincount(faces.ravel(), np.repeat(each[:, i], 3), len(vertices)) for i in range(3)], -1)
@@ -91,10 +91,10 @@ def normals(vertices: np.ndarray, faces: np.ndarray) -> np.ndarray:
 
 
 def _sample_lattice(source: Source, resolution: int, tell: Tell) -> np.ndarray:
-    """Density at the (resolution + 1)^3 corners of the voxels, zero on the box's faces; float32, indexed [x, y, z]."""
+    """Return the density at the voxels' corners, (resolution + 1)^3 float32, indexed [x, y, z]; 0 on the box faces."""
     side = torch.linspace(-1, 1, resolution + 1, device=source.device)
     volume = np.zeros((resolution + 1,) * 3, dtype=np.float32)
-    slab = max(1, CHUNK // (resolution - 1) ** 2)  # inner corners only, so that the surface closes at the box
+    slab = max(1, CHUNK // (resolution - 1) ** 2)  # only inner corners, so that the surface is closed at the box
     for start in range(1, resolution, slab):
         tell("density", start / resolution)
         stop = min(start + slab, resolution)
@@ -108,7 +108,7 @@ def _sample_lattice(source: Source, resolution: int, tell: Tell) -> np.ndarray:
 
 
 def _optical_depth(density: np.ndarray, voxel: float) -> np.ndarray:
-    """D of the module's docstring at each corner, (R + 1)^3, layer by layer along 26 directions."""
+    """Return D of the module's docstring at each corner, (R + 1)^3, computed layer by layer along 26 directions."""
     best = np.full_like(density, np.inf)
     for direction in itertools.product((-1, 0, 1), repeat=3):
         if direction == (0, 0, 0):
@@ -130,14 +130,14 @@ def _optical_depth(density: np.ndarray, voxel: float) -> np.ndarray:
 
 
 def _shifts(step: int) -> tuple[slice, slice]:
-    """Where an axis goes and where it comes from when it moves by -1, 0 or 1."""
+    """Return the target and the source slice of an axis that is shifted by -1, 0 or 1."""
     return {0: (slice(None), slice(None)), 1: (slice(1, None), slice(-1)), -1: (slice(-1), slice(1, None))}[step]
 
 
 def _choose_level(
     source: Source, density: np.ndarray, buried: np.ndarray, settings: MeshConfig, tell: Tell
 ) -> tuple[float, float]:
-    """The level whose silhouettes agree best with the rendered opacity, and their mean IoU."""
+    """Return the level whose silhouettes agree best with the rendered opacity, and their mean IoU."""
     tell("level", 0.0)
     cameras = choosing_views()
     opacity = source.view(cameras, source.pixels * 2 // 3)[1].float().cpu()
@@ -154,7 +154,7 @@ def _choose_level(
     tried: dict[float, float] = {}
 
     def agreement(power: float) -> float:
-        """Mean IoU of the level 2^-power of the largest density, 0 where that has no surface."""
+        """Return the mean IoU of the level 2^-power times the largest density; 0 if that has no surface."""
         try:
             skin = _march(*coarse, float(density.max()) * 2**-power, settings, source.detail)
         except ValueError:
@@ -162,15 +162,15 @@ def _choose_level(
         return _silhouette_iou(skin, wanted, cameras)
 
     def try_all(powers: Iterable[float]) -> float:
-        """The best power so far."""
+        """Try the powers, and return the best one so far."""
         new = [power for power in powers if power not in tried]
         for power, found in zip(new, pool.map(agreement, new)):
             tried[power] = found
             tell("level", min(0.9, 0.3 + len(tried) / 25))
         return max(tried, key=tried.__getitem__)
 
-    with ThreadPoolExecutor(THREADS) as pool:  # numpy and scipy leave Python to the others meanwhile
-        best = try_all(range(1, POWERS + 1))  # all of them: a dense speck makes a hill of its own
+    with ThreadPoolExecutor(THREADS) as pool:  # numpy and scipy release the GIL
+        best = try_all(range(1, POWERS + 1))  # all of them: a dense speck can make a second maximum
         for stride in (0.5, 0.25):
             best = try_all((best - stride, best + stride))
     most = tried[best]
@@ -185,14 +185,14 @@ def _choose_level(
 
 
 def _silhouette_iou(mesh: tuple[np.ndarray, np.ndarray], wanted: torch.Tensor, cameras: Cameras) -> float:
-    """Mean IoU of a mesh's silhouettes with those wanted, (B, H, H) bool."""
+    """Return the mean IoU of a mesh's silhouettes with those wanted, (B, H, H) bool."""
     shown = raster.silhouettes(*mesh, cameras, wanted.shape[-1])
     both, either = (shown & wanted).flatten(1).sum(1), (shown | wanted).flatten(1).sum(1)
     return float((both / either.clamp(min=1)).mean())
 
 
 def _blurred(opacity: np.ndarray, width: float) -> np.ndarray:
-    """2 G v - G G v: a Gaussian's blur, less what it shrinks round bodies by, to first order."""
+    """Return 2 G v - G G v: a Gaussian blur, corrected to first order for its shrinking of round bodies."""
     from scipy.ndimage import gaussian_filter
 
     once = gaussian_filter(opacity, width)
@@ -202,7 +202,7 @@ def _blurred(opacity: np.ndarray, width: float) -> np.ndarray:
 def _march(
     density: np.ndarray, buried: np.ndarray, level: float, settings: MeshConfig, detail: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Vertices (V, 3) in world coordinates and faces (F, 3), of the pieces worth keeping."""
+    """Return vertices (V, 3) in world coordinates and faces (F, 3) of the pieces to keep."""
     from scipy.ndimage import grey_closing
     from skimage.measure import marching_cubes
 
@@ -212,7 +212,7 @@ def _march(
     if reach:
         opacity = grey_closing(opacity, size=(2 * reach + 1,) * 3)
     opacity = _blurred(opacity, max(BLUR, detail / voxel))
-    opacity[[0, -1]] = opacity[:, [0, -1]] = opacity[:, :, [0, -1]] = 0  # closed at the box
+    opacity[[0, -1]] = opacity[:, [0, -1]] = opacity[:, :, [0, -1]] = 0  # closes the surface at the box
     if not opacity.max() > 0.5:
         raise ValueError(
             f"no surface to mesh: nothing is denser than {float(density.max()):.3g} and the level is {level:.3g};"
@@ -228,7 +228,7 @@ def _march(
 
 
 def _pieces_worth_keeping(vertices: np.ndarray, faces: np.ndarray, keep: float) -> np.ndarray:
-    """Which faces (F,) belong to pieces of at least ``keep`` of the largest area and enclose matter, not a hole."""
+    """Return which faces (F,) belong to a piece with at least ``keep`` of the largest area that is not a cavity."""
     from scipy.sparse import coo_matrix
     from scipy.sparse.csgraph import connected_components
 
@@ -237,17 +237,17 @@ def _pieces_worth_keeping(vertices: np.ndarray, faces: np.ndarray, keep: float) 
     piece = piece_of_vertex[faces[:, 0]]
     a, b, c = (vertices[faces[:, i]] for i in range(3))
     area = np.bincount(piece, np.linalg.norm(np.cross(b - a, c - a), axis=1) / 2)
-    signed = np.bincount(piece, (a * np.cross(b, c)).sum(1) / 6)  # negative where the normals point into a hole
+    signed = np.bincount(piece, (a * np.cross(b, c)).sum(1) / 6)  # the volume: negative for a cavity
     outer = signed > 0
     good = outer & (area >= keep * area[outer].max())
     return good[piece]
 
 
 def _smooth(vertices: np.ndarray, faces: np.ndarray, rounds: int) -> np.ndarray:
-    """Vertices (V, 3) after Taubin's smoothing: each moves towards its neighbours' mean, then away from it."""
+    """Return vertices (V, 3) after Taubin smoothing: each moves towards its neighbours' mean, then away from it."""
     from scipy.sparse import coo_matrix, diags
 
-    edges = faces[:, [0, 1, 1, 2, 2, 0]].reshape(-1, 2)  # each twice, once a face, in both directions
+    edges = faces[:, [0, 1, 1, 2, 2, 0]].reshape(-1, 2)  # each edge twice, in both directions, once for each face
     links = coo_matrix((np.ones(len(edges)), edges.T), shape=(len(vertices),) * 2).tocsr()
     mean = diags(1 / np.maximum(np.asarray(links.sum(1)).ravel(), 1)) @ links
     for _ in range(rounds):
@@ -257,14 +257,14 @@ def _smooth(vertices: np.ndarray, faces: np.ndarray, rounds: int) -> np.ndarray:
 
 
 def _thinned(vertices: np.ndarray, faces: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
-    """At most ``most`` faces, by collapsing the edges that matter least (Garland and Heckbert 1997)."""
+    """Reduce a mesh to at most ``most`` faces by collapsing edges of least error (Garland and Heckbert 1997)."""
     import fast_simplification
 
     for haste in HASTE:
         if len(faces) <= most:
             break
         small = vertices.astype(np.float32)
-        # it takes both precisions, though its types name one
+        # the function takes float32 and float64, but its type hints name one of them
         thin = fast_simplification.simplify(small, faces, target_count=most, agg=haste)  # pyright: ignore[reportArgumentType]
         vertices, faces = thin[0].astype(np.float64).clip(-1, 1), thin[1].astype(np.int64)
     return vertices, faces

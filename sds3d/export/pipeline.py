@@ -1,13 +1,13 @@
-"""A scene as an asset for other programs: surface, colours, files, and a check of each file against the scene.
+"""The export of a scene for other programs: surface, colours, files, and a check of each file against the scene.
 
-A file stands on the ground, in the size and with the axis up that programs expect of its format (``model.STANDS``). A
-GLB is one metre high, +y up and +z its front (glTF's axes, and the world's of ``cameras.py``). The report says how to
-undo it: world = file / scale + origin, where up is z after turning (x, y, z) to (x, z, -y). After it is written, and
-before it has its final name, each file is read back, rendered (raster.py) and compared with the scene's own pictures,
-from views that had no part in choosing the surface:
+In a file the mesh stands on the ground, with the size and the up axis that programs expect of the format
+(``model.STANDS``). A GLB is one metre high, with +y up and its front at +z, as in glTF and in ``cameras.py``. The
+report holds what undoes this: world = file / scale + origin, after rotating (x, y, z) to (x, z, -y) if up is z. After a
+file is written, and before it gets its final name, it is read back, rendered (raster.py) and compared with the scene's
+renders, from views that did not choose the surface:
 
-    IoU   of silhouettes, opacity cut at 1/2, mean over the views
-    PSNR  of the pictures on white, mean over the views; and the same over the pixels only that either one covers
+    IoU   of silhouettes (opacity above 1/2), mean over the views
+    PSNR  of the pictures on white, mean over the views; also over only the pixels that either of the two covers
 """
 
 from __future__ import annotations
@@ -27,25 +27,25 @@ from sds3d.export.model import Model, Placement, Stand, stand
 from sds3d.export.settings import MeshConfig
 from sds3d.export.source import Source, Tell, checking_views, silent
 
-IOU, PSNR = 0.97, 22.0  # a file below either is reported
-BEST_PSNR = 60.0  # dB; equal pictures have no finite PSNR
+IOU, PSNR = 0.97, 22.0  # a file below either of them gets a warning
+BEST_PSNR = 60.0  # dB, the largest value; equal pictures have an infinite PSNR
 
 
 @dataclass
 class Export:
-    """One scene's way into files; what is made once serves every format.
+    """The export of one scene to files. Surface and colours are computed once and used for every format.
 
     Args:
         source: the scene.
-        settings: how the mesh is made.
-        card: what a GLB carries beside the report: prompt, method ...
-        unlit: whether the colours hold light already.
-        up, height: how files stand; None is as their format wants it, see ``model.stand``.
-        tell: called with what is being done, and how far it is.
+        settings: settings of the surface and of its colours.
+        card: values that a GLB stores beside the report: prompt, method ...
+        unlit: whether the colours contain light already.
+        up, height: axis and height of the mesh in files; None is the format's default, see ``model.stand``.
+        tell: a progress callback, see ``source.Tell``.
 
     Attributes:
-        seconds: by part, of all that was done so far.
-        reports: of the files written so far.
+        seconds: time spent so far, by part.
+        reports: reports of the files written so far.
     """
 
     source: Source
@@ -60,18 +60,18 @@ class Export:
     _made: dict[Any, Any] = field(default_factory=dict, init=False)
 
     def skin(self) -> mesh.Skin:
-        """The surface. Raises ValueError where there is none."""
+        """Return the surface. Raise ValueError if the scene has none."""
         return self._once("surface", lambda: mesh.extract(self.source, self.settings, self.tell))
 
     def model(self, colours: str) -> Model:
-        """The surface with a texture or with vertex colours, in world coordinates."""
+        """Return the surface with a texture or with vertex colours, in world coordinates."""
         skin = self.skin()
         if colours == "vertex":
             return self._once("vertex colours", lambda: texture.with_vertex_colours(skin, self.source, self.tell))
         return self._once("texture", lambda: texture.with_texture(skin, self.source, self.settings.texture, self.tell))
 
     def report(self, stands: Stand) -> dict[str, Any]:
-        """Of the surface and its place in a file: plain values, the same whenever it is made again."""
+        """Return the report on the surface and its placement in a file, as values for JSON."""
         skin = self.skin()
         shape = formats.to_trimesh(Model(skin.vertices, skin.faces, mesh.normals(skin.vertices, skin.faces)))
         place = Placement.standing(skin.vertices, stands)
@@ -89,13 +89,13 @@ class Export:
         }
 
     def write(self, path: Path) -> dict[str, Any]:
-        """Write one file, whole or not at all, and check it; the suffix chooses the format.
+        """Write one file atomically and check it; the suffix chooses the format.
 
         Returns:
             the report, with the file's iou, psnr and psnr_covered (None for STL, which has no colours).
 
         Raises:
-            ValueError: an empty scene, another suffix, or a place that cannot be written.
+            ValueError: the scene is empty, the suffix is unknown, or the file cannot be written.
         """
         suffix = path.suffix.lower()
         stands = stand(suffix, self.up, self.height)
@@ -114,7 +114,7 @@ class Export:
         return report
 
     def lines(self) -> list[str]:
-        """What to tell a user of all that was written: a line a file, warnings, seconds by part."""
+        """Return the summary for a user: a line for each file, warnings, and the seconds of each part."""
         if not self.reports:
             return []
         took = ", ".join(f"{part} {seconds:.1f}" for part, seconds in self.seconds.items())
@@ -125,7 +125,7 @@ class Export:
         ]
 
     def shortfalls(self) -> list[str]:
-        """A sentence for every file that does not look like its scene."""
+        """Return a sentence for every file that differs too much from its scene."""
         return [
             f"{path} differs from its scene: {_summary(path, report)}, where {IOU} and {PSNR:g} dB are usual; "
             "a higher resolution may help"
@@ -134,14 +134,14 @@ class Export:
         ]
 
     def whole(self) -> dict[str, Any]:
-        """The card, the report of the first file written, and of each file its place and what its check found."""
+        """Return the card, the report of the first file, and the placement and the check's results of each file."""
         first = next(iter(self.reports.values()))
         own = ("iou", "psnr", "psnr_covered", "scale", "origin", "up", "unit")
         checks = {p.name: {k: r[k] for k in own} for p, r in self.reports.items()}
         return {**self.card, "mesh": first, "files": checks}
 
     def _compare(self, model: Model, coloured: bool) -> dict[str, Any]:
-        """How a model that was read back looks beside the scene."""
+        """Return iou, psnr and psnr_covered of a model that was read back, compared with the scene."""
         self.tell("check", 0.0)
         cameras = checking_views()
         pictures, opacity = self._once("views", lambda: _on_cpu(self.source.view(cameras, self.source.pixels)))
@@ -164,7 +164,7 @@ class Export:
 
     @contextmanager
     def _timed(self, part: str) -> Iterator[None]:
-        """Add the block's seconds to a part, less those of parts inside it."""
+        """Add the block's seconds to a part, without those of nested parts."""
         begun, before = time.perf_counter(), sum(self.seconds.values())
         try:
             yield
@@ -174,14 +174,14 @@ class Export:
 
 
 def psnr(ours: Tensor, true: Tensor, where: Tensor) -> float:
-    """Mean PSNR in dB of images (B, 3, H, W) in [0, 1] over the pixels of a mask (B, 1, H, W)."""
+    """Return the mean PSNR in dB of images (B, 3, H, W) in [0, 1] over the pixels of a mask (B, 1, H, W)."""
     squared = ((ours.clamp(0, 1) - true).double() ** 2 * where).flatten(1).sum(1)
     error = squared / (3 * where.flatten(1).sum(1)).clamp(min=1)
     return float((-10 * torch.log10(error.clamp(min=10 ** (-BEST_PSNR / 10)))).mean())
 
 
 def _summary(path: Path, report: dict[str, Any]) -> str:
-    """A file's report in one line."""
+    """Return a file's report as one line."""
     pieces, colours = report["components"], report["psnr"]
     return (
         f"{path.name}: {report['faces']} faces, level {report['level']:.3g}, "

@@ -1,4 +1,4 @@
-"""How a mesh is made: the settings that a run's config, the exporter and the command line take alike."""
+"""The settings of a mesh, which a run's config, the exporter and the command line have in common."""
 
 from __future__ import annotations
 
@@ -13,17 +13,18 @@ COLOURS = ("texture", "vertex")
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """How a mesh is made of a scene.
+    """Settings of a scene's mesh.
 
     Args:
         resolution: voxels along each side of the box.
         level: density at the surface; by default the one whose silhouettes agree best with the scene's.
-        keep: drop pieces below this fraction of the largest piece's area; 1 keeps the largest alone, 0 keeps all.
-        fill: close cracks, holes and gaps narrower than this, in scene units, where that is two voxels; 0 for none.
-        smooth: rounds of Taubin's smoothing, which does not shrink.
-        faces: triangles, at most.
-        colours: "texture", or "vertex". PLY and STL have no texture.
-        texture: texels a side, as 1024 or 2048.
+        keep: drop pieces below this fraction of the largest piece's area; 1 keeps only the largest, 0 keeps all.
+        fill: close cracks, holes and gaps narrower than this, in scene units, if it is at least two voxels; 0 closes
+            none.
+        smooth: rounds of Taubin smoothing, which does not shrink the surface.
+        faces: the largest number of triangles.
+        colours: "texture" or "vertex". PLY can hold only "vertex", and STL has no colours.
+        texture: texels a side, such as 1024 or 2048.
 
     Raises:
         ValueError: a setting is out of its range.

@@ -107,7 +107,7 @@ class Asset:
 
     @property
     def kernels(self) -> str:
-        """The device and the backend that render the scene, for display."""
+        """The device and the kernels that render the scene, for display."""
         return f"{self.scene.device}, {self.scene.kernels}"
 
     def picture(self) -> Tensor:

@@ -15,7 +15,7 @@ _STEPS = Within(0, STEPS)
 
 
 def check(config: Any, path: str = "") -> None:
-    """Check the ranges of all numbers in a nested dataclass. Raises ValueError that names the key."""
+    """Check the ranges of all numbers in a nested dataclass. Raise ValueError, which names the key, for a wrong one."""
     hints = hints_of(type(config))
     for f in dataclasses.fields(config):
         key, value = f"{path}.{f.name}" if path else f.name, getattr(config, f.name)

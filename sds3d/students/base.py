@@ -1,4 +1,4 @@
-"""What makes images: the side of the loop that is trained. The score side never looks past ``Draw``."""
+"""The protocol of students: the trained side of the loop, which makes images. A teacher sees only their ``Draw``."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from torch.nn import Parameter
 from sds3d.cameras import Cameras
 from sds3d.runtime.distributed import Processes
 
-OUTSIZED = 100.0  # root mean square of a parameter; in runs that succeed it is about 1
+OUTSIZED = 100.0  # root mean square of a parameter tensor; in successful runs it is about 1
 
 
 @dataclass
 class Draw:
-    """Images a student made for one step, with what the teacher needs to judge them.
+    """Images that a student made for one step, with what the teacher needs to judge them.
 
     Args:
         images: (B, 3, H, W) in [0, 1] unless ``encoded``, differentiable in the student's parameters.
         prompts: B prompts, without view words.
-        cameras: B cameras, on the CPU, or None where images have no camera.
-        group: (B,) long, on the CPU; images of one group are views of one scene and share t.
-        particle: which of the student's particles made them.
-        source: what the images were before an edit began, (B, 3, H, W), for methods that compare with it.
-        processes: of the batch that these rows are, where several processes train.
-        encoded: the images are already x (B, C, h, w), in the space in which the teacher denoises.
+        cameras: B cameras, on the CPU, or None if the images have no cameras.
+        group: (B,) long, on the CPU; images of one group are views of one scene and have the same t.
+        particle: index of the particle that made them.
+        source: images (B, 3, H, W) from before an edit, for methods that compare with them.
+        encoded: whether the images are already x (B, C, h, w), in the space in which the teacher denoises.
+        processes: the process group, if several processes train; the images are this process's rows of the batch.
     """
 
     images: Tensor  # (B, 3, H, W)
@@ -41,54 +41,53 @@ class Draw:
     processes: Processes = Processes()
 
     def x(self, encode: Callable[[Tensor], Tensor]) -> Tensor:
-        """The images in the space in which a teacher denoises, (B, C, h, w), given how it encodes images."""
+        """Return the images in the space in which a teacher denoises, (B, C, h, w), given the teacher's ``encode``."""
         return self.images if self.encoded else encode(self.images)
 
 
 class Student(Protocol):
-    """Anything with parameters that draws images: a scene, a pixel grid, a generator."""
+    """An object with parameters that draws images: a scene, a pixel grid, a generator."""
 
     def draw(self, step: int, rng: torch.Generator) -> Draw:
-        """Fresh images, with gradients."""
+        """Return fresh images, with gradients."""
         ...
 
     def regularisers(self) -> dict[str, Tensor]:
-        """Named scalars of the last draw, unweighted."""
+        """Return the last draw's regularisers: named scalars, unweighted."""
         ...
 
     def param_groups(self) -> dict[str, list[Parameter]]:
-        """Parameters by the group whose learning rate they follow, as "grid", "mlp", "background". A group that this
-        kind of student has, and this one has not, is empty."""
+        """Return the parameters by the name of their group, such as "grid", "mlp" or "background", which selects the
+        learning rate. A group of this kind of student that this student does not use is empty."""
         ...
 
     def after_step(self, step: int, rng: torch.Generator) -> None:
-        """What is not learnt by gradient, such as the occupancy grid."""
+        """Update what is not learned by gradient, such as the occupancy grid."""
         ...
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps."""
+        """Return the state that a checkpoint keeps."""
         ...
 
     def load_state_dict(self, state: dict[str, Any], /) -> Any:
-        """Take up what `state_dict` gave."""
+        """Restore a state from `state_dict`."""
         ...
 
 
 @runtime_checkable
 class Phased(Protocol):
-    """A student that can be its own teacher from one phase of a run to the next, as progressive distillation has it."""
+    """A student that becomes its own teacher at the start of a new phase of a run, as in progressive distillation."""
 
     def begin_phase(self) -> None:
-        """Let the running mean of the weights be the teacher, in place, and the weights from which to go on. A state
-        that is saved from now on holds the teacher, too."""
+        """Copy the running mean of the weights into the teacher, in place, and into the weights. States saved from now
+        on contain the teacher's weights too."""
         ...
 
 
 class Particles:
-    """Several students of one kind that share a critic: one of them, drawn anew, makes each step's images.
+    """Several students of one kind with one critic. In each step a random one of them makes the images.
 
-    Only the one that drew gets gradients, so every particle has Adam's moments for itself (a parameter without a
-    gradient is passed over).
+    Only that particle gets gradients. Adam skips parameters without a gradient, so each particle has its own moments.
     """
 
     def __init__(self, students: Sequence[Student]):
@@ -96,18 +95,18 @@ class Particles:
         self.students, self.drawn = list(students), 0
 
     def draw(self, step: int, rng: torch.Generator) -> Draw:
-        """Images of one particle."""
+        """Return the images of one particle."""
         self.drawn = int(torch.randint(len(self.students), (), generator=rng))
         draw = self.students[self.drawn].draw(step, rng)
         draw.particle = self.drawn
         return draw
 
     def regularisers(self) -> dict[str, Tensor]:
-        """Those of the particle that drew last."""
+        """Return those of the particle that drew last."""
         return self.students[self.drawn].regularisers()
 
     def param_groups(self) -> dict[str, list[Parameter]]:
-        """The particles' groups, joined by name."""
+        """Return the particles' groups, merged by name."""
         groups: dict[str, list[Parameter]] = {}
         for student in self.students:
             for name, parameters in student.param_groups().items():
@@ -115,31 +114,31 @@ class Particles:
         return groups
 
     def after_step(self, step: int, rng: torch.Generator) -> None:
-        """For every particle: what is due at a step is due whoever drew."""
+        """Update every particle, whichever one drew."""
         for student in self.students:
             student.after_step(step, rng)
 
     def state_dict(self) -> dict[str, Any]:
-        """Every particle's."""
+        """Return the states of all particles."""
         return {"particles": [student.state_dict() for student in self.students]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up what `state_dict` gave."""
+        """Restore a state from `state_dict`."""
         for student, own in zip(self.students, state["particles"], strict=True):
             student.load_state_dict(own)
 
 
 def outsized(student: Student) -> str:
-    """A sentence where parameters have left all bounds, as they do at far too large a learning rate; "" elsewhere.
+    """Return a warning if parameters have grown out of bounds, as with a far too large learning rate; else "".
 
-    A loss can stay finite there: a scene's density saturates, and its gradient is small.
+    The loss can stay finite in this case: a scene's density saturates, and its gradient becomes small.
     """
     for name, parameters in student.param_groups().items():
         for parameter in parameters:
             size = float(parameter.detach().float().square().mean().sqrt())
             if size > OUTSIZED:
                 return (
-                    f"the parameters of {name} have grown to {size:.3g}: optim.lr.{name} is far too large, and what "
-                    "was made is noise; begin again with a lower one"
+                    f"the parameters of {name} have grown to {size:.3g}: optim.lr.{name} is far too large, and the "
+                    "result is noise; start again with a lower one"
                 )
     return ""

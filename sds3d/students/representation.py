@@ -1,4 +1,4 @@
-"""What every scene can do, whatever represents it (a density, splats, a mesh), and what its views are.
+"""The protocol of scenes, for every representation (a density, splats, a mesh), and the result of rendering one.
 
 Shading (DreamFusion, arXiv 2209.14988, section 3.1): "albedo" is the colour itself; "lambertian" multiplies it by
 ambient + (1 - ambient) max(0, n . l); "textureless" shades white instead of the colour.
@@ -61,16 +61,16 @@ class Views:
 
 @runtime_checkable
 class Scene(Student, Protocol):
-    """A student that is seen from cameras and has a surface.
+    """A student that renders views from cameras and has a surface.
 
     A representation is a folder beside ``scene/`` with a class that has these members. Previews, films, layers, edits
-    and export use nothing else.
+    and export use only these members.
 
     Attributes:
-        OPTIM: the usual learning rate of each of its parameter groups.
-        device: where its parameters and images live.
-        background_name: of the last draw's background.
-        backgrounds: name -> RGB (3,) in [0, 1] of the plain backgrounds that it knows by name.
+        OPTIM: the default learning rate of each parameter group.
+        device: where parameters and images live.
+        background_name: name of the last draw's background.
+        backgrounds: name -> RGB (3,) in [0, 1] of the known plain backgrounds.
     """
 
     OPTIM: ClassVar[OptimConfig]
@@ -80,16 +80,16 @@ class Scene(Student, Protocol):
 
     @property
     def kernels(self) -> str:
-        """What it renders with, as "numba"."""
+        """Name of the kernels that render, such as "numba"."""
         ...
 
     @property
     def detail(self) -> float:
-        """Size of the smallest thing that it can hold, scene units."""
+        """Size of the smallest feature that the scene can represent, in scene units."""
         ...
 
     def learn_backgrounds(self, backgrounds: Mapping[str, Tensor], /) -> None:
-        """Know more plain backgrounds: name -> RGB (3,) in [0, 1]."""
+        """Add plain backgrounds, name -> RGB (3,) in [0, 1], to those that the scene knows."""
         ...
 
     def render_view(
@@ -100,20 +100,21 @@ class Scene(Student, Protocol):
         normals: bool = False,
         background: str | None = None,
     ) -> Views:
-        """Views without gradients, the same each time: images (B, 3, H, W) in [0, 1], opacity, depth, normals.
+        """Render views deterministically, without gradients.
 
         Args:
-            resolution: pixels of the height; None is that of the last training steps.
-            shading: how colour is lit.
-            normals: whether normals are rendered.
-            background: a known name or "#rrggbb"; None is the run's usual one.
+            cameras: B views.
+            resolution: height in pixels; None is that of the last training steps.
+            shading: the shading of the colours.
+            normals: whether to render normals.
+            background: a known name or "#rrggbb"; None is the run's default.
         """
         ...
 
     def density(self, points: Tensor) -> Tensor:
-        """Densities (N,) >= 0, per scene unit, at points (N, 3); 0 where nothing is."""
+        """Return densities (N,), >= 0, per scene unit, at points (N, 3); 0 in empty space."""
         ...
 
     def colours(self, points: Tensor) -> Tensor:
-        """Colours (N, 3) in [0, 1] at points (N, 3), without light where it knows its light."""
+        """Return colours (N, 3) in [0, 1] at points (N, 3); unlit colours if the scene models its light."""
         ...

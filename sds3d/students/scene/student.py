@@ -34,31 +34,31 @@ from sds3d.students.scene.sample_budget import SampleBudget, rays_at_a_time
 
 BACKGROUNDS = {"white": (1.0, 1.0, 1.0), "grey": COLOURS["grey"], "black": COLOURS["black"]}
 
-PIXELS = 2**26  # of a step's images, at most: 256 of 512 a side
+PIXELS = 2**26  # the largest number of pixels of a step's images: 256 images of 512 x 512
 
 Prompts = Callable[[Cameras, str], list[str]]  # cameras (B), the background's name -> B prompts
 
 
 @dataclass(frozen=True)
 class RenderConfig:
-    """How a step's images are made.
+    """Settings of a step's images.
 
     Args:
         views: images a step, one camera each.
-        resolution: pixels a side; or [step, pixels] in the order of the steps, from step 0 on, as
-            [[0,64],[2000,256],[5000,512]]: coarse first, so that empty space is known before it is rendered finely.
-        samples: sample steps along one side of the box, in training; each is 2 / samples long.
+        resolution: pixels a side; or a list of [step, pixels], in the order of the steps and from step 0 on, such as
+            [[0,64],[2000,256],[5000,512]]. It starts coarse, so that empty space is known before fine renders.
+        samples: sample steps along one side of the box in training; each is 2 / samples long.
         fine_samples: the same for previews, videos and scores.
         background: a name known to the student ("white", ...), "#rrggbb", "learned", or "random", which
             draws one of the known names each step.
-        other_share: under "random", the share of steps that draw another background than the first known.
-        shading: "albedo", "lambertian", "textureless", or "mixed": from step ``shading_start`` on, a
-            quarter albedo, half Lambertian, a quarter textureless; albedo before.
-        shading_start: see there.
-        ambient: share of the light that comes from everywhere, 0 to 1.
-        dark: a sample that less light than this reaches weighs nothing.
-        chunk: rays rendered at a time; 0 chooses by the device's memory. Less memory than a training render needs makes
-            it render each chunk twice.
+        other_share: with "random", the fraction of steps whose background is not the first known one.
+        shading: "albedo", "lambertian", "textureless", or "mixed": albedo before step ``shading_start``, then a quarter
+            albedo, half Lambertian, a quarter textureless.
+        shading_start: first step of "mixed" shading.
+        ambient: fraction of ambient light, 0 to 1.
+        dark: samples with a transmittance below this have weight 0.
+        chunk: rays rendered at a time; 0 chooses by the device's memory. A training render with more rays than this
+            renders each chunk twice.
     """
 
     views: Annotated[int, Within(1, 256)] = 4
@@ -87,14 +87,14 @@ class RenderConfig:
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"render.{name} is {getattr(self, name)}; give a number from 0 to 1")
         if self.chunk < 0:
-            raise ValueError(f"render.chunk is {self.chunk}; give rays at a time, or 0 to have it chosen")
+            raise ValueError(f"render.chunk is {self.chunk}; give a number of rays, or 0 to have it chosen")
         if not 0 < self.dark < 1:
-            raise ValueError(f"render.dark is {self.dark}; give a transmittance between 0 and 1, as 0.001")
+            raise ValueError(f"render.dark is {self.dark}; give a transmittance between 0 and 1, such as 0.001")
         if self.shading not in (*SHADINGS, "mixed"):
             raise ValueError(f"render.shading is {self.shading!r}; give one of {', '.join(SHADINGS)}, mixed")
 
     def resolution_at(self, step: float) -> int:
-        """Pixels a side of a step's images."""
+        """Return the pixels a side of a step's images."""
         if isinstance(self.resolution, int):
             return self.resolution
         return next(pixels for since, pixels in reversed(self.resolution) if step >= since)
@@ -105,7 +105,7 @@ class RenderConfig:
         if steps[:1] != [0] or steps != sorted({*steps}):
             raise ValueError(
                 f"render.resolution is {shown(self.resolution)}; give pixels, or [step, pixels] with growing steps "
-                "from 0 on, as [[0,64],[2000,256],[5000,512]]"
+                "from 0 on, such as [[0,64],[2000,256],[5000,512]]"
             )
         for _, pixels in stages:
             if not 4 <= pixels <= 1024:
@@ -122,7 +122,7 @@ class RenderConfig:
 
 @dataclass(frozen=True)
 class SceneConfig:
-    """Everything about a scene that a user can set."""
+    """All settings of a scene."""
 
     field: FieldConfig = default(default_factory=FieldConfig)
     occupancy: OccupancyConfig = default(default_factory=OccupancyConfig)
@@ -137,14 +137,14 @@ class SceneStudent(nn.Module):
     Args:
         config: sizes, cameras, rendering, regularisers.
         rng: CPU generator of the initial values.
-        prompts: gives the prompts of a draw from its cameras and the name of its background.
-        backgrounds: name -> RGB in [0, 1] of the plain backgrounds that may be named; the first is the usual one.
+        prompts: function from a draw's cameras and the name of its background to the draw's prompts.
+        backgrounds: name -> RGB in [0, 1] of the known plain backgrounds; the first one is the default.
         backend: kernels; None chooses for the device.
         device: where parameters and images live.
 
     Attributes:
-        OPTIM: the usual learning rates. The hash table wants a tiny eps: most of its gradients are tiny.
-        background_name: of the last draw's background: a key of ``backgrounds``, "#rrggbb" or "learned".
+        OPTIM: the default learning rates. The hash table needs a tiny eps, since most of its gradients are tiny.
+        background_name: name of the last draw's background: a key of ``backgrounds``, "#rrggbb" or "learned".
 
     Raises:
         ValueError: the background is not known.
@@ -196,7 +196,7 @@ class SceneStudent(nn.Module):
         self._active, self._noise = self.config.regularise.active(step), rng
         resolution = settings.resolution_at(step)
         if resolution != self._resolution:
-            self._resolution, self._room = resolution, SampleBudget()  # what it learnt is of other images
+            self._resolution, self._room = resolution, SampleBudget()  # the old budget is for images of another size
         ask = self._asks()
         options = RenderOptions(
             2 / settings.samples,
@@ -211,25 +211,25 @@ class SceneStudent(nn.Module):
             self._background(self.background_name), options, rng,
         )  # fmt: skip
         self._trace = out.trace
-        if not ask and out.trace is not None:  # a critic's draws leave no trace
+        if not ask and out.trace is not None:  # a critic's draws have no trace
             self._room.saw(out.trace.samples)
         group = torch.zeros(settings.views, dtype=torch.long)
         return Draw(out.rgb, self.prompts(cameras, self.background_name), cameras, group)
 
     def regularisers(self) -> dict[str, Tensor]:
-        """Those of the last draw that weigh anything at its step, unweighted, and the mean opacity, detached."""
+        """Return the last draw's regularisers whose weight is not 0, unweighted, and the mean opacity, detached."""
         assert self._trace is not None, "regularisers come after a draw"
         measured = measure(self._active, self.field, self._trace, self._noise)
         return measured | {"opacity": self._trace.opacity.detach().mean()}
 
     def param_groups(self) -> dict[str, list[Parameter]]:
-        """Groups "grid", "mlp" and "background", which is empty where it is not learned."""
+        """Return the groups "grid", "mlp" and "background", which is empty unless the background is learned."""
         f = self.field
         background = [] if self.learned is None else list(self.learned.parameters())
         return {"grid": [f.table], "mlp": [f.w1, f.b1, f.w2, f.b2], "background": background}
 
     def after_step(self, step: int, rng: torch.Generator) -> None:
-        """Bring the occupancy grid up to date when it is due."""
+        """Update the occupancy grid if an update is due."""
         self._trace = None
         self.occupancy.update(self.field, step + 1, rng)
 
@@ -240,11 +240,11 @@ class SceneStudent(nn.Module):
 
     @property
     def detail(self) -> float:
-        """A cell of the finest grid."""
+        """The size of a cell of the finest level, in scene units."""
         return 2 / self.config.field.finest
 
     def learn_backgrounds(self, backgrounds: Mapping[str, Tensor], /) -> None:
-        """Know more plain backgrounds: name -> RGB (3,) in [0, 1]."""
+        """Add plain backgrounds, name -> RGB (3,) in [0, 1], to those that this scene knows."""
         self.backgrounds |= backgrounds
 
     @torch.no_grad()
@@ -256,13 +256,13 @@ class SceneStudent(nn.Module):
         normals: bool = False,
         background: str | None = None,
     ) -> RenderOut:
-        """Views without gradients, deterministic: images (B, 3, H, W) in [0, 1] and the rest of RenderOut.
+        """Render views deterministically, without gradients.
 
         Args:
-            cameras: any number of views; memory stays that of one chunk of rays.
-            resolution: pixels of the height; None is that of the last training steps.
-            shading, normals: as in render.
-            background: a known name or "#rrggbb"; None is the run's usual one.
+            cameras: any number of views; the memory is that of one chunk of rays.
+            resolution: height in pixels; None is that of the last training steps.
+            shading, normals: as in RenderOptions.
+            background: a known name or "#rrggbb"; None is the run's default.
         """
         if background is None:
             wanted = self.config.render.background
@@ -275,7 +275,7 @@ class SceneStudent(nn.Module):
 
     @torch.no_grad()
     def density(self, points: Tensor) -> Tensor:
-        """Densities that a render sees, (N,), at points (N, 3): 0 outside the box and in empty cells."""
+        """Return the densities (N,) that a render sees at points (N, 3): 0 outside the box and in empty cells."""
         points = points.to(self.device)
         density = torch.zeros(len(points), device=self.device)
         kept = torch.nonzero((points.abs().amax(-1) <= 1) & self.occupancy.at(points))[:, 0]
@@ -285,16 +285,16 @@ class SceneStudent(nn.Module):
 
     @torch.no_grad()
     def colours(self, points: Tensor) -> Tensor:
-        """Colours (N, 3) in [0, 1] at points (N, 3), clamped to the box."""
+        """Return colours (N, 3) in [0, 1] at points (N, 3), which are clamped to the box."""
         parts = [self.field(part.clamp(-1, 1))[1] for part in points.to(self.device).split(65536)]
         return torch.cat(parts) if parts else points.new_zeros(0, 3)
 
     def _asks(self) -> bool:
-        """Whether a render asks how many samples there are: a GPU is asked only where a run must be repeatable."""
+        """Return whether a render counts its samples first: on a GPU only if the run must be repeatable."""
         return self.device.type != "cuda" or torch.are_deterministic_algorithms_enabled()
 
     def _choose_background(self, rng: torch.Generator) -> str:
-        """Name of this step's background."""
+        """Return the name of this step's background."""
         settings, names = self.config.render, list(self.backgrounds)
         if settings.background != "random":
             return settings.background
@@ -304,14 +304,14 @@ class SceneStudent(nn.Module):
         return names[1 + int(which * (len(names) - 1))]
 
     def _background(self, name: str) -> Tensor | nn.Module:
-        """What render wants for a background's name."""
+        """Return the named background as `render` takes it."""
         if name == "learned":
             assert self.learned is not None, "this scene has no learned background"
             return self.learned
         return onto(_hex_colour(name) if name.startswith("#") else self.backgrounds[name], self.device)
 
     def _shading(self, step: int, cameras: Cameras, rng: torch.Generator) -> Shading:
-        """This step's light: one for each view, near its camera."""
+        """Return this step's shading, with a random light near each view's camera."""
         settings, kind = self.config.render, self.config.render.shading
         if kind == "mixed":
             place = torch.rand(1, generator=rng).item()
@@ -324,11 +324,11 @@ class SceneStudent(nn.Module):
 
 
 def _hex_colour(text: str) -> Tensor:
-    """RGB (3,) of "#rrggbb"."""
+    """Return the RGB (3,) of "#rrggbb"."""
     try:
         values = bytes.fromhex(text[1:])
     except ValueError:
         values = b""
     if len(values) != 3:
-        raise ValueError(f"render.background is {text!r}; a colour is # and six hexadecimal digits, as #ffffff")
+        raise ValueError(f"render.background is {text!r}; give # and six hexadecimal digits, such as #ffffff")
     return torch.tensor(list(values)) / 255
