@@ -1,6 +1,6 @@
 """Write the digits that ship in the package, from scikit-learn's copy of UCI's optical recognition set.
 
-    pip install scikit-learn && python scripts/pack_digits.py
+pip install scikit-learn && python scripts/pack_digits.py
 """
 
 from pathlib import Path
