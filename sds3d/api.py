@@ -82,8 +82,8 @@ def train_generator(*, teacher: str | Mapping[str, Any] | None = None, **overrid
 
     Examples:
         >>> import sds3d
-        >>> made = sds3d.train_generator(teacher="digits", steps=2, generator={"batch": 4})
-        >>> generator = sds3d.load_generator(made.path)
+        >>> run = sds3d.train_generator(teacher="digits", steps=2, generator={"batch": 4})
+        >>> generator = sds3d.load_generator(run.path)
         >>> generator(["a handwritten seven"] * 16, seed=0).shape  # in [0, 1]
         torch.Size([16, 3, 8, 8])
     """
@@ -124,9 +124,9 @@ def _new(kind: type[RunConfig], prompt: str | None, teacher: Any, overrides: dic
     return _finished(*launch.start(config, teacher))
 
 
-def _finished(made: Any, steps: Any) -> Any:
+def _finished(result: Any, steps: Any) -> Any:
     for _ in steps:
         pass
-    for _ in made.finish():
+    for _ in result.finish():
         pass
-    return made
+    return result

@@ -67,7 +67,7 @@ def test_a_diffusers_pipeline_has_recipes_of_its_own(name):
     assert len(path.read_text().splitlines()) <= 30 and "not yet measured" in " ".join(path.read_text().split("\n# "))
     given = {"method": name, "teacher.name": "somebody/model"} if name in METHODS else {}
     config = load("a corgi", given, file=None if given else name)
-    found = config.method.scale, config.render.resolution_at(math.inf), config.weight
+    found = Ramp.parse(config.method.scale), config.render.resolution_at(math.inf), config.weight
     times = config.time.t_max(0), config.time.t_max(config.steps), config.regularise.lambda_sparsity(0)
     assert (*found, *times) == (Ramp.parse(PUBLISHED[name][0]), *PUBLISHED[name][1:])
     assert config.field.finest == 2048 and config.optim.lr["grid"] == Ramp.constant(1e-2)

@@ -14,8 +14,10 @@ from sds3d.config.meanings import meanings_of
 
 
 def optional_flags(cls: type) -> Any:
-    """A dataclass with a flag for each field of a dataclass of settings: None where it is not given. Its help is the
-    field's meaning; its range is checked where the settings are made."""
+    """Return a dataclass with an optional flag for each field of a dataclass of settings; None means not given.
+
+    The help of a flag is the meaning of the field. Ranges are checked when the settings are built.
+    """
     types, meanings = get_type_hints(cls), meanings_of(cls)
     flags = [
         (f.name, Annotated[types[f.name] | None, Option(help=meanings[f.name].rstrip("."))], field(default=None))

@@ -118,10 +118,10 @@ def resume(
     options.require()
     if options.live and configs.of_run(Run.open(run).config).MAKES != "scene":
         raise ValueError(f"--live shows scenes, and {run} is none; leave it out")
-    made, steps = launch.resume(run, layer, context.obj)
+    result, steps = launch.resume(run, layer, context.obj)
     display = make_display(quiet or distributed.join().rank > 0, json)
     with options.page(silent=quiet or json) as watch:
-        carry_out(made, steps, begun, display, json, watch)
+        carry_out(result, steps, begun, display, json, watch)
 
 
 _MeshFlags = optional_flags(MeshConfig)

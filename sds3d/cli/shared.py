@@ -148,8 +148,8 @@ def begin(
                 f"pairs of noise and the teacher's image: {count} of {config.pairs.count}", file=sys.stderr, flush=True
             )
     with options.watched() as watch:
-        made, steps = launch.start(config, context.obj)
-        carry_out(made, steps, begun, make_display(quiet, options.json), options.json, watch)
+        result, steps = launch.start(config, context.obj)
+        carry_out(result, steps, begun, make_display(quiet, options.json), options.json, watch)
 
 
 def make_display(quiet: bool, as_json: bool) -> Silent:
@@ -160,7 +160,7 @@ def make_display(quiet: bool, as_json: bool) -> Silent:
 
 
 def carry_out(
-    made: Asset | Painting | Generated,
+    result: Asset | Painting | Generated,
     steps: Generator[Step],
     begun: float,
     display: Silent,
@@ -172,7 +172,7 @@ def carry_out(
     A viewer of the live page may also stop the loop; the files are then written, too.
 
     Args:
-        made: the result that the loop trains.
+        result: the result that the loop trains.
         begun: time.perf_counter() at the start of the command.
         as_json: print the result as JSON.
         watch: the live page, if there is one.
@@ -181,11 +181,11 @@ def carry_out(
 
     last, processes = None, join()
     with display:
-        config = made.config
+        config = result.config
         teacher = f"teacher {config.teacher.name} ({config.teacher.views})"
-        display.note(f"{made.path}  {made.kernels}, {teacher}")
+        display.note(f"{result.path}  {result.kernels}, {teacher}")
         if watch is not None:
-            scene: Any = made  # only scenes have a live page
+            scene: Any = result  # only scenes have a live page
             watch.begin(scene)
         with interruption() as stopped:
             for last in steps:
@@ -204,45 +204,45 @@ def carry_out(
         if not unfinished:
             if watch is not None:
                 watch.export()
-            files = _write_files(made, display)
+            files = _write_files(result, display)
     seconds = time.perf_counter() - begun
     if unfinished and processes.rank:
         raise typer.Exit(130)
     if unfinished:
-        print(f"stopped after step {done} of {config.steps}; go on with: sds3d resume {made.path}", file=sys.stderr)
+        print(f"stopped after step {done} of {config.steps}; go on with: sds3d resume {result.path}", file=sys.stderr)
         raise typer.Exit(130)
     if not files:  # the process of rank 0 writes them
         return
     done = done if early else config.steps
-    result = {"run": str(made.path), "files": files, "steps": done, "seconds": round(seconds, 2)}
-    display.note(f"done in {seconds:.0f} s; next:\n  " + "\n  ".join(_hints(made, files, early)))
-    print_result(result, files, as_json)
+    summary = {"run": str(result.path), "files": files, "steps": done, "seconds": round(seconds, 2)}
+    display.note(f"done in {seconds:.0f} s; next:\n  " + "\n  ".join(_hints(result, files, early)))
+    print_result(summary, files, as_json)
     if watch is not None:
         watch.finish([Path(file) for file in files], last)
 
 
-def _write_files(made: Asset | Painting | Generated, display: Silent) -> list[str]:
+def _write_files(result: Asset | Painting | Generated, display: Silent) -> list[str]:
     """Write a run's files. Returns their paths."""
     files = []
     try:
-        for file in made.finish():
+        for file in result.finish():
             files.append(str(file))
             display.note(f"wrote {file}")
     except KeyboardInterrupt:
-        print(f"stopped while files were written; write them with: sds3d resume {made.path}", file=sys.stderr)
+        print(f"stopped while files were written; write them with: sds3d resume {result.path}", file=sys.stderr)
         raise typer.Exit(130) from None
     return files
 
 
-def _hints(made: Asset | Painting | Generated, files: list[str], early: bool) -> list[str]:
+def _hints(result: Asset | Painting | Generated, files: list[str], early: bool) -> list[str]:
     """Commands to suggest after a run that has written these files; ``early`` means that it has steps left."""
     if any(file.endswith("generator.safetensors") for file in files):
-        return [f"sds3d sample {made.path}", f"sds3d eval {made.path}"]
+        return [f"sds3d sample {result.path}", f"sds3d eval {result.path}"]
     if any(file.endswith("pipeline") for file in files):
-        return [f"sds3d sample {made.path}"]
-    hints = [f"sds3d resume {made.path}" + ("" if early else f" steps={2 * made.config.steps}")]
+        return [f"sds3d sample {result.path}"]
+    hints = [f"sds3d resume {result.path}" + ("" if early else f" steps={2 * result.config.steps}")]
     if any(file.endswith(".glb") for file in files):
-        hints.insert(0, f"sds3d export {made.path} --format glb,obj,ply,stl")
+        hints.insert(0, f"sds3d export {result.path} --format glb,obj,ply,stl")
     return hints
 
 

@@ -1,4 +1,4 @@
-"""What settings mean, as the docstrings of their dataclasses say it: for --help and for the documentation."""
+"""Reads the meanings of settings from the docstrings of their dataclasses, for --help and the documentation."""
 
 from __future__ import annotations
 

@@ -169,8 +169,8 @@ def compare(comparison: Comparison, out: Path) -> Iterator[Entry]:
             config = comparison.config(*key, out / "runs")
             try:
                 folder = next((path for path, its_config in unfinished.items() if its_config == config), None)
-                made, figures, pictures = _carry_out(comparison, config, samples[key[0]], folder)
-                run = made.path.relative_to(out).as_posix()
+                result, figures, pictures = _carry_out(comparison, config, samples[key[0]], folder)
+                run = result.path.relative_to(out).as_posix()
                 done[key] = Entry(*key, comparison.student, run, figures, pictures)
             except (Diverged, NonFiniteGradient) as error:
                 done[key] = Entry(*key, comparison.student, "", {}, NO_PICTURES, str(error))
@@ -206,33 +206,33 @@ def _carry_out(
 ) -> tuple[Asset | Painting, dict[str, float | None], Tensor]:
     """Train a new run, or resume the one in ``folder``. Returns its result, figures and pictures (B, 3, H, W)."""
     memory.reset_peak()
-    made: Any  # the result of one of STUDENTS, which have pictures
+    result: Any  # the result of one of STUDENTS, which have pictures
     teacher = comparison.teacher
-    made, steps = launch.start(config, teacher) if folder is None else launch.resume(folder, teacher=teacher)
-    rows = made.run.rows()
+    result, steps = launch.start(config, teacher) if folder is None else launch.resume(folder, teacher=teacher)
+    rows = result.run.rows()
     begun, earlier = time.perf_counter(), rows[-1].get("seconds", 0.0) if rows else 0.0
     for _ in steps:
         pass
     seconds = earlier + time.perf_counter() - begun
     figures: dict[str, float | None] = {
         "seconds": seconds,
-        "asked": sum(row.get("asked", 0) for row in made.run.rows()),
+        "asked": sum(row.get("asked", 0) for row in result.run.rows()),
         "memory": memory.peak(pick_device(config.device)),
     }
-    pictures = made.pictures(VIEWS, samples.shape[-1]).cpu()
-    figures |= against_truth(made) | against_samples(pictures, samples)
-    return made, figures, pictures
+    pictures = result.pictures(VIEWS, samples.shape[-1]).cpu()
+    figures |= against_truth(result) | against_samples(pictures, samples)
+    return result, figures, pictures
 
 
-def against_truth(made: Asset | Painting) -> dict[str, float | None]:
+def against_truth(result: Asset | Painting) -> dict[str, float | None]:
     """Return figures against the toybox's object of the prompt; {} if the toybox has no such object."""
     from sds3d.data import toybox
 
     try:
-        toybox.parse(made.config.prompt)
+        toybox.parse(result.config.prompt)
     except ValueError:
         return {}
-    return made.against_truth()
+    return result.against_truth()
 
 
 def against_samples(pictures: Tensor, samples: Tensor) -> dict[str, float]:
@@ -356,5 +356,5 @@ def _load(comparison: Comparison, out: Path) -> dict[tuple[str, str, int], Entry
 
 def _pictures(comparison: Comparison, path: Path) -> Tensor:
     """The pictures of a finished run."""
-    made: Any = kinds.open_run(path)  # the result of one of STUDENTS, which have pictures
-    return made.pictures(VIEWS, build.build_teacher(made.config, comparison.teacher).image_size).cpu()
+    result: Any = kinds.open_run(path)  # the result of one of STUDENTS, which have pictures
+    return result.pictures(VIEWS, build.build_teacher(result.config, comparison.teacher).image_size).cpu()

@@ -172,9 +172,9 @@ class Studio:
         while (job := self.queue.first("new")) is not None:
             try:
                 config = self._config(job)
-                teacher = self._given(config)
-                if teacher is not None or config.teacher.name in PACKAGED:  # others are large: not loaded beside the
-                    build.build_teacher(config, teacher)  # one in training
+                teacher = self._teacher_object(config)
+                if teacher is not None or config.teacher.name in PACKAGED:
+                    build.build_teacher(config, teacher)  # others are large: not loaded beside the one in training
                 self.queue.move(job.number, "waiting")
             except PROBLEMS as error:  # the error of one prompt; the studio goes on
                 self._fail(job, error)
@@ -211,8 +211,8 @@ class Studio:
     def _config(self, job: Job) -> configs.Config:
         return configs.load(job.prompt, self._layer, job.settings, kind=configs.Config)
 
-    def _given(self, config: configs.Config) -> Teacher | None:
-        """The object, where it is the teacher that was chosen; None for one that is loaded by its name."""
+    def _teacher_object(self, config: configs.Config) -> Teacher | None:
+        """The teacher object if the config names it; None for a teacher that is loaded by its name."""
         chosen = self._teacher is not None and config.teacher.name == object_name(self._teacher)
         return self._teacher if chosen else None
 
@@ -224,9 +224,9 @@ class Studio:
         self._empty.visible, begun = False, False
         try:
             config = self._config(job)
-            made, steps = launch.start(config, self._given(config))
+            result, steps = launch.start(config, self._teacher_object(config))
             begun = True
-            self.watch.begin(made)
+            self.watch.begin(result)
             for last in steps:
                 self.watch.update(last, interrupted)
                 self._update()
@@ -234,15 +234,15 @@ class Studio:
                     break
             steps.close()
             if interrupted() and last.step < last.total:
-                return made.path
+                return result.path
             self.watch.export()
             files = []
-            for file in made.finish():
+            for file in result.finish():
                 files.append(file)
                 self._update()
             self.watch.finish(files, last)
             self.queue.done(job.number)
-            self._list_finished(Finished.of(made.path))
+            self._list_finished(Finished.of(result.path))
         except PROBLEMS as error:  # the error of one prompt; the studio goes on
             if begun:
                 self.watch.fail("it failed; the queue says why")

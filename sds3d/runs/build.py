@@ -75,22 +75,22 @@ def with_teacher(config: AnyConfig, teacher: Teacher | None) -> AnyConfig:
     """
     if teacher is None:
         return config
-    own = TeacherConfig(object_name(teacher), teacher.views)
+    settings = TeacherConfig(object_name(teacher), teacher.views)
     if kinds.of(config).opens_with_teacher:
         raise ValueError(
-            f"the teacher is an object ({own.name}), and a generator's run is opened with its teacher, by name: "
+            f"the teacher is an object ({settings.name}), and a generator's run is opened with its teacher, by name: "
             "give a name, as in teacher='digits', or the folder of a training"
         )
-    if config.teacher.name != own.name:
-        usual = type(config)("a red mug").teacher
-        for field in dataclasses.fields(usual):
+    if config.teacher.name != settings.name:
+        default = type(config)("a red mug").teacher
+        for field in dataclasses.fields(default):
             value = getattr(config.teacher, field.name)
-            if value not in (getattr(usual, field.name), getattr(own, field.name)):
+            if value not in (getattr(default, field.name), getattr(settings, field.name)):
                 raise ValueError(
-                    f"teacher.{field.name} is {value!r}, and the teacher is an object ({own.name}), which has its own "
-                    "settings: leave one of the two out"
+                    f"teacher.{field.name} is {value!r}, and the teacher is an object ({settings.name}), which has its "
+                    "own settings: leave one of the two out"
                 )
-    return dataclasses.replace(config, teacher=own)
+    return dataclasses.replace(config, teacher=settings)
 
 
 def refuse_settings_of_teacher(*layers: Mapping[str, Any]) -> None:

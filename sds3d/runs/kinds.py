@@ -27,7 +27,7 @@ from sds3d.students.base import Student
 from sds3d.teachers.load import Loaded
 from sds3d.train import Objective
 
-Made = Asset | Painting | Generated
+Result = Asset | Painting | Generated
 
 
 def _title(config: Any) -> str:
@@ -76,7 +76,7 @@ class Kind:
         seen_by_cameras: whether the student is rendered from cameras.
         many_prompts: whether an empty prompt means all prompts that the teacher was trained on.
         many_processes: whether several processes of torchrun can train one student.
-        opens_with_teacher: whether a run folder is opened with its teacher, which must then have a name.
+        opens_with_teacher: whether opening a run folder loads its teacher, which must then have a name.
     """
 
     config: type[RunConfig]
@@ -147,7 +147,7 @@ def of(config: RunConfig) -> Kind:
     return next(kind for kind in KINDS.values() if isinstance(config, kind.config))
 
 
-def open_run(path: str | Path, device: str = "auto") -> Made:
+def open_run(path: str | Path, device: str = "auto") -> Result:
     """Load the result of a run folder from its last checkpoint. Raises ValueError; see `Asset.open`."""
     return of(configs.of_run(Run.open(path).config)).result.open(path, device)
 

@@ -42,27 +42,27 @@ def check(config: RunConfig, teacher: Teacher | None = None) -> None:
 @overload
 def start(config: Config, teacher: Teacher | None = None) -> tuple[Asset, Generator[Step]]: ...
 @overload
-def start(config: RunConfig, teacher: Teacher | None = None) -> tuple[kinds.Made, Generator[Step]]: ...
+def start(config: RunConfig, teacher: Teacher | None = None) -> tuple[kinds.Result, Generator[Step]]: ...
 @training()
-def start(config: RunConfig, teacher: Teacher | None = None) -> tuple[kinds.Made, Generator[Step]]:
-    """A new run: its folder, and the loop, not yet begun. The folder is made once everything else is in order.
+def start(config: RunConfig, teacher: Teacher | None = None) -> tuple[kinds.Result, Generator[Step]]:
+    """Build a new run. Returns its result, and the loop, not yet begun. The folder is made last, after all checks.
 
     Args:
         teacher: an object, in place of the teacher that the config names; the run's config.yaml then names its class.
 
     Raises:
-        ValueError: the prompt is not for this teacher, weights are missing, the method lacks what it needs, the folder
-            cannot be written ...
+        ValueError: the teacher does not know the prompt, weights are missing, the method lacks something that it
+            needs, or the folder cannot be written.
     """
     config = build.with_teacher(config, teacher)
     parts = _Parts(config, processes_of(config), teacher)
     parts.begin_from_source()
     title, first = parts.kind.title(config), parts.processes.rank == 0
     run = Run.create(config.out, title, configs.to_yaml(config)) if first else None
-    made = parts.made(run)
+    result = parts.result(run)
     try:
-        steps = parts.steps(made)
-        return made, steps if run is None else _locked(steps, run, run.lock(), fresh=True)
+        steps = parts.steps(result)
+        return result, steps if run is None else _locked(steps, run, run.lock(), fresh=True)
     except ValueError:
         if run is not None:
             run.discard()
@@ -72,7 +72,7 @@ def start(config: RunConfig, teacher: Teacher | None = None) -> tuple[kinds.Made
 @training()
 def resume(
     path: str | Path, layer: Mapping[str, Any] | None = None, teacher: Teacher | None = None
-) -> tuple[kinds.Made, Generator[Step]]:
+) -> tuple[kinds.Result, Generator[Step]]:
     """Resume a run from its checkpoint, or from the beginning if it has none yet.
 
     A run that was made on a GPU goes on without one, with a warning, where there is none; its config.yaml does not
@@ -107,11 +107,11 @@ def resume(
         for _ in prepare(safe, run.path.parent):
             pass
         parts = _Parts(safe, processes, teacher)
-        made = parts.made(run)
+        result = parts.result(run)
         begun = _is_begun(run, config)
         if not begun:
             parts.begin_from_source()
-        steps = parts.steps(made, resume=begun)
+        steps = parts.steps(result, resume=begun)
         if lock is not None:
             if not begun:
                 run.rewind(0)
@@ -119,7 +119,7 @@ def resume(
                 run.write_text(run.config, configs.to_yaml(config))
             steps = _locked(steps, run, lock)
         stack.pop_all()
-    return made, steps
+    return result, steps
 
 
 def _is_begun(run: Run, config: RunConfig) -> bool:
@@ -201,12 +201,12 @@ class _Parts:
                 "render.background as it has, and leave method.particles at 1"
             ) from error
 
-    def made(self, run: Run | None) -> kinds.Made:
+    def result(self, run: Run | None) -> kinds.Result:
         """The result of the run, which training will change."""
         result: Any = self.kind.result
         return result(run, self.config, self.student)
 
-    def steps(self, made: kinds.Made, resume: bool = False) -> Generator[Step]:
+    def steps(self, result: kinds.Result, resume: bool = False) -> Generator[Step]:
         """The training loop."""
         student = self.student
         if self.source is not None:
@@ -216,13 +216,13 @@ class _Parts:
             student,
             build.build_objectives(self.objective, self.config, self.student, self.processes),
             self.config.plan(),
-            made.run,
+            result.run,
             resume=resume,
-            picture=made.picture,
+            picture=result.picture,
             companions={"critic": self.critic} if self.critic else {},
             processes=self.processes,
         )
-        return _guarded(self._with_adapter(steps, made.run), self.config, made.run, self.teacher)
+        return _guarded(self._with_adapter(steps, result.run), self.config, result.run, self.teacher)
 
     def _with_adapter(self, steps: Generator[Step], run: Run | None) -> Generator[Step]:
         """The steps; after the last, the critic's LoRA, if it has one, is saved in diffusers' format."""

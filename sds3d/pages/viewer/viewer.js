@@ -1,4 +1,4 @@
-// The 3D viewer of a run's page: draws the GLB that the page holds, and lets it be turned.
+// The 3D viewer of a run's page: draws the GLB that the page contains, with an orbit camera.
 // Bundled with three.js (MIT, LICENSE-three) into viewer.min.js: npm install && npm run build
 import {
   AmbientLight,
@@ -16,17 +16,17 @@ import { GLTFLoader } from "three/addons/loaders/GLTFLoader.js";
 const FIELD = 35; // degrees
 const FRONT = new Vector3(0.35, 0.35, 1).normalize(); // the front is +z, y is up; a little from above and the side
 
-// Show the GLB (base64) in an element, which says in data-state what became of it: ready or failed.
+// Show a GLB (base64) in an element. The loop below sets its data-state to ready or failed.
 async function show(place, base64) {
   const scene = new Scene();
   const bytes = Uint8Array.from(atob(base64), (c) => c.charCodeAt(0));
   const model = (await new GLTFLoader().parseAsync(bytes.buffer, "")).scene;
   scene.add(model);
 
-  const renderer = new WebGLRenderer({ antialias: true, alpha: true }); // sRGB out, no tone mapping: colours as they are
+  const renderer = new WebGLRenderer({ antialias: true, alpha: true }); // sRGB output without tone mapping keeps the colours
   place.replaceChildren(renderer.domElement);
   const camera = new PerspectiveCamera(FIELD, 1, 0.01, 100);
-  const lamp = new DirectionalLight(0xffffff, 2.2); // for materials that want light; carried by the camera
+  const lamp = new DirectionalLight(0xffffff, 2.2); // lights materials that need light; moves with the camera
   camera.add(lamp);
   scene.add(camera, new AmbientLight(0xffffff, 1.4));
 
@@ -49,7 +49,7 @@ async function show(place, base64) {
     camera.updateProjectionMatrix();
     draw();
   };
-  controls.addEventListener("change", draw); // nothing is drawn, and nothing costs, while nobody turns it
+  controls.addEventListener("change", draw); // draw only when the camera moves
   renderer.domElement.addEventListener("dblclick", reset);
   new ResizeObserver(fit).observe(place);
   fit();
