@@ -109,9 +109,10 @@ def test_dds_turns_a_picture_of_one_kind_into_the_other_and_keeps_a_right_one(or
     save_png(tmp_path / "square.png", pictures()[2])
     edit = own_settings("dds") | {"image.start": str(tmp_path / "square.png"), "image.noise": 0.0, "image.count": 2}
     turned = sds3d.paint("a disc", teacher=oracle, method="dds", **edit, **{"source.prompt": "a square"})
-    assert all(nearest(image)[0] < 2 for image in turned.images.cpu())
+    found = [nearest(image) for image in turned.images.cpu()]
+    assert all(which < 2 and distance < 0.001 for which, distance in found), found  # in three seeds 0.0001 at most
     kept = sds3d.paint("a square", teacher=oracle, method="dds", **edit, **{"source.prompt": "a square"})
-    assert (kept.images.cpu() - pictures()[2]).abs().max() < 0.02
+    assert (kept.images.cpu() - pictures()[2]).abs().max() < 1e-4  # in three seeds 0
     with pytest.raises(ValueError, match="DDS needs a source: give source.prompt"):
         sds3d.paint("a disc", teacher=oracle, method="dds")
     with pytest.raises(ValueError, match="DDS edits, and needs a source: give image.start"):
