@@ -72,6 +72,7 @@ def test_generate_leaves_everything_in_the_run_folder(call, tiny, in_folder):
         assert said in err
 
 
+@pytest.mark.slow
 def test_a_terminal_gets_a_bar_figures_and_thumbnails(call, tiny, monkeypatch):
     from io import StringIO
 
@@ -113,6 +114,7 @@ def test_a_thumbnail_has_the_colours_of_the_views():
     assert styles[-1] == styles[THUMBNAIL] == "rgb(0,0,0) on rgb(0,0,0)"
 
 
+@pytest.mark.slow
 def test_json_is_one_object_and_quiet_is_quiet(call, tiny, made):
     code, out, err = call("generate", "a ball", *tiny, "--quiet")
     assert (code, err) == (0, "")
@@ -219,6 +221,7 @@ def test_a_run_that_diverges_ends_with_code_1(call, tiny, ball_teacher):
     assert "Traceback" not in err
 
 
+@pytest.mark.slow
 def test_resume_finishes_a_finished_run_and_goes_on_when_asked(call, made):
     (Path(made) / "mesh.glb").unlink()
     code, _, err = call("resume", made, "export.frames=3")
@@ -362,6 +365,7 @@ def test_export_elsewhere_takes_its_report_along_and_says_at_once_where_it_canno
     assert code == 2 and "cannot write file/in" in err and "density" not in err
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_and_resume_ends_where_an_uninterrupted_run_does(tmp_path, tiny):
     settings = [text for text in tiny if not text.startswith(("steps", "log"))]
     settings += ["steps=12", "log.save_every=1000", "log.picture_every=0", "export.frames=2"]

@@ -123,6 +123,7 @@ def run(student, teacher, method, critic, steps, lr, weight="sigma2"):
         pass
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["vsd", "sds"])
 def test_vsd_recovers_a_gaussian_and_sds_collapses(method):
     teacher = MixtureTeacher(Mixture(torch.ones(1), torch.full((1, 1, 1, 1), 0.7), 0.4), kind="v")
@@ -172,6 +173,7 @@ def shares(points: torch.Tensor, mixture: Mixture) -> torch.Tensor:
     return torch.bincount(nearest, minlength=len(mixture.weights)) / len(points)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["vsd", "sds"])
 def test_vsd_finds_eight_modes_of_unequal_weight_and_sds_does_not(method):
     mixture = ring()

@@ -195,6 +195,7 @@ def test_a_name_that_is_not_utf8_is_refused_and_shown(call, two):
 DIGITS = {"data": "digits", "size": 8, "batch": 8, "coarse": 0}
 
 
+@pytest.mark.slow
 def test_a_teacher_that_diverges_ends_with_1_and_keeps_its_last_state(call_packaged, in_folder):
     """The issue's command line, whose learning rate makes NaN after a hundred steps."""
     flags = "digits -o t steps=400 batch=8 lr=1 decay=0.01 save_every=50".split()
@@ -208,6 +209,7 @@ def test_a_teacher_that_diverges_ends_with_1_and_keeps_its_last_state(call_packa
     small.load("t/teacher.safetensors")
 
 
+@pytest.mark.slow
 def test_a_teacher_whose_weights_are_not_finite_is_not_saved(tmp_path):
     config = fit.FitConfig(**DIGITS, steps=4, save_every=1)
     steps = fit.train(tmp_path, config, sources.build_source("digits", 8)[0])
@@ -240,6 +242,7 @@ def limited(folder: Path, most: int, program: str) -> subprocess.CompletedProces
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("most", [100, 100_000, 1_000_000])
 def test_a_full_disk_is_a_sentence_and_keeps_what_was_there(tmp_path, most):
     flags = "'teacher', 'train', 'digits', '-o', 't', 'steps=3', 'batch=8', 'save_every=3', '--quiet'"
@@ -266,6 +269,7 @@ def test_every_bit_of_a_teachers_weights_counts(tmp_path):
     assert "sha256" not in small.load().header  # the packaged ones are from before, and load
 
 
+@pytest.mark.slow
 def test_every_page_of_a_teachers_state_counts(tmp_path):
     """As of a run's checkpoint; torch.load reads what a disk made of it, and says nothing."""
     config = fit.FitConfig(**DIGITS, steps=4, save_every=1)
@@ -426,6 +430,7 @@ def test_a_pace_gives_so_many_turns_a_second_and_a_few_at_once():
     assert max(found) - min(found) <= 25, found  # the burst may be one's alone; then each is next in turn
 
 
+@pytest.mark.slow
 def test_a_flood_of_cameras_is_not_listened_to(monkeypatch):
     """One viewer sends as fast as it can; another one's camera is noted all the same, soon."""
     import msgspec

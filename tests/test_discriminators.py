@@ -145,6 +145,7 @@ def test_its_loss_is_the_critic_s_and_the_weighted_softplus_of_both_verdicts(tea
     assert torch.equal(generator.get_state(), again.get_state())
 
 
+@pytest.mark.slow
 def test_it_learns_to_tell_real_images_from_drawn_ones(teacher):
     critic, generator, fresh = adversary(teacher, lr=2e-2), seeded(2), seeded(3)
     start = copy.deepcopy(critic.head.state_dict())

@@ -43,6 +43,7 @@ def teacher():
     return small.load(small.packaged("digits"), "words")
 
 
+@pytest.mark.slow
 @pytest.mark.network
 @pytest.mark.parametrize("method", FOR_GENERATORS)
 def test_every_method_for_generators_trains_one_that_loads(in_folder, method):
@@ -62,6 +63,7 @@ def test_every_method_for_generators_trains_one_that_loads(in_folder, method):
         assert torch.allclose(weights, trained[name], atol=2e-3, rtol=1e-3), name  # float16 on disk
 
 
+@pytest.mark.slow
 @pytest.mark.network
 def test_an_interrupted_distillation_ends_bit_for_bit_as_an_uninterrupted_one(in_folder):
     whole = sds3d.train_generator(method="dmd2", **TINY)
@@ -101,6 +103,7 @@ class Direct(Method):
     regression: float = 1.0
 
 
+@pytest.mark.slow
 @pytest.mark.network
 def test_a_method_without_a_score_or_a_critic_trains_by_its_regression_alone(in_folder, monkeypatch):
     monkeypatch.setitem(METHODS, "direct", Direct)
@@ -159,6 +162,7 @@ class Denoising(DiffInstruct):
     DENOISER = True
 
 
+@pytest.mark.slow
 def test_a_generator_that_answers_as_a_denoiser_is_the_next_run_s_teacher(in_folder, monkeypatch):
     monkeypatch.setitem(METHODS, "denoising", Denoising)
     made = sds3d.train_generator(method="denoising", **TINY)
@@ -218,6 +222,7 @@ def test_pairs_of_other_settings_have_folders_of_their_own(teacher):
     )  # what the teacher computes in counts, not what was asked for
 
 
+@pytest.mark.slow
 def test_pairs_of_one_precision_are_not_used_by_a_run_in_another(in_folder):
     for dtype in ("float32", "bfloat16"):
         sds3d.train_generator(method="dmd", **{**TINY, "teacher.dtype": dtype})
@@ -263,6 +268,7 @@ def test_fewer_steps_are_the_first_of_its_times(in_folder):
             generated.LoadedGenerator(teacher, {**told, "times": bad})
 
 
+@pytest.mark.slow
 def test_a_generator_and_a_teacher_compute_in_the_dtype_they_are_told(call_packaged, in_folder, monkeypatch):
     made = sds3d.train_generator(**{**TINY, "teacher.dtype": "float32"})
     found = {dtype: sds3d.load_generator(made.path, dtype=dtype) for dtype in ("float32", "bfloat16")}
@@ -348,6 +354,7 @@ def test_prompts_come_from_the_teacher_a_file_or_the_user(in_folder, teacher):
 # judging
 
 
+@pytest.mark.slow
 def test_judging_writes_figures_with_their_spread(in_folder, monkeypatch):
     monkeypatch.setattr(evaluation, "BEST", ("dpm++", 10))
     made = sds3d.train_generator(**TINY)
@@ -395,6 +402,7 @@ def test_real_digits_are_their_own_floor():
     assert floor["precision"] > 0.97 and floor["recall"] > 0.917
 
 
+@pytest.mark.slow
 def test_true_toys_are_their_own_floor_and_blank_pictures_are_not():
     told = ("a red mug with a blue handle", "a blue chair", "a green cube on a yellow cylinder", "a pink ball")
     real = evaluation.Toys(told, 80)
@@ -416,6 +424,7 @@ def test_true_toys_are_their_own_floor_and_blank_pictures_are_not():
 # the commands
 
 
+@pytest.mark.slow
 @pytest.mark.network
 def test_distill_sample_and_eval_as_a_user_types_them(call_packaged, in_folder, monkeypatch):
     monkeypatch.setattr(evaluation, "BEST", ("ddim", 2))

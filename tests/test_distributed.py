@@ -89,6 +89,7 @@ def require_same(one: dict, other: dict) -> None:
         assert moved > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["diffinstruct", "dmd2"])
 def test_two_processes_take_the_same_steps_as_one(found, method):
     one, two = found[f"{method} 1"], found[f"{method} 2"]

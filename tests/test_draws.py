@@ -72,6 +72,7 @@ def generators(tmp_path_factory):
         return {dtype: sds3d.load_generator(made.path.absolute(), "cpu", dtype) for dtype in DTYPES}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("steps", [1, 2, 4])
 def test_a_generator_s_images_are_the_same_for_every_count_and_batch(generators, dtype, steps):
@@ -127,6 +128,7 @@ def test_no_prompts_give_no_images(latent):
     assert sample(latent("float32"), []).shape == (0, 3, 16, 16)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_toys_are_the_same_beside_prompts_of_other_lengths(dtype):
     """Attention's sums over a longer list of words are in another order, and were 0.02 off in bfloat16."""

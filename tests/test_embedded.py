@@ -42,6 +42,7 @@ def plain(tmp_path_factory) -> torch.Tensor:
     return make_scene(tmp_path_factory.mktemp("plain"))
 
 
+@pytest.mark.slow
 @every_mode
 def test_a_scene_is_made_in_any_mode(mode, plain, tmp_path):
     """The same, bit for bit, and the caller's mode is as it was."""
@@ -81,6 +82,7 @@ def test_a_generator_is_trained_in_any_mode(mode, tmp_path):
     assert images.shape == (2, 3, 8, 8) and images.isfinite().all()
 
 
+@pytest.mark.slow
 def test_in_a_thread_and_beside_an_event_loop(plain, tmp_path):
     found = []
     thread = threading.Thread(target=lambda: found.append(make_scene(tmp_path / "thread")))

@@ -215,6 +215,7 @@ def measured(config: Config) -> int:
     return there + most
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "texts",
     [
@@ -248,6 +249,7 @@ def test_doctor_says_yes_before_any_weight_is_there(pipelines, call, in_folder):
     assert report["fits"] and report["held"]["network"] / 2**30 == pytest.approx(1.60, abs=0.01)
 
 
+@pytest.mark.slow
 def test_doctor_says_no_and_which_settings_help_most_effective_first(wide, call):
     settings = ("method=sds", "teacher.dtype=float32", "teacher.hf.checkpointing=false", "render.chunk=4096")
     settings += ("render.views=4", "render.resolution=64", "render.samples=32")
@@ -267,6 +269,7 @@ def test_doctor_says_no_and_which_settings_help_most_effective_first(wide, call)
     assert text.splitlines()[-1].startswith("No, it does not fit") and report["settings"][0]["setting"] in text
 
 
+@pytest.mark.slow
 def test_doctor_knows_the_packaged_teacher(call_packaged):
     code, out, err = call_packaged("doctor", "--teacher", "toybox", "--method", "vsd", "--memory", "2")
     assert code == 0, err

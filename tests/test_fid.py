@@ -86,6 +86,7 @@ def test_what_is_more_than_weights_is_refused(package, tmp_path):
         Inception()
 
 
+@pytest.mark.slow
 def test_eval_reports_fid_where_it_is_asked_for(call_packaged, in_folder, monkeypatch, request):
     monkeypatch.setattr(evaluation, "BEST", ("ddim", 2))
     settings = ["steps=2", "generator.batch=8", "log.picture_every=0"]

@@ -291,6 +291,7 @@ def walls(in_folder, monkeypatch):
     return in_folder / "walls"
 
 
+@pytest.mark.slow
 @pytest.mark.network
 def test_a_folder_becomes_a_teacher_that_draws(call, walls, in_folder):
     quick = ("size=32", "steps=4", "batch=2", "save_every=9")

@@ -26,6 +26,7 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
+@pytest.mark.slow
 def test_damaged_pictures_are_left_out_and_named(call, made):
     progress = Path(made) / "progress"
     for name, damage in (("00003.png", b""), ("00006.png", b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"), ("00005.png", b"junk")):
@@ -179,6 +180,7 @@ def elsewhere():
         process.join(300)
 
 
+@pytest.mark.slow
 def test_a_run_is_one_processs_at_a_time(call, made, elsewhere):
     process = elsewhere(hold, Path(made).resolve())
     before = (Path(made) / "metrics.jsonl").read_bytes()
@@ -209,6 +211,7 @@ main(["resume", sys.argv[1], "steps=12", "--quiet"], ball)
 """
 
 
+@pytest.mark.slow
 def test_two_resumes_at_once_give_one_run(made, tmp_path):
     """The command line of the issue: without a lock both end with code 0 and every row is there twice."""
     places = [Path(__file__).parent, os.environ.get("PYTHONPATH", ""), Path(files.__file__).parents[1]]
@@ -253,6 +256,7 @@ def claim(out: Path, count: int, pipe) -> None:
         Run.create(out, f"ball {os.getpid()} {i}", "")
 
 
+@pytest.mark.slow
 def test_new_runs_at_once_choose_different_numbers(tmp_path, elsewhere):
     processes = [elsewhere(claim, tmp_path, 15) for _ in range(4)]
     for process in processes:
@@ -269,6 +273,7 @@ def write_for_ever(path: Path, pipe) -> None:
         pipe.recv()
 
 
+@pytest.mark.slow
 def test_leftovers_of_dead_processes_go_on_resume_and_nothing_else(call, made, elsewhere):
     folder = Path(made)
     dead = [
@@ -323,6 +328,7 @@ class Fails:
         return self.teacher.predict(*given, **named)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("after, saved", [(2, False), (5, True)])
 def test_a_run_that_diverges_says_what_it_has_left_and_resumes(call, tiny, ball_teacher, after, saved):
     calls = Fails(ball_teacher, after)
@@ -364,6 +370,7 @@ def test_a_weight_that_is_not_finite_is_not_saved(tmp_path):
     assert run.load_checkpoint()["step"] == 2
 
 
+@pytest.mark.slow
 def test_a_comparison_that_was_killed_goes_on_with_its_run(in_folder, ball_teacher, tiny):
     from sds3d.evaluate import methods as comparing
     from sds3d.runs import launch
@@ -423,6 +430,7 @@ def test_a_strangers_config_has_nothing_written_into_other_folders(in_folder, tm
                 assert launch._own_cache(own).teacher.hf.cache == ""
 
 
+@pytest.mark.slow
 def test_a_run_whose_figures_stay_finite_and_whose_scene_does_not_is_named(call, tiny):
     """The issue's command line: density everywhere, and no word."""
     code, _, err = call("generate", "a red ball", *tiny, "steps=12", "optim.lr.grid=1e3")

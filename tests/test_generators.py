@@ -84,6 +84,7 @@ def off_the_gaussian(painter: Painter) -> tuple[float, float]:
     return float(((mean - MEANS.flatten()) / stds).abs().max()), float((scale / stds - 1).abs().max())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["vsd", "diffinstruct", "dmd"])
 def test_a_linear_generator_reaches_a_gaussian(method):
     teacher = MixtureTeacher(Mixture(torch.ones(1), MEANS, STDS), kind="v")
@@ -143,6 +144,7 @@ def shares(points: torch.Tensor) -> torch.Tensor:
     return torch.bincount(nearest, minlength=8) / len(points)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["diffinstruct", "sds"])
 def test_a_network_started_in_one_mode_finds_all_eight_and_by_sds_does_not(method):
     teacher = MixtureTeacher(ring(), kind="v")
@@ -205,6 +207,7 @@ def best_gaussian(name: str) -> tuple[float, float]:
     return float(start[0].detach()), float(start[1].detach().exp())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "name"), [("vsd", "sigma2"), ("diffinstruct", "x0")])
 def test_a_generator_too_weak_for_both_modes_lands_where_its_own_divergence_is_least(method, name):
     teacher = MixtureTeacher(TWO, schedule=SCHEDULE, kind="v")

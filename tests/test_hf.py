@@ -475,6 +475,7 @@ def test_a_critic_of_a_teacher_in_half_precision_learns_in_float32(load):
         assert all(p.grad.isfinite().all() for p in critic.parameters() if p.grad is not None)
 
 
+@pytest.mark.slow
 @pytest.mark.network
 @pytest.mark.parametrize("views", ["camera", "words"])
 def test_generate_from_a_folder(views, pipelines, call_packaged, in_folder):

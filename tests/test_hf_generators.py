@@ -183,6 +183,7 @@ def captioned(folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["vsd", "diffinstruct", "dmd", "dmd2"])
 def test_every_method_ends_in_a_pipeline_that_paints_as_we_do(method, told, in_folder, pipelines):
     more = {"real": str(captioned(in_folder / "pictures"))} if method == "dmd2" else {}
@@ -198,12 +199,14 @@ def test_every_method_ends_in_a_pipeline_that_paints_as_we_do(method, told, in_f
     assert all(torch.equal(value, mean[key]) for key, value in trained.items()) and set(trained) == set(mean)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "steps"), [(name, steps) for name in FAMILIES for steps in (1, 4)])
 def test_every_family_ends_in_a_pipeline_that_paints_as_we_do(name, steps, told):
     made = sds3d.train_generator(**told(name, method="diffinstruct", steps=1, **{"generator.steps": steps}))
     same_picture(made, name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("steps", [1, 2, 3])
 def test_fewer_steps_are_the_first_of_those_it_was_trained_with(steps, told):
     """LCM's own choice of two of four steps is the first and the third, which training never put after the first."""
@@ -244,6 +247,7 @@ def test_a_flow_paints_in_the_first_of_its_steps(told):
         assert torch.allclose(painter(["a red mug"], seed=5, steps=steps), teacher.decode(x), atol=EXACT)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_a_generator_from_a_pipeline_computes_in_the_given_dtype(dtype, told):
     made = sds3d.train_generator(**told("sd", steps=1, **{"generator.steps": 2}))
@@ -278,6 +282,7 @@ def test_a_network_whose_last_level_is_pure_noise_begins_near_it(start):
     assert (1000 * when).tolist() == pytest.approx([15, 13, 11, 9, 7, 5, 3, 1])
 
 
+@pytest.mark.slow
 def test_one_pass_whatever_the_guidance_scale_is(told):
     """The default of 7.5 would ask twice, and spoil a generator that was trained without."""
     made = sds3d.train_generator(**told("sd", steps=1))
@@ -285,6 +290,7 @@ def test_one_pass_whatever_the_guidance_scale_is(told):
     assert torch.equal(default, high)
 
 
+@pytest.mark.slow
 @pytest.mark.network
 @pytest.mark.parametrize("kind", ["lora", "copy"])
 def test_the_teacher_stays_as_it_was_and_only_its_network_is_copied(kind, start, in_folder):
@@ -303,6 +309,7 @@ def test_the_teacher_stays_as_it_was_and_only_its_network_is_copied(kind, start,
     assert any(moved) or kind == "lora"
 
 
+@pytest.mark.slow
 @pytest.mark.network
 def test_an_interrupted_run_ends_as_an_uninterrupted_one(told, in_folder):
     settings = told("sd", method="vsd", **{"teacher.dtype": TEST_DTYPE})
@@ -321,6 +328,7 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(told, in_folder):
     assert ours == theirs
 
 
+@pytest.mark.slow
 def test_a_student_of_a_teacher_in_half_precision_learns_in_float32(start):
     config, teacher, student = start("sd", **{"teacher.dtype": "bfloat16"})
     assert {p.dtype for p in student.network.parameters()} == {torch.float32}
@@ -347,6 +355,7 @@ class Denoising(DiffInstruct):
     DENOISER = True
 
 
+@pytest.mark.slow
 @pytest.mark.network
 @pytest.mark.parametrize("name", ["sd", "sd3"])
 def test_a_pipeline_that_answers_as_a_denoiser_is_the_next_run_s_teacher(name, told, in_folder, monkeypatch):
@@ -366,6 +375,7 @@ def test_a_pipeline_that_answers_as_a_denoiser_is_the_next_run_s_teacher(name, t
     assert torch.allclose(teacher.predict(x, again, ["a red mug"] * 2).x0, ours, atol=atol)
 
 
+@pytest.mark.slow
 def test_distill_and_sample_as_a_user_types_them(call_packaged, told, in_folder):
     (in_folder / "prompts.txt").write_text("a red mug\na blue ball\n")
     settings = [f"{key}={value}" for key, value in told("sd").items() if key not in ("prompt", "teacher.name")]
@@ -387,6 +397,7 @@ def test_distill_and_sample_as_a_user_types_them(call_packaged, told, in_folder)
     assert code == 2 and "is a generator, which paints by itself" in err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "layer", "said"),
     [
@@ -406,12 +417,14 @@ def test_what_stands_in_the_way_is_said_and_leaves_nothing_behind(name, layer, s
     assert not (in_folder / "outputs").exists()
 
 
+@pytest.mark.slow
 def test_images_of_another_size_are_the_pipeline_s_default(told):
     made = sds3d.train_generator(**told("sd", steps=1, **{"teacher.hf.size": 32}))
     assert by_diffusers(made.path / "pipeline", 5).shape == (1, 3, 32, 32)
     same_picture(made, "sd")
 
 
+@pytest.mark.slow
 def test_a_pipeline_that_cannot_be_written_leaves_the_old_one(start, monkeypatch):
     config, teacher, student = start("sd")
     made = Generated(None, config, student)
@@ -427,6 +440,7 @@ def test_a_pipeline_that_cannot_be_written_leaves_the_old_one(start, monkeypatch
     assert [path.name for path in Path("outputs").iterdir()] == ["pipeline"]
 
 
+@pytest.mark.slow
 def test_features_are_what_the_u_net_hands_down(start):
     """Of the way down what the skip connections carry at its end, of the middle what the way up begins with."""
     _, teacher, student = start("sd")

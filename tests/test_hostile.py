@@ -82,6 +82,7 @@ COMMANDS = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_hostile_command_line_is_answered_with_one_line(call, in_folder, name):
     arguments, said = COMMANDS[name]
@@ -299,6 +300,7 @@ def test_ctrl_c_anywhere_is_one_line(capsys, monkeypatch):
 SLOW = [pytest.param(seconds, marks=pytest.mark.slow) for seconds in (0.3, 1.0, 1.5, 2, 3, 4, 8)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seconds", [0.6, 6, *SLOW])
 def test_two_ctrl_c_leave_one_line_and_whole_files(tmp_path, seconds):
     """In the imports, in a step, and while a checkpoint is written."""

@@ -85,6 +85,7 @@ FARTHEST = {"sds": 0.001, "nfsd": 0.033, "vsd": 0.066, "sdi": 0.064, "ism": 0.15
 FARTHEST |= {"diffinstruct": 0.075}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in METHODS if name not in ("dds", *FOR_GENERATORS)])
 def test_every_method_paints_a_picture_that_the_oracle_knows(oracle, name):
     painting = sds3d.paint("a disc", teacher=oracle, method=name, **own_settings(name))
@@ -103,6 +104,7 @@ def test_methods_for_generators_make_no_pictures(oracle, name):
         sds3d.paint("a disc", teacher=oracle, method=name)
 
 
+@pytest.mark.slow
 def test_dds_turns_a_picture_of_one_kind_into_the_other_and_keeps_a_right_one(oracle, tmp_path):
     from sds3d.runs.folder import save_png
 
@@ -199,6 +201,7 @@ class TrainableBall(BallTeacher):
         return replace(exact, output=exact.v + network(x_t, t), kind="v")
 
 
+@pytest.mark.slow
 def test_vsd_makes_as_many_assets_as_particles(ball_teacher, in_folder):
     settings = {**tiny(), "method.particles": 2, "method.scale": 2.0, "critic.kind": "copy"}
     with pytest.raises(ValueError, match="VSD trains a critic that starts from .* BallTeacher has none"):
@@ -214,6 +217,7 @@ def test_vsd_makes_as_many_assets_as_particles(ball_teacher, in_folder):
         sds3d.paint("a red ball", method="vsd", **{"method.particles": 2})
 
 
+@pytest.mark.slow
 def test_dds_edits_a_scene_beside_itself(ball_teacher, in_folder):
     source = sds3d.generate("a red ball", teacher=ball_teacher, **tiny())
     assert not source.path.is_absolute()
@@ -359,6 +363,7 @@ def test_a_method_makes_the_scene_whose_views_the_oracle_knows(name, iou, in_fol
     assert reached > iou, reached
 
 
+@pytest.mark.slow
 def test_an_edit_may_have_another_background_than_its_source(ball_teacher, in_folder):
     source = sds3d.generate("a red ball", teacher=ball_teacher, **tiny())
     edit = {**tiny(), "source.run": str(source.path), "source.prompt": "a red ball", "render.background": "#ff0000"}

@@ -267,6 +267,7 @@ def test_text_of_the_user_is_escaped(ball_teacher, in_folder, tiny):
     assert "<img" not in page.gui.html()
 
 
+@pytest.mark.slow
 def test_stop_and_export_writes_the_files_and_can_be_resumed(call, tiny, monkeypatch):
     update = Watch.update
 
@@ -339,6 +340,7 @@ def test_other_addresses_are_warned_about(capsys):
     assert not Address("::1", 80).warning and Address("some-name", 80).warning
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("host", "origin", "answer"),
     [
@@ -444,6 +446,7 @@ def send(studio: Studio, prompt: str) -> None:
     studio.stage.gui.named("New asset").submit()
 
 
+@pytest.mark.slow
 def test_studio_makes_what_is_queued_and_shows_what_is_wrong(studio):
     made = studio.make()
     gui = made.stage.gui
@@ -476,6 +479,7 @@ def test_studio_makes_what_is_queued_and_shows_what_is_wrong(studio):
     assert again.stage.canvas == "outputs/00003-another-ball/mesh.glb"
 
 
+@pytest.mark.slow
 def test_studio_removes_what_waits_and_survives_what_fails(studio, monkeypatch):
     made = studio.make()
     send(made, "a red ball")

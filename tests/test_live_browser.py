@@ -118,6 +118,7 @@ def watertight(path: Path) -> bool:
     return mesh.is_watertight and mesh.volume > 0
 
 
+@pytest.mark.slow
 def test_live_page_orbits_pauses_stops_and_exports(serve, browser_page, tmp_path):
     page = browser_page
     process, url = serve("generate", "a red ball", *TINY, "steps=100000", "--live")
@@ -160,6 +161,7 @@ def test_live_page_orbits_pauses_stops_and_exports(serve, browser_page, tmp_path
     assert "sds3d resume outputs/00001-a-red-ball" in err
 
 
+@pytest.mark.slow
 def test_studio_makes_what_is_typed_and_gives_it_away(serve, browser_page, tmp_path):
     page = browser_page
     process, url = serve("studio", *TINY)

@@ -19,6 +19,7 @@ print(large - small, large - memory.peak(cpu))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="elsewhere the figure is left out")
 def test_a_block_shows_in_the_peak_and_is_forgotten():
     done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True)

@@ -122,6 +122,7 @@ def test_what_can_be_looked_into_stays_hollow():
     assert mesh.volume == pytest.approx(true, rel=0.05) and mesh.euler_number == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fog", [0.0, 0.5])
 def test_the_chosen_level_keeps_a_hard_cup_hollow(fog):
     """A cup of density 60, with and without fog in it that no view shows; its walls lie midway between corners."""
@@ -133,6 +134,7 @@ def test_the_chosen_level_keeps_a_hard_cup_hollow(fog):
     assert mesh.volume == pytest.approx((31**3 - 23**2 * 25) * voxel**3, rel=0.05)
 
 
+@pytest.mark.slow
 def test_the_chosen_level_keeps_the_outline_of_a_soft_ball():
     """Density A exp(-r^2 / 2 w^2): a ray that passes at r has optical depth A w sqrt(2 pi) exp(-r^2 / 2 w^2), so it
     lets half the light through at r^2 = 2 w^2 ln(A w sqrt(2 pi) / ln 2), whatever a level tuned to hard scenes would
@@ -144,6 +146,7 @@ def test_the_chosen_level_keeps_the_outline_of_a_soft_ball():
     np.testing.assert_allclose(np.linalg.norm(mesh.vertices, axis=1), radius, atol=0.03)
 
 
+@pytest.mark.slow
 def test_the_chosen_level_agrees_best():
     """No level nearby has silhouettes as good as the chosen one, up to what its search leaves."""
     scene = source(lambda p: 20 * torch.sigmoid(ball(radius=0.55)(p) / 0.06))
@@ -160,11 +163,13 @@ def test_the_chosen_level_agrees_best():
     assert max(iou(chosen.level * f) for f in (0.3, 0.6, 1.6)) <= chosen.level_iou + ALIKE
 
 
+@pytest.mark.slow
 def test_a_rod_thinner_than_its_blur_is_still_meshed():
     skin = extract(source(solid(tube(0.02, -0.5, 0.5))), MeshConfig(resolution=96))
     assert skin.level_iou > 0.8
 
 
+@pytest.mark.slow
 def test_a_dense_speck_does_not_choose_the_level():
     """Many levels above the body's own density give the same little mesh."""
     body = union(ball(radius=0.3), less(ball(radius=0.6), less(ball(radius=0.7), block((-1, -0.06, -1), (1, 0.06, 1)))))
@@ -176,6 +181,7 @@ def test_a_dense_speck_does_not_choose_the_level():
     assert skin.level < 20 and skin.level_iou > 0.9
 
 
+@pytest.mark.slow
 def test_a_scene_of_nearly_clear_matter_is_still_meshed():
     """Peak density 2: a ray through the middle of the ball loses 86 % of its light, one at 0.47 of 0.5 half."""
     mesh = mesh_of(lambda points: 2 * torch.sigmoid(ball()(points) / 0.01), level=None, resolution=48)
@@ -203,6 +209,7 @@ def test_narrow_holes_can_be_filled():
     assert mesh_of(solid(holed), resolution=64, fill=0.16).euler_number == 2
 
 
+@pytest.mark.slow
 def test_cracks_are_closed_and_wider_gaps_are_not():
     """A block in two halves, 0.035 apart, which is a crack, or 0.15, which is a gap; cells are 0.021."""
 

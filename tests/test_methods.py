@@ -381,6 +381,7 @@ def test_permute_the_batch_permute_the_answer(name, settings, negative, closed_f
     assert (straight[order] - turned).abs().max() < 1e-12
 
 
+@pytest.mark.slow
 @every_schedule
 def test_inverting_and_sampling_again_returns_at_first_order(schedule):
     from sds3d.diffusion.samplers.ddim import ddim

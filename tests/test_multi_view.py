@@ -143,6 +143,7 @@ def test_rings_stand_evenly_at_one_height():
         CameraRanges(ring=0)
 
 
+@pytest.mark.slow
 @pytest.mark.network
 @pytest.mark.parametrize("method", ["sds", "vsd"])
 def test_generate_in_rings_of_four(method, folder, call_packaged, in_folder):
@@ -157,6 +158,7 @@ def test_generate_in_rings_of_four(method, folder, call_packaged, in_folder):
         load_config("a mug", {"camera.ring": 4, "render.views": 6})
 
 
+@pytest.mark.slow
 def test_doctor_keeps_rings_whole(folder):
     """What it advises can be given, and where views stand alone it says what a run would."""
     ringed = load_config("a mug", {"teacher.name": str(folder), "camera.ring": 4, "render.views": 8})

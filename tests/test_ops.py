@@ -62,6 +62,7 @@ def test_grid_refuses_what_cannot_be(field):
 # --- hash encoding ---
 
 
+@pytest.mark.slow
 @each_backend
 def test_dense_level_interpolates_a_linear_function_exactly(backend: Backend):
     """Entry x + r (y + r z) holds a linear function of the grid point; the value at x * scale + 0.5 follows."""
@@ -87,6 +88,7 @@ def test_hashed_corner_has_the_papers_address(backend: Backend):
         assert value == pytest.approx(address, abs=1e-9)
 
 
+@pytest.mark.slow
 @each_compiled_backend
 def test_encoding_against_finite_differences(backend: Backend):
     """First and second derivatives; central differences over a piecewise smooth function."""
@@ -180,6 +182,7 @@ def test_fixed_point_sums_are_the_same_in_any_order():
         torch.testing.assert_close(first.double(), exact, rtol=1e-5, atol=1e-5 * float(exact.abs().max()))
 
 
+@pytest.mark.slow
 @each_backend
 def test_no_kernel_trusts_a_new_buffer(backend: Backend):
     """torch fills what is not initialised with NaN while its deterministic algorithms are on."""
@@ -296,6 +299,7 @@ def test_near_far_and_an_origin_inside(backend: Backend):
     assert bounded.t.tolist() == [0.3125, 0.4375, 0.5625, 0.6875]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_every_backend_marches_as_the_reference(dtype: torch.dtype):
     """Bit for bit: all take the same steps in the same order, without fused products."""
@@ -398,6 +402,7 @@ def test_solid_and_hollow_samples(backend: Backend):
     assert torch.autograd.grad(out.opacity.sum(), sigma)[0].tolist() == [0, 0, 0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-13), (torch.float32, 3e-6)])
 def test_every_backend_composites_as_the_reference(dtype: torch.dtype, tolerance: float):
     """float32: the light is a product here and the exponential of a sum there, some 40 roundings apart."""

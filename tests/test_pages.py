@@ -68,6 +68,7 @@ def opened(page, path: Path):
     return page.locator("canvas").first
 
 
+@pytest.mark.slow
 def test_the_model_is_seen_from_its_front_in_its_colours_and_turns(browser_page, page_run):
     write_box(page_run / "mesh.glb")
     canvas = opened(browser_page, kinds.write_page(Run.open(page_run)))
@@ -150,6 +151,7 @@ def test_a_mesh_is_told_once_and_in_words_and_a_scene_can_be_judged(browser_page
     assert f"sds3d eval {page_run} " in browser_page.inner_text("body")
 
 
+@pytest.mark.slow
 def test_hostile_text_is_shown_and_does_nothing(browser_page, call, tiny):
     code, out, err = call("generate", EVIL, "--quiet", "--json", *tiny)
     assert code == 0, err
@@ -203,6 +205,7 @@ def test_a_damaged_model_is_said_and_not_an_error(browser_page, page_run):
     assert "cannot show the model in 3D" in browser_page.inner_text("[data-state]")
 
 
+@pytest.mark.slow
 def test_particles_stand_side_by_side_and_images_have_a_page(browser_page, page_run, call):
     for name in ("mesh.glb", "turntable.mp4"):
         stem, suffix = name.split(".")

@@ -212,6 +212,7 @@ def test_recomputed_blocks_find_the_changed_layers(name, load):
     assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-7) for a, b in zip(*grads, strict=True))
 
 
+@pytest.mark.slow
 def test_a_compiled_teacher_is_compiled_once(load, monkeypatch):
     """Changed layers that come and go are no reason to compile again."""
     compiled, real = [], torch.compile
@@ -349,6 +350,7 @@ def test_a_run_goes_on_with_its_adapter_and_leaves_it_to_diffusers(pipelines, tm
     assert (ends[0] / FILE).read_bytes() == (ends[1] / FILE).read_bytes()
 
 
+@pytest.mark.slow
 def test_the_packaged_teacher_needs_no_peft():
     program = (
         "import sys; from sds3d.config import load as config; from sds3d.runs import build;"

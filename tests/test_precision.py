@@ -80,6 +80,7 @@ def test_what_is_left_to_auto_is_the_same_on_every_machine(fresh):
 # the discriminator
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, dtype", [("sd", "bfloat16"), ("sd", "float16"), ("digits", "bfloat16")])
 def test_a_discriminator_s_head_learns_as_in_float32(name, dtype, fresh):
     exact, found = (moves_of_the_head(fresh(name, of), PROMPTS[name]) for of in ("float32", dtype))
@@ -236,6 +237,7 @@ def all_tensors(state, name: str = "") -> dict[str, torch.Tensor]:
     return {key: value for part, one in parts for key, value in all_tensors(one, f"{name}/{part}").items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "method"), RUNS, ids=lambda value: value)
 def test_a_run_that_was_stopped_ends_bit_for_bit_as_one_that_was_not(kind, method, tiny_teachers, in_folder):
     more = {}

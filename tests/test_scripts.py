@@ -18,6 +18,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("op", ["hash_encode", "march", "composite"])
 def test_bench_prints_a_list_of_rows(op: str):
     done = run("scripts/bench.py", "--only", op, "--points", "512,1024", "--rounds", "1", "--json")
@@ -32,6 +33,7 @@ def test_bench_prints_a_list_of_rows(op: str):
     assert "cpu" in done.stderr  # the machine
 
 
+@pytest.mark.slow
 def test_gpu_report_is_right_on_a_cpu(tmp_path):
     """Small sizes, Triton interpreted: every kernel against the reference in float64, and every part of the report."""
     done = run("scripts/gpu_report.py", "--quick", "--out", str(tmp_path))

@@ -138,6 +138,7 @@ def orange(images):
     return float((images[:, 0] - images[:, 2] > 0.25).sum()) / len(images)
 
 
+@pytest.mark.slow
 @pytest.mark.xfail(
     reason="the packaged teacher's nose is 1 to 3 orange pixels in front and 2 to 5 behind (step 25,400)",
     strict=True,
@@ -248,6 +249,7 @@ class SmallToys(sources.Toybox):
     network = UNetConfig(widths=(8, 8, 16, 16), blocks=(1, 1, 1), condition=16, heads=2)
 
 
+@pytest.mark.slow
 @pytest.mark.network
 def test_training_learns_and_resumes_bit_for_bit(tmp_path, monkeypatch):
     monkeypatch.setattr(fit, "save_grid", lambda teacher, prompts, path: None)
@@ -315,6 +317,7 @@ def test_impossible_trainings_are_refused(bad):
         fit.FitConfig(**bad)
 
 
+@pytest.mark.slow
 def test_renders_are_made_again_where_the_shapes_or_the_seed_changed(tmp_path, monkeypatch):
     assert list(renders.build(tmp_path, 2)) == [2]
     stamp = (tmp_path / "rows.npy").stat().st_mtime_ns

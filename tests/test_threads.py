@@ -53,6 +53,7 @@ def test_doctor_says_how_threads_wait(setting, said):
     assert run("import sds3d; print(sds3d.runtime.threads.describe())", **setting).startswith(said)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not system_has_openmp(), reason="the system has no OpenMP library of its own")
 @pytest.mark.parametrize(
     ("first", "pools"),

@@ -35,6 +35,7 @@ def test_it_is_as_rich_as_promised():
     assert toybox.parse("a green cube on a yellow cylinder").second == "yellow"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "solid, reference",
     [

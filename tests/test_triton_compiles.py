@@ -10,6 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 
+@pytest.mark.slow
 def test_every_kernel_compiles_for_an_h100():
     pytest.importorskip("triton", reason="Triton runs on Linux only")
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
