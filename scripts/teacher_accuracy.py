@@ -24,7 +24,7 @@ from torch import Tensor
 from sds3d.cameras import Cameras
 from sds3d.data import toybox
 from sds3d.data.kinds import KINDS, STACKS
-from sds3d.evaluate.judge import ToyJudge
+from sds3d.evaluate.classifiers import ToyJudge
 from sds3d.media.sheet import contact_sheet
 from sds3d.prompts import COLOURS
 from sds3d.runtime.machine import machine

@@ -1,4 +1,4 @@
-"""Train a classifier that judges drawn images, on real images only. Its weights lie beside sds3d/evaluate/judge.py.
+"""Train a classifier of drawn images, on real images only. Its weights go beside sds3d/evaluate/classifiers.py.
 
     python scripts/train_judge.py digits
     python scripts/train_judge.py toybox --renders work/teacher/renders      creates the renders if they are missing
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from sds3d.data import digits, renders
 from sds3d.data.kinds import KINDS, STACKS
 from sds3d.data.tracing import paint
-from sds3d.evaluate import judge
+from sds3d.evaluate import classifiers
 from sds3d.networks.classifier import Classifier, ToyClassifier
 from sds3d.prompts import COLOURS
 from sds3d.runtime.errors import Diverged
@@ -51,9 +51,9 @@ def train_digits(steps: int = 3000, batch: int = 128) -> None:
         loss.backward()
         optimiser.step()
         decay.step()
-    write(net, judge.DIGITS, "digits", data=json.dumps({"train": len(train), "held-out": len(held_out)}))
+    write(net, classifiers.DIGITS, "digits", data=json.dumps({"train": len(train), "held-out": len(held_out)}))
     for name, x, labels in (("train", train, train_labels), ("held-out", held_out, held_out_labels)):
-        right = (judge.DigitJudge().classify((x / 2 + 0.5).expand(-1, 3, -1, -1)) == labels).double().mean()
+        right = (classifiers.DigitJudge().classify((x / 2 + 0.5).expand(-1, 3, -1, -1)) == labels).double().mean()
         print(f"{name}: {100 * right:.1f} % of {len(x)}")
 
 
@@ -77,7 +77,7 @@ def train_toys(store: renders.Renders, steps: int = 5000, batch: int = 64) -> No
         loss.backward()
         optimiser.step()
         schedule.step()
-    write(net, judge.TOYS, "toybox", classes=json.dumps([NAMES, list(COLOURS)]))
+    write(net, classifiers.TOYS, "toybox", classes=json.dumps([NAMES, list(COLOURS)]))
 
 
 def spoil(x: Tensor, generator: torch.Generator) -> Tensor:

@@ -21,8 +21,8 @@ from torch import Tensor
 from sds3d.runtime import memory
 from sds3d.runtime.distributed import Processes
 from sds3d.runtime.errors import Diverged
-from sds3d.runtime.modes import stepwise_training, training
 from sds3d.runtime.ramp import Ramp
+from sds3d.runtime.torch_modes import stepwise_training, training
 from sds3d.runtime.transfer import StepMetrics
 from sds3d.students.base import Draw, Phased, Student
 from sds3d.students.companions import Companion, FittedCompanion, UpdatedCompanion
@@ -144,7 +144,7 @@ def train(
     """Train ``student``. Returns a generator that yields after every step.
 
     The checkpoint of a resumed run is read at once, before the first step. Each step computes gradients even if the
-    caller has turned them off; see `sds3d.runtime.modes`.
+    caller has turned them off; see `sds3d.runtime.torch_modes`.
 
     Args:
         student: the object with the parameters.

@@ -55,9 +55,9 @@ MOST_AT_THE_TOP = 30  # files and folders in the package
 LIGHT = {"torch", "numpy", "sds3d"} | set(sys.stdlib_module_names)
 HOMES = {  # package -> the only files that may import it
     "yaml": {"config/plain_yaml.py"},
-    "diffusers": {"teachers/hf/generator_scheduler.py", "teachers/hf/loading.py", "teachers/hf/sketch.py"},
-    "transformers": {"teachers/hf/loading.py", "teachers/hf/sketch.py"},
-    "huggingface_hub": {"teachers/hf/loading.py", "teachers/hf/sketch.py"},
+    "diffusers": {"teachers/hf/generator_scheduler.py", "teachers/hf/loading.py", "teachers/hf/meta_teacher.py"},
+    "transformers": {"teachers/hf/loading.py", "teachers/hf/meta_teacher.py"},
+    "huggingface_hub": {"teachers/hf/loading.py", "teachers/hf/meta_teacher.py"},
     "peft": {"teachers/hf/adapter.py"},
     "numba": {"ops/numba_cpu.py", "ops/numba_kernels.py"},
     "nerfacc": {"ops/nerfacc_cuda.py"},

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sds3d.data import digits
-from sds3d.evaluate.judge import DigitJudge
+from sds3d.evaluate.classifiers import DigitJudge
 from sds3d.prompts import words
 
 

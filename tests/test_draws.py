@@ -6,8 +6,8 @@ import torch
 
 import sds3d
 from sds3d.cameras import orbit
-from sds3d.diffusion.draws import ImageNoise, image_seed, in_order, piece_size, pieces
 from sds3d.diffusion.samplers import SAMPLERS
+from sds3d.diffusion.seeded_noise import ImageNoise, image_seed, in_order, piece_size, pieces
 from sds3d.students.generator import FewStepGenerator, GeneratorConfig
 from sds3d.teachers import small
 from sds3d.teachers.base import HFConfig, TeacherConfig

@@ -15,7 +15,7 @@ import sds3d
 from sds3d.config import load as config
 from sds3d.runs import launch
 from sds3d.runtime.device import pick_device
-from sds3d.teachers.hf.words import PromptEmbedder
+from sds3d.teachers.hf.prompt_embedder import PromptEmbedder
 
 MODES = {
     "no_grad": torch.no_grad,
@@ -98,15 +98,15 @@ def test_in_a_thread_and_beside_an_event_loop(plain, tmp_path):
 
 FORK = """
 import os, signal, sys, sds3d
-from sds3d.runtime import modes
+from sds3d.runtime import torch_modes
 if sys.argv[1] == "used":
-    with modes.training():
+    with torch_modes.training():
         pass
 child = os.fork()
 if child == 0:
     signal.alarm(60)
     try:
-        with modes.training():
+        with torch_modes.training():
             os._exit(0)
     except ValueError as error:
         print(error, flush=True)

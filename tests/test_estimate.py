@@ -21,7 +21,7 @@ from sds3d.runs import memory_estimate as estimate
 from sds3d.runs.memory_estimate import Machine
 from sds3d.runtime.memory import Meter, tensor_bytes, use_fake_tensors
 from sds3d.teachers.base import HFConfig, TeacherConfig
-from sds3d.teachers.hf import sketch
+from sds3d.teachers.hf import meta_teacher
 from sds3d.teachers.load import load_teacher
 from sds3d.train import train
 
@@ -95,7 +95,7 @@ def of_size(network: dict, folder: Path, like: Path) -> Path:
 )
 def test_parameters_are_as_many_as_is_known(family, network, millions, pipelines, tmp_path):
     folder = of_size(network, tmp_path / "pipeline", pipelines(family))
-    teacher, _ = sketch.build_meta_teacher(TeacherConfig(str(folder)), torch.bfloat16)
+    teacher, _ = meta_teacher.build_meta_teacher(TeacherConfig(str(folder)), torch.bfloat16)
     count = sum(p.numel() for p in teacher.family.network.parameters())
     assert count / 1e6 == pytest.approx(millions, abs=0.1)
     assert sum(p.numel() for p in teacher.family.vae.parameters()) / 1e6 == pytest.approx(83.7, abs=0.1)
@@ -120,7 +120,7 @@ def test_a_sketch_is_the_size_of_the_real_one(name, pipelines, tmp_path):
     """Its parts as their files say, and to the byte what an answer, an encoding and its way back make."""
     folder, told = pipelines(name), tiny_pipelines.SETTINGS.get(name, {})
     settings = TeacherConfig(str(folder), "words", "float32", hf=HFConfig(cache=str(tmp_path), **told))
-    real, (drawn, encoders) = load_teacher(settings, "cpu"), sketch.build_meta_teacher(settings, torch.float32)
+    real, (drawn, encoders) = load_teacher(settings, "cpu"), meta_teacher.build_meta_teacher(settings, torch.float32)
     assert {
         k: tuple(v.shape[1:]) for k, v in real._condition(["a red mug"], None, None).items()
     } == drawn.embedder.shapes

@@ -372,7 +372,7 @@ def test_a_weight_that_is_not_finite_is_not_saved(tmp_path):
 
 @pytest.mark.slow
 def test_a_comparison_that_was_killed_goes_on_with_its_run(in_folder, ball_teacher, tiny):
-    from sds3d.evaluate import methods as comparing
+    from sds3d.evaluate import comparison as comparing
     from sds3d.runs import launch
 
     layer = configs.parse_overrides([text for text in tiny if not text.startswith("export")])

@@ -13,10 +13,10 @@ import torch
 from solids import BLUE, RED, TWELVE, block, plain, solid, source, union
 
 from sds3d.export import formats, texture
+from sds3d.export.exporter import Export
 from sds3d.export.formats import FORMATS, read, write
 from sds3d.export.mesh import extract
 from sds3d.export.model import STANDS, Model, Placement, Stand, stand
-from sds3d.export.pipeline import Export
 from sds3d.export.settings import MeshConfig
 
 WEB = Path(__file__).parent / "web"

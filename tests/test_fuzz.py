@@ -229,14 +229,14 @@ def many(count: int) -> settings:
 def closed(in_folder, monkeypatch):
     """An empty folder, in which nothing is trained, drawn or served."""
     from sds3d.cli import live, teacher
-    from sds3d.evaluate import methods
+    from sds3d.evaluate import comparison
     from sds3d.runs import launch
 
     def refuse(*_, **__):
         raise ValueError("nothing is made here")
 
     monkeypatch.setattr(launch, "check", lambda config, teacher: None)
-    makers = ((launch, "start"), (launch, "prepare"), (methods, "compare"), (live, "staging"), (teacher, "_prepare"))
+    makers = ((launch, "start"), (launch, "prepare"), (comparison, "compare"), (live, "staging"), (teacher, "_prepare"))
     for place, name in makers:
         monkeypatch.setattr(place, name, refuse)
     return in_folder

@@ -28,7 +28,7 @@ from sds3d.prompts import VIEW_WORDS, with_view
 from sds3d.runs import build
 from sds3d.teachers.base import HFConfig, TeacherConfig
 from sds3d.teachers.drawing import sample
-from sds3d.teachers.hf.words import _related_prompts
+from sds3d.teachers.hf.prompt_embedder import _related_prompts
 from sds3d.teachers.load import load_teacher
 from sds3d.train import make_optimiser, train
 

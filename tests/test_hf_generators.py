@@ -13,8 +13,8 @@ from PIL import Image
 
 import sds3d
 from sds3d.config.load import DistillConfig, load
-from sds3d.diffusion.draws import ImageNoise
 from sds3d.diffusion.noise import Prediction
+from sds3d.diffusion.seeded_noise import ImageNoise
 from sds3d.distill.score import METHODS
 from sds3d.distill.score.diffinstruct import DiffInstruct
 from sds3d.runs import build, launch

@@ -19,10 +19,10 @@ from sds3d.data import toybox
 from sds3d.distill.score import METHODS
 from sds3d.live import stage as stages
 from sds3d.live.address import Address
-from sds3d.live.eyes import GROWING, QUICK, SHARP, Viewers
-from sds3d.live.hints import TITLE, TOYS, Hints, without_commands
 from sds3d.live.jobs import Queue
+from sds3d.live.prompt_hints import TITLE, TOYS, Hints, without_commands
 from sds3d.live.studio import Studio
+from sds3d.live.viewers import GROWING, QUICK, SHARP, Viewers
 from sds3d.live.watch import Watch
 from sds3d.prompts import VIEW_WORDS, words
 from sds3d.runs import launch

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from sds3d.diffusion.draws import ImageNoise
 from sds3d.diffusion.noise import Schedule
+from sds3d.diffusion.seeded_noise import ImageNoise
 from sds3d.students.generator import FewStepGenerator, GeneratorConfig, paint, times
 from sds3d.teachers import small
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 from sds3d.cameras import orbit
 from sds3d.runs.scene import Asset
-from sds3d.students.layers import layers, picture
+from sds3d.students.render_layers import layers, picture
 from sds3d.students.scene.render import RenderOut
 
 

@@ -13,9 +13,9 @@ import torch
 from PIL import Image
 
 from sds3d.teachers.base import HFConfig, TeacherConfig
-from sds3d.teachers.hf import sketch
+from sds3d.teachers.hf import meta_teacher
 from sds3d.teachers.hf.families import FAMILIES, guidance_embedding
-from sds3d.teachers.hf.levels import levels
+from sds3d.teachers.hf.noise_levels import levels
 from sds3d.teachers.load import load_teacher
 
 
@@ -259,7 +259,7 @@ def test_a_class_with_the_same_weights_is_its_family(name, cls, copy_of, pipelin
     teacher, plain = load(folder), load(pipelines(name), **({"size": 16} if name == "flux" else {}))
     assert torch.equal(answer(teacher), answer(plain))
     hf = HFConfig(size=16 if name == "flux" else 0)
-    assert type(sketch.build_meta_teacher(TeacherConfig(str(folder), hf=hf), torch.float32)[0].family) is type(
+    assert type(meta_teacher.build_meta_teacher(TeacherConfig(str(folder), hf=hf), torch.float32)[0].family) is type(
         teacher.family
     )
 
@@ -325,7 +325,7 @@ def test_a_field_that_would_be_passed_over_is_refused_by_name(name, file, fields
     folder = copy_of(name, {file: fields})
     settings = TeacherConfig(str(folder), hf=HFConfig(size=16 if name == "flux" else 0))
     with pytest.raises(ValueError) as error:
-        sketch.build_meta_teacher(settings, torch.float32)
+        meta_teacher.build_meta_teacher(settings, torch.float32)
     assert f"{next(iter(fields))}: {next(iter(fields.values()))!r}" in str(error.value), error.value
     assert "cannot be loaded" not in str(error.value)
 

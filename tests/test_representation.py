@@ -12,9 +12,9 @@ from sds3d.runs.folder import Run
 from sds3d.runs.scene import Asset
 from sds3d.runtime.ramp import Ramp
 from sds3d.students.base import Draw
-from sds3d.students.edit import EditedScene
-from sds3d.students.layers import LAYERS, layers
+from sds3d.students.edited_scene import EditedScene
 from sds3d.students.optim import OptimConfig
+from sds3d.students.render_layers import LAYERS, layers
 from sds3d.students.representation import ALBEDO, Scene, Views
 
 

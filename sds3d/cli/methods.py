@@ -93,7 +93,7 @@ def compare(
     """
     from sds3d.config import load as configs
     from sds3d.config.typed import convert
-    from sds3d.evaluate import methods as comparing
+    from sds3d.evaluate import comparison as comparing
     from sds3d.runs.progress import Clock
 
     arguments = prompts or []

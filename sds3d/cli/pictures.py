@@ -66,7 +66,7 @@ def render(
     """
     from sds3d.media import video
     from sds3d.runs.scene import Asset
-    from sds3d.students import layers
+    from sds3d.students import render_layers
 
     groups, formats = [_parts(names) for names in what or ["rgb"]], _parts(format)
     joined = [",".join(names) for names in groups]
@@ -75,7 +75,7 @@ def render(
         if twice:  # both would be written to one file
             raise ValueError(f"{option} has {twice[0]} twice; give it once")
     for names in groups:
-        layers.check(names)
+        render_layers.check(names)
     for suffix in formats or [""]:
         if suffix not in FORMATS:
             raise ValueError(f"format is {shown(suffix)}; give one or more of {', '.join(FORMATS)}")
@@ -129,13 +129,13 @@ def _draw(asset: Asset, names: list[str], path: Path, options: ViewOptions, quie
     from sds3d.cameras import Cameras
     from sds3d.media import sheet, video
     from sds3d.runs import progress
-    from sds3d.students import layers
+    from sds3d.students import render_layers
 
     suffix = path.suffix.lower()[1:]
     count = options.count(suffix)
 
     def view(cameras: Cameras) -> torch.Tensor:
-        return torch.cat(list(layers.layers(asset.scene, cameras, options.size, names).values()), -1)
+        return torch.cat(list(render_layers.layers(asset.scene, cameras, options.size, names).values()), -1)
 
     frames = progress.counted(video.turn(view, count, options.elevation), count, path.name, quiet)
     if suffix != SHEET:

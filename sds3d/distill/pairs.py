@@ -2,7 +2,7 @@
 
 DMD's regression trains on them (arXiv 2311.18828, section 3.3). A folder holds parts of PART pairs. Each part is drawn
 by itself, so an interrupted run resumes at the first missing part, and a larger count adds parts. Pair i is image i of
-SEED (`sds3d.diffusion.draws`); its prompt is drawn from the number of its part.
+SEED (`sds3d.diffusion.seeded_noise`); its prompt is drawn from the number of its part.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from sds3d.diffusion.draws import in_order
 from sds3d.diffusion.samplers import SAMPLERS, Sampler
+from sds3d.diffusion.seeded_noise import in_order
 from sds3d.runtime import tensor_files
 from sds3d.runtime.files import from_json, read_text, replacing
 from sds3d.runtime.ranges import Within

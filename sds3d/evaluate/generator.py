@@ -32,8 +32,8 @@ from sds3d.config.typed import plain
 from sds3d.data import digits, renders, toybox
 from sds3d.distill.core import scale_of
 from sds3d.evaluate import features
+from sds3d.evaluate.classifiers import DigitJudge, ToyJudge
 from sds3d.evaluate.inception import Inception
-from sds3d.evaluate.judge import DigitJudge, ToyJudge
 from sds3d.media import sheet
 from sds3d.runs import generator_parts, kinds
 from sds3d.runs.folder import Run

@@ -26,7 +26,7 @@ import torch
 
 from sds3d.cameras import Cameras, Poses
 from sds3d.live.address import Address
-from sds3d.live.eyes import Viewers
+from sds3d.live.viewers import Viewers
 from sds3d.media.sheet import to_bytes
 from sds3d.runtime.files import from_json
 

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from sds3d.config import load as configs
 from sds3d.distill.score import METHODS
-from sds3d.live.hints import TITLE, Hints, without_commands
 from sds3d.live.jobs import Job, Queue
+from sds3d.live.prompt_hints import TITLE, Hints, without_commands
 from sds3d.live.stage import PROBLEMS, icon, text
 from sds3d.live.watch import Watch
 from sds3d.runs import build, launch

@@ -14,15 +14,15 @@ from torch import Tensor
 
 from sds3d.config.load import DistillConfig, changed, name_of, of_run
 from sds3d.config.typed import build, convert, plain
-from sds3d.diffusion.draws import in_order
+from sds3d.diffusion.seeded_noise import in_order
 from sds3d.media import sheet
 from sds3d.runs import generator_parts, report
 from sds3d.runs.folder import Run
 from sds3d.runtime.distributed import Processes
 from sds3d.runtime.files import from_json, replacing
-from sds3d.runtime.modes import training
 from sds3d.runtime.ramp import Ramp
 from sds3d.runtime.ranges import shown
+from sds3d.runtime.torch_modes import training
 from sds3d.students.base import outsized
 from sds3d.students.generator import FewStepGenerator, GeneratorConfig, generator_times, images
 from sds3d.teachers import small
@@ -272,7 +272,7 @@ class LoadedGenerator:
         Args:
             prompts: B prompts.
             seed: seed of the noise. Image i of a seed depends on its prompt alone, not on B or ``batch``; see
-                `sds3d.diffusion.draws`.
+                `sds3d.diffusion.seeded_noise`.
             steps: number of steps, at most the number it was trained for; the first of its ``times`` are used.
             batch: least number of images that are moved from the device together. 0 means 256 images of 64 pixels a
                 side, and proportionally fewer larger ones.

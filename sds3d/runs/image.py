@@ -15,7 +15,7 @@ from sds3d.media import sheet
 from sds3d.runs import image_parts, report
 from sds3d.runs.folder import Run, save_png
 from sds3d.runtime.distributed import Processes
-from sds3d.runtime.modes import training
+from sds3d.runtime.torch_modes import training
 from sds3d.students.base import outsized
 from sds3d.students.image import ImageStudent
 

@@ -24,8 +24,8 @@ from sds3d.runtime.device import pick_device
 from sds3d.runtime.distributed import Processes, join
 from sds3d.runtime.errors import Diverged
 from sds3d.runtime.files import is_own
-from sds3d.runtime.modes import training
-from sds3d.students.edit import EditedScene
+from sds3d.runtime.torch_modes import training
+from sds3d.students.edited_scene import EditedScene
 from sds3d.students.representation import Scene
 from sds3d.teachers.base import Teacher, object_name
 from sds3d.train import Step, make_optimiser, train

@@ -206,9 +206,9 @@ def _with(teacher: TeacherConfig, **changed: Any) -> TeacherConfig:
 def _load(settings: TeacherConfig, dtype: torch.dtype) -> FakeTeacher:
     """A teacher whose weights are not fake yet: packaged ones are real, a pipeline's are on torch's meta device."""
     if is_pipeline(settings):
-        from sds3d.teachers.hf import sketch
+        from sds3d.teachers.hf import meta_teacher
 
-        pipeline, encoders = sketch.build_meta_teacher(settings, dtype)
+        pipeline, encoders = meta_teacher.build_meta_teacher(settings, dtype)
         modules = {"network": pipeline.family.network, "VAE": pipeline.family.vae}
         present = {name: module for name, module in modules.items() if module is not None}
         return FakeTeacher(pipeline, present, tensor_bytes(*encoders))

@@ -17,15 +17,15 @@ from sds3d.cameras import Cameras, Poses, orbit
 from sds3d.config import load as configs
 from sds3d.config.load import Config
 from sds3d.export import formats
+from sds3d.export.exporter import Export
 from sds3d.export.model import stand
-from sds3d.export.pipeline import Export
 from sds3d.export.source import Source, Tell, silent
 from sds3d.media import sheet, video
 from sds3d.runs import report, scene_parts
 from sds3d.runs.folder import Run
 from sds3d.runtime.distributed import Processes
 from sds3d.runtime.files import user_path
-from sds3d.runtime.modes import require_own_process, training
+from sds3d.runtime.torch_modes import require_own_process, training
 from sds3d.students.base import Particles, outsized
 from sds3d.students.representation import Scene
 

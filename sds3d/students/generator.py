@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-from sds3d.diffusion.draws import ImageNoise, in_order, piece_size, pieces
 from sds3d.diffusion.noise import Prediction, Schedule, noised
+from sds3d.diffusion.seeded_noise import ImageNoise, in_order, piece_size, pieces
 from sds3d.networks.ema import EMA
 from sds3d.runtime.distributed import Processes
 from sds3d.runtime.ramp import Ramp
@@ -164,7 +164,7 @@ def images(
     seed: int,
     size: float | None = None,
 ) -> Iterator[tuple[list[int], Tensor]]:
-    """Paint one image for each prompt from a seed's noise, a piece at a time (see `sds3d.diffusion.draws`).
+    """Paint one image for each prompt from a seed's noise, a piece at a time (see `sds3d.diffusion.seeded_noise`).
 
     Yields:
         indices of P prompts, and their images (P, 3, H, W) in [0, 1].

@@ -9,12 +9,12 @@ from torch import Tensor
 
 from sds3d import cameras as cam
 from sds3d.cameras import Cameras
-from sds3d.diffusion.draws import ImageNoise, in_order, piece_size, pieces
 from sds3d.diffusion.guidance import cfg
 from sds3d.diffusion.noise import Prediction
 from sds3d.diffusion.samplers import Sampler
 from sds3d.diffusion.samplers.levels import Fresh
-from sds3d.runtime.modes import require_own_process
+from sds3d.diffusion.seeded_noise import ImageNoise, in_order, piece_size, pieces
+from sds3d.runtime.torch_modes import require_own_process
 from sds3d.runtime.transfer import onto
 from sds3d.teachers.base import HasDevice, Teacher, views_per_set
 
@@ -72,8 +72,8 @@ def draw_batches(
 ) -> Iterator[tuple[list[int], Tensor, Tensor]]:
     """Draw one image for each prompt, in pieces of a fixed size: images ``first``, ``first`` + 1, ... of a seed.
 
-    See `sds3d.diffusion.draws`. Decode a whole piece before you remove its padding: the output of a decoder depends on
-    the batch.
+    See `sds3d.diffusion.seeded_noise`. Decode a whole piece before you remove its padding: the output of a decoder
+    depends on the batch.
 
     Args:
         cameras: one camera for each prompt, or None.
@@ -85,7 +85,7 @@ def draw_batches(
 
     Raises:
         ValueError: the teacher denoises sets of views, and the cameras are not whole sets; or see
-            `sds3d.runtime.modes.require_own_process`.
+            `sds3d.runtime.torch_modes.require_own_process`.
     """
     require_own_process()
     device, views = torch.device(device), views_per_set(teacher) if cameras is not None else 1
@@ -112,7 +112,8 @@ def sample(
 ) -> Tensor:
     """Draw one image for each prompt, (B, 3, H, W) in [0, 1].
 
-    Image i of a seed depends only on its prompt and camera, not on the other images; see `sds3d.diffusion.draws`.
+    Image i of a seed depends only on its prompt and camera, not on the other images; see
+    `sds3d.diffusion.seeded_noise`.
 
     Args:
         cameras: B exact cameras, or None to leave the view to the prompts' words.

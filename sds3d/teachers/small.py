@@ -26,7 +26,7 @@ from sds3d.networks.unet import UNet, UNetConfig
 from sds3d.prompts import unknown_words, warn_of_weights, weighted, words
 from sds3d.runtime import tensor_files
 from sds3d.runtime.files import from_json, replacing
-from sds3d.runtime.modes import require_own_process
+from sds3d.runtime.torch_modes import require_own_process
 from sds3d.runtime.transfer import onto
 from sds3d.teachers.base import VIEWS, decode_pixels, encode_pixels
 from sds3d.teachers.single_file import explain
@@ -263,7 +263,7 @@ def load(
 
     Raises:
         ValueError: the file is missing, damaged or of another kind, or views is unknown; or see
-            `sds3d.runtime.modes.require_own_process`.
+            `sds3d.runtime.torch_modes.require_own_process`.
     """
     require_own_process()
     path, device = Path(path or packaged("small")), torch.device(device)

@@ -23,9 +23,9 @@ from torch import Tensor, nn
 
 from sds3d.cameras import Cameras
 from sds3d.teachers.base import HFConfig
-from sds3d.teachers.hf import fields
+from sds3d.teachers.hf import config_fields
 from sds3d.teachers.hf.guidance import guidance_embedding
-from sds3d.teachers.hf.levels import Levels, levels
+from sds3d.teachers.hf.noise_levels import Levels, levels
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Family:
         "LatentConsistencyModelPipeline",
         "LatentConsistencyModelImg2ImgPipeline",
     )
-    FIELDS: ClassVar[fields.KnownFields] = fields.UNET
+    FIELDS: ClassVar[config_fields.KnownFields] = config_fields.UNET
     PART: ClassVar[str] = "unet"
     ENCODERS: ClassVar[tuple[str, ...]] = ("text_encoder",)
     TOKENIZERS: ClassVar[dict[str, int]] = {"tokenizer": 0}
@@ -93,14 +93,16 @@ class Family:
     def check(self) -> None:
         """Raise ValueError if network or VAE must be used in another way than here, or a setting has no effect."""
         network, vae, guidance = self.network, self.vae, self.settings.embedded_guidance
-        fields.refuse_unknown(network, "the pipeline's network", self.FIELDS)
+        config_fields.refuse_unknown(network, "the pipeline's network", self.FIELDS)
         inputs = network.config.in_channels
         outputs = network.config.out_channels or inputs  # twice as many if it predicts a variance as well
         if vae is not None:
             kind = type(vae).__name__
-            if kind not in fields.VAES:
-                raise ValueError(f"the pipeline's VAE is of the class {kind}; known are {', '.join(fields.VAES)}")
-            fields.refuse_unknown(vae, "the pipeline's VAE", fields.VAES[kind])
+            if kind not in config_fields.VAES:
+                raise ValueError(
+                    f"the pipeline's VAE is of the class {kind}; known are {', '.join(config_fields.VAES)}"
+                )
+            config_fields.refuse_unknown(vae, "the pipeline's VAE", config_fields.VAES[kind])
         if inputs > outputs or (vae is None and self.channels not in (1, 3)):
             raise ValueError(
                 f"the pipeline's network takes {inputs} channels and gives {outputs}: an image, and a mask or another "
@@ -219,7 +221,7 @@ class XL(Family):
     """SDXL."""
 
     PIPELINES = ("StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline", "StableDiffusionXLInpaintPipeline")
-    FIELDS = fields.UNET.with_values(addition_embed_type=("text_time",))
+    FIELDS = config_fields.UNET.with_values(addition_embed_type=("text_time",))
     ENCODERS = ("text_encoder", "text_encoder_2")
     TOKENIZERS = {"tokenizer": 0, "tokenizer_2": 0}
     UPCAST = True
@@ -248,7 +250,7 @@ class IF(Family):
     """DeepFloyd IF's first stage."""
 
     PIPELINES = ("IFPipeline", "IFImg2ImgPipeline", "IFInpaintingPipeline")
-    FIELDS = fields.UNET.with_values(time_cond_proj_dim=(None,))  # its pipelines pass no guidance scale
+    FIELDS = config_fields.UNET.with_values(time_cond_proj_dim=(None,))  # its pipelines pass no guidance scale
     TOKENIZERS = {"tokenizer": 77}
     LEFT_OUT = ("safety_checker", "feature_extractor", "watermarker")
     SCHEDULER = {"variance_type": "fixed_small"}  # makes the pipeline drop the learned variance
@@ -294,7 +296,7 @@ class SD3(Transformer):
     """SD3 and SD3.5."""
 
     PIPELINES = ("StableDiffusion3Pipeline", "StableDiffusion3Img2ImgPipeline", "StableDiffusion3InpaintPipeline")
-    FIELDS = fields.SD3
+    FIELDS = config_fields.SD3
     ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
     TOKENIZERS = {"tokenizer": 0, "tokenizer_2": 0, "tokenizer_3": 256}
     LEFT_OUT = ("feature_extractor", "image_encoder")
@@ -321,7 +323,7 @@ class Flux(Transformer):
     and it is a weak teacher; SD3 is the better teacher of this kind."""
 
     PIPELINES = ("FluxPipeline", "FluxImg2ImgPipeline", "FluxInpaintPipeline")
-    FIELDS = fields.FLUX
+    FIELDS = config_fields.FLUX
     ENCODERS = ("text_encoder", "text_encoder_2")
     TOKENIZERS = {"tokenizer": 0, "tokenizer_2": 512}
     LEFT_OUT = ("feature_extractor", "image_encoder")
@@ -376,7 +378,7 @@ class Unconditional(Family):
     """An unconditional model: all prompts give the same prediction, so guidance has no effect."""
 
     PIPELINES = ("DDPMPipeline", "DDIMPipeline")
-    FIELDS = fields.PLAIN_UNET
+    FIELDS = config_fields.PLAIN_UNET
     ENCODERS, TOKENIZERS, LEFT_OUT = (), {}, ()
 
     def embed(self, pipe: Any, prompts: list[str], device: torch.device) -> dict[str, Tensor]:

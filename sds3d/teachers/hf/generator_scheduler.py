@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from sds3d.teachers.hf.families import Family
-from sds3d.teachers.hf.levels import Levels
+from sds3d.teachers.hf.noise_levels import Levels
 
 NAMES = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
 

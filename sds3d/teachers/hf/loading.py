@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 
 from sds3d.runtime.files import from_json, read_text
-from sds3d.runtime.modes import require_own_process
+from sds3d.runtime.torch_modes import require_own_process
 from sds3d.teachers.base import PACKAGED, HFConfig, TeacherConfig
+from sds3d.teachers.hf.config_fields import refuse_unknown_parts
 from sds3d.teachers.hf.families import FAMILIES, Family
-from sds3d.teachers.hf.fields import refuse_unknown_parts
 from sds3d.teachers.hf.multi_view import MultiView, is_multi_view
+from sds3d.teachers.hf.prompt_embedder import PromptEmbedder, cache_folder
 from sds3d.teachers.hf.teacher import DiffusersTeacher
 from sds3d.teachers.hf.variants import file_options, variants_of
-from sds3d.teachers.hf.words import PromptEmbedder, cache_folder
 from sds3d.teachers.small import pick_dtype
 
 INDEX = "model_index.json"
@@ -43,7 +43,7 @@ def load(settings: TeacherConfig, device: torch.device) -> DiffusersTeacher:
 
     Raises:
         ValueError: the hub cannot be reached or refuses, the pipeline is of an unknown family, its weights are pickles
-            or damaged, or an option does not apply to it; or see `sds3d.runtime.modes.require_own_process`.
+            or damaged, or an option does not apply to it; or see `sds3d.runtime.torch_modes.require_own_process`.
     """
     require_own_process()
     folder = pipeline_folder(settings.name, settings.hf)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from sds3d.cameras import Cameras
-from sds3d.teachers.hf import fields
+from sds3d.teachers.hf import config_fields
 from sds3d.teachers.hf.families import Family
 
 NUMBERS = 16  # entries of a camera's matrix
@@ -29,7 +29,7 @@ class MultiView(Family):
     """Multi-view Stable Diffusion; see the module."""
 
     PIPELINES = ()  # its files name StableDiffusionPipeline; `is_multi_view` recognises them
-    FIELDS = fields.UNET.with_values(class_embed_type=("projection",))
+    FIELDS = config_fields.UNET.with_values(class_embed_type=("projection",))
     views_per_set = 4
 
     def prepare(self) -> None:

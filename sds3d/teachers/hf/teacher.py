@@ -18,7 +18,7 @@ from sds3d.teachers.base import decode_pixels, encode_pixels
 from sds3d.teachers.hf import generator_scheduler
 from sds3d.teachers.hf.adapter import Adapter, save
 from sds3d.teachers.hf.families import Family
-from sds3d.teachers.hf.words import Condition, Embedder, warn_of_cut
+from sds3d.teachers.hf.prompt_embedder import Condition, Embedder, warn_of_cut
 
 
 class DiffusersTeacher:

@@ -30,8 +30,8 @@ from sds3d.networks.unet import UNet
 from sds3d.runtime import tensor_files
 from sds3d.runtime.errors import Diverged
 from sds3d.runtime.files import from_json, lock, read_text, replacing, require_folder, sweep
-from sds3d.runtime.modes import stepwise_training
 from sds3d.runtime.ranges import STEPS, Within
+from sds3d.runtime.torch_modes import stepwise_training
 from sds3d.teachers import small
 from sds3d.teachers.drawing import sample
 from sds3d.teachers.training.sources import Batch, Source

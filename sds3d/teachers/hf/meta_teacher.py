@@ -28,8 +28,8 @@ from sds3d.teachers.hf.loading import (
     place_parts,
     quiet,
 )
+from sds3d.teachers.hf.prompt_embedder import Condition
 from sds3d.teachers.hf.teacher import DiffusersTeacher
-from sds3d.teachers.hf.words import Condition
 
 FILES = (INDEX, "config.json", "*/config.json", "*scheduler_config.json")  # the configuration files
 CLIP_TOKENS = 77  # if the files do not say
@@ -57,7 +57,7 @@ def build_meta_teacher(settings: TeacherConfig, dtype: torch.dtype) -> tuple[Dif
 
 
 class _ZeroEmbedder:
-    """A stand-in for `sds3d.teachers.hf.words.PromptEmbedder` that returns zeros of the right shape."""
+    """A stand-in for `sds3d.teachers.hf.prompt_embedder.PromptEmbedder` that returns zeros of the right shape."""
 
     device, all_views = torch.device("cpu"), True
 

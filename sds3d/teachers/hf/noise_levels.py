@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from sds3d.diffusion.noise import Schedule
-from sds3d.teachers.hf.fields import KnownFields, refuse_unknown
+from sds3d.teachers.hf.config_fields import KnownFields, refuse_unknown
 
 KINDS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}  # diffusers' prediction types
 BETAS = ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "trained_betas", "rescale_betas_zero_snr")
