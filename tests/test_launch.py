@@ -133,10 +133,7 @@ def test_a_run_says_that_its_teacher_was_an_object_and_goes_on_with_one_alone(or
     again = sds3d.resume(painting.path, teacher=oracle, steps=3)
     assert again.run.rows()[-1]["step"] == 3
     for said, carry_out in (
-        (
-            f"an object in Python .{name[7:]}., .* give an object of this class",
-            lambda: sds3d.resume(painting.path, steps=4),
-        ),
+        (f"{name[7:]}., .* give an object of this class", lambda: sds3d.resume(painting.path, steps=4)),
         (f"teacher is {name}, and python:conftest.B", lambda: sds3d.resume(painting.path, teacher=BallTeacher())),
         ("teacher.dtype is for a teach", lambda: sds3d.paint("a disc", teacher=oracle, **{"teacher.dtype": "float32"})),
         ("generator's run is opened .* by name", lambda: sds3d.train_generator(teacher=oracle, method="dmd")),
