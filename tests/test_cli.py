@@ -143,6 +143,7 @@ def test_dry_run_prints_the_settings_and_makes_nothing(call_packaged, in_folder)
     assert call_packaged("generate", "a blue ball", "--config", "again.yaml", "--dry-run")[1] == out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["generate", "paint"])
 @pytest.mark.parametrize("negative", ["[deformed], a ball", "ball #1 ${steps}: no"])
 def test_a_negative_prompt_is_a_flag_and_a_setting_and_taken_as_written(call, in_folder, command, negative):
@@ -256,6 +257,7 @@ def test_a_config_that_was_edited_is_named(call, made):
         assert "did you mean steps?" in err
 
 
+@pytest.mark.slow
 def test_export_writes_every_format(call, made, in_folder):
     import trimesh
 
@@ -286,6 +288,7 @@ def test_export_has_a_flag_for_each_setting_of_a_mesh():
     assert MeshOptions(faces=700, up="z").changed() == {"faces": 700}
 
 
+@pytest.mark.slow
 def test_eval_compares_with_the_toybox(call, made):
     code, out, err = call("eval", made)
     assert code == 0, err
@@ -321,6 +324,7 @@ def test_help_teaches(call, command):
     assert command in ("doctor", "teacher") or f"sds3d {command}" in out
 
 
+@pytest.mark.slow
 def test_python_makes_an_asset(in_folder, ball_teacher):
     asset = sds3d.generate("a red ball", teacher=ball_teacher, seed=2, **settings())
     assert asset.path.name == "00001-a-red-ball"

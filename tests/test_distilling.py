@@ -324,7 +324,7 @@ def test_every_recipe_for_generators_loads_and_is_short(path, tmp_path):
         ({"method": "vsd", "method.particles": 2}, "particles"),
         ({"generatr.steps": 1}, "did you mean generator"),
         ({"method": "dmd2", "critic.kind": "lora"}, "the discriminator of DMD2 needs copy"),
-        ({"method": "dmd", "negative": "a seven"}, "no part in DMD's pairs"),
+        ({"method": "dmd", "negative": "a seven"}, "not used in DMD's pairs"),
         ({"source.prompt": "a handwritten two"}, "a generator edits nothing"),
         ({"critic.camera_drop": 0.5}, "a generator has none"),
         ({"method": "csd"}, "CSD does not see what the generator draws"),

@@ -97,6 +97,7 @@ def test_two_processes_take_the_same_steps_as_one(found, method):
     assert len(one["losses"]) == len(two["losses"]) == 20
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("processes", ["2 1", "1 2"])
 def test_a_checkpoint_goes_on_in_another_number_of_processes(found, processes):
     """Ten steps in the one, ten in the other: generator, running mean, critic and discriminator are those of an

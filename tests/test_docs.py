@@ -237,6 +237,7 @@ def test_the_public_functions_have_examples():
         assert ">>> " in function.__doc__, function.__name__
 
 
+@pytest.mark.slow
 def test_the_example_is_short_and_paints(tmp_path, monkeypatch, capsys):
     text = (ROOT / "examples" / "sds.py").read_text(encoding="utf-8")
     assert len(text.splitlines()) < 80

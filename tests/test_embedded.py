@@ -56,6 +56,7 @@ def test_a_scene_is_made_in_any_mode(mode, plain, tmp_path):
     assert torch.equal(found.clone(), plain)
 
 
+@pytest.mark.slow
 @every_mode
 def test_the_mode_between_two_steps_is_the_callers(mode, tmp_path):
     told = config.load("a red mug", SMALL, {"out": str(tmp_path), "method": "vsd"}, kind=config.Config)
@@ -115,6 +116,7 @@ print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
 @pytest.mark.parametrize(("before", "wanted"), [("used", "3"), ("imported", "0")])
 def test_after_a_fork_it_says_what_to_do(before, wanted):
@@ -148,6 +150,7 @@ print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
 @pytest.mark.parametrize(("before", "wanted"), [("sampled", "3"), ("loaded", "3"), ("imported", "0")])
 def test_a_teacher_says_what_to_do_after_a_fork(before, wanted):
@@ -170,6 +173,7 @@ print(numba_kernels.FAST["cache"], *(str(one.message) for one in said))
 """
 
 
+@pytest.mark.slow
 def test_kernels_compile_where_they_cannot_be_kept():
     done = subprocess.run([sys.executable, "-c", READ_ONLY], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

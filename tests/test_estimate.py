@@ -239,6 +239,7 @@ def test_the_peak_is_what_a_real_run_takes(texts, wide, tmp_path):
 # what the command says
 
 
+@pytest.mark.slow
 def test_doctor_says_yes_before_any_weight_is_there(pipelines, call, in_folder):
     folder = of_size(SD15, in_folder / "pipeline", pipelines("sd"))
     code, out, err = call("doctor", "--teacher", str(folder), "--memory", "24", "--method", "sds")

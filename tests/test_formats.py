@@ -159,6 +159,7 @@ def exporter(nosed):
     return Export(nosed[0], MeshConfig(resolution=64, texture=256))
 
 
+@pytest.mark.slow
 @MESHES
 @pytest.mark.parametrize(("up", "height"), [(None, None), ("y", 0.3), ("z", 70.0)])
 def test_files_stand_as_programs_expect_them(exporter, tmp_path, suffix, up, height):
@@ -206,6 +207,7 @@ def exported(scene, path, **settings):
     return one, one.write(path)
 
 
+@pytest.mark.slow
 def test_a_file_is_checked_and_tells_all(nosed, tmp_path):
     one, report = exported(nosed[0], tmp_path / "mesh.glb")
     assert report["iou"] > 0.97 and report["psnr"] > 22 and report["watertight"] and report["components"] == 1
@@ -221,6 +223,7 @@ def test_a_file_is_checked_and_tells_all(nosed, tmp_path):
     assert "mesh.glb: " in one.lines()[0] and one.lines()[-1].startswith("seconds: surface")
 
 
+@pytest.mark.slow
 def test_a_file_that_does_not_look_like_its_scene_is_reported(nosed, tmp_path, monkeypatch):
     """A level far from the right one makes a ball of half the width; a wrong colour spoils the pictures."""
     soft = source(lambda p: 12 * torch.exp(-(p**2).sum(-1) / 0.125), plain((0.1, 0.1, 0.1)))

@@ -88,6 +88,7 @@ def leaves(value, path: str = "") -> dict[str, object]:
     return {name: leaf for key, part in items for name, leaf in leaves(part, f"{path}/{key}").items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "first", "second"),
     [

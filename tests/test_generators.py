@@ -95,6 +95,7 @@ def test_a_linear_generator_reaches_a_gaussian(method):
     assert mean < 0.03 and std < 0.03, (mean, std)
 
 
+@pytest.mark.slow
 def test_sds_collapses_it():
     teacher = MixtureTeacher(Mixture(torch.ones(1), MEANS, STDS), kind="v")
     painter = Painter(Linear(16), 16)

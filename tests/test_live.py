@@ -584,7 +584,7 @@ def test_what_waits_is_told_in_words(studio):
     made = studio.make()
     send(made, "a red ball")
     made._update()
-    assert "waiting: sds, teacher python:conftest.BallTeacher, 6 steps, seed 0" in made.stage.gui.html()
+    assert "waiting: sds, teacher BallTeacher, 6 steps, seed 0" in made.stage.gui.html()
 
 
 @pytest.mark.parametrize("out, why", [("/proc/x", "No such file"), ("taken", "File exists")])

@@ -206,6 +206,7 @@ def catches(process: subprocess.Popen, number: int) -> bool:
     return bool(int(caught[1], 16) >> (number - 1) & 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_idle_studio_ends_and_says_nothing(serve, number):
     process, _ = serve("studio", *TINY)

@@ -75,6 +75,7 @@ def test_dense_level_interpolates_a_linear_function_exactly(backend: Backend):
     torch.testing.assert_close(backend.hash_encode(points, table, spec), expected, rtol=0, atol=1e-11)
 
 
+@pytest.mark.slow
 @each_backend
 def test_hashed_corner_has_the_papers_address(backend: Backend):
     """At a point that sits on a grid point, the feature is that entry; its address in Python's integers."""
@@ -104,6 +105,7 @@ def test_encoding_against_finite_differences(backend: Backend):
     assert torch.autograd.gradcheck(slope, (table, weights))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("spec", "dtype", "tolerance"),
     [
@@ -165,6 +167,7 @@ def test_half_tables_are_computed_with_in_full(backend: Backend, half: torch.dty
         torch.testing.assert_close(ours.double(), true, rtol=rounding, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_fixed_point_sums_are_the_same_in_any_order():
     """Permuting the points permutes the atomics: float sums may change, whole numbers may not."""
     from sds3d.ops import triton_gpu
@@ -312,6 +315,7 @@ def test_every_backend_marches_as_the_reference(dtype: torch.dtype):
             assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(expected, got))
 
 
+@pytest.mark.slow
 @each_backend
 def test_room_cuts_off_or_fills_up(backend: Backend):
     """More capacity leaves rows of 0 that weigh nothing and get no gradient; less cuts the last rays off."""
@@ -384,6 +388,7 @@ def test_a_finished_ray_takes_no_more(backend: Backend):
     torch.testing.assert_close(in_values[:, 0], out.weights.detach())
 
 
+@pytest.mark.slow
 @each_backend
 def test_compositing_against_finite_differences(backend: Backend):
     sigma, values = (draw(9) * 3).requires_grad_(), draw(9, 3, seed=1).requires_grad_()

@@ -96,6 +96,7 @@ def test_the_model_is_seen_from_its_front_in_its_colours_and_turns(browser_page,
     assert red > 1.2 * (abs(view - RED).max(-1) <= 2).sum()  # nearer
 
 
+@pytest.mark.slow
 def test_the_page_of_a_run_shows_all_there_is_of_it(browser_page, page_run):
     (page_run / "mesh.json").write_text(json.dumps({"vertices": 1234, "watertight": True, "check": {"iou": 0.98765}}))
     assert (page_run / "index.html").is_file()  # the run wrote one
@@ -103,7 +104,8 @@ def test_the_page_of_a_run_shows_all_there_is_of_it(browser_page, page_run):
     assert pixels(canvas).std() > 5
     assert browser_page.title() == browser_page.inner_text("h1") == "a red ball"
     text = browser_page.inner_text("body")
-    line, curves = "scene by sds from teacher small, seed 0, 6 steps in", ("opacity: mean", "throughput", "peak memory")
+    line = "scene by sds from teacher BallTeacher, seed 0, 6 steps in"
+    curves = ("opacity: mean", "throughput", "peak memory")
     for said in (line, "step 3", "step 6", *curves, "sds3d resume", "vertices", "1,234", "check iou", "0.9877", "yes"):
         assert said in text, said
     video = browser_page.locator("video").first
@@ -127,6 +129,7 @@ def test_the_film_is_shown_at_most_twice_as_large_as_it_is(browser_page, page_ru
     assert browser_page.locator("video").evaluate(film)[0] < 64
 
 
+@pytest.mark.slow
 def test_a_mesh_is_told_once_and_in_words_and_a_scene_can_be_judged(browser_page, page_run):
     found = {"iou": 0.91, "psnr": 24.6, "psnr_covered": 20.6}
     other = found | {"iou": 0.87, "scale": 79.0, "origin": [0, 0, 0], "up": "z", "unit": "mm"}

@@ -88,7 +88,7 @@ def test_render_writes_several_files_one_for_each_what_and_format(call, made, tm
         (["--size", "33"], "size is 33; give an even number"),
         (["--frames", "1"], "1 frames at 24 per second; give at least 2"),
         (["--fps", "0"], "'--fps'.*See: sds3d render --help"),
-        (["-f", "gif", "--fps", "60"], "at 60 a second.*50 in a GIF"),
+        (["-f", "gif", "--fps", "60"], "at 60 per second.*50 in a GIF"),
         (["-f", "png", "--frames", "0"], "'--frames'.*See: sds3d render --help"),
     ],
 )

@@ -153,6 +153,7 @@ def numbers(path: Path) -> dict[str, bytes]:
     return {name: value.view(torch.uint8).numpy().tobytes() for name, value in load_file(path).items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, dtype", [("digits", "float32"), ("digits", "bfloat16"), *(("sd", d) for d in ("float32", *HALF))]
 )

@@ -184,6 +184,7 @@ def test_one_known_image_is_drawn_exactly_on_stable_diffusion_s_levels(name, ste
     assert mean == pytest.approx(MEAN, abs=1e-6) and std < 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "steps"), [("ddim", 500), ("ddpm", 500), ("heun", 100), ("dpm++", 200)])
 @pytest.mark.parametrize("std", [0.7, 1.0])
 def test_a_gaussian_keeps_its_spread_on_stable_diffusion_s_levels(name, steps, std):

@@ -34,6 +34,7 @@ def test_the_packaged_weights_are_small_and_know_the_toybox(teacher):
     assert 4e6 <= count <= 8e6
 
 
+@pytest.mark.slow
 def test_it_denoises_what_it_was_asked_for(teacher):
     """From pure noise, a red ball is red in the middle and white in the corners; a blue one is blue."""
     for prompt, channel in (("a red cube", 0), ("a blue cone", 2)):

@@ -130,7 +130,7 @@ class Watch:
         assert self.asset is not None, "there is a run by now"
         asset, config = self.asset, self.asset.config
         self._prompt.content = text(config.prompt, strong=True)
-        settings = f"{configs.name_of(config.method)}, teacher {Path(config.teacher.name).name}, seed {config.seed}"
+        settings = f"{configs.name_of(config.method)}, teacher {config.teacher.short_name}, seed {config.seed}"
         self._details.content = text(f"{asset.path.name}: {settings}", muted=True)
         count = len(asset.particles)
         self._particle.options = _numbers(count)

@@ -180,7 +180,7 @@ def _is_number(value: Any) -> bool:
 def summary(config: RunConfig, rows: list[dict[str, float]]) -> str:
     """Describe a run in a line, as in "scene by sds from teacher small, seed 0, 400 steps in 4 min 20 s"."""
     method = configs.name_of(config.method)
-    text = f"{config.MAKES} by {method} from teacher {Path(config.teacher.name).stem}, seed {config.seed}"
+    text = f"{config.MAKES} by {method} from teacher {config.teacher.short_name}, seed {config.seed}"
     if rows:
         text += f", {rows[-1]['step']} steps in {duration(rows[-1].get('seconds', 0))}"
     return text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Protocol, runtime_checkable
 
 import torch
@@ -16,8 +17,6 @@ from sds3d.runtime.ranges import Within
 PACKAGED = ("small", "toybox", "digits")  # "toybox" is another name of "small"
 VIEWS = ("camera", "words")  # how a teacher gets the viewpoint of an image
 OBJECT = "python:"  # begins teacher.name if the teacher is an object, which cannot be loaded by a name
-
-
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -87,6 +86,13 @@ class TeacherConfig:
             raise ValueError(f"teacher.views is {self.views!r}; give {' or '.join(VIEWS)}")
         if self.dtype not in DTYPES:
             raise ValueError(f"teacher.dtype is {self.dtype!r}; give {', '.join(DTYPES[:-1])} or {DTYPES[-1]}")
+
+    @property
+    def short_name(self) -> str:
+        """The name for display: of a path its last part, of an object its class."""
+        if self.name.startswith(OBJECT):
+            return self.name.rpartition(".")[2]
+        return Path(self.name).name.removesuffix(".safetensors")
 
 
 class Teacher(Protocol):

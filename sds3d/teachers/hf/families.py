@@ -1,5 +1,4 @@
-"""The families of diffusers pipelines: their parts, their conditions, how their network is called, its noise levels.
-Every number is read from the pipeline's own configuration.
+"""The families of diffusers pipelines. Every number is read from the pipeline's own configuration.
 
     family                     space    network      its output              its condition
     Stable Diffusion 1.x, 2.x  latents  U-Net        eps or v                word vectors
@@ -9,8 +8,8 @@ Every number is read from the pipeline's own configuration.
     FLUX.1                     latents  transformer  flow, in 2 x 2 patches  word vectors, pooled vector, guidance scale
     DDPM                       pixels   U-Net        eps, v or x0            none
 
-A U-Net whose configuration has time_cond_proj_dim (latent consistency models) also gets a guidance scale. In a
-condition the word vectors are called "words" and the pooled vector "whole".
+A U-Net with time_cond_proj_dim (latent consistency models) also gets a guidance scale. In a condition, "words" are
+word vectors and "whole" is the pooled vector.
 """
 
 from __future__ import annotations
@@ -37,8 +36,7 @@ class Family:
         settings: settings of the user.
 
     Attributes:
-        PIPELINES: names of the pipeline classes whose files it reads. It reads all with the first class, since their
-            weights are the same.
+        PIPELINES: names of the pipeline classes whose files it reads, with the first class: their weights are the same.
         FIELDS: known fields of the network's configuration.
         PART: name of the network in the pipeline.
         ENCODERS: names of the text encoders.
