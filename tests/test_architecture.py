@@ -235,6 +235,16 @@ def test_the_top_of_the_package_fits_a_screen():
     assert len(there) <= MOST_AT_THE_TOP, there
 
 
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_names_say_what_they_hold(path):
+    """No word that may stand for anything: config, settings, header, mask, fraction ... say what there is."""
+    vague = {"told", "asked", "found", "apart", "share", "shares"}
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        names = {getattr(node, "id", None), getattr(node, "attr", None), getattr(node, "arg", None)}
+        names |= {node.name} if isinstance(node, ast.FunctionDef | ast.ClassDef) else set()
+        assert not names & vague, f"{name_of(path)}:{getattr(node, 'lineno', '?')}: {names & vague}"
+
+
 @pytest.mark.parametrize("path", [p for p in FILES if name_of(p) != "runs/kinds.py"], ids=name_of)
 def test_the_kind_of_a_run_is_asked_of_its_record(path):
     kinds = {"Config", "PaintConfig", "DistillConfig", "Asset", "Painting", "Generated"}

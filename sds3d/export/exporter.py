@@ -150,11 +150,11 @@ class Export:
         self.tell("check", 1.0)
         a, b = coverage >= 0.5, opacity >= 0.5
         both, either = (a & b).flatten(1).sum(1), (a | b).flatten(1).sum(1)
-        found = {"iou": float((both / either.clamp(min=1)).mean()), "psnr": None, "psnr_covered": None}
+        scores = {"iou": float((both / either.clamp(min=1)).mean()), "psnr": None, "psnr_covered": None}
         if coloured:
-            found["psnr"] = psnr(ours, pictures, torch.ones_like(a))
-            found["psnr_covered"] = psnr(ours, pictures, a | b)
-        return found
+            scores["psnr"] = psnr(ours, pictures, torch.ones_like(a))
+            scores["psnr_covered"] = psnr(ours, pictures, a | b)
+        return scores
 
     def _once(self, part: str, make: Callable[[], Any]) -> Any:
         if part not in self._made:

@@ -164,8 +164,8 @@ def _choose_level(
     def try_all(powers: Iterable[float]) -> float:
         """Try the powers, and return the best one so far."""
         new = [power for power in powers if power not in tried]
-        for power, found in zip(new, pool.map(agreement, new)):
-            tried[power] = found
+        for power, iou in zip(new, pool.map(agreement, new)):
+            tried[power] = iou
             tell("level", min(0.9, 0.3 + len(tried) / 25))
         return max(tried, key=tried.__getitem__)
 
@@ -174,7 +174,7 @@ def _choose_level(
         for stride in (0.5, 0.25):
             best = try_all((best - stride, best + stride))
     most = tried[best]
-    best = min(power for power, found in tried.items() if found >= most - ALIKE)
+    best = min(power for power, iou in tried.items() if iou >= most - ALIKE)
     if not most:
         raise ValueError(
             f"no surface to mesh: what is visible (opacity up to {float(opacity.max()):.2g}) is thinner than a voxel; "
@@ -251,8 +251,8 @@ def _smooth(vertices: np.ndarray, faces: np.ndarray, rounds: int) -> np.ndarray:
     links = coo_matrix((np.ones(len(edges)), edges.T), shape=(len(vertices),) * 2).tocsr()
     mean = diags(1 / np.maximum(np.asarray(links.sum(1)).ravel(), 1)) @ links
     for _ in range(rounds):
-        for share in TAUBIN:
-            vertices = vertices + share * (mean @ vertices - vertices)
+        for factor in TAUBIN:
+            vertices = vertices + factor * (mean @ vertices - vertices)
     return vertices.clip(-1, 1)
 
 

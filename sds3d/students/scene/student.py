@@ -298,8 +298,8 @@ class SceneStudent(nn.Module):
         settings, names = self.config.render, list(self.backgrounds)
         if settings.background != "random":
             return settings.background
-        share, which = torch.rand(2, generator=rng).tolist()
-        if share >= settings.other_share or len(names) == 1:
+        chance, which = torch.rand(2, generator=rng).tolist()
+        if chance >= settings.other_share or len(names) == 1:
             return names[0]
         return names[1 + int(which * (len(names) - 1))]
 
