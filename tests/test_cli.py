@@ -343,6 +343,7 @@ def test_python_makes_an_asset(in_folder, ball_teacher):
         sds3d.nonsense  # noqa: B018
 
 
+@pytest.mark.slow
 def test_export_says_how_a_mesh_stands(call, made, in_folder):
     import trimesh
 

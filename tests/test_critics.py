@@ -28,6 +28,7 @@ def images(n: int = 2, size: int = 64) -> torch.Tensor:
     return torch.rand((n, 3, size, size), generator=seeded(4))
 
 
+@pytest.mark.slow
 @pytest.mark.network
 @pytest.mark.parametrize("views", ["camera", "words"])
 @pytest.mark.parametrize("kind", ["lora", "copy"])

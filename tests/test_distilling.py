@@ -81,6 +81,7 @@ def test_an_interrupted_distillation_ends_bit_for_bit_as_an_uninterrupted_one(in
             assert all(torch.equal(a[name], b[name]) for name in a)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_another_teacher_is_refused_with_both_named(in_folder, teacher):
     made = sds3d.train_generator(**TINY)
     small.save(in_folder / "other.safetensors", teacher.unet, teacher.text, teacher.vocabulary, teacher.prompts[:3])
@@ -121,6 +122,7 @@ def test_a_method_without_a_score_or_a_critic_trains_by_its_regression_alone(in_
         build.build_critic(load("a red mug", {"method": "direct"}), None)
 
 
+@pytest.mark.slow
 @pytest.mark.network
 def test_a_generator_that_becomes_its_own_teacher_resumes_bit_for_bit(tmp_path):
     """In the middle of its second phase, with a LoRA, which is a change to the teacher's network."""
@@ -246,6 +248,7 @@ def test_images_do_not_depend_on_how_many_are_drawn_at_a_time(in_folder):
         generator(["a handwritten sevn"])
 
 
+@pytest.mark.slow
 def test_fewer_steps_are_the_first_of_its_times(in_folder):
     made = sds3d.train_generator(**{**TINY, "generator.steps": 4})
     generator, teacher = sds3d.load_generator("outputs", dtype="float32"), load_teacher(made.config.teacher)

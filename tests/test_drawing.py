@@ -46,6 +46,7 @@ def test_the_null_prompt_is_told_no_camera(teacher):
     assert len(prompts) == len(cameras) == 4 and mask.tolist() == [True, True, False, False]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_samples_are_what_the_prompt_says(teacher, name):
     """Each is one of two normal pictures, in [0, 1] at 0.25 and 0.75 with a deviation of 0.05."""

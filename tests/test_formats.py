@@ -310,6 +310,7 @@ def validator():
     return validate
 
 
+@pytest.mark.slow
 def test_the_khronos_validator_finds_nothing_in_twelve_scenes(validator, tmp_path):
     """Zero errors and zero warnings, and no information but that of extras and of unused parts."""
     paths = []

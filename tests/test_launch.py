@@ -337,7 +337,7 @@ def test_a_scene_and_an_image_are_told_apart_by_their_config():
     assert build.build_student(image).images().shape == (4, 3, 64, 64)
 
 
-@pytest.mark.parametrize(("name", "iou"), [("sds", 0.88), ("sdi", 0.8)])
+@pytest.mark.parametrize(("name", "iou"), [("sds", 0.88), pytest.param("sdi", 0.8, marks=pytest.mark.slow)])
 def test_a_method_makes_the_scene_whose_views_the_oracle_knows(name, iou, in_folder):
     """The oracle is an exact mixture of 72 true views of a mug with their cameras; nobody tells it the shape.
 

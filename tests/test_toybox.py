@@ -86,6 +86,7 @@ def test_every_kind_fits_and_its_distance_never_overshoots(name):
     assert (said * 0.95 <= gap + 0.02).all()
 
 
+@pytest.mark.slow
 def test_every_part_shows():
     cameras = Cameras(
         torch.tensor([30.0, 210.0]), torch.tensor([25.0, -20.0]), torch.full((2,), 3.0), torch.full((2,), 40.0)

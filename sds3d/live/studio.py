@@ -24,7 +24,7 @@ from sds3d.live.watch import Watch
 from sds3d.runs import build, launch
 from sds3d.runs.folder import Run, open_picture
 from sds3d.runtime.ranges import STEPS
-from sds3d.teachers.base import PACKAGED, Teacher, object_name
+from sds3d.teachers.base import PACKAGED, Teacher, TeacherConfig, object_name
 
 if TYPE_CHECKING:
     from sds3d.live.stage import Stage
@@ -190,7 +190,7 @@ class Studio:
     def _add_row(self, job: Job) -> None:
         """Add the row of a job that waits or has failed, with a button to remove it."""
         gui, settings = self.stage.gui, job.settings
-        waiting = f"waiting: {settings['method']}, teacher {settings['teacher.name']}, "
+        waiting = f"waiting: {settings['method']}, teacher {TeacherConfig(settings['teacher.name']).short_name}, "
         waiting += f"{settings['steps']} steps, seed {settings['seed']}"
         line = text(job.prompt, strong=True) + text(job.message or waiting, muted=True)
         colour = "#b42318" if job.message else "inherit"

@@ -37,7 +37,7 @@ from sds3d.train import Objective
 
 def title(config: DistillConfig) -> str:
     """Return the text that the run folder is named after."""
-    return f"{Path(config.teacher.name).stem} {name_of(config.method)} {config.prompt}"
+    return f"{config.teacher.short_name} {name_of(config.method)} {config.prompt}"
 
 
 def check_teacher(config: DistillConfig, teacher: Loaded) -> None:
