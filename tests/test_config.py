@@ -44,7 +44,23 @@ def config_fields(raw):
     return {k: Ramp.parse(v) for k, v in raw["method"].items() if k != "name"}
 
 
-@pytest.mark.parametrize("path", sorted(recipes_folder().glob("*.yaml")), ids=lambda p: p.stem)
+@pytest.mark.parametrize("folder", [recipes_folder(), configs.PIPELINES], ids=["packaged", "pipelines"])
+def test_no_recipe_of_a_method_repeats_what_all_have_in_common(folder):
+    def leaves(values, above=""):
+        for key, value in values.items():
+            yield from leaves(value, f"{above}{key}.") if isinstance(value, dict) else [(above + key, str(value))]
+
+    common = set(leaves(configs.read_yaml(folder / "scene.yaml")))
+    paths = [path for path in folder.glob("*.yaml") if path.stem in METHODS]
+    assert len(paths) >= 3
+    for path in paths:
+        repeated = common & set(leaves(configs.read_yaml(path)))
+        assert not repeated, f"{path}: {sorted(repeated)}"
+
+
+@pytest.mark.parametrize(
+    "path", sorted(set(recipes_folder().glob("*.yaml")) - {recipes_folder() / "scene.yaml"}), ids=lambda p: p.stem
+)
 def test_every_recipe_loads_is_short_and_says_something(path):
     assert len(path.read_text().splitlines()) <= 30
     assert configs.recipe(path.stem)

@@ -198,15 +198,11 @@ def recipe(name: str, kind: type[RunConfig] = Config, pipeline: bool = False) ->
     Images take the settings that they have from a scene's recipe, and keep their own learning rates. Generators have
     recipes in the folder distill; scenes and images with a diffusers pipeline have recipes in the folder pipelines.
     """
-    folder = recipes_folder()
-    paths = [folder / f"{name}.yaml"]
-    if kind is DistillConfig:
-        paths = [folder / "distill" / f"{name}.yaml"]
-    elif pipeline:
-        paths = [PIPELINES / "scene.yaml", PIPELINES / f"{name}.yaml"]
-    values: dict[str, Any] = {}
-    for path in paths:
-        values = merge(values, read_yaml(path) if path.is_file() else {})
+    folder = PIPELINES if pipeline else recipes_folder()
+    own = (recipes_folder() / "distill" if kind is DistillConfig else folder) / f"{name}.yaml"
+    values = read_yaml(own) if own.is_file() else {}
+    if kind is not DistillConfig and (values or pipeline):  # what the recipes of scenes have in common
+        values = merge(read_yaml(folder / "scene.yaml"), values)
     return {k: v for k, v in values.items() if k in _SHARED} if kind is PaintConfig else values
 
 
