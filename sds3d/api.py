@@ -13,18 +13,21 @@ from sds3d.runs.build import refuse_settings_of_teacher, with_teacher
 from sds3d.runs.generator import Generated, load_generator
 from sds3d.runs.image import Painting
 from sds3d.runs.scene import Asset
-from sds3d.teachers.base import Teacher
+from sds3d.teachers.base import Teacher, TeacherConfig
+
+Given = Teacher | str | Path | Mapping[str, Any] | TeacherConfig | None  # how a user gives a teacher
 
 __all__ = ["Asset", "Generated", "Painting", "generate", "load_generator", "paint", "resume", "train_generator"]
 
 
-def generate(prompt: str, *, teacher: Teacher | str | Mapping[str, Any] | None = None, **overrides: Any) -> Asset:
+def generate(prompt: str, *, teacher: Given = None, **overrides: Any) -> Asset:
     """Make a 3D asset from a text prompt.
 
     Args:
         prompt: what to make, in words that the teacher knows.
-        teacher: a name, settings, or an object that follows `sds3d.teachers.base.Teacher`. For an object, the run's
-            config.yaml names its class, and `resume` needs such an object again.
+        teacher: a name or folder, settings, or an object with the members of `sds3d.teachers.base.Teacher`, which it
+            need not inherit from. For an object, the run's config.yaml names its class, and `resume` needs such an
+            object again.
         overrides: any settings: ``seed=3``, ``steps=800``, ``method="vsd"``, ``render={"resolution": 32}`` or
             ``**{"render.resolution": 32}``.
 
@@ -42,7 +45,7 @@ def generate(prompt: str, *, teacher: Teacher | str | Mapping[str, Any] | None =
     return _new(Config, prompt, teacher, overrides)
 
 
-def paint(prompt: str, *, teacher: Teacher | str | Mapping[str, Any] | None = None, **overrides: Any) -> Painting:
+def paint(prompt: str, *, teacher: Given = None, **overrides: Any) -> Painting:
     """Make images from a text prompt by optimising their pixels.
 
     Args:
@@ -66,7 +69,9 @@ def paint(prompt: str, *, teacher: Teacher | str | Mapping[str, Any] | None = No
     return _new(PaintConfig, prompt, teacher, overrides)
 
 
-def train_generator(*, teacher: str | Mapping[str, Any] | None = None, **overrides: Any) -> Generated:
+def train_generator(
+    *, teacher: str | Path | Mapping[str, Any] | TeacherConfig | None = None, **overrides: Any
+) -> Generated:
     """Train a generator that draws in one step, or a few, what its teacher draws in many.
 
     Args:
@@ -113,9 +118,10 @@ def resume(run: str | Path, *, teacher: Teacher | None = None, **overrides: Any)
 
 def _new(kind: type[RunConfig], prompt: str | None, teacher: Any, overrides: dict[str, Any]) -> Any:
     """Train a new run and write its files. Returns the result."""
-    if isinstance(teacher, str | Mapping):
-        overrides["teacher"] = {"name": teacher} if isinstance(teacher, str) else teacher
-        teacher = None
+    if isinstance(teacher, str | Path):
+        teacher = {"name": str(teacher)}
+    if isinstance(teacher, Mapping | TeacherConfig):
+        overrides["teacher"], teacher = teacher, None
     elif teacher is not None:
         refuse_settings_of_teacher(overrides)
     config = with_teacher(configs.load(prompt, overrides, kind=kind), teacher)

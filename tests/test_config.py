@@ -235,8 +235,15 @@ def test_a_setting_answers_to_the_name_it_had_and_says_the_new_one():
     assert (config.export.mesh.resolution, config.export.size) == (24, 32)
     with pytest.warns(UserWarning, match="export.threshold is now called export.mesh.level"):
         assert changed(config, {"export": {"threshold": 7.0}}).export.mesh == MeshConfig(24, 7.0)
-    with pytest.raises(ValueError, match="export.mesh.keep is given twice, once as export.keep, its old name"):
-        load("a ball", {"export.keep": 0.1, "export.mesh.keep": 0.2})
+    for both in ({"export.keep": 0.1, "export.mesh.keep": 0.2}, {"export.keep": 0.1, "export.mesh": {"keep": None}}):
+        with pytest.raises(ValueError, match="export.mesh.keep is given twice, once as export.keep, its old name"):
+            load("a ball", both)
+    for nothing in (3, None, "abc", [1]):
+        with pytest.raises(ValueError, match="export.mesh is .*; give its parts, as in export.mesh.faces="):
+            load("a ball", {"export.mesh": nothing, "export.faces": 700})
+    with pytest.warns(UserWarning, match="export.keep, export.faces are now called") as warned:
+        load("a ball", {"export": {"faces": 700, "keep": 0.1}})
+    assert [w.filename for w in warned] == [__file__]
 
 
 @pytest.mark.filterwarnings("error")

@@ -3,6 +3,7 @@
 import json
 import os
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import pytest
 import tiny_pipelines
@@ -13,6 +14,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 import sds3d
 from sds3d import cameras as cam
+from sds3d.cli import main
 from sds3d.config import load as configs
 from sds3d.config.load import Config, DistillConfig, PaintConfig
 from sds3d.data import toybox
@@ -134,9 +136,12 @@ def test_a_run_says_that_its_teacher_was_an_object_and_goes_on_with_one_alone(or
     assert again.run.rows()[-1]["step"] == 3
     for said, carry_out in (
         (f"{name[7:]}., .* give an object of this class", lambda: sds3d.resume(painting.path, steps=4)),
-        (f"teacher is {name}, and python:conftest.B", lambda: sds3d.resume(painting.path, teacher=BallTeacher())),
+        (
+            f"teacher is {name} with views=words, and python:conftest.B",
+            lambda: sds3d.resume(painting.path, teacher=BallTeacher()),
+        ),
         ("teacher.dtype is for a teach", lambda: sds3d.paint("a disc", teacher=oracle, **{"teacher.dtype": "float32"})),
-        ("generator's run is opened .* by name", lambda: sds3d.train_generator(teacher=oracle, method="dmd")),
+        ("generator's run is opened .* by its name", lambda: sds3d.train_generator(teacher=oracle, method="dmd")),
         (
             "teacher.name is 'digits', and the teacher is an object",
             lambda: launch.start(configs.load("a disc", {"teacher.name": "digits"}, kind=PaintConfig), oracle),
@@ -146,6 +151,46 @@ def test_a_run_says_that_its_teacher_was_an_object_and_goes_on_with_one_alone(or
             carry_out()
     code, _, err = call("paint", "a ball", "--teacher", "small")
     assert code == 2 and "teacher.name is for a teacher that is loaded by its name, and an object is given" in err
+
+
+class Incomplete(BallTeacher):
+    decode = property()
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (BallTeacher, r"the class BallTeacher; give an object, as BallTeacher\(\)"),
+        (3, "the teacher is a int without schedule, image_size, .*, check; give a name, or an object"),
+        (["small"], "the teacher is a list without"),
+        (Incomplete(), "the teacher is a Incomplete without decode"),
+        (Path("no-such-folder"), "teacher 'no-such-folder' is neither packaged"),
+    ],
+)
+def test_what_is_no_teacher_is_refused_in_words(given, said, in_folder):
+    with pytest.raises(ValueError, match=said):
+        sds3d.paint("a ball", teacher=given, steps=2)
+    with pytest.raises(SystemExit, match="2"):
+        main(["paint", "a ball", "steps=2"], teacher=given)
+    assert not (in_folder / "outputs").exists()
+
+
+def test_a_command_that_would_load_another_teacher_refuses_the_object(in_folder, capsys):
+    for command in (["doctor"], ["teacher", "words"]):
+        with pytest.raises(SystemExit, match="2"):
+            main(command, teacher=BallTeacher())
+        assert f"error: sds3d {command[0]} loads a teacher by its name" in capsys.readouterr().err
+
+
+def test_a_teacher_that_needs_words_for_views_is_asked_for_them_before_the_run(in_folder):
+    class Plain(BallTeacher):
+        def check(self, prompt):
+            if "view" in prompt:
+                raise ValueError(f"this teacher does not know {prompt!r}")
+
+    with pytest.raises(ValueError, match="front view: this teacher does not know 'a ball, front view'"):
+        sds3d.generate("a ball", teacher=Plain(views="words"), steps=2)
+    assert not (in_folder / "outputs").exists()
 
 
 def test_a_painting_resumes_bit_for_bit_critic_and_all(oracle):
@@ -241,7 +286,8 @@ def test_a_comparison_is_one_page_and_goes_on_where_it_stopped(oracle, tmp_path)
     first = next(rows)
     rows.close()
     assert first.key == ("a disc", "sds", 0) and not (out / "index.html").exists()
-    entries = list(comparing.compare(wanted, out))
+    with pytest.warns(UserWarning, match="1 finished runs, which are kept: was their teacher the MixtureTeacher"):
+        entries = list(comparing.compare(wanted, out))
     assert entries[0].run == first.run and torch.equal(entries[0].pictures, first.pictures)
     assert len(list((out / "runs").iterdir())) == 4
     stored = json.loads((out / "results.json").read_text())["runs"]

@@ -114,6 +114,8 @@ def main(arguments: list[str] | None = None, teacher: Teacher | None = None) -> 
                 text.encode()
             command = typer.main.get_command(app)
             with command.make_context("sds3d", list(texts), obj=teacher) as context:
+                if teacher is not None:
+                    _require_use_of_teacher(teacher, next(iter(texts), ""))
                 command.invoke(context)
     except typer.Exit as end:
         sys.exit(end.exit_code)
@@ -145,6 +147,15 @@ def main(arguments: list[str] | None = None, teacher: Teacher | None = None) -> 
         print("stopped", file=sys.stderr)
         sys.exit(130)
     sys.exit(0)
+
+
+def _require_use_of_teacher(teacher: Teacher, command: str) -> None:
+    """Raise ValueError if a teacher object is none, or a command would load another teacher in its place."""
+    from sds3d.teachers.base import require_teacher
+
+    require_teacher(teacher)
+    if command in ("teacher", "doctor"):
+        raise ValueError(f"sds3d {command} loads a teacher by its name; call it without the teacher object")
 
 
 def _warn(message: Warning | str, *_: object) -> None:

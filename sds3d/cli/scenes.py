@@ -166,7 +166,8 @@ def export(
 
     Meshes stand on the ground. GLB and OBJ are one metre high, with +y up and the front at +z. PLY is one metre high,
     with +z up and the front at -y, as in Blender. STL, for slicers, is 100 millimetres high with +z up. --up and
-    --height change this. The report is in the run's mesh.json, and in the GLB.
+    --height change this. The other flags replace the run's settings export.mesh.*, as its config.yaml has them, for
+    this call. The report is in the run's mesh.json, and in the GLB.
 
     [bold]Examples[/bold]
 

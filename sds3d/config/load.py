@@ -26,6 +26,7 @@ from sds3d.config.schema import Config, DistillConfig, PaintConfig, RunConfig
 from sds3d.config.typed import build, convert, keys, merge, nearest, plain, require_maps
 from sds3d.distill.core import Method
 from sds3d.distill.score import METHODS
+from sds3d.runtime.errors import stacklevel
 from sds3d.runtime.ranges import shown
 from sds3d.teachers.base import PACKAGED
 from sds3d.teachers.hf import loading
@@ -185,7 +186,7 @@ def text_keys() -> frozenset[str]:
 def refuse_twice(flags: Mapping[str, Any], overrides: Mapping[str, Any]) -> None:
     """Raise ValueError if a flag and a ``key=value`` give different values to one setting."""
     flags = _nested(flags)
-    for key in sorted(_leaves(flags) & _leaves(overrides)):
+    for key in sorted(leaves(flags) & leaves(overrides)):
         first, second = _at(flags, key), _at(overrides, key)
         if first != second:
             key = "method" if key == "method.name" else key
@@ -333,16 +334,17 @@ def _nested(layer: Mapping[str, Any]) -> dict[str, Any]:
 
 def _renamed(layer: dict[str, Any], warn: bool = True) -> dict[str, Any]:
     """Rename the settings of a nested layer that have a new name. Raises ValueError if one is given by both names."""
-    for old, new in RENAMED.items():
-        parent, _, leaf = old.rpartition(".")
-        group = _at(layer, parent)
-        if not isinstance(group, Mapping) or leaf not in group:
-            continue
-        if _at(layer, new) is not None:
+    given = {old: new for old, new in RENAMED.items() if old in leaves(layer)}
+    for old, new in given.items():
+        if new in leaves(layer):
             raise ValueError(f"{new} is given twice, once as {old}, its old name; give it once")
-        if warn:
-            warnings.warn(f"{old} is now called {new}", stacklevel=3)
-        layer = merge(_without(layer, old), _nested({new: group[leaf]}))
+        parent = new.rpartition(".")[0]
+        if parent in leaves(layer):  # it is no mapping, which merge would replace
+            raise ValueError(f"{parent} is {shown(_at(layer, parent))}; give its parts, as in {new}=...")
+        layer = merge(_without(layer, old), _nested({new: _at(layer, old)}))
+    if given and warn:
+        old, new = ", ".join(given), ", ".join(given.values())
+        warnings.warn(f"{old} {'is' if len(given) == 1 else 'are'} now called {new}", stacklevel=stacklevel())
     return layer
 
 
@@ -359,11 +361,11 @@ MEMORY_KEYS = {  # may change on resume: they trade memory for time, and change 
 }
 
 
-def _leaves(values: Mapping[str, Any], prefix: str = "") -> set[str]:
+def leaves(values: Mapping[str, Any], prefix: str = "") -> set[str]:
     """The dotted keys of all values in nested mappings."""
     keys: set[str] = set()
     for key, value in values.items():
-        keys |= _leaves(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key}
+        keys |= leaves(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key}
     return keys
 
 
@@ -378,8 +380,8 @@ def changed(config: RunConfig, layer: Mapping[str, Any]) -> Any:
     free = [f.name for f in dataclasses.fields(config) if f.name in mutable]
     layer = _renamed(_nested(layer))
     for key in layer:
-        leaves = _leaves({key: layer[key]})
-        if key not in free and not (leaves and leaves <= {*MEMORY_KEYS, PICKLE}):
+        keys_below = leaves({key: layer[key]})
+        if key not in free and not (keys_below and keys_below <= {*MEMORY_KEYS, PICKLE}):
             raise ValueError(f"{shown(key)[1:-1]} cannot change on resume, only {', '.join(free)}; start a new run")
     values = {f.name: plain(getattr(config, f.name)) for f in dataclasses.fields(config) if f.name in layer}
     fresh = build(type(config), {"prompt": config.prompt, **merge(values, layer)})

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import time
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import combinations
@@ -38,6 +39,7 @@ from sds3d.runs.image import Painting
 from sds3d.runs.scene import Asset
 from sds3d.runtime import memory
 from sds3d.runtime.device import pick_device
+from sds3d.runtime.errors import stacklevel
 from sds3d.runtime.files import from_json, read_text, replacing
 from sds3d.runtime.machine import machine
 from sds3d.teachers.base import Teacher, object_name
@@ -158,6 +160,12 @@ def compare(comparison: Comparison, out: Path) -> Iterator[Entry]:
     """
     out = out.expanduser()
     done = _load(comparison, out)
+    if done and comparison.teacher is not None:
+        warnings.warn(
+            f"{out} holds {len(done)} finished runs, which are kept: was their teacher the "
+            f"{type(comparison.teacher).__name__} that is given now? For another teacher, give another folder",
+            stacklevel=stacklevel(),
+        )
     keys = [(p, m, s) for p in comparison.prompts for m in comparison.methods for s in comparison.seeds]
     for key in keys:
         if key not in done:

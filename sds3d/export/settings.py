@@ -19,8 +19,7 @@ class MeshConfig:
         resolution: voxels along each side of the box.
         level: density at the surface; by default the one whose silhouettes agree best with the scene's.
         keep: drop pieces below this fraction of the largest piece's area; 1 keeps only the largest, 0 keeps all.
-        fill: close cracks, holes and gaps narrower than this, in scene units, if it is at least two voxels; 0 closes
-            none.
+        fill: close cracks, holes and gaps narrower than this, in scene units; widths below two voxels close nothing.
         smooth: rounds of Taubin smoothing, which does not shrink the surface.
         faces: the largest number of triangles.
         colours: "texture" or "vertex". PLY can hold only "vertex", and STL has no colours.

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import torch
 
 from sds3d import ops
+from sds3d.config.load import leaves
 from sds3d.config.schema import RunConfig
 from sds3d.distill.core import ScoreMethod, ScoreObjective
 from sds3d.distill.critics import Trainable, TrainedCritic
@@ -21,7 +22,7 @@ from sds3d.runs import kinds
 from sds3d.runtime.device import pick_device
 from sds3d.runtime.distributed import Processes
 from sds3d.students.base import Student
-from sds3d.teachers.base import Teacher, TeacherConfig, object_name
+from sds3d.teachers.base import Teacher, TeacherConfig, object_name, require_teacher
 from sds3d.teachers.load import load_teacher
 from sds3d.train import Objective
 
@@ -75,11 +76,12 @@ def with_teacher(config: AnyConfig, teacher: Teacher | None) -> AnyConfig:
     """
     if teacher is None:
         return config
+    require_teacher(teacher)
     settings = TeacherConfig(object_name(teacher), teacher.views)
     if kinds.of(config).opens_with_teacher:
         raise ValueError(
-            f"the teacher is an object ({settings.name}), and a generator's run is opened with its teacher, by name: "
-            "give a name, as in teacher='digits', or the folder of a training"
+            f"the teacher is an object ({settings.short_name}), and a generator's run is opened with its teacher, by "
+            "its name: give a name, as in teacher='digits', or the folder of a training"
         )
     if config.teacher.name != settings.name:
         default = type(config)("a red mug").teacher
@@ -87,15 +89,15 @@ def with_teacher(config: AnyConfig, teacher: Teacher | None) -> AnyConfig:
             value = getattr(config.teacher, field.name)
             if value not in (getattr(default, field.name), getattr(settings, field.name)):
                 raise ValueError(
-                    f"teacher.{field.name} is {value!r}, and the teacher is an object ({settings.name}), which has its "
-                    "own settings: leave one of the two out"
+                    f"teacher.{field.name} is {value!r}, and the teacher is an object ({settings.short_name}), which "
+                    "has its own settings: leave one of the two out"
                 )
     return dataclasses.replace(config, teacher=settings)
 
 
 def refuse_settings_of_teacher(*layers: Mapping[str, Any]) -> None:
     """Raise ValueError if settings are about a teacher; for runs whose teacher is an object."""
-    for key in (key for layer in layers for key in layer if key.split(".")[0] == "teacher"):
+    for key in sorted(key for layer in layers for key in leaves(layer) if key.split(".")[0] == "teacher"):
         raise ValueError(f"{key} is for a teacher that is loaded by its name, and an object is given: leave one out")
 
 

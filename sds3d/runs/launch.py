@@ -27,7 +27,7 @@ from sds3d.runtime.files import is_own
 from sds3d.runtime.torch_modes import training
 from sds3d.students.edited_scene import EditedScene
 from sds3d.students.representation import Scene
-from sds3d.teachers.base import Teacher, object_name
+from sds3d.teachers.base import Teacher, object_name, require_teacher
 from sds3d.train import Step, make_optimiser, train
 
 
@@ -93,10 +93,14 @@ def resume(
     """
     run = Run.open(path)
     config = configs.changed(configs.of_run(run.config), layer or {})
-    if teacher is not None and config.teacher.name != object_name(teacher):
-        raise ValueError(
-            f"the run's teacher is {config.teacher.name}, and {object_name(teacher)} is given: go on with its own"
-        )
+    if teacher is not None:
+        require_teacher(teacher)
+        own = (config.teacher.name, config.teacher.views)
+        if own != (object_name(teacher), teacher.views):
+            raise ValueError(
+                f"the run's teacher is {own[0]} with views={own[1]}, and {object_name(teacher)} with "
+                f"views={teacher.views} is given: give one of the same class and views, or none if the run's has a name"
+            )
     here = build.usable_here(config, layer or {})
     processes = processes_of(here)
     with ExitStack() as stack:

@@ -55,10 +55,12 @@ def check_teacher(config: Config, teacher: Teacher) -> None:
 
 
 def further_prompts(config: Config) -> list[tuple[str, str]]:
-    """Return the prompts with background colours that a teacher must know; see `Kind.further_prompts`."""
-    if config.render.background != "random" or named_background(config.prompt):
-        return []
-    return [(f"on {name}: ", f"{config.prompt} on a {name} background") for name in list(BACKGROUNDS)[1:]]
+    """Return the prompts with view words and background colours that a teacher must know, see `Kind`."""
+    prompts = [(f"{view}: ", f"{config.prompt}, {view}") for view in VIEW_WORDS if config.teacher.views == "words"]
+    if config.render.background == "random" and not named_background(config.prompt):
+        for name in list(BACKGROUNDS)[1:]:
+            prompts.append((f"on {name}: ", f"{config.prompt} on a {name} background"))
+    return prompts
 
 
 def build_student(config: Config, teacher: Teacher | None, processes: Processes) -> Scene | Particles:

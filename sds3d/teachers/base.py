@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Protocol, runtime_checkable
+from typing import Annotated, Any, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -174,6 +174,23 @@ class HasDevice(Protocol):
     def device(self) -> torch.device:
         """The device of its network and of its inputs."""
         ...
+
+
+MEMBERS = ("schedule", "image_size", "shape", "views", "dtype", "encode", "decode", "predict", "check")  # of Teacher
+
+
+def require_teacher(teacher: Any) -> None:
+    """Raise ValueError if an object that a user gives is no `Teacher`."""
+    if isinstance(teacher, type):
+        raise ValueError(f"the teacher is the class {teacher.__name__}; give an object, as {teacher.__name__}()")
+    missing = [name for name in MEMBERS if not hasattr(teacher, name)]
+    if missing:
+        raise ValueError(
+            f"the teacher is a {type(teacher).__name__} without {', '.join(missing)}; give a name, or an object that "
+            "has all members of sds3d.teachers.base.Teacher"
+        )
+    if teacher.views not in VIEWS:
+        raise ValueError(f"the teacher's views is {teacher.views!r}; let it be {' or '.join(VIEWS)}")
 
 
 def object_name(teacher: Teacher) -> str:

@@ -28,7 +28,8 @@ def load_teacher(settings: TeacherConfig, device: str = "auto") -> Loaded:
     if settings.name.startswith(OBJECT):
         raise ValueError(
             f"the teacher was an object in Python ({settings.name.removeprefix(OBJECT)}), which cannot be loaded by a "
-            "name: give an object of this class again, as in sds3d.resume(run, teacher=...)"
+            "name: give an object of this class, as in sds3d.resume(run, teacher=...), or for the command line "
+            "sds3d.cli.main(teacher=...)"
         )
     if loading.is_pipeline(settings.name):
         folder = Path(settings.name).expanduser()

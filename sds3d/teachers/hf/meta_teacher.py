@@ -38,7 +38,7 @@ CLIP_TOKENS = 77  # if the files do not say
 def build_meta_teacher(settings: TeacherConfig, dtype: torch.dtype) -> tuple[DiffusersTeacher, list[nn.Module]]:
     """Build a teacher and its text encoders on torch's meta device from a pipeline's configuration files.
 
-    The weights have this dtype; see `sds3d.runtime.memory.hollow`. The network is never offloaded.
+    The weights have this dtype; see `sds3d.runtime.memory.use_fake_tensors`. The network is never offloaded.
 
     Raises:
         ValueError: the hub cannot be reached or refuses, the pipeline is of an unknown family, a file is missing or
