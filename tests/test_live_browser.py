@@ -76,6 +76,18 @@ def until(page, condition, what: str):
     return value
 
 
+def resting(page) -> np.ndarray:
+    """The canvas once it no longer changes."""
+    views = [canvas(page)]
+
+    def same() -> bool:
+        views.append(canvas(page))
+        return (views[-1] == views[-2]).all()
+
+    until(page, same, "the canvas rests")
+    return views[-1]
+
+
 def drag(page) -> None:
     """Turn the scene with the mouse."""
     page.mouse.move(450, 450)
@@ -191,8 +203,8 @@ def test_studio_makes_what_is_typed_and_gives_it_away(serve, browser_page, tmp_p
     process, url = serve("view", "outputs/00001-a-red-ball")
     open_page(page, url)
     until(page, lambda: coloured(page) > 0.05, "the mesh is seen")
+    mesh_view = resting(page)  # before the click: the scene may be there before the next screenshot
     page.get_by_role("button", name="rendered scene").click()
-    mesh_view = canvas(page)
     until(page, lambda: (abs(canvas(page) - mesh_view) > 8).mean() > 0.01, "the scene takes its place")
     assert coloured(page) > 0.05
     process.send_signal(signal.SIGINT)
