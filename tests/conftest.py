@@ -145,8 +145,14 @@ def in_folder(tmp_path, monkeypatch):
 
 @pytest.fixture
 def call(call_packaged, ball_teacher):
-    """Run the command line in an empty folder, with a BallTeacher; gives exit code, stdout, stderr."""
-    return partial(call_packaged, teacher=ball_teacher)
+    """Run the command line in an empty folder, with a BallTeacher where a command takes an object; gives exit code,
+    stdout, stderr."""
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        takes_object = arguments[:1] not in (("teacher",), ("doctor",))
+        return call_packaged(*arguments, teacher=ball_teacher if takes_object else None)
+
+    return run
 
 
 @pytest.fixture
