@@ -148,9 +148,9 @@ def call(call_packaged, ball_teacher):
     """Run the command line in an empty folder, with a BallTeacher where a command takes an object; gives exit code,
     stdout, stderr."""
 
-    def run(*arguments: str) -> tuple[int, str, str]:
+    def run(*arguments: str, teacher: Teacher = ball_teacher) -> tuple[int, str, str]:
         takes_object = arguments[:1] not in (("teacher",), ("doctor",))
-        return call_packaged(*arguments, teacher=ball_teacher if takes_object else None)
+        return call_packaged(*arguments, teacher=teacher if takes_object else None)
 
     return run
 
