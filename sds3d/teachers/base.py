@@ -176,14 +176,12 @@ class HasDevice(Protocol):
         ...
 
 
-MEMBERS = ("schedule", "image_size", "shape", "views", "dtype", "encode", "decode", "predict", "check")  # of Teacher
-
-
 def require_teacher(teacher: Any) -> None:
     """Raise ValueError if an object that a user gives is no `Teacher`."""
     if isinstance(teacher, type):
         raise ValueError(f"the teacher is the class {teacher.__name__}; give an object, as {teacher.__name__}()")
-    missing = [name for name in MEMBERS if not hasattr(teacher, name)]
+    members = [*Teacher.__annotations__, *(name for name in vars(Teacher) if not name.startswith("_"))]
+    missing = [name for name in members if not hasattr(teacher, name)]
     if missing:
         raise ValueError(
             f"the teacher is a {type(teacher).__name__} without {', '.join(missing)}; give a name, or an object that "
