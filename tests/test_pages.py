@@ -96,6 +96,12 @@ def test_the_model_is_seen_from_its_front_in_its_colours_and_turns(browser_page,
     assert red > 1.2 * (abs(view - RED).max(-1) <= 2).sum()  # nearer
 
 
+def wait_for_film(video):
+    # The page's policy forbids eval, which page.wait_for_function needs when it asks a second time.
+    loaded = "v => v.readyState >= 2 || new Promise(done => v.addEventListener('loadeddata', done, {once: true}))"
+    video.evaluate(loaded)
+
+
 @pytest.mark.slow
 def test_the_page_of_a_run_shows_all_there_is_of_it(browser_page, page_run):
     (page_run / "mesh.json").write_text(json.dumps({"vertices": 1234, "watertight": True, "check": {"iou": 0.98765}}))
@@ -109,7 +115,7 @@ def test_the_page_of_a_run_shows_all_there_is_of_it(browser_page, page_run):
     for said in (line, "step 3", "step 6", *curves, "sds3d resume", "vertices", "1,234", "check iou", "0.9877", "yes"):
         assert said in text, said
     video = browser_page.locator("video").first
-    browser_page.wait_for_function("document.querySelector('video').readyState >= 2")
+    wait_for_film(video)
     assert video.evaluate("v => [v.videoWidth, v.duration]") == [32, pytest.approx(4 / 24, abs=0.01)]
     sizes = browser_page.eval_on_selector_all("img", "all => all.map(i => [i.naturalWidth, i.naturalHeight])")
     assert sizes == [[64, 16], [64, 16]]  # four views of 16 pixels
@@ -122,7 +128,7 @@ def test_the_page_of_a_run_shows_all_there_is_of_it(browser_page, page_run):
 
 def test_the_film_is_shown_at_most_twice_as_large_as_it_is(browser_page, page_run):
     opened(browser_page, kinds.write_page(Run.open(page_run)))
-    browser_page.wait_for_function("document.querySelector('video').readyState >= 2")
+    wait_for_film(browser_page.locator("video"))
     film = "v => [v.clientWidth, v.clientHeight, v.videoWidth]"
     assert browser_page.locator("video").evaluate(film) == [64, 64, 32]
     browser_page.set_viewport_size({"width": 80, "height": 600})  # no room for that
