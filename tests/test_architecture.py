@@ -21,6 +21,7 @@ ARROWS = {
     "runtime": set(),
     "cameras": {"runtime"},
     "prompts": {"cameras"},
+    "domains": set(),
     "media.picture": set(),
     "media": {"cameras", "runtime"},
     "pages": {"media", "runtime"},
@@ -29,13 +30,13 @@ ARROWS = {
     "ops": set(),
     "export": {"cameras", "runtime"},
     "evaluate.truth": {"cameras"},
-    "data": {"cameras", "media.picture", "prompts", "runtime"},
-    "students": {"cameras", "diffusion", "media", "media.picture", "networks", "ops", "prompts", "runtime"},
+    "data": {"cameras", "domains", "media.picture", "prompts", "runtime"},
+    "students": {"cameras", "diffusion", "domains", "media", "media.picture", "networks", "ops", "prompts", "runtime"},
     "teachers.base": {"cameras", "diffusion", "runtime"},
     "teachers.drawing": {"cameras", "diffusion", "runtime", "teachers.base"},
-    "teachers": {"cameras", "data", "diffusion", "media", "networks", "prompts", "runtime"}
+    "teachers": {"cameras", "data", "domains", "diffusion", "media", "networks", "prompts", "runtime"}
     | {"teachers.base", "teachers.drawing"},
-    "distill": {"cameras", "diffusion", "networks", "prompts", "runtime", "students"}
+    "distill": {"cameras", "diffusion", "domains", "networks", "prompts", "runtime", "students"}
     | {"teachers.base", "teachers.drawing"},
     "train": {"runtime", "students"},
     "config": {"cameras", "diffusion", "distill", "export", "ops", "runtime", "students", "teachers", "teachers.base"}

@@ -6,11 +6,12 @@ import pytest
 import torch
 import trimesh
 
+from sds3d import domains
 from sds3d.cameras import Cameras, orbit
-from sds3d.data import shapes, toybox
+from sds3d.data import renders, shapes, toybox
 from sds3d.data.captions import CaptionDraw
 from sds3d.data.kinds import KINDS, STACKS
-from sds3d.data.tracing import BOUND, part_distances, trace
+from sds3d.data.tracing import BOUND, COVERAGE, LAYERS, LIT, NORMAL, POSITION, UNLIT, part_distances, shade, trace
 from sds3d.prompts import COLOURS
 
 ALL = KINDS | STACKS
@@ -159,3 +160,51 @@ def test_what_a_prompt_leaves_unsaid_is_canonical():
 def test_what_it_cannot_draw_is_refused(prompt, told):
     with pytest.raises(ValueError, match=told):
         toybox.parse(prompt)
+
+
+def seen_from(azimuth: float, elevation: float) -> Cameras:
+    return Cameras(*(torch.tensor([v]) for v in (azimuth, elevation, 3.0, 40.0)))
+
+
+def test_a_ball_has_the_depth_and_the_normals_of_a_sphere():
+    toy, cameras = toybox.parse("a blue ball"), seen_from(40.0, 20.0)
+    depth, normal, hit = toy.surface(cameras, 65)
+    assert depth[0, 0, 32, 32] == pytest.approx(3 - 0.65, abs=3e-3)  # straight at the centre
+    towards = cameras.positions()[0] / 3
+    assert normal[0, :, 32, 32].tolist() == pytest.approx(towards.tolist(), abs=1e-3)
+    origins, directions = cameras.rays(65)
+    points = (origins + directions * depth.permute(0, 2, 3, 1))[hit[:, 0]]
+    assert (points.norm(dim=-1) - 0.65).abs().max() < 4e-3
+    assert torch.allclose(normal.permute(0, 2, 3, 1)[hit[:, 0]], points / 0.65, atol=0.02)
+    assert not depth[~hit].any() and not normal.permute(0, 2, 3, 1)[~hit[:, 0]].any()
+
+
+def test_the_domains_show_one_object():
+    """Lit colours are the albedo times the shading of the normals; positions scale with the toy."""
+    toy, cameras = toybox.parse("a small red cube"), seen_from(30.0, 35.0)
+    views = {domain: toy.render(cameras, 64, 1, domain) for domain in domains.WORDS}
+    coverage = views["colours"][1]
+    assert all(torch.equal(cover, coverage) for _, cover in views.values())
+    inside = coverage[0, 0] == 1
+    colours, albedo, normals, positions = (views[domain][0][0, :, inside].T for domain in domains.WORDS)
+    assert torch.allclose(albedo, torch.tensor(COLOURS["red"]).expand_as(albedo))
+    assert torch.allclose(colours, albedo * shade(domains.vectors(normals))[:, None], atol=1e-5)
+    assert domains.vectors(positions).abs().max() == pytest.approx(0.75 * 0.5, abs=3e-3)
+    grey = views["normals"][0][0, :, ~inside]
+    assert (grey == 0.5).all() and (views["albedo"][0][0, :, ~inside] == 1).all()
+
+
+def test_stored_renders_keep_every_layer(tmp_path):
+    for _ in renders.build(tmp_path, 20, seed=3, workers=1):
+        pass
+    store = renders.Renders(tmp_path)
+    stored = store.batch(torch.arange(20))
+    assert stored.shape == (20, LAYERS, 64, 64)
+    missed = (stored[:, COVERAGE] == 0).expand(-1, 3, -1, -1)
+    assert not stored[:, NORMAL][missed].any() and not stored[:, POSITION][missed].any()
+    whole = stored[:, COVERAGE] == 1  # there the stored vectors are means of four rays'
+    towards = store.cameras.positions()[:, :, None, None] - stored[:, POSITION]
+    facing = (stored[:, NORMAL] * towards).sum(1, keepdim=True)[whole]
+    assert (facing > -0.1).all() and facing.mean() > 1  # a visible surface faces the camera, 3 units away
+    back = (stored[:, LIT][:, :1] - stored[:, UNLIT][:, :1] * shade(stored[:, NORMAL].movedim(1, -1))[:, None])[whole]
+    assert back.abs().mean() < 0.01  # a ball of one colour: brightness follows from the normals

@@ -137,7 +137,7 @@ def train_teacher(
 
       sds3d teacher train digits -o outputs/digits      [dim]# 20 minutes on a core[/dim]
 
-      sds3d teacher train toybox -o outputs/toybox      [dim]# hours; renders 413 MB first[/dim]
+      sds3d teacher train toybox -o outputs/toybox      [dim]# hours; renders 1.2 GB first[/dim]
     """
     from sds3d.config.load import parse_overrides
     from sds3d.runs.progress import Clock

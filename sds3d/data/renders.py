@@ -1,4 +1,7 @@
-"""Toybox renders stored as colourless layers. They are rendered once and coloured differently at each use."""
+"""Toybox renders stored as colourless layers. They are rendered once and coloured differently at each use.
+
+A file holds uint8: a layer in [0, 1] as 255 x, and normals and positions, which are in [-1, 1], as 127 (x + 1).
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ from torch import Tensor
 from sds3d.cameras import Cameras
 from sds3d.data.kinds import KINDS, STACKS
 from sds3d.data.toybox import SIZES
-from sds3d.data.tracing import part_distances, trace
+from sds3d.data.tracing import LAYERS, NORMAL, POSITION, part_distances, trace
 from sds3d.runtime.files import replacing, unwritable
 
 NAMES = (*KINDS, *STACKS)
@@ -26,7 +29,7 @@ SIZE_NAMES = tuple(SIZES)
 
 
 def _chunk(job: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """Layers (CHUNK, 6, 64, 64) uint8 and rows (CHUNK, 6): kind, size, azimuth, elevation, distance, fov."""
+    """Layers (CHUNK, LAYERS, 64, 64) uint8 and rows (CHUNK, 6): kind, size, azimuth, elevation, distance, fov."""
     torch.set_num_threads(1)
     seed, number = job
     rng = torch.Generator().manual_seed(seed * 1_000_003 + number)
@@ -50,6 +53,8 @@ def _chunk(job: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
         ],
         -1,
     )
+    for signed in (NORMAL, POSITION):
+        layers[:, signed] = (layers[:, signed] + 1) * (127 / 255)
     return (layers * 255).round().byte().numpy(), rows.numpy()
 
 
@@ -75,7 +80,7 @@ class Renders:
     """
 
     def __init__(self, folder: Path):
-        self.layers = np.load(folder / "layers.npy", mmap_mode="r")  # (N, 6, 64, 64) uint8
+        self.layers = np.load(folder / "layers.npy", mmap_mode="r")  # (N, LAYERS, 64, 64) uint8
         rows = torch.from_numpy(np.load(folder / "rows.npy"))
         self.names = [NAMES[int(k)] for k in rows[:, 0]]
         self.sizes = [SIZE_NAMES[int(s)] for s in rows[:, 1]]
@@ -85,12 +90,15 @@ class Renders:
         return len(self.names)
 
     def batch(self, index: Tensor) -> Tensor:
-        """Return the layers of renders by index (B,): (B, 6, 64, 64) float in [0, 1]."""
-        return torch.from_numpy(self.layers[index.numpy()]).float() / 255
+        """Return the layers of renders by index (B,): (B, LAYERS, 64, 64) float, as `tracing.trace` has them."""
+        layers = torch.from_numpy(self.layers[index.numpy()]).float() / 255
+        for signed in (NORMAL, POSITION):
+            layers[:, signed] = layers[:, signed] * (255 / 127) - 1
+        return layers
 
 
 def build(folder: Path, count: int, seed: int = 0, workers: int = 2) -> Iterator[int]:
-    """Render ``count`` images (24.6 kB each) into ``folder``, unless it has the same already.
+    """Render ``count`` images (70 kB each) into ``folder``, unless it has the same already.
 
     Yields:
         The number of images rendered so far.
@@ -98,7 +106,7 @@ def build(folder: Path, count: int, seed: int = 0, workers: int = 2) -> Iterator
     Raises:
         ValueError: the disk is full or the folder cannot be made.
     """
-    about = json.dumps({"count": count, "seed": seed, "shapes": fingerprint()})
+    about = json.dumps({"count": count, "seed": seed, "shapes": fingerprint(), "layers": LAYERS})
     stamp = folder / "about.json"
     if stamp.is_file() and stamp.read_text() == about:
         yield count
@@ -107,7 +115,7 @@ def build(folder: Path, count: int, seed: int = 0, workers: int = 2) -> Iterator
         folder.mkdir(parents=True, exist_ok=True)
         for old in (stamp, folder / "layers.npy"):  # removed first, so that nothing is written through a link
             old.unlink(missing_ok=True)
-        layers = np.lib.format.open_memmap(folder / "layers.npy", "w+", np.uint8, (count, 6, 64, 64))
+        layers = np.lib.format.open_memmap(folder / "layers.npy", "w+", np.uint8, (count, LAYERS, 64, 64))
         with (folder / "layers.npy").open("r+b") as file:  # reserve the space: a full disk kills a sparse memory map
             os.posix_fallocate(file.fileno(), 0, layers.offset + layers.nbytes)
     except OSError as error:

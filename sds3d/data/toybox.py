@@ -21,7 +21,16 @@ from torch import Tensor
 
 from sds3d.cameras import Cameras
 from sds3d.data.kinds import KINDS, STACKS, Kind
-from sds3d.data.tracing import normals, paint, part_distances, shade, trace
+from sds3d.data.tracing import (
+    COVERAGE,
+    NORMAL,
+    POSITION,
+    domain_images,
+    normals,
+    part_distances,
+    shade,
+    trace,
+)
 from sds3d.prompts import COLOURS, VIEW_WORDS, named_background, unknown_words, words
 
 if TYPE_CHECKING:
@@ -116,18 +125,38 @@ class Toy:
         part = part_distances(self.kind, inner).argmin(-1)
         return palette[part] * shade(normals(self.kind, inner))[:, None]
 
-    def render(self, cameras: Cameras, resolution: int = 64, supersample: int = 2) -> tuple[Tensor, Tensor]:
+    def render(
+        self, cameras: Cameras, resolution: int = 64, supersample: int = 2, domain: str = "colours"
+    ) -> tuple[Tensor, Tensor]:
         """Render true views.
 
+        Args:
+            domain: what the images show, a key of `sds3d.domains.WORDS`.
+
         Returns:
-            Images (B, 3, H, W) on the toy's background, white by default, and silhouettes (B, 1, H, W), both in
-            [0, 1].
+            Images (B, 3, H, W), in colours and albedo on the toy's background, white by default, and silhouettes
+            (B, 1, H, W), both in [0, 1].
         """
-        layers = trace(self.kind, cameras, torch.full((len(cameras),), self.scale), resolution, supersample)
+        layers = self._layers(cameras, resolution, supersample)
         main, second = (torch.tensor([COLOURS[c]]).expand(len(cameras), 3) for c in (self.main, self.second))
-        rgb, coverage = paint(layers, main, second)
-        behind = background_colour(self.background).view(1, 3, 1, 1)
-        return rgb + (1 - coverage) * behind, coverage
+        background = background_colour(self.background).expand(len(cameras), 3)
+        return domain_images(layers, main, second, background, domain), layers[:, COVERAGE]
+
+    def surface(self, cameras: Cameras, resolution: int = 64) -> tuple[Tensor, Tensor, Tensor]:
+        """Return what the rays through the pixels' centres hit.
+
+        Returns:
+            The distance from the camera (B, 1, H, W) in scene units, the outward unit normals in world axes
+            (B, 3, H, W), both 0 where a ray hits nothing, and whether it hits the toy (B, 1, H, W), bool. Points
+            outside of the box [-1, 1]^3 are taken for the nearest ones in it.
+        """
+        layers = self._layers(cameras, resolution, supersample=1)
+        hit = layers[:, COVERAGE] > 0.5
+        away = (layers[:, POSITION] - cameras.positions()[:, :, None, None]).norm(dim=1, keepdim=True)
+        return torch.where(hit, away, 0), layers[:, NORMAL], hit
+
+    def _layers(self, cameras: Cameras, resolution: int, supersample: int) -> Tensor:
+        return trace(self.kind, cameras, torch.full((len(cameras),), self.scale), resolution, supersample)
 
     def mesh(self, resolution: int = 96) -> trimesh.Trimesh:
         """Return the true surface in world coordinates, with shaded vertex colours."""

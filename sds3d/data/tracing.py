@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sds3d import domains
 from sds3d.cameras import Cameras
 from sds3d.data.kinds import Kind
 from sds3d.prompts import COLOURS
@@ -17,6 +18,14 @@ AMBIENT = 0.4
 BOUND = 1.05  # radius of a ball that contains every kind at scale 1
 _STEPS = 64
 _HIT = 2e-3
+
+# The layers of `trace`. A pixel's value is the mean over its rays, and a ray that misses gives 0.
+LAYERS = 17
+LIT = slice(0, 5)  # brightness of the main colour's parts, of the second colour's parts, RGB of the other parts
+COVERAGE = slice(5, 6)
+UNLIT = slice(6, 11)  # as LIT, without the light
+NORMAL = slice(11, 14)  # outward unit normals in object axes
+POSITION = slice(14, 17)  # of the visible point, in world coordinates, clamped to the box [-1, 1]^3
 
 
 def part_distances(kind: Kind, points: Tensor) -> Tensor:
@@ -72,19 +81,18 @@ def trace(kind: Kind, cameras: Cameras, scale: Tensor, resolution: int = 64, sup
         supersample: rays per side of a pixel.
 
     Returns:
-        (B, 6, resolution, resolution) in [0, 1]: brightness of the parts in the main colour, of those in the second
-        colour, RGB of the parts with a fixed colour, coverage.
+        (B, LAYERS, resolution, resolution); NORMAL and POSITION in [-1, 1], the others in [0, 1].
     """
     batch, side = len(cameras), resolution * supersample
     origins, directions = cameras.rays(side)
     origins = (origins / scale[:, None, None, None]).reshape(-1, 3)  # scales the camera's distance, not the object
     rays, points = _march(kind, origins, directions.reshape(-1, 3))
-    out = torch.zeros(batch * side * side, 6)
+    out = torch.zeros(batch * side * side, LAYERS)
     if rays.numel():
-        part = part_distances(kind, points).argmin(-1)
-        bright = shade(normals(kind, points))[:, None]
-        out[rays] = torch.cat([_slots(kind)[part] * bright, torch.ones_like(bright)], -1)
-    image = out.view(batch, side, side, 6).permute(0, 3, 1, 2)
+        unlit, normal = _slots(kind)[part_distances(kind, points).argmin(-1)], normals(kind, points)
+        bright, place = shade(normal)[:, None], points * scale[rays // side**2, None]
+        out[rays] = torch.cat([unlit * bright, torch.ones_like(bright), unlit, normal, place.clamp(-1, 1)], -1)
+    image = out.view(batch, side, side, LAYERS).permute(0, 3, 1, 2)
     return torch.nn.functional.avg_pool2d(image, supersample) if supersample > 1 else image
 
 
@@ -94,15 +102,32 @@ def _slots(kind: Kind) -> Tensor:
     return torch.tensor([rows.get(slot) or (0.0, 0.0, *COLOURS[slot]) for _, slot in kind.parts])
 
 
-def paint(layers: Tensor, main: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+def paint(layers: Tensor, main: Tensor, second: Tensor, lit: bool = True) -> tuple[Tensor, Tensor]:
     """Colour the layers of `trace`.
 
     Args:
-        layers: (B, 6, H, W).
+        layers: (B, LAYERS, H, W).
         main, second: (B, 3) RGB in [0, 1].
+        lit: whether the light of the toybox falls on the object.
 
     Returns:
         RGB times coverage, (B, 3, H, W), and coverage, (B, 1, H, W).
     """
-    rgb = layers[:, :1] * main[:, :, None, None] + layers[:, 1:2] * second[:, :, None, None] + layers[:, 2:5]
-    return rgb, layers[:, 5:]
+    slots = layers[:, LIT if lit else UNLIT]
+    rgb = slots[:, :1] * main[:, :, None, None] + slots[:, 1:2] * second[:, :, None, None] + slots[:, 2:]
+    return rgb, layers[:, COVERAGE]
+
+
+def domain_images(layers: Tensor, main: Tensor, second: Tensor, background: Tensor, domain: str) -> Tensor:
+    """Return images (B, 3, H, W) in [0, 1] of one domain.
+
+    Args:
+        layers: (B, LAYERS, H, W), of `trace`.
+        main, second: (B, 3) RGB in [0, 1].
+        background: (B, 3) RGB behind the object, for the domains colours and albedo.
+        domain: a key of `sds3d.domains.WORDS`.
+    """
+    if domain in ("normals", "positions"):
+        return domains.picture(layers[:, NORMAL if domain == "normals" else POSITION])
+    rgb, coverage = paint(layers, main, second, lit=domain == "colours")
+    return rgb + (1 - coverage) * background[:, :, None, None]

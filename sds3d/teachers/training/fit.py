@@ -13,7 +13,7 @@ import struct
 import time
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -33,6 +33,7 @@ from sds3d.runtime.files import from_json, lock, read_text, replacing, require_f
 from sds3d.runtime.ranges import STEPS, Within
 from sds3d.runtime.torch_modes import stepwise_training
 from sds3d.teachers import small
+from sds3d.teachers.base import PACKAGED
 from sds3d.teachers.drawing import sample
 from sds3d.teachers.training.sources import Batch, Source
 
@@ -52,6 +53,8 @@ class FitConfig:
             words and cameras is learnt in these steps, detail afterwards.
         part: in the coarse steps of the toybox, extra weight of pixels that show the second colour. Handles and stems
             are small, and their colours are learnt last.
+        start: weights to begin from: a packaged teacher's name or a file; "" begins at random. Words that they do not
+            know begin at random.
         lr: learning rate after 200 steps of warm-up.
         decay: fraction of the steps, the last ones, over which the learning rate falls linearly to 0.
         images: number of renders of the toybox.
@@ -66,6 +69,7 @@ class FitConfig:
     batch: Annotated[int, Within(1, 65_536)] = 32
     coarse: Annotated[int, Within(0, STEPS)] = 12_000
     part: Annotated[float, Within(0, 1e6)] = 3.0
+    start: str = ""
     lr: Annotated[float, Within(1e-9, 1)] = 1e-3
     decay: Annotated[float, Within(1e-3, 1)] = 0.25
     images: Annotated[int, Within(1, 10_000_000)] = 16_800
@@ -141,6 +145,8 @@ class Fit:
             self.nets = nn.ModuleDict({"unet": UNet(source.network), "text": text})
         # the annotation of Module.to lacks memory_format
         self.nets.to(self.device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        if config.start:
+            self._begin_from(config.start)
         self.ema = EMA(self.nets, config.ema)
         inner, outer = [], []
         for name, p in self.nets.named_parameters():
@@ -149,6 +155,25 @@ class Fit:
         self.optimisers = [Muon(inner, config.lr), adam]
         self.rng = torch.Generator().manual_seed(config.seed)
         self.losses: list[float] = []
+
+    @torch.no_grad()
+    def _begin_from(self, start: str) -> None:
+        """Copy the weights of a teacher; words that it does not know keep theirs.
+
+        Raises:
+            ValueError: see `small.load`; or the teacher's network has another size.
+        """
+        teacher = small.load(small.packaged(start) if start in PACKAGED else start, device=self.device)
+        unet, text = _parts(self.nets)
+        if teacher.unet.config != replace(unet.config, dropout=teacher.unet.config.dropout):
+            raise ValueError(f"start={start} has a network of another size; give weights of this kind of data")
+        unet.load_state_dict(teacher.unet.state_dict())
+        known = {**teacher.text.state_dict(), "words.weight": text.words.weight.clone()}
+        for word, row in text.index.items():
+            if word in teacher.text.index:
+                known["words.weight"][row] = teacher.text.words.weight[teacher.text.index[word]]
+        known["words.weight"][:2] = teacher.text.words.weight[:2]  # padding and the start of a caption
+        text.load_state_dict(known)
 
     def loss(self, batch: Batch) -> Tensor:
         """Return the mean squared error of v at random t. Larger t are more likely: there caption and camera matter

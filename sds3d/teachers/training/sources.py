@@ -2,28 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sds3d import domains
 from sds3d.cameras import Cameras
 from sds3d.data import digits, folder, renders
 from sds3d.data.captions import CaptionDraw
 from sds3d.data.kinds import KINDS
 from sds3d.data.pictures import Pictures
 from sds3d.data.toybox import VOCABULARY, background_colour
-from sds3d.data.tracing import paint
+from sds3d.data.tracing import domain_images
 from sds3d.networks.text import PROMPT_WORDS
 from sds3d.networks.unet import UNetConfig
 from sds3d.prompts import COLOURS, with_view
 
 NULL_FRACTION = 0.1  # of captions to drop, for guidance (Ho and Salimans, arXiv 2207.12598)
+DOMAIN_PARTS = {"colours": 0.4, "albedo": 0.1, "normals": 0.3, "positions": 0.2}  # of the toybox's images
 GRID_PROMPTS = (  # prompts of the sample grid; none is held out
     "a red mug with a white handle",
     "a red rocket",
@@ -94,7 +97,7 @@ class Source(Protocol):
 class Toybox:
     """Renders of procedural toys, with their cameras; see `sds3d.data.toybox`."""
 
-    vocabulary, network = VOCABULARY, UNetConfig()
+    vocabulary, network = tuple(sorted({*VOCABULARY, *filter(None, domains.WORDS.values())})), UNetConfig()
 
     @property
     def prompts(self) -> tuple[str, ...]:
@@ -180,25 +183,39 @@ def degrade(image: Tensor, quality: str, rng: torch.Generator) -> Tensor:
 
 
 class RenderBatches:
-    """Draws training batches from stored renders, painted and captioned anew."""
+    """Draws training batches from stored renders, painted and captioned anew, each image in a random domain.
 
-    def __init__(self, store: renders.Renders, rng: torch.Generator):
-        self.store, self.rng = store, rng
-        self.captions = CaptionDraw(rng)
+    Args:
+        store: the renders.
+        rng: source of all random choices.
+        parts: domain -> its part of the images, of sum 1.
+    """
+
+    def __init__(
+        self, store: renders.Renders, rng: torch.Generator, parts: Mapping[str, float] = MappingProxyType(DOMAIN_PARTS)
+    ):
+        self.store, self.rng, self.parts = store, rng, parts
+        self.captions, self.plain_captions = CaptionDraw(rng), CaptionDraw(rng, 0, 0)
 
     def __call__(self, size: int) -> Batch:
         """Draw ``size`` training images."""
         index = torch.randint(len(self.store), (size,), generator=self.rng)
-        rows = [self.captions(self.store.names[i], self.store.sizes[i]) for i in index.tolist()]
+        parts = torch.tensor(list(self.parts.values()))
+        chosen = [list(self.parts)[i] for i in torch.multinomial(parts, size, True, generator=self.rng).tolist()]
+        rows = [
+            (self.captions if domain == "colours" else self.plain_captions)(self.store.names[i], self.store.sizes[i])
+            for i, domain in zip(index.tolist(), chosen, strict=True)
+        ]
         main, second = (torch.tensor([COLOURS[getattr(r, k)] for r in rows]) for k in ("main", "second"))
-        layers = self.store.batch(index)
-        rgb, coverage = paint(layers, main, second)
+        layers, cameras = self.store.batch(index), self.store.cameras[index]
         backgrounds = torch.stack([background_colour(r.background) for r in rows])
-        images = rgb + (1 - coverage) * backgrounds[:, :, None, None]
+        images = torch.empty(size, 3, *layers.shape[2:])
+        for domain in dict.fromkeys(chosen):
+            of = torch.tensor([i for i, other in enumerate(chosen) if other == domain])
+            images[of] = domain_images(layers[of], main[of], second[of], backgrounds[of], domain)
         for i, row in enumerate(rows):
             if row.quality:
                 images[i] = degrade(images[i], row.quality, self.rng)
-        cameras = self.store.cameras[index]
         draws = torch.rand(3, size, generator=self.rng)
         dropped = draws[2] < NULL_FRACTION
         camera_mask = (draws[0] < 0.8) & ~(dropped & (draws[1] < 0.5))
@@ -206,7 +223,10 @@ class RenderBatches:
         with_views = with_view([r.text for r in rows], cameras)
         texts = [view if use else r.text for view, use, r in zip(with_views, view_mask.tolist(), rows)]
         captions = ["" if is_null else text for text, is_null in zip(texts, dropped.tolist())]
-        return Batch(images * 2 - 1, captions, (layers[:, 1:2] > 0).float(), cameras, camera_mask)
+        captions = [domains.with_domain([text], domain)[0] for text, domain in zip(captions, chosen, strict=True)]
+        in_colours = torch.tensor([domain in ("colours", "albedo") for domain in chosen])
+        part = (layers[:, 1:2] > 0).float() * in_colours[:, None, None, None]
+        return Batch(images * 2 - 1, captions, part, cameras, camera_mask)
 
 
 def build_source(data: str, size: int = 64) -> tuple[Source, list[str]]:
