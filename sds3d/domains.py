@@ -2,7 +2,7 @@
 
     colours      the object under the light of its world; no word
     albedo       its colours without light
-    normals      (n + 1) / 2 for outward unit normals n, in world axes
+    normals      (n + 1) / 2 for outward unit normals n, in camera axes: x right, y up, z towards the camera
     positions    (p + 1) / 2 for the visible points p, in world coordinates, in the box [-1, 1]^3 (SweetDreamer,
                  arXiv 2310.02596, section 3.1)
 
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 WORDS = {"colours": "", "albedo": "albedo", "normals": "normals", "positions": "positions"}
@@ -29,6 +30,15 @@ def with_domain(prompts: Sequence[str], domain: str) -> list[str]:
     """
     word = WORDS[domain]
     return [", ".join(filter(None, (prompt, word))) for prompt in prompts]
+
+
+def turned(normals: Tensor, rotations: Tensor) -> Tensor:
+    """Return normals (B, 3, H, W) in world axes as normals in camera axes.
+
+    Args:
+        rotations: (B, 3, 3) camera-to-world, see `sds3d.cameras.Cameras.rotations`.
+    """
+    return torch.einsum("bij,bihw->bjhw", rotations, normals)
 
 
 def picture(vectors: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ from sds3d.students.scene.field import FieldConfig
 from sds3d.students.scene.occupancy import OccupancyConfig
 from sds3d.students.scene.regularisers import RegulariserConfig
 from sds3d.students.scene.student import RenderConfig, SceneStudent
+from sds3d.students.scene.turns import DomainConfig
 from sds3d.teachers.base import TeacherConfig
 from sds3d.train import OptimConfig, Plan
 
@@ -158,6 +159,7 @@ class Config(RunConfig):
     occupancy: OccupancyConfig = OccupancyConfig()
     render: RenderConfig = RenderConfig()
     camera: CameraRanges = CameraRanges()
+    domains: DomainConfig = DomainConfig()
     regularise: RegulariserConfig = RegulariserConfig()
     export: ExportConfig = ExportConfig()
 

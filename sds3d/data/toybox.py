@@ -140,7 +140,7 @@ class Toy:
         layers = self._layers(cameras, resolution, supersample)
         main, second = (torch.tensor([COLOURS[c]]).expand(len(cameras), 3) for c in (self.main, self.second))
         background = background_colour(self.background).expand(len(cameras), 3)
-        return domain_images(layers, main, second, background, domain), layers[:, COVERAGE]
+        return domain_images(layers, main, second, background, domain, cameras), layers[:, COVERAGE]
 
     def surface(self, cameras: Cameras, resolution: int = 64) -> tuple[Tensor, Tensor, Tensor]:
         """Return what the rays through the pixels' centres hit.

@@ -118,7 +118,9 @@ def paint(layers: Tensor, main: Tensor, second: Tensor, lit: bool = True) -> tup
     return rgb, layers[:, COVERAGE]
 
 
-def domain_images(layers: Tensor, main: Tensor, second: Tensor, background: Tensor, domain: str) -> Tensor:
+def domain_images(
+    layers: Tensor, main: Tensor, second: Tensor, background: Tensor, domain: str, cameras: Cameras
+) -> Tensor:
     """Return images (B, 3, H, W) in [0, 1] of one domain.
 
     Args:
@@ -126,8 +128,11 @@ def domain_images(layers: Tensor, main: Tensor, second: Tensor, background: Tens
         main, second: (B, 3) RGB in [0, 1].
         background: (B, 3) RGB behind the object, for the domains colours and albedo.
         domain: a key of `sds3d.domains.WORDS`.
+        cameras: the B cameras of the layers.
     """
-    if domain in ("normals", "positions"):
-        return domains.picture(layers[:, NORMAL if domain == "normals" else POSITION])
+    if domain == "normals":
+        return domains.picture(domains.turned(layers[:, NORMAL], cameras.rotations()))
+    if domain == "positions":
+        return domains.picture(layers[:, POSITION])
     rgb, coverage = paint(layers, main, second, lit=domain == "colours")
     return rgb + (1 - coverage) * background[:, :, None, None]

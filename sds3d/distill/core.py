@@ -256,6 +256,7 @@ class ScoreObjective:
             sigma=sigma,
             prompts=draw.prompts,
             cameras=draw.cameras,
+            domain=draw.domain,
             negative=self.negative,
             uncond_camera=self.uncond_camera,
             step=step,

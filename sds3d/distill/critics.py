@@ -22,6 +22,7 @@ from sds3d.cameras import Cameras
 from sds3d.diffusion.noise import Prediction, noised, target
 from sds3d.networks.lora import LoRA
 from sds3d.networks.unet import CAMERA_FEATURES, camera_features
+from sds3d.domains import with_domain
 from sds3d.prompts import with_view
 from sds3d.runtime.distributed import Processes
 from sds3d.runtime.ranges import Within
@@ -264,6 +265,7 @@ class TrainedCritic:
         if draw.cameras is not None:
             mask = dropped >= self.config.camera_drop
             prompts = with_view(prompts, draw.cameras) if self.teacher.views == "words" else prompts
+        prompts = with_domain(prompts, draw.domain)
         prediction = self.predict(noised(x, noise, alpha, sigma), t, prompts, draw.cameras, mask)
         return F.mse_loss(prediction.output, target(prediction.kind, x, noise, alpha, sigma, prediction.rates))
 

@@ -13,6 +13,7 @@ from sds3d.cameras import Cameras
 from sds3d.diffusion.guidance import Guidance, cfg, cfg_rescale, perp_neg
 from sds3d.diffusion.noise import Prediction, per_sample
 from sds3d.diffusion.samplers.ddim import ddim
+from sds3d.domains import with_domain
 from sds3d.prompts import VIEW_WORDS, view_negatives, with_view
 from sds3d.runtime.transfer import onto
 from sds3d.teachers.base import Teacher
@@ -43,8 +44,9 @@ class Query:
         x_t: (B, C, H, W).
         noise: (B, C, H, W), the eps in x_t.
         t, alpha, sigma: (B,).
-        prompts: B prompts, without view words.
+        prompts: B prompts, without the words of a view or a domain.
         cameras: B cameras, or None.
+        domain: what the images show, a key of `sds3d.domains.WORDS`; every branch has its word.
         negative: the negative prompt, "" for none.
         uncond_camera: whether the branches "uncond" and "negative" get the camera (or the view words).
         step: step of the run, for settings that change with it.
@@ -64,6 +66,7 @@ class Query:
     sigma: Tensor
     prompts: list[str]
     cameras: Cameras | None = None
+    domain: str = "colours"
     negative: str = ""
     uncond_camera: bool = False
     step: int = 0
@@ -200,6 +203,10 @@ class Query:
 
     def _prompts(self, branch: str, prompt: str | None = None) -> list[str]:
         """Return the B prompts of a branch, with view words if the teacher gets the view in words."""
+        return with_domain(self._prompts_in_colours(branch, prompt), self.domain)
+
+    def _prompts_in_colours(self, branch: str, prompt: str | None) -> list[str]:
+        """Return what ``_prompts`` returns, without the word of the domain."""
         if branch not in BRANCHES:
             raise ValueError(f"unknown branch {branch!r}; accepted: {', '.join(BRANCHES)}")
         if branch in ("negative", "spoilt") and not self.negative:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import warnings
+from collections.abc import Collection
 
 import torch
 
@@ -18,7 +19,7 @@ from sds3d.runtime.distributed import Processes
 from sds3d.students.base import Particles
 from sds3d.students.representation import Scene
 from sds3d.students.scene.student import BACKGROUNDS, SceneConfig, SceneStudent
-from sds3d.teachers.base import HasVocabulary, Teacher, views_per_set
+from sds3d.teachers.base import HasVocabulary, Teacher, domains_of, views_per_set
 from sds3d.teachers.hf import loading
 
 
@@ -67,12 +68,13 @@ def build_student(config: Config, teacher: Teacher | None, processes: Processes)
     """Build a new scene, or one for each of the method's particles. The same seed builds the same scenes."""
     rng = torch.Generator().manual_seed(2 * config.seed + 1)  # the training loop's seed is 2 * seed
     if config.particles == 1:
-        return build_scene(config, rng)
+        return build_scene(config, rng, domains_of(teacher))
     seeds = torch.randint(2**62, (config.particles,), generator=rng).tolist()
-    return Particles([build_scene(config, torch.Generator().manual_seed(seed)) for seed in seeds])
+    known = domains_of(teacher)
+    return Particles([build_scene(config, torch.Generator().manual_seed(seed), known) for seed in seeds])
 
 
-def build_scene(config: Config, rng: torch.Generator) -> SceneStudent:
+def build_scene(config: Config, rng: torch.Generator, known_domains: Collection[str] = ("colours",)) -> SceneStudent:
     """Build a new scene. A background colour that the prompt names replaces white as the default background."""
     device, render, named = pick_device(config.device), config.render, named_background(config.prompt)
     default = named or "white"
@@ -80,14 +82,15 @@ def build_scene(config: Config, rng: torch.Generator) -> SceneStudent:
         if render.background not in ("white", "learned", named):
             raise ValueError(f"the prompt names a {named} background and render.background is {render.background}")
         render = dataclasses.replace(render, background=named)
-    settings = SceneConfig(config.field, config.occupancy, render, config.camera, config.regularise)
+    settings = SceneConfig(config.field, config.occupancy, render, config.camera, config.domains, config.regularise)
 
     def prompts(cameras: Cameras, background: str) -> list[str]:
         is_colour_name = background.isalpha() and background not in (default, "learned")
         return [f"{config.prompt} on a {background} background" if is_colour_name else config.prompt] * len(cameras)
 
     backgrounds = {named: COLOURS[named]} if named else None
-    return SceneStudent(settings, rng, prompts, backgrounds, ops.choose(device, config.backend), device)
+    backend = ops.choose(device, config.backend)
+    return SceneStudent(settings, rng, prompts, backgrounds, known_domains, backend, device)
 
 
 def savings(config: Config, image_size: int) -> list[Saving]:

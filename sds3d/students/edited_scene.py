@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from sds3d.students.base import Draw
-from sds3d.students.representation import Scene
+from sds3d.students.representation import Scene, domain_image
 
 
 class EditedScene:
@@ -29,7 +29,10 @@ class EditedScene:
         draw = self.scene.draw(step, rng)
         assert draw.cameras is not None, "a scene has cameras"
         background = None if self.scene.background_name == "learned" else self.scene.background_name
-        draw.source = self.source.render_view(draw.cameras, draw.images.shape[-1], background=background).rgb
+        views = self.source.render_view(
+            draw.cameras, draw.images.shape[-1], normals=draw.domain == "normals", background=background
+        )
+        draw.source = domain_image(views, draw.cameras.to(draw.images.device), draw.domain)
         return draw
 
     def regularisers(self) -> dict[str, Tensor]:

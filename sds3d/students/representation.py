@@ -13,6 +13,7 @@ from typing import ClassVar, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from sds3d import domains
 from sds3d.cameras import Cameras, Poses
 from sds3d.students.base import Student
 from sds3d.students.optim import OptimConfig
@@ -57,6 +58,23 @@ class Views:
     opacity: Tensor
     depth: Tensor
     normal: Tensor | None
+
+
+def domain_image(views: Views, cameras: Cameras, domain: str) -> Tensor:
+    """Return what a domain shows of a scene: images (B, 3, H, W) in [0, 1].
+
+    Args:
+        views: square images from the cameras; the domain "normals" needs their normals.
+        cameras: B cameras, on the views' device.
+        domain: a key of `sds3d.domains.WORDS`.
+    """
+    if domain == "normals":
+        assert views.normal is not None, "the normals were not rendered"
+        return domains.picture(domains.turned(views.normal, cameras.rotations()))
+    if domain == "positions":
+        origins, directions = (rays.permute(0, 3, 1, 2) for rays in cameras.rays(views.depth.shape[-1]))
+        return domains.picture(views.opacity * (origins + directions * views.depth))
+    return views.rgb
 
 
 @runtime_checkable

@@ -106,7 +106,7 @@ class Teacher(Protocol):
             have view words, cameras are not passed).
         dtype: dtype in which the network computes.
 
-    Optional abilities are protocols of their own: `HasViewSets`, `HasVocabulary`, `HasDevice`. A teacher conditioned on
+    Optional abilities are protocols of their own: `HasViewSets`, `HasVocabulary`, `HasDomains`, `HasDevice`. A teacher conditioned on
     a picture of the object takes the picture in its constructor, and drops it where the prompt is "".
     """
 
@@ -167,6 +167,20 @@ class HasVocabulary(Protocol):
 
 
 @runtime_checkable
+class HasDomains(Protocol):
+    """A teacher that knows images of other domains than colours, each by its word in the prompt.
+
+    Attributes:
+        domains: keys of `sds3d.domains.WORDS`.
+    """
+
+    @property
+    def domains(self) -> tuple[str, ...]:
+        """See above."""
+        ...
+
+
+@runtime_checkable
 class HasDevice(Protocol):
     """A teacher that names its device."""
 
@@ -194,6 +208,11 @@ def require_teacher(teacher: Any) -> None:
 def object_name(teacher: Teacher) -> str:
     """What teacher.name says of a teacher that was given as an object: "python:" and its class."""
     return f"{OBJECT}{type(teacher).__module__}.{type(teacher).__qualname__}"
+
+
+def domains_of(teacher: Teacher | None) -> tuple[str, ...]:
+    """Return the domains that a teacher knows; ("colours",) for most teachers."""
+    return teacher.domains if isinstance(teacher, HasDomains) else ("colours",)
 
 
 def views_per_set(teacher: Teacher) -> int:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from sds3d.cameras import Cameras
 from sds3d.diffusion.noise import Prediction, Schedule
+from sds3d.domains import WORDS
 from sds3d.networks.text import PROMPT_WORDS, TextEncoder
 from sds3d.networks.unet import UNet, UNetConfig
 from sds3d.prompts import unknown_words, warn_of_weights, weighted, words
@@ -78,6 +79,11 @@ class SmallTeacher:
         self.fingerprint = ""
         self.prompts: tuple[str, ...] = ()
         self.header: dict[str, str] = {}
+
+    @property
+    def domains(self) -> tuple[str, ...]:
+        """See `sds3d.teachers.base.HasDomains`: the domains whose words are in the vocabulary."""
+        return tuple(name for name, word in WORDS.items() if not word or word in self.vocabulary)
 
     @property
     def device(self) -> torch.device:

@@ -7,7 +7,7 @@ The loop (train.py) knows only `sds3d.students.base.Student`; previews, export a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from dataclasses import field as default
 from typing import Annotated, ClassVar
@@ -25,12 +25,14 @@ from sds3d.runtime.ranges import STEPS, Within, shown
 from sds3d.runtime.transfer import onto
 from sds3d.students.base import Draw
 from sds3d.students.optim import OptimConfig
-from sds3d.students.representation import ALBEDO, SHADINGS, Shading
+from sds3d.students.representation import ALBEDO, SHADINGS, Shading, domain_image
 from sds3d.students.scene.field import Field, FieldConfig, LearnedBackground
 from sds3d.students.scene.occupancy import Occupancy, OccupancyConfig
 from sds3d.students.scene.regularisers import RegulariserConfig, measure
 from sds3d.students.scene.render import RenderOptions, RenderOut, Trace, render
 from sds3d.students.scene.sample_budget import SampleBudget, rays_at_a_time
+from sds3d.students.scene.turns import COLOURS as IN_COLOURS
+from sds3d.students.scene.turns import DomainConfig
 
 BACKGROUNDS = {"white": (1.0, 1.0, 1.0), "grey": COLOURS["grey"], "black": COLOURS["black"]}
 
@@ -128,6 +130,7 @@ class SceneConfig:
     occupancy: OccupancyConfig = default(default_factory=OccupancyConfig)
     render: RenderConfig = default(default_factory=RenderConfig)
     camera: CameraRanges = default(default_factory=CameraRanges)
+    domains: DomainConfig = default(default_factory=DomainConfig)
     regularise: RegulariserConfig = default(default_factory=RegulariserConfig)
 
 
@@ -139,6 +142,7 @@ class SceneStudent(nn.Module):
         rng: CPU generator of the initial values.
         prompts: function from a draw's cameras and the name of its background to the draw's prompts.
         backgrounds: name -> RGB in [0, 1] of the known plain backgrounds; the first one is the default.
+        known_domains: the domains that the teacher knows, see `sds3d.domains`.
         backend: kernels; None chooses for the device.
         device: where parameters and images live.
 
@@ -160,11 +164,13 @@ class SceneStudent(nn.Module):
         rng: torch.Generator,
         prompts: Prompts = lambda cameras, background: [""] * len(cameras),
         backgrounds: Mapping[str, tuple[float, float, float]] | None = None,
+        known_domains: Collection[str] = ("colours",),
         backend: Backend | None = None,
         device: torch.device | str = "cpu",
     ):
         super().__init__()
         self.config, self.prompts, self.device = config, prompts, torch.device(device)
+        self.known_domains = known_domains
         self.field = Field(config.field, backend or choose(self.device), rng)
         self.occupancy = Occupancy(config.occupancy, 2 / config.render.samples)
         self.learned = LearnedBackground() if config.render.background == "learned" else None
@@ -191,8 +197,10 @@ class SceneStudent(nn.Module):
         settings = self.config.render
         self.field.open(step)
         cameras = self.config.camera.sample(settings.views, rng)
-        self.background_name = self._choose_background(rng)
-        shading = self._shading(step, cameras, rng)
+        domain = self.config.domains.at(step, self.known_domains)
+        in_colours = domain in IN_COLOURS
+        self.background_name = self._choose_background(rng) if in_colours else self._default_background()
+        shading = self._shading(step, cameras, rng) if in_colours else ALBEDO
         self._active, self._noise = self.config.regularise.active(step), rng
         resolution = settings.resolution_at(step)
         if resolution != self._resolution:
@@ -201,7 +209,7 @@ class SceneStudent(nn.Module):
         options = RenderOptions(
             2 / settings.samples,
             shading,
-            "orientation" in self._active,
+            domain == "normals" or "orientation" in self._active,
             settings.dark,
             self._chunk,
             None if ask else self._room.rows(),
@@ -214,7 +222,8 @@ class SceneStudent(nn.Module):
         if not ask and out.trace is not None:  # a critic's draws have no trace
             self._room.saw(out.trace.samples)
         group = torch.zeros(settings.views, dtype=torch.long)
-        return Draw(out.rgb, self.prompts(cameras, self.background_name), cameras, group)
+        images = domain_image(out, cameras.to(self.device), domain)
+        return Draw(images, self.prompts(cameras, self.background_name), cameras, group, domain)
 
     def regularisers(self) -> dict[str, Tensor]:
         """Return the last draw's regularisers whose weight is not 0, unweighted, and the mean opacity, detached."""
@@ -265,8 +274,7 @@ class SceneStudent(nn.Module):
             background: a known name or "#rrggbb"; None is the run's default.
         """
         if background is None:
-            wanted = self.config.render.background
-            background = next(iter(self.backgrounds)) if wanted == "random" else wanted
+            background = self._default_background()
         behind = self._background(background)
         size = self.config.render.resolution_at(math.inf) if resolution is None else resolution
         chunk = self._chunk if self.device.type == "cuda" else min(self._chunk, RenderOptions.chunk)
@@ -302,6 +310,11 @@ class SceneStudent(nn.Module):
         if chance >= settings.other_share or len(names) == 1:
             return names[0]
         return names[1 + int(which * (len(names) - 1))]
+
+    def _default_background(self) -> str:
+        """Return the name of the background of a view that is given none."""
+        wanted = self.config.render.background
+        return next(iter(self.backgrounds)) if wanted == "random" else wanted
 
     def _background(self, name: str) -> Tensor | nn.Module:
         """Return the named background as `render` takes it."""

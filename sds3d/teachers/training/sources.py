@@ -212,7 +212,7 @@ class RenderBatches:
         images = torch.empty(size, 3, *layers.shape[2:])
         for domain in dict.fromkeys(chosen):
             of = torch.tensor([i for i, other in enumerate(chosen) if other == domain])
-            images[of] = domain_images(layers[of], main[of], second[of], backgrounds[of], domain)
+            images[of] = domain_images(layers[of], main[of], second[of], backgrounds[of], domain, cameras[of])
         for i, row in enumerate(rows):
             if row.quality:
                 images[i] = degrade(images[i], row.quality, self.rng)

@@ -1,0 +1,70 @@
+"""Turns: which domain (see `sds3d.domains`) the images of a step show."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, fields
+from typing import Annotated
+
+from sds3d.runtime.ramp import Ramp
+from sds3d.runtime.ranges import Within
+from sds3d.runtime.validation import check
+
+COLOURS = ("colours", "albedo")
+_GOLDEN = (5**0.5 - 1) / 2  # multiples of it, modulo 1, fill [0, 1) evenly
+_NEVER = Ramp.constant(0.0)
+
+
+@dataclass(frozen=True)
+class DomainConfig:
+    """The domains on which the teacher judges a scene, in turn.
+
+    A domain that the teacher does not know has no turn; its steps show colours.
+
+    Args:
+        colours: what the scene's colours are: "colours" under the teacher's light, or "albedo", without light.
+        normals, positions: fraction of the steps that show the normals or the positions of the surface, a Ramp.
+
+    Raises:
+        ValueError: a setting is out of range, or the fractions add up to more than 1.
+
+    Examples:
+        >>> turns = DomainConfig(normals=Ramp.constant(0.5))
+        >>> [turns.at(step, ("colours", "normals")) for step in range(4)]
+        ['normals', 'colours', 'normals', 'colours']
+    """
+
+    colours: str = "colours"
+    normals: Annotated[Ramp, Within(0, 1)] = _NEVER
+    positions: Annotated[Ramp, Within(0, 1)] = _NEVER
+
+    def __post_init__(self):
+        check(self, "domains")
+        if self.colours not in COLOURS:
+            raise ValueError(f"domains.colours is {self.colours!r}; give {' or '.join(COLOURS)}")
+        ramps = self._ramps()
+        for step in {edge for ramp in ramps.values() for edge in (ramp.start, ramp.end)}:
+            total = sum(ramp(step) for ramp in ramps.values())
+            if total > 1 + 1e-9:
+                raise ValueError(
+                    f"domains.{' and domains.'.join(ramps)} add up to {total:g} at step {step:g}; give at most 1"
+                )
+
+    def at(self, step: int, known: Collection[str]) -> str:
+        """Return the domain of a step.
+
+        The turns follow a low-discrepancy sequence: any few steps in a row have each domain nearly in its fraction.
+
+        Args:
+            step: index of the step, from 0.
+            known: the domains that the teacher knows.
+        """
+        place, bound = step * _GOLDEN % 1, 0.0
+        for domain, ramp in self._ramps().items():
+            bound += ramp(step) if domain in known else 0.0
+            if place < bound:
+                return domain
+        return self.colours if self.colours in known else "colours"
+
+    def _ramps(self) -> dict[str, Ramp]:
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "colours"}
