@@ -29,7 +29,7 @@ import torch
 from sds3d.ops import Backend, GridSpec, choose, reference
 from sds3d.runtime.machine import machine
 
-OPS = ("hash_encode", "march", "composite")
+OPS = ("hash_encode", "hash_slope", "march", "composite")
 Case = tuple[Callable, Callable | None, int]  # forward() -> state, backward(state), points or samples
 
 
@@ -55,6 +55,19 @@ def hash_case(backend: Backend, points: int, spec: GridSpec, dtype: torch.dtype,
     return (
         lambda: backend.hash_encode(positions, table, spec),
         lambda out: torch.autograd.grad(out, table, incoming),
+        points,
+    )
+
+
+def slope_case(backend: Backend, points: int, spec: GridSpec, device: torch.device) -> Case:
+    """Differentiate the features of uniform points; backward computes the table's gradient."""
+    generator = torch.Generator().manual_seed(0)
+    positions = torch.rand(points, 3, generator=generator).to(device)
+    table = torch.randn(spec.entries, spec.features, generator=generator).to(device).requires_grad_()
+    incoming = torch.randn(points, spec.width, generator=generator).to(device)
+    return (
+        lambda: backend.hash_slope(positions, table, incoming, spec),
+        lambda out: torch.autograd.grad(out, table, torch.ones_like(out)),
         points,
     )
 
@@ -85,6 +98,8 @@ def bytes_of(op: str, points: int, spec: GridSpec, dtype: torch.dtype) -> int:
     """Return the bytes that an op's forward pass reads and writes for this number of points or samples."""
     if op == "hash_encode":
         return points * (12 + (8 + 1) * spec.width * dtype.itemsize)
+    if op == "hash_slope":
+        return points * (12 + 12 + (8 + 1) * spec.width * 4)
     if op == "march":
         return points * (8 + 12 + 4)  # ray, point and distance of each sample
     return points * (4 + 4 + 16 + 4)  # density, length, four values; the weight
@@ -175,6 +190,7 @@ def main() -> None:
             for points in numbers(args.points):
                 build = {
                     "hash_encode": lambda backend, n=points, s=spec: hash_case(backend, n, s, dtype, device),
+                    "hash_slope": lambda backend, n=points, s=spec: slope_case(backend, n, s, device),
                     "march": lambda backend, n=points: march_case(backend, n, device),
                     "composite": lambda backend, n=points: composite_case(backend, n, device),
                 }
@@ -201,7 +217,7 @@ def backends_here(op: str, device: torch.device) -> list[str]:
     """Return the installed backends that have a kernel of their own for an op on this device."""
     own = {"torch": OPS, "numba": OPS} if device.type == "cpu" else {"torch": OPS, "triton": OPS}
     if device.type == "cuda":
-        own |= {"tinycudann": ("hash_encode",), "nerfacc": ("march", "composite")}
+        own |= {"tinycudann": ("hash_encode", "hash_slope"), "nerfacc": ("march", "composite")}
     return [name for name, ops in own.items() if op in ops and importlib.util.find_spec(name) is not None]
 
 

@@ -139,6 +139,22 @@ def test_every_backend_encodes_as_the_reference(spec: GridSpec, dtype: torch.dty
 
 
 @each_backend
+def test_slope_is_the_gradient_in_the_points(backend: Backend):
+    """As autograd finds it from the reference's features, with its derivatives in the table and the weights."""
+    points = draw(40, 3) * 1.2 - 0.1  # some outside
+    table, weights = draw(SMALL.entries, 2, seed=1).requires_grad_(), draw(40, SMALL.width, seed=2).requires_grad_()
+    along, moved = draw(40, 3, seed=3, normal=True), points.clone().requires_grad_()
+    features = reference.hash_encode(moved, table, SMALL)
+    (wanted,) = torch.autograd.grad((features * weights).sum(), moved, create_graph=True)
+    got = backend.hash_slope(points, table, weights, SMALL)
+    torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)
+    for ours, theirs in zip(*(torch.autograd.grad((x * along).sum(), (table, weights)) for x in (got, wanted))):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+    with torch.no_grad():
+        assert torch.equal(backend.hash_slope(points, table, weights, SMALL), got)
+
+
+@each_backend
 def test_points_outside_are_clamped_and_nan_reads_as_zero(backend: Backend):
     table = draw(SMALL.entries, 2)
     points = torch.tensor([[-3, 0.5, 7], [math.nan, 0.2, 0.1]], dtype=torch.float64).requires_grad_()
@@ -566,6 +582,7 @@ def test_cuda_adapters_match_the_reference(name: str):
     dt, offsets = torch.full_like(sigma, 0.05), torch.tensor([0, 300, 300, 1000]).cuda()
     for kernel in (
         lambda b: b.hash_encode(points, table, spec),
+        lambda b: b.hash_slope(points, table, torch.ones(1000, spec.width, device="cuda"), spec) / spec.finest,
         lambda b: b.composite(sigma, dt, values, offsets).accumulated,
     ):
         expected, got = kernel(choose("cuda", "torch")), kernel(backend)

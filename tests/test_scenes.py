@@ -212,6 +212,72 @@ def test_normals_of_the_blob_point_outwards():
     assert (field.normals(points) * points / 0.4).sum(-1).min() > 0.995
 
 
+def rough(backend: ops.Backend, **settings) -> tuple[Field, torch.Tensor]:
+    """A field of float64 whose table says something, and points in the middle of the finest level's cells."""
+    field = Field(replace(SMALL, **settings), backend, seeded()).double()
+    with torch.no_grad():
+        field.table.mul_(1e4)
+    scale = field.spec.scales[-1]
+    places = (torch.randint(1, int(scale) - 1, (24, 3), generator=seeded(1)) + 0.5 - 0.25) / scale
+    return field, (places.double() * 2 - 1)
+
+
+@pytest.mark.parametrize("name", ["torch", "numba", "triton"])
+def test_slope_of_the_field_against_finite_differences(name: str):
+    """Inside a cell and away from the hidden layer's kinks the density's logit is smooth."""
+    field, points = rough(ops.choose("cpu", name), open_levels=Ramp.constant(3.5))
+    field.open(0)
+    step = 1e-6
+    with torch.no_grad():
+        shifts = torch.eye(3).double() * step
+        wanted = torch.stack([(field.logit(points + s) - field.logit(points - s)) / (2 * step) for s in shifts], -1)
+    torch.testing.assert_close(field.slope(points).detach(), wanted, rtol=1e-6, atol=1e-6)
+    assert field.slope(points).std() > 1  # it varies: the table counts, not the blob alone
+
+
+@pytest.mark.parametrize("name", ["torch", "numba"])
+def test_gradients_of_the_normals_against_finite_differences(name: str):
+    field, points = rough(ops.choose("cpu", name))
+
+    def normals(table, w1, w2):
+        state = {**dict(field.named_parameters()), "table": table, "w1": w1, "w2": w2}
+        weights = torch.linspace(-1, 1, points.numel()).double().view_as(points)
+        return (
+            torch.func.functional_call(_Normals(field), {f"field.{k}": v for k, v in state.items()}, points) * weights
+        )
+
+    assert torch.autograd.gradcheck(normals, (field.table, field.w1, field.w2), fast_mode=True)
+
+
+class _Normals(torch.nn.Module):
+    def __init__(self, field: Field):
+        super().__init__()
+        self.field = field
+
+    def forward(self, points: torch.Tensor) -> torch.Tensor:
+        return self.field.normals(points)
+
+
+@pytest.mark.parametrize("shading", [Shading(), Shading("lambertian"), Shading("textureless")])
+def test_faint_samples_need_no_normals(shading: Shading):
+    """Images, normals and the orientation regulariser are as with all normals, at a small part of the samples."""
+    field = Field(SMALL, BACKEND, seeded())
+    with torch.no_grad():
+        field.table.normal_(std=0.1, generator=seeded(3))
+    asked, outs, away = [], [], []
+    options = RenderOptions(0.05, shading, normals=True)
+    for chosen in (replace(options, faint=0.0), options):
+        out = render(field, everywhere(), VIEWS, 24, WHITE, chosen, seeded())
+        asked.append((out.trace.normals.norm(dim=-1) > 0).sum().item())
+        outs.append(out)
+        away.append(regularisers.orientation(out.trace).item())
+    full, some = outs
+    assert asked[1] < 0.5 * asked[0]
+    assert (some.normal - full.normal).abs().max() < 0.05 and (some.normal - full.normal).abs().mean() < 0.005
+    assert (some.rgb - full.rgb).abs().max() < 0.05
+    assert away[1] == pytest.approx(away[0], rel=0.1) and away[1] > 0
+
+
 def test_closed_levels_get_no_gradient_and_give_nothing():
     field = Field(replace(SMALL, open_levels=Ramp(0, 2, 4, 10)), BACKEND, seeded())
     points = torch.rand(64, 3, generator=seeded()) * 2 - 1

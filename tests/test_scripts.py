@@ -19,7 +19,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("op", ["hash_encode", "march", "composite"])
+@pytest.mark.parametrize("op", ["hash_encode", "hash_slope", "march", "composite"])
 def test_bench_prints_a_list_of_rows(op: str):
     done = run("scripts/bench.py", "--only", op, "--points", "512,1024", "--rounds", "1", "--json")
     assert done.returncode == 0, done.stderr

@@ -1,6 +1,6 @@
-"""The hot kernels: hash encoding, ray marching and compositing, and the choice of a backend for them.
+"""The hot kernels: hash encoding, its slope, ray marching and compositing, and the choice of a backend for them.
 
-`reference` defines the kernels in plain torch. A `Backend` holds three functions with the same signatures.
+`reference` defines the kernels in plain torch. A `Backend` holds four functions with the same signatures.
 """
 
 from __future__ import annotations
@@ -28,11 +28,12 @@ COMPILER_MISSING = (
 
 @dataclass(frozen=True)
 class Backend:
-    """Three kernels with the signatures of `sds3d.ops.reference`, and the reason for which they were chosen."""
+    """Four kernels with the signatures of `sds3d.ops.reference`, and the reason for which they were chosen."""
 
     name: str
     reason: str
     hash_encode: Callable
+    hash_slope: Callable
     march: Callable
     composite: Callable
 
@@ -82,7 +83,7 @@ def _automatic(device: torch.device) -> Backend:
 
 def _torch(reason: str) -> Backend:
     """Return plain torch, which runs on every device."""
-    return Backend("torch", reason, reference.hash_encode, reference.march, reference.composite)
+    return Backend("torch", reason, reference.hash_encode, reference.hash_slope, reference.march, reference.composite)
 
 
 def _numba(device: torch.device, reason: str) -> Backend:
@@ -93,7 +94,7 @@ def _numba(device: torch.device, reason: str) -> Backend:
         raise ValueError("backend numba is not installed; pip install numba, or give --backend auto")
     from sds3d.ops import numba_cpu
 
-    return Backend("numba", reason, numba_cpu.hash_encode, numba_cpu.march, numba_cpu.composite)
+    return Backend("numba", reason, numba_cpu.hash_encode, numba_cpu.hash_slope, numba_cpu.march, numba_cpu.composite)
 
 
 def _triton(device: torch.device, reason: str) -> Backend:
@@ -107,7 +108,9 @@ def _triton(device: torch.device, reason: str) -> Backend:
         raise ValueError(f"{missing}; or give --backend auto")
     from sds3d.ops import triton_gpu
 
-    return Backend("triton", reason, triton_gpu.hash_encode, triton_gpu.march, triton_gpu.composite)
+    return Backend(
+        "triton", reason, triton_gpu.hash_encode, triton_gpu.hash_slope, triton_gpu.march, triton_gpu.composite
+    )
 
 
 def _missing_for_triton(device: torch.device) -> str:
@@ -130,15 +133,15 @@ def _cuda(device: torch.device, name: str) -> Backend:
     if device.type != "cuda":
         raise ValueError(f"backend {name} runs on CUDA, not on {device.type}; give --device cuda or --backend auto")
     others = choose(device)
-    hash_encode, march, composite = others.hash_encode, others.march, others.composite
+    hash_encode, hash_slope, march, composite = others.hash_encode, others.hash_slope, others.march, others.composite
     if "tinycudann" in name:
         from sds3d.ops import tcnn_cuda
 
         tcnn_cuda.check()
-        hash_encode = tcnn_cuda.hash_encode
+        hash_encode, hash_slope = tcnn_cuda.hash_encode, tcnn_cuda.hash_slope
     if "nerfacc" in name:
         from sds3d.ops import nerfacc_cuda
 
         nerfacc_cuda.check()
         march, composite = nerfacc_cuda.march, nerfacc_cuda.composite
-    return Backend(name, f"requested; the other kernels are {others.name}", hash_encode, march, composite)
+    return Backend(name, f"requested; the other kernels are {others.name}", hash_encode, hash_slope, march, composite)

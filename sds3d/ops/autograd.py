@@ -133,6 +133,14 @@ def hash_encode(loops: Loops, points: Tensor, table: Tensor, spec: GridSpec) -> 
     return _HashEncode.apply(points, table, spec, loops)
 
 
+def hash_slope(loops: Loops, points: Tensor, table: Tensor, grad: Tensor, spec: GridSpec) -> Tensor:
+    """Compute `reference.hash_slope` by the loops."""
+    check_hash_encode(points, table, spec)
+    points = points.detach()
+    slope = _PointGradient.apply(points, table.to(points.dtype), grad.to(points.dtype), spec, loops)
+    return torch.where((points >= 0) & (points <= 1), slope, 0)
+
+
 def composite(
     loops: Loops,
     sigma: Tensor,  # (S,)

@@ -148,6 +148,11 @@ def hash_encode(points: Tensor, table: Tensor, spec: GridSpec) -> Tensor:
     return autograd.hash_encode(LOOPS, points, table.to(points.dtype), spec).to(table.dtype)
 
 
+def hash_slope(points: Tensor, table: Tensor, grad: Tensor, spec: GridSpec) -> Tensor:
+    """Compute `reference.hash_slope`."""
+    return autograd.hash_slope(LOOPS, points, table, grad, spec)
+
+
 @torch.no_grad()
 def march(
     origins: Tensor,  # (R, 3)

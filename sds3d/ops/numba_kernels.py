@@ -197,37 +197,53 @@ def scatter(points, along, grad, scales, levels, lanes, groups, block, out):
                     _add(index, weight, count, grad, lanes, first * width + level * len(lanes), width, out)
 
 
+@njit(**FAST)
+def _dots(index, count, table, grad, lanes, place, width, out):
+    """Set the eight planes of out to the dot product of grad[place + j width ...] and each corner's entry."""
+    zero, features = table.dtype.type(0), word(len(lanes))
+    for j in range(count):
+        row = word(place + j * width)
+        for k in range(8):
+            first, dot = word(index[k * CHUNK + j]) * features, zero
+            for f in range(len(lanes)):
+                dot += grad[row + word(f)] * table[first + word(f)]
+            out[word(k * CHUNK + j)] = dot
+
+
+@njit(**FAST)
+def _gradients(xyz, count, scale, dots, out):
+    """Add to the planes of x, y, z of out the gradient in the points of the trilinear interpolation of the dots."""
+    real = xyz.dtype.type
+    half, one = real(0.5), real(1)
+    for j in range(count):
+        px, py, pz = xyz[j] * scale + half, xyz[CHUNK + j] * scale + half, xyz[2 * CHUNK + j] * scale + half
+        fx, fy, fz = px - real(np.int32(px)), py - real(np.int32(py)), pz - real(np.int32(pz))
+        ex, ey, ez = one - fx, one - fy, one - fz
+        a, b, c, d = dots[j], dots[CHUNK + j], dots[2 * CHUNK + j], dots[3 * CHUNK + j]
+        e, f, g, h = dots[4 * CHUNK + j], dots[5 * CHUNK + j], dots[6 * CHUNK + j], dots[7 * CHUNK + j]
+        out[j] += scale * (ez * (ey * (b - a) + fy * (d - c)) + fz * (ey * (f - e) + fy * (h - g)))
+        out[CHUNK + j] += scale * (ez * (ex * (c - a) + fx * (d - b)) + fz * (ex * (g - e) + fx * (h - f)))
+        out[2 * CHUNK + j] += scale * (ey * (ex * (e - a) + fx * (f - b)) + fy * (ex * (g - c) + fx * (h - d)))
+
+
 @njit(parallel=True, **FAST)
 def point_gradient(points, grad, table, scales, levels, lanes, out):
     """Set out (N, 3) to the points' gradient, given grad (N, L * F)."""
     count_all, width = points.size // 3, scales.size * len(lanes)
-    real = points.dtype.type
-    half, one, features = real(0.5), real(1), word(len(lanes))
     for chunk in prange((count_all + CHUNK - 1) // CHUNK):
         first = chunk * CHUNK
         count = min(CHUNK, count_all - first)
-        xyz, weight = np.empty(3 * CHUNK, points.dtype), np.empty(8 * CHUNK, points.dtype)
-        index = np.empty(8 * CHUNK, np.uint32)
+        xyz, dots = np.empty(3 * CHUNK, points.dtype), np.empty(8 * CHUNK, points.dtype)
+        index, total = np.empty(8 * CHUNK, np.uint32), np.zeros(3 * CHUNK, points.dtype)
         _planes(points, first, count, xyz)
         _clamp(xyz, count)
         for level in range(scales.size):
-            scale = scales[level]
-            _corners(xyz, count, scale, levels[level], index, weight)
-            for j in range(count):
-                px, py, pz = xyz[j] * scale + half, xyz[CHUNK + j] * scale + half, xyz[2 * CHUNK + j] * scale + half
-                fx, fy, fz = px - real(np.int32(px)), py - real(np.int32(py)), pz - real(np.int32(pz))
-                place, row = word((first + j) * width + level * len(lanes)), word(3 * (first + j))
-                for k in range(8):
-                    dot = real(0)
-                    for f in range(len(lanes)):
-                        dot += grad[place + word(f)] * table[word(index[k * CHUNK + j]) * features + word(f)]
-                    dot *= scale
-                    wx, sx = (fx, dot) if k & 1 else (one - fx, -dot)
-                    wy, sy = (fy, dot) if k & 2 else (one - fy, -dot)
-                    wz, sz = (fz, dot) if k & 4 else (one - fz, -dot)
-                    out[row] += sx * wy * wz
-                    out[row + word(1)] += sy * wx * wz
-                    out[row + word(2)] += sz * wx * wy
+            _corners(xyz, count, scales[level], levels[level], index, dots)
+            _dots(index, count, table, grad, lanes, first * width + level * len(lanes), width, dots)
+            _gradients(xyz, count, scales[level], dots, total)
+        for j in range(count):
+            for axis in range(3):
+                out[word(3 * (first + j) + axis)] = total[word(axis * CHUNK + j)]
 
 
 @njit(**EXACT)

@@ -203,6 +203,34 @@ def hash_encode(points: Tensor, table: Tensor, spec: GridSpec) -> Tensor:
     return torch.cat(features, -1).to(table.dtype)
 
 
+def hash_slope(points: Tensor, table: Tensor, grad: Tensor, spec: GridSpec) -> Tensor:
+    """Return the gradient of sum(grad * features) in the points, where `features` are those of `hash_encode`.
+
+    Args:
+        points, table: as for `hash_encode`.
+        grad: (N, levels * features), constant in the points.
+
+    Returns:
+        (N, 3) in the points' dtype; 0 outside the box. Differentiable in the table and in grad, not in the points.
+    """
+    check_hash_encode(points, table, spec)
+    points = points.detach()
+    inside, wide = torch.where(points.isnan(), 0, points.clamp(0, 1)), table.to(points.dtype)
+    total = torch.zeros_like(points)
+    for level, (scale, part) in enumerate(zip(spec.scales, grad.to(points.dtype).split(spec.features, -1))):
+        position = inside * scale + 0.5
+        cell = position.floor()
+        fraction = position - cell
+        for bits in range(8):
+            offset = torch.tensor([bits >> axis & 1 for axis in range(3)], device=points.device)  # (3,)
+            weight = torch.where(offset.bool(), fraction, 1 - fraction)
+            others = weight[:, [1, 2, 0]] * weight[:, [2, 0, 1]]  # the weight is a product of the three axes
+            index = spec.offsets[level] + corner_index(cell.long() + offset, level, spec)
+            along = (wide.index_select(0, index) * part).sum(-1, keepdim=True)
+            total = total + along * others * (2 * offset - 1) * scale
+    return torch.where((points >= 0) & (points <= 1), total, 0)
+
+
 def box_interval(origins: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]:
     """Return the distances (R,), (R,) at which rays (R, 3) enter and leave [-1, 1]^3; enter >= leave for a miss."""
     parallel = directions == 0

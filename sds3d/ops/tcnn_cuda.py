@@ -52,3 +52,13 @@ def hash_encode(points: Tensor, table: Tensor, spec: GridSpec) -> Tensor:
     encoding = _encoding(spec, torch.float16 if table.dtype == torch.float16 else torch.float32)
     features = torch.func.functional_call(encoding, {"params": table.float().view(-1)}, (inside,))
     return features[:, : spec.width].to(table.dtype)
+
+
+def hash_slope(points: Tensor, table: Tensor, grad: Tensor, spec: GridSpec) -> Tensor:
+    """Compute `reference.hash_slope` on CUDA, by tinycudann's own derivatives."""
+    graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        points = points.detach().requires_grad_()
+        features = hash_encode(points, table, spec)
+        (slope,) = torch.autograd.grad(features, points, grad.to(features.dtype), create_graph=graph)
+    return slope

@@ -159,10 +159,19 @@ class Loops:
 ATOMIC, FIXED_POINT = Loops(), Loops(deterministic=True)
 
 
+def _loops() -> Loops:
+    """Return the loops that sum as torch's setting for deterministic algorithms asks."""
+    return FIXED_POINT if torch.are_deterministic_algorithms_enabled() else ATOMIC
+
+
 def hash_encode(points: Tensor, table: Tensor, spec: GridSpec) -> Tensor:
     """Compute `reference.hash_encode`."""
-    loops = FIXED_POINT if torch.are_deterministic_algorithms_enabled() else ATOMIC
-    return autograd.hash_encode(loops, points, table, spec)
+    return autograd.hash_encode(_loops(), points, table, spec)
+
+
+def hash_slope(points: Tensor, table: Tensor, grad: Tensor, spec: GridSpec) -> Tensor:
+    """Compute `reference.hash_slope`."""
+    return autograd.hash_slope(_loops(), points, table, grad, spec)
 
 
 @torch.no_grad()
