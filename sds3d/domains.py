@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 WORDS = {"colours": "", "albedo": "albedo", "normals": "normals", "positions": "positions"}
+VECTORS = ("normals", "positions")  # domains whose pixels are vectors
 
 
 def with_domain(prompts: Sequence[str], domain: str) -> list[str]:

@@ -4,7 +4,8 @@ A method returns a direction d in eps units, shape of x. The core does the rest 
 is the case d = eps_teacher - eps):
 
     x_t  = alpha x + sigma eps                            # t from the timestep sampler, one t for each group
-    g    = stop_grad(W(t) N d)                            # weight W by name, normaliser N (1 unless a method has one)
+    g    = stop_grad(W(t) N d)                            # weight W by name, normaliser N (1 unless a method has one),
+                                                          # times the draw's weight
     loss = 0.5 |x - stop_grad(x - g)|^2 / B               # summed over a sample, mean over the batch
 
 The gradient on x is g / B. The value of the loss has no meaning. The teacher is never differentiated.
@@ -164,6 +165,7 @@ class ScoreObjective:
         guidance: see ``Query``.
         critic: see ``Query``.
         source_prompt: prompt of the source images, for methods that edit.
+        vector_scale: see ``Query``.
         noise_seed: seed of fixed noise.
 
     Raises:
@@ -181,6 +183,7 @@ class ScoreObjective:
     guidance: Guidance = Guidance()
     critic: Critic | None = None
     source_prompt: str = ""
+    vector_scale: float = 1.0
     noise_seed: int = 0
 
     def __post_init__(self):
@@ -220,7 +223,7 @@ class ScoreObjective:
         noise_rng = rng if self.noise == "fresh" else torch.Generator().manual_seed(self.noise_seed)
         noise = onto(draw.processes.randn(x.shape, noise_rng, x.dtype), x.device)
         query = self.query(draw, x, onto(t, x.device), noise, step, rng)
-        g = self.gradient(query)
+        g = draw.weight * self.gradient(query)
         return ScoreResult(surrogate(x, g), _metrics(g, t.tolist()) | {"asked": sum(query.teacher_images)}, query)
 
     def time_of(self, draw: Draw, step: int, rng: torch.Generator) -> Tensor:
@@ -257,6 +260,7 @@ class ScoreObjective:
             prompts=draw.prompts,
             cameras=draw.cameras,
             domain=draw.domain,
+            vector_scale=self.vector_scale,
             negative=self.negative,
             uncond_camera=self.uncond_camera,
             step=step,

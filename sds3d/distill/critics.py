@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from sds3d.cameras import Cameras
 from sds3d.diffusion.noise import Prediction, noised, target
+from sds3d.domains import with_domain
 from sds3d.networks.lora import LoRA
 from sds3d.networks.unet import CAMERA_FEATURES, camera_features
-from sds3d.domains import with_domain
 from sds3d.prompts import with_view
 from sds3d.runtime.distributed import Processes
 from sds3d.runtime.ranges import Within

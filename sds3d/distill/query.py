@@ -13,7 +13,7 @@ from sds3d.cameras import Cameras
 from sds3d.diffusion.guidance import Guidance, cfg, cfg_rescale, perp_neg
 from sds3d.diffusion.noise import Prediction, per_sample
 from sds3d.diffusion.samplers.ddim import ddim
-from sds3d.domains import with_domain
+from sds3d.domains import VECTORS, with_domain
 from sds3d.prompts import VIEW_WORDS, view_negatives, with_view
 from sds3d.runtime.transfer import onto
 from sds3d.teachers.base import Teacher
@@ -47,6 +47,8 @@ class Query:
         prompts: B prompts, without the words of a view or a domain.
         cameras: B cameras, or None.
         domain: what the images show, a key of `sds3d.domains.WORDS`; every branch has its word.
+        vector_scale: guidance scale in the domains of vectors, normals and positions, in place of the method's: a
+            scale above 1 makes colours purer, and vectors wrong.
         negative: the negative prompt, "" for none.
         uncond_camera: whether the branches "uncond" and "negative" get the camera (or the view words).
         step: step of the run, for settings that change with it.
@@ -67,6 +69,7 @@ class Query:
     prompts: list[str]
     cameras: Cameras | None = None
     domain: str = "colours"
+    vector_scale: float = 1.0
     negative: str = ""
     uncond_camera: bool = False
     step: int = 0
@@ -120,6 +123,7 @@ class Query:
 
     def guided(self, scale: float) -> Tensor:
         """Return the teacher's guided eps at (x_t, t), (B, C, H, W). A negative prompt replaces the null prompt."""
+        scale = self.vector_scale if self.domain in VECTORS else scale
         return self.guided_at(self.x_t, self.t, scale, base="negative" if self.negative else "uncond", cached=True)
 
     def guided_at(

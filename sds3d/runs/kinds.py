@@ -42,6 +42,10 @@ def _no_prompts(config: Any) -> list[tuple[str, str]]:
     return []
 
 
+def _unguided(config: Any) -> float:
+    return 1.0
+
+
 def _critic(config: Any, teacher: Loaded, rng: torch.Generator, processes: Processes) -> TrainedCritic:
     return TrainedCritic(teacher, config.critic, rng, processes)
 
@@ -72,6 +76,7 @@ class Kind:
         further_objectives: (score, config, student, processes) -> objectives beside the score, by name.
         source: how a user gives the source of an edit, as KEY=VALUE.
         has_source: (config) -> whether the config gives a source.
+        vector_scale: (config) -> the guidance scale in the domains of vectors, see `sds3d.distill.query.Query`.
         gives: the needs of methods that this kind can meet: "pairs", "real".
         seen_by_cameras: whether the student is rendered from cameras.
         many_prompts: whether an empty prompt means all prompts that the teacher was trained on.
@@ -94,6 +99,7 @@ class Kind:
     )
     source: str = ""
     has_source: Callable[[Any], bool] = bool
+    vector_scale: Callable[[Any], float] = _unguided
     gives: frozenset[str] = frozenset()
     seen_by_cameras: bool = False
     many_prompts: bool = False
@@ -113,6 +119,7 @@ KINDS = {
         further_prompts=scene_parts.further_prompts,
         source="source.run=outputs/00001-...",
         has_source=lambda config: bool(config.source.run),
+        vector_scale=lambda config: config.domains.guidance,
         seen_by_cameras=True,
     ),
     "image": Kind(

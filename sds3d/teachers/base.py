@@ -106,8 +106,8 @@ class Teacher(Protocol):
             have view words, cameras are not passed).
         dtype: dtype in which the network computes.
 
-    Optional abilities are protocols of their own: `HasViewSets`, `HasVocabulary`, `HasDomains`, `HasDevice`. A teacher conditioned on
-    a picture of the object takes the picture in its constructor, and drops it where the prompt is "".
+    Optional abilities are protocols of their own: `HasViewSets`, `HasVocabulary`, `HasDomains`, `HasDevice`. A teacher
+    conditioned on a picture of the object takes the picture in its constructor, and drops it where the prompt is "".
     """
 
     schedule: Schedule

@@ -223,7 +223,8 @@ class SceneStudent(nn.Module):
             self._room.saw(out.trace.samples)
         group = torch.zeros(settings.views, dtype=torch.long)
         images = domain_image(out, cameras.to(self.device), domain)
-        return Draw(images, self.prompts(cameras, self.background_name), cameras, group, domain)
+        prompts, weight = self.prompts(cameras, self.background_name), self.config.domains.weight(domain)
+        return Draw(images, prompts, cameras, group, domain, weight)
 
     def regularisers(self) -> dict[str, Tensor]:
         """Return the last draw's regularisers whose weight is not 0, unweighted, and the mean opacity, detached."""

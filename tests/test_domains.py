@@ -1,0 +1,163 @@
+"""Domains: the word of each, what a scene shows in each, whose turn it is, and the truth in the teacher's place."""
+
+import pytest
+import torch
+from conftest import BallTeacher
+
+from sds3d import domains, ops
+from sds3d.cameras import orbit
+from sds3d.config import load as configs
+from sds3d.data import toybox
+from sds3d.diffusion.timesteps import TimestepSampler
+from sds3d.distill.core import ScoreObjective
+from sds3d.distill.score.sds import SDS
+from sds3d.evaluate.true_teacher import TrueTeacher
+from sds3d.runs import launch
+from sds3d.runtime.ramp import Ramp
+from sds3d.students.base import Draw
+from sds3d.students.edited_scene import EditedScene
+from sds3d.students.representation import domain_image
+from sds3d.students.scene.field import FieldConfig
+from sds3d.students.scene.student import RenderConfig, SceneConfig, SceneStudent
+from sds3d.students.scene.turns import DomainConfig
+from sds3d.teachers import small
+
+HALF = Ramp.constant(0.5)
+ALL = tuple(domains.WORDS)
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def ball_scene(**turns) -> SceneStudent:
+    """A new scene: a grey ball, whose density falls from 400 at its centre to 0.69 at 0.5."""
+    field = FieldConfig(levels=4, log2_table=10, base=4, finest=32, hidden=16, blob_strength=400.0)
+    config = SceneConfig(field, render=RenderConfig(views=2, resolution=32, samples=128), domains=DomainConfig(**turns))
+    return SceneStudent(config, seeded(), known_domains=ALL, backend=ops.choose("cpu", "torch"))
+
+
+def test_each_domain_gets_its_part_of_any_few_steps():
+    turns = DomainConfig(normals=Ramp.constant(0.3), positions=Ramp(100, 0.0, 0.4, 200))
+    shown = [turns.at(step, ALL) for step in range(400)]
+    for start in range(0, 100, 20):
+        assert abs(shown[start : start + 20].count("normals") - 6) <= 1 and "positions" not in shown[:100]
+        late = shown[300 + start : 320 + start]
+        assert abs(late.count("normals") - 6) <= 1 and abs(late.count("positions") - 8) <= 1
+    assert {turns.at(step, ("colours", "positions")) for step in range(200, 300)} == {"colours", "positions"}
+    unlit = DomainConfig("albedo", HALF)
+    assert {unlit.at(step, ALL) for step in range(9)} == {"albedo", "normals"}
+    assert {unlit.at(step, ("colours",)) for step in range(9)} == {"colours"}
+
+
+@pytest.mark.parametrize(
+    "settings, words",
+    [
+        ({"normals": Ramp.constant(0.6), "positions": HALF}, "add up to 1.1 at step 0"),
+        ({"normals": Ramp(0, 0.1, 0.9, 50), "positions": HALF}, "add up to 1.4 at step 50"),
+        ({"normals": Ramp.constant(1.5)}, "domains.normals"),
+        ({"colours": "lit"}, "give colours or albedo"),
+    ],
+)
+def test_turns_that_cannot_be_are_refused(settings, words):
+    with pytest.raises(ValueError, match=words):
+        DomainConfig(**settings)
+
+
+def test_a_scene_shows_the_surface_of_its_ball():
+    """Points that the pixels of "positions" show lie on the sphere of the pixels' normals."""
+    scene, cameras = ball_scene(), orbit(3, elevation=35.0)
+    views = scene.render_view(cameras, 32, normals=True)
+    solid = (views.opacity > 0.999)[:, 0]
+    assert solid.sum() > 200
+    points = domains.vectors(domain_image(views, cameras, "positions")).permute(0, 2, 3, 1)[solid]
+    assert points.norm(dim=-1).mean() == pytest.approx(0.46, abs=0.01)  # there tau = 400 (0.5 - r)^2 is ln 2
+    seen = domains.vectors(domain_image(views, cameras, "normals"))
+    world = torch.einsum("bij,bjhw->bihw", cameras.rotations(), seen).permute(0, 2, 3, 1)[solid]
+    assert torch.cosine_similarity(world, points).min() > 0.98
+    assert (seen.permute(0, 2, 3, 1)[solid][:, 2] > 0).all()  # in camera axes: towards the camera
+    empty = (views.opacity == 0).expand(-1, 3, -1, -1)
+    for domain in domains.VECTORS:
+        assert torch.allclose(domain_image(views, cameras, domain)[empty], torch.tensor(0.5))
+    assert torch.equal(domain_image(views, cameras, "albedo"), views.rgb)
+
+
+@pytest.mark.parametrize("domain", domains.VECTORS)
+def test_a_draw_of_vectors_moves_the_surface_and_not_the_colours(domain):
+    scene = ball_scene(**{domain: Ramp.constant(1.0)}, weight_positions=7.0, weight_normals=7.0)
+    before = seeded(3)
+    draw = scene.draw(0, before)
+    assert draw.domain == domain and draw.weight == 7 and draw.cameras is not None
+    draw.images.square().sum().backward()
+    for parameter in (scene.field.w2, scene.field.b2):
+        assert parameter.grad is not None and not parameter.grad[1:].any()
+    assert scene.field.table.grad is not None and scene.field.table.grad.abs().sum() > 0
+    again = ball_scene().draw(0, seeded(3))
+    assert again.domain == "colours" and torch.equal(again.cameras.azimuth, draw.cameras.azimuth)
+
+
+def test_every_branch_has_the_word_of_the_domain_and_vectors_are_not_guided():
+    teacher = BallTeacher()
+    objective = ScoreObjective(teacher, SDS(5.0), TimestepSampler(0.5, 0.6), negative="ball blur", vector_scale=1.0)
+    images, group = torch.rand(2, 3, 16, 16, generator=seeded()), torch.zeros(2, dtype=torch.long)
+    gradients = {}
+    for domain, weight in (("albedo", 1.0), ("normals", 1.0), ("normals", 3.0)):
+        image = images.clone().requires_grad_()
+        result = objective(Draw(image, ["a red ball"] * 2, orbit(2), group, domain, weight), 0, seeded(1))
+        result.loss.backward()
+        gradients[domain, weight] = image.grad
+        q = result.query
+        q.predict(q.x_t, q.t, "uncond", "negative", "spoilt", "front view")
+    assert teacher.asked[0] == ["a red ball, albedo"] * 2 + ["ball blur, albedo"] * 2
+    assert teacher.asked[2] == ["a red ball, normals"] * 2  # one branch: no guidance
+    branches = ["normals", "ball blur, normals", "a red ball, ball blur, normals", "a red ball, front view, normals"]
+    assert teacher.asked[3][::2] == branches
+    assert torch.allclose(gradients["normals", 3.0], 3 * gradients["normals", 1.0])
+
+
+def test_an_edited_scene_shows_its_source_in_the_same_domain():
+    edited = EditedScene(ball_scene(normals=Ramp.constant(1.0)), ball_scene())
+    draw = edited.draw(0, seeded(2))
+    assert draw.domain == "normals" and draw.source is not None
+    assert (draw.source - draw.images).abs().mean() < 0.01  # the same ball; one render is jittered
+
+
+def test_a_teacher_knows_the_domains_of_its_words():
+    packaged = small.load()
+    known = (*packaged.vocabulary, "normals")
+    assert small.SmallTeacher(packaged.unet, packaged.text, known).domains[:1] == ("colours",)
+    assert "normals" in small.SmallTeacher(packaged.unet, packaged.text, known).domains
+    assert small.SmallTeacher(packaged.unet, packaged.text, ("a", "mug")).domains == ("colours",)
+
+
+def test_the_true_teacher_answers_each_prompt_with_its_domain():
+    teacher, cameras = TrueTeacher(32), orbit(2, elevation=30.0)
+    prompts = ["a red cube", "a red cube, normals", "", "normals"]
+    x = torch.randn(4, 3, 32, 32, generator=seeded())
+    both = cameras[torch.tensor([0, 1, 0, 1])]
+    x0 = teacher.predict(x, torch.full((4,), 0.7), prompts, both).x0
+    toy = toybox.parse("a red cube")
+    for row, domain in ((0, "colours"), (1, "normals"), (2, "colours"), (3, "normals")):
+        true = 2 * toy.render(both[row], 32, domain=domain)[0] - 1
+        assert torch.allclose(x0[row], true[0], atol=1e-4)
+    with pytest.raises(ValueError, match="needs cameras"):
+        teacher.predict(x, torch.full((4,), 0.7), prompts)
+    with pytest.raises(ValueError, match="mugg"):
+        teacher.check("a red mugg")
+
+
+@pytest.mark.slow
+def test_true_normals_and_positions_mend_the_surface(tmp_path):
+    """Colours alone leave a cube's surface pitted; the mean cosine of its rendered normals is the measure."""
+    cosines = {}
+    toy, cameras = toybox.parse("a red cube"), orbit(6, elevation=25.0)
+    for part in (0.0, 0.3):
+        layer = {"out": str(tmp_path / str(part)), "domains": {"normals": part, "positions": part}}
+        asset, steps = launch.start(configs.load("a red cube", layer, {"steps": 120}), teacher=TrueTeacher())
+        for _ in steps:
+            pass
+        views = asset.scene.render_view(cameras, 64, normals=True)
+        depth, normals, hit = toy.surface(cameras, 64)
+        assert views.normal is not None
+        cosines[part] = torch.cosine_similarity(views.normal, normals)[hit[:, 0]].mean().item()
+    assert cosines[0.3] > 0.95 and cosines[0.3] > cosines[0.0] + 0.05, cosines
