@@ -23,7 +23,6 @@ from sds3d.students.scene.turns import DomainConfig
 from sds3d.teachers import small
 
 HALF = Ramp.constant(0.5)
-ALL = tuple(domains.WORDS)
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -34,20 +33,28 @@ def ball_scene(**turns) -> SceneStudent:
     """A new scene: a grey ball, whose density falls from 400 at its centre to 0.69 at 0.5."""
     field = FieldConfig(levels=4, log2_table=10, base=4, finest=32, hidden=16, blob_strength=400.0)
     config = SceneConfig(field, render=RenderConfig(views=2, resolution=32, samples=128), domains=DomainConfig(**turns))
-    return SceneStudent(config, seeded(), known_domains=ALL, backend=ops.choose("cpu", "torch"))
+    return SceneStudent(config, seeded(), backend=ops.choose("cpu", "torch"))
 
 
 def test_each_domain_gets_its_part_of_any_few_steps():
     turns = DomainConfig(normals=Ramp.constant(0.3), positions=Ramp(100, 0.0, 0.4, 200))
-    shown = [turns.at(step, ALL) for step in range(400)]
+    shown = [turns.at(step) for step in range(400)]
     for start in range(0, 100, 20):
         assert abs(shown[start : start + 20].count("normals") - 6) <= 1 and "positions" not in shown[:100]
         late = shown[300 + start : 320 + start]
         assert abs(late.count("normals") - 6) <= 1 and abs(late.count("positions") - 8) <= 1
-    assert {turns.at(step, ("colours", "positions")) for step in range(200, 300)} == {"colours", "positions"}
-    unlit = DomainConfig("albedo", HALF)
-    assert {unlit.at(step, ALL) for step in range(9)} == {"albedo", "normals"}
-    assert {unlit.at(step, ("colours",)) for step in range(9)} == {"colours"}
+    assert {DomainConfig("albedo", HALF).at(step) for step in range(9)} == {"albedo", "normals"}
+
+
+def test_domains_that_a_teacher_does_not_know_have_no_turn(tmp_path):
+    turns = DomainConfig("albedo", HALF, Ramp.constant(0.4))
+    assert turns.known(domains.WORDS) == turns
+    assert turns.known(("colours", "positions")) == DomainConfig("colours", positions=Ramp.constant(0.4))
+    layer = {"out": str(tmp_path), "steps": 2, "render": {"resolution": 16}, "domains": {"normals": 0.5}}
+    asset, steps = launch.start(configs.load("a red ball", layer), teacher=BallTeacher())
+    for step in steps:
+        assert step.metrics["asked"] == 8
+    assert configs.of_run(asset.run.config).domains.normals == Ramp.constant(0.0)
 
 
 @pytest.mark.parametrize(

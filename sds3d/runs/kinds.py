@@ -38,6 +38,10 @@ def _nothing(*_: Any) -> None:
     pass
 
 
+def _unchanged(config: Any, teacher: Any) -> Any:
+    return config
+
+
 def _no_prompts(config: Any) -> list[tuple[str, str]]:
     return []
 
@@ -70,6 +74,7 @@ class Kind:
         title: (config) -> the text that the run folder is named after.
         check: (config) -> None; raises ValueError before a teacher is loaded.
         check_teacher: (config, teacher) -> None; raises ValueError if the teacher cannot teach this kind.
+        for_teacher: (config, teacher) -> the config without what this teacher cannot do.
         further_prompts: (config) -> (label, prompt) pairs that the teacher must know beside the prompt; the label
             begins the error message.
         build_critic: (config, teacher, rng, processes) -> a critic, for methods that need one.
@@ -92,6 +97,7 @@ class Kind:
     title: Callable[[Any], str] = _title
     check: Callable[[Any], None] = _nothing
     check_teacher: Callable[[Any, Any], None] = _nothing
+    for_teacher: Callable[[Any, Any], Any] = _unchanged
     further_prompts: Callable[[Any], list[tuple[str, str]]] = _no_prompts
     build_critic: Callable[[Any, Any, torch.Generator, Processes], TrainedCritic] = _critic
     further_objectives: Callable[[ScoreObjective | None, Any, Student, Processes], dict[str, Objective]] = (
@@ -116,6 +122,7 @@ KINDS = {
         usual_savings=scene_parts.usual_savings,
         check=scene_parts.check,
         check_teacher=scene_parts.check_teacher,
+        for_teacher=scene_parts.for_teacher,
         further_prompts=scene_parts.further_prompts,
         source="source.run=outputs/00001-...",
         has_source=lambda config: bool(config.source.run),

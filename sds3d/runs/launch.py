@@ -58,7 +58,7 @@ def start(config: RunConfig, teacher: Teacher | None = None) -> tuple[kinds.Resu
     parts = _Parts(config, processes_of(config), teacher)
     parts.begin_from_source()
     title, first = parts.kind.title(config), parts.processes.rank == 0
-    run = Run.create(config.out, title, configs.to_yaml(config)) if first else None
+    run = Run.create(config.out, title, configs.to_yaml(parts.config)) if first else None
     result = parts.result(run)
     try:
         steps = parts.steps(result)
@@ -180,8 +180,9 @@ class _Parts:
     """The parts of a run, built from its config. Raises ValueError if something is missing."""
 
     def __init__(self, config: RunConfig, processes: Processes = Processes(), teacher: Teacher | None = None):
-        self.config, self.processes, self.kind = config, processes, kinds.of(config)
+        self.processes, self.kind = processes, kinds.of(config)
         self.teacher = build.build_teacher(config, teacher)
+        self.config = config = self.kind.for_teacher(config, self.teacher)
         self.student = build.build_student(config, self.teacher, processes)
         self.critic = build.build_critic(config, self.teacher, processes)
         self.objective = build.build_objective(config, self.teacher, self.critic)

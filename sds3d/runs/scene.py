@@ -164,7 +164,8 @@ class Asset:
         """
         require_own_process()
         config, settings = self.config, dataclasses.replace(self.config.export.mesh, **changed)
-        lit = config.render.shading == "albedo"  # without shading, the colours contain the light that the teacher drew
+        # Without shading, colours that are no albedo contain the light that the teacher drew.
+        lit = config.render.shading == "albedo" and config.domains.colours == "colours"
         card = {
             "prompt": config.prompt,
             "method": configs.name_of(config.method),

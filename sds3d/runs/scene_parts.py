@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import warnings
-from collections.abc import Collection
 
 import torch
 
@@ -55,6 +54,11 @@ def check_teacher(config: Config, teacher: Teacher) -> None:
         )
 
 
+def for_teacher(config: Config, teacher: Teacher) -> Config:
+    """Return the config without the domains that the teacher does not know."""
+    return dataclasses.replace(config, domains=config.domains.known(domains_of(teacher)))
+
+
 def further_prompts(config: Config) -> list[tuple[str, str]]:
     """Return the prompts with view words and background colours that a teacher must know, see `Kind`."""
     prompts = [(f"{view}: ", f"{config.prompt}, {view}") for view in VIEW_WORDS if config.teacher.views == "words"]
@@ -68,13 +72,12 @@ def build_student(config: Config, teacher: Teacher | None, processes: Processes)
     """Build a new scene, or one for each of the method's particles. The same seed builds the same scenes."""
     rng = torch.Generator().manual_seed(2 * config.seed + 1)  # the training loop's seed is 2 * seed
     if config.particles == 1:
-        return build_scene(config, rng, domains_of(teacher))
+        return build_scene(config, rng)
     seeds = torch.randint(2**62, (config.particles,), generator=rng).tolist()
-    known = domains_of(teacher)
-    return Particles([build_scene(config, torch.Generator().manual_seed(seed), known) for seed in seeds])
+    return Particles([build_scene(config, torch.Generator().manual_seed(seed)) for seed in seeds])
 
 
-def build_scene(config: Config, rng: torch.Generator, known_domains: Collection[str] = ("colours",)) -> SceneStudent:
+def build_scene(config: Config, rng: torch.Generator) -> SceneStudent:
     """Build a new scene. A background colour that the prompt names replaces white as the default background."""
     device, render, named = pick_device(config.device), config.render, named_background(config.prompt)
     default = named or "white"
@@ -89,8 +92,7 @@ def build_scene(config: Config, rng: torch.Generator, known_domains: Collection[
         return [f"{config.prompt} on a {background} background" if is_colour_name else config.prompt] * len(cameras)
 
     backgrounds = {named: COLOURS[named]} if named else None
-    backend = ops.choose(device, config.backend)
-    return SceneStudent(settings, rng, prompts, backgrounds, known_domains, backend, device)
+    return SceneStudent(settings, rng, prompts, backgrounds, ops.choose(device, config.backend), device)
 
 
 def savings(config: Config, image_size: int) -> list[Saving]:

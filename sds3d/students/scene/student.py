@@ -7,7 +7,7 @@ The loop (train.py) knows only `sds3d.students.base.Student`; previews, export a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from dataclasses import field as default
 from typing import Annotated, ClassVar
@@ -142,7 +142,6 @@ class SceneStudent(nn.Module):
         rng: CPU generator of the initial values.
         prompts: function from a draw's cameras and the name of its background to the draw's prompts.
         backgrounds: name -> RGB in [0, 1] of the known plain backgrounds; the first one is the default.
-        known_domains: the domains that the teacher knows, see `sds3d.domains`.
         backend: kernels; None chooses for the device.
         device: where parameters and images live.
 
@@ -164,13 +163,11 @@ class SceneStudent(nn.Module):
         rng: torch.Generator,
         prompts: Prompts = lambda cameras, background: [""] * len(cameras),
         backgrounds: Mapping[str, tuple[float, float, float]] | None = None,
-        known_domains: Collection[str] = ("colours",),
         backend: Backend | None = None,
         device: torch.device | str = "cpu",
     ):
         super().__init__()
         self.config, self.prompts, self.device = config, prompts, torch.device(device)
-        self.known_domains = known_domains
         self.field = Field(config.field, backend or choose(self.device), rng)
         self.occupancy = Occupancy(config.occupancy, 2 / config.render.samples)
         self.learned = LearnedBackground() if config.render.background == "learned" else None
@@ -197,7 +194,7 @@ class SceneStudent(nn.Module):
         settings = self.config.render
         self.field.open(step)
         cameras = self.config.camera.sample(settings.views, rng)
-        domain = self.config.domains.at(step, self.known_domains)
+        domain = self.config.domains.at(step)
         in_colours = domain in IN_COLOURS
         self.background_name = self._choose_background(rng) if in_colours else self._default_background()
         shading = self._shading(step, cameras, rng) if in_colours else ALBEDO

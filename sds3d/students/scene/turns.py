@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated
 
 from sds3d.runtime.ramp import Ramp
@@ -19,7 +19,7 @@ _NEVER = Ramp.constant(0.0)
 class DomainConfig:
     """The domains on which the teacher judges a scene, in turn.
 
-    A domain that the teacher does not know has no turn; its steps show colours.
+    A run keeps only those that its teacher knows (see `known`), and its config.yaml says so.
 
     Args:
         colours: what the scene's colours are: "colours" under the teacher's light, or "albedo", without light.
@@ -34,7 +34,7 @@ class DomainConfig:
 
     Examples:
         >>> turns = DomainConfig(normals=Ramp.constant(0.5))
-        >>> [turns.at(step, ("colours", "normals")) for step in range(4)]
+        >>> [turns.at(step) for step in range(4)]
         ['normals', 'colours', 'normals', 'colours']
     """
 
@@ -57,21 +57,22 @@ class DomainConfig:
                     f"domains.{' and domains.'.join(ramps)} add up to {total:g} at step {step:g}; give at most 1"
                 )
 
-    def at(self, step: int, known: Collection[str]) -> str:
-        """Return the domain of a step.
+    def known(self, domains: Collection[str]) -> DomainConfig:
+        """Return these settings without the domains that a teacher does not know; their steps show colours."""
+        missing = {name: _NEVER for name in self._ramps() if name not in domains}
+        return replace(self, colours=self.colours if self.colours in domains else "colours", **missing)
+
+    def at(self, step: int) -> str:
+        """Return the domain of a step, counted from 0.
 
         The turns follow a low-discrepancy sequence: any few steps in a row have each domain nearly in its fraction.
-
-        Args:
-            step: index of the step, from 0.
-            known: the domains that the teacher knows.
         """
         place, bound = step * _GOLDEN % 1, 0.0
         for domain, ramp in self._ramps().items():
-            bound += ramp(step) if domain in known else 0.0
+            bound += ramp(step)
             if place < bound:
                 return domain
-        return self.colours if self.colours in known else "colours"
+        return self.colours
 
     def weight(self, domain: str) -> float:
         """Return the factor of the gradient on images of a domain."""
