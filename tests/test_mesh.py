@@ -122,6 +122,16 @@ def test_what_can_be_looked_into_stays_hollow():
     assert mesh.volume == pytest.approx(true, rel=0.05) and mesh.euler_number == 2
 
 
+def test_the_foot_of_a_soft_cups_wall_stays_open():
+    """Only steep rays reach it; with 26 directions, fog along the wall hid it, and a ledge stood there."""
+    cup = less(tube(0.5, -0.6, 0.6), tube(0.38, -0.42, 1.0))
+    mesh = mesh_of(solid(lambda p: cup(p) - 0.02, edge=0.01), level=8.0, resolution=96)
+    heights = np.linspace(-0.3, 0.5, 9)
+    points = np.array([(0.3 * math.cos(a), y, 0.3 * math.sin(a)) for y in heights for a in np.arange(0, 6.28, 0.2)])
+    assert not mesh.contains(points).any()
+    assert mesh.contains(points - [0, 0.2, 0])[: len(points) // 9].all()  # the bottom is solid
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("fog", [0.0, 0.5])
 def test_the_chosen_level_keeps_a_hard_cup_hollow(fog):

@@ -4,8 +4,9 @@ Marching cubes runs on a bounded opacity instead of the density s,
 
     v = 1 - 2^(-max((s / level)^2, D / ln 2))  in [0, 1),   surface at v = 1/2,
 
-so the surface lies where s equals the level, or where D equals ln 2. D(x) is the smallest of the optical depths from x
-to the outside along 26 directions. Where D is larger than ln 2, more than half the light is lost in every direction:
+so the surface lies where s equals the level, or where D equals ln 2. D(x) is the second
+smallest of the optical depths from x to the outside along 98 directions (visibility.py). Where D is larger than ln 2,
+more than half the light is lost in every direction but at most one:
 no camera sees this part, and it counts as solid. So a soft scene, which is foam inside, becomes a solid body with one
 skin. Because v is bounded, linear interpolation between two corners puts the surface at a jump of the density. v is
 smoothed by the size of the smallest detail that the scene can represent.
@@ -18,8 +19,6 @@ Meshes are in the world of ``cameras.py`` (y up, front +z).
 
 from __future__ import annotations
 
-import itertools
-import math
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -31,6 +30,7 @@ from sds3d.cameras import Cameras
 from sds3d.export import raster
 from sds3d.export.settings import MeshConfig
 from sds3d.export.source import CHUNK, Source, Tell, choosing_views, silent
+from sds3d.export.visibility import HALF, buried_depth
 
 CHOICE_RESOLUTION = 128  # the largest number of voxels a side of the meshes that choose the level
 THREADS = 2  # levels tried at the same time
@@ -66,7 +66,7 @@ def extract(source: Source, settings: MeshConfig = MeshConfig(), tell: Tell = si
         ValueError: the scene is empty, or nothing is as dense as the level. The message says how dense it is.
     """
     density = _sample_lattice(source, settings.resolution, tell)
-    buried = _optical_depth(density, 2 / settings.resolution)
+    buried = buried_depth(density, 2 / settings.resolution)
     if not density.max() > 0:
         raise ValueError("no surface to mesh: the scene is empty, its density is 0 everywhere; try more steps")
     level, iou = settings.level, None
@@ -105,33 +105,6 @@ def _sample_lattice(source: Source, resolution: int, tell: Tell) -> np.ndarray:
     if not np.isfinite(volume).all():
         raise ValueError("the scene's density is not finite everywhere; the run diverged: lower its learning rates")
     return volume
-
-
-def _optical_depth(density: np.ndarray, voxel: float) -> np.ndarray:
-    """Return D of the module's docstring at each corner, (R + 1)^3, computed layer by layer along 26 directions."""
-    best = np.full_like(density, np.inf)
-    for direction in itertools.product((-1, 0, 1), repeat=3):
-        if direction == (0, 0, 0):
-            continue
-        first = next(i for i in range(3) if direction[i])
-        order = [first, *(i for i in range(3) if i != first)]
-        layers = density.transpose(order)[:: direction[first]]
-        clearest = best.transpose(order)[:: direction[first]]
-        length = np.float32(voxel * math.sqrt(sum(map(abs, direction))))
-        to, since = zip(*(_shifts(direction[i]) for i in order[1:]))
-        depth = np.zeros_like(layers[0])
-        clearest[0] = 0
-        for k in range(1, len(layers)):
-            moved = np.zeros_like(depth)
-            moved[to] = (depth + layers[k - 1] * length)[since]
-            depth = moved
-            np.minimum(clearest[k], depth, out=clearest[k])
-    return best
-
-
-def _shifts(step: int) -> tuple[slice, slice]:
-    """Return the target and the source slice of an axis that is shifted by -1, 0 or 1."""
-    return {0: (slice(None), slice(None)), 1: (slice(1, None), slice(-1)), -1: (slice(-1), slice(1, None))}[step]
 
 
 def _choose_level(
@@ -207,7 +180,7 @@ def _march(
     from skimage.measure import marching_cubes
 
     voxel = 2 / (len(density) - 1)
-    opacity = 1 - np.exp2(-np.maximum((density / np.float32(level)) ** 2, buried / np.float32(math.log(2))))
+    opacity = 1 - np.exp2(-np.maximum((density / np.float32(level)) ** 2, buried / np.float32(HALF)))
     reach = int(settings.fill / voxel / 2)  # voxels from either side
     if reach:
         opacity = grey_closing(opacity, size=(2 * reach + 1,) * 3)
