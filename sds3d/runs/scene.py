@@ -53,7 +53,7 @@ class Asset:
     """
 
     PAGE: ClassVar[report.PageFacts] = report.PageFacts(
-        pictures={"The true shape and ours": "eval.png"},
+        pictures={"The true shape and ours, without and under a light": "eval.png"},
         commands=(
             "sds3d export {run} --format glb,obj,ply",
             "sds3d render {run} --size 512 --what rgb,depth,normals",
