@@ -16,7 +16,9 @@ TESTS = sorted((ROOT / "tests").glob("*.py"))
 # A room is a module of the package or a folder of modules. Some modules are rooms of their own: the score side knows
 # teachers by their interface only, and anybody may compare with the truth or read a picture. Arrows point from a room
 # to what its files may import; imports for type checking count.
-OWN_ROOMS = {"teachers.base", "teachers.drawing", "media.picture", "evaluate.truth"}
+OWN_ROOMS = {"teachers.base", "teachers.drawing", "media.picture"} | {
+    f"evaluate.{name}" for name in ("clay", "shape", "topology", "truth")
+}
 ARROWS = {
     "runtime": set(),
     "cameras": {"runtime"},
@@ -29,7 +31,10 @@ ARROWS = {
     "networks": {"cameras", "prompts"},
     "ops": set(),
     "export": {"cameras", "runtime"},
-    "evaluate.truth": {"cameras"},
+    "evaluate.clay": {"cameras", "export"},
+    "evaluate.topology": set(),
+    "evaluate.shape": {"cameras", "evaluate.topology", "export"},
+    "evaluate.truth": {"cameras", "evaluate.clay", "evaluate.shape"},
     "data": {"cameras", "domains", "media.picture", "prompts", "runtime"},
     "students": {"cameras", "diffusion", "domains", "media", "media.picture", "networks", "ops", "prompts", "runtime"},
     "teachers.base": {"cameras", "diffusion", "runtime"},

@@ -293,7 +293,7 @@ def test_eval_compares_with_the_toybox(call, made):
     code, out, err = call("eval", made)
     assert code == 0, err
     assert out.startswith("a red ball ")
-    for name in ("IoU", "PSNR", "Chamfer", "F "):
+    for name in ("IoU", "PSNR", "Chamfer", "F ", "F at 0.02", "normals", "depth error", "pieces", "(true 1, genus 0)"):
         assert name in out
     folder = Path(made)
     assert (folder / "eval.png").is_file()

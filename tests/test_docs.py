@@ -284,7 +284,7 @@ def renamed(arguments: list[str], folder: Path) -> list[str]:
 def test_slow_commands_run(block, here, capfd):
     """Benchmarks and long runs: each program of them starts and ends well, with few steps and images."""
     few = {
-        "held_out.py": ["--prompts", "a blue mug", "--json", "held_out.json", *SCENE],
+        "held_out.py": ["--prompts", "a blue mug", "--seeds", "0", "--json", "held_out.json", *SCENE],
         "teacher_accuracy.py": ["--images", "24"],
         "digits_teacher.py": ["--images", "600", "--seeds", "1", "--evaluations", "1", "2"],
         "live_cost.py": ["--steps", "2"],

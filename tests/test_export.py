@@ -83,6 +83,9 @@ def test_side_by_side_alternates(tmp_path):
     sheet = read(side_by_side(truth, ours, tmp_path / "pairs.png", columns=3, size=8))
     assert sheet.shape == (4 * (14 + 8) + 3 * 2, 3 * 10 - 2, 3)
     assert (sheet[14:22, :8] == 0).all() and (sheet[38:46, :8] == 128).all() and (sheet[62:70, :8] == 0).all()
+    more = read(side_by_side(truth, ours, tmp_path / "more.png", columns=3, size=8, below={"clay": truth[:2] + 1}))
+    assert more.shape == (5 * (14 + 8) + 4 * 2, 3 * 10 - 2, 3)
+    assert (more[:94] == sheet).all() and (more[110:118, :18] == 255).all()
 
 
 def test_resizing_down_averages():

@@ -10,7 +10,7 @@ from scipy.spatial import cKDTree
 from solids import ball, block, less, ring, solid, source, tube, union
 
 from sds3d.cameras import orbit
-from sds3d.evaluate.truth import surface_points
+from sds3d.evaluate.shape import surface_points
 from sds3d.export import raster
 from sds3d.export.mesh import ALIKE, extract, normals
 from sds3d.export.settings import MeshConfig

@@ -7,17 +7,14 @@ import numpy as np
 import pytest
 import torch
 
-from sds3d.evaluate.truth import (
-    BEST_PSNR,
+from sds3d.evaluate.shape import (
+    FAR,
     distance_to_triangles,
     distances_to,
-    evaluate,
-    masked_psnr,
-    silhouette_iou,
-    surface_distances,
+    surface_figures,
     surface_points,
-    unseen_views,
 )
+from sds3d.evaluate.truth import BEST_PSNR, evaluate, masked_psnr, silhouette_iou, unseen_views
 
 
 class Ball:
@@ -31,6 +28,15 @@ class Ball:
         nearest = torch.linalg.cross(origins, directions).norm(dim=-1)  # (B, H, W)
         coverage = (nearest < self.radius).float()[:, None]
         return coverage * self.colour[:, None, None] + 1 - coverage, coverage
+
+    def surface(self, cameras, resolution):
+        origins, directions = cameras.rays(resolution)
+        middle = -(origins * directions).sum(-1)
+        half = self.radius**2 - torch.linalg.cross(origins, directions).square().sum(-1)
+        hit = half > 0
+        depth = torch.where(hit, middle - half.clamp(min=0).sqrt(), 0)
+        normals = torch.where(hit[..., None], (origins + depth[..., None] * directions) / self.radius, 0)
+        return depth[:, None], normals.permute(0, 3, 1, 2), hit[:, None]
 
     def mesh(self, resolution=96):
         import trimesh
@@ -75,10 +81,10 @@ def test_psnr_counts_the_covered_pixels_only():
 
 def test_chamfer_and_fscore_of_two_concentric_spheres():
     """Every point of one lies the difference of the radii from the other."""
-    far = surface_distances(Ball(0.6).mesh(), Ball(0.5).mesh())
-    assert far[0] == pytest.approx(0.1, abs=0.0002) and far[1] == 0
-    near = surface_distances(Ball(0.53).mesh(), Ball(0.5).mesh())
-    assert near[0] == pytest.approx(0.03, abs=0.0002) and near[1] == 1
+    for gap, coarse, fine in ((0.1, 0, 0), (0.03, 1, 0), (0.015, 1, 1)):
+        chamfer, fscore, fscore_fine, normals = surface_figures(Ball(0.5 + gap).mesh(), Ball(0.5).mesh())
+        assert chamfer == pytest.approx(gap, abs=0.0002) and (fscore, fscore_fine) == (coarse, fine)
+        assert normals == pytest.approx(1, abs=0.001)
 
 
 def box(offset=(0.0, 0.0, 0.0), side=1.2):
@@ -92,15 +98,15 @@ def box(offset=(0.0, 0.0, 0.0), side=1.2):
 def test_a_surface_against_itself_is_at_no_distance():
     """Which is the floor of the Chamfer distance: of a cube of few triangles, and of a ball of 5,120."""
     for surface in (box(), Ball(0.6).mesh()):
-        chamfer, fscore = surface_distances(surface, surface.copy())
-        assert chamfer < 1e-5 and fscore == 1
+        chamfer, *rest = surface_figures(surface, surface.copy())
+        assert chamfer < 1e-5 and rest[:2] == [1, 1] and rest[2] == pytest.approx(1, abs=1e-4)
 
 
 @pytest.mark.parametrize("offset", [0.001, 0.01, 0.04, 0.06])
 def test_chamfer_and_fscore_of_a_moved_cube(offset):
     """Moved along x by d: two faces of six lie d from the other surface, and a strip of width d of the other four
     sticks out, by d / 2 in the mean."""
-    chamfer, found = surface_distances(box(), box((offset, 0, 0)))
+    chamfer, found, *_ = surface_figures(box(), box((offset, 0, 0)))
     side = 1.2
     faces, strips = 2 / 6 * offset, 4 / 6 * (offset / side) * offset / 2
     assert chamfer == pytest.approx(faces + strips, rel=0.05)  # but near its edges a face is closer to the sides
@@ -119,10 +125,11 @@ def test_distances_to_a_surface_are_those_to_its_nearest_triangle():
     assert distance_to_triangles(np.array([[0.5, 2.0, 0]]), needle) == pytest.approx([2])
     rng, ball = np.random.default_rng(0), Ball(0.6).mesh()
     points = rng.normal(size=(200, 3)) * 0.5
-    found = distances_to(ball, points, rng)
     triangles = ball.vertices[ball.faces]
+    found, nearest = distances_to(triangles, points, rng)
     exact = [distance_to_triangles(p[None].repeat(len(triangles), 0), triangles).min() for p in points]
     assert (found >= np.array(exact) - 1e-12).all() and found == pytest.approx(exact, abs=1e-4)
+    assert distance_to_triangles(points, triangles[nearest]) == pytest.approx(found)
 
 
 def test_fscore_of_half_an_answer():
@@ -133,7 +140,7 @@ def test_fscore_of_half_an_answer():
     right = left.copy()
     left.apply_translation([-2, 0, 0])
     right.apply_translation([2, 0, 0])
-    chamfer, fscore = surface_distances(left, trimesh.util.concatenate([left, right]))
+    chamfer, fscore, *_ = surface_figures(left, trimesh.util.concatenate([left, right]))
     assert fscore == pytest.approx(2 / 3, abs=0.01)
     # From the missing sphere to the nearest of the other: mean of |centre distance| - r over it, 3.8 + O(r^2 / d).
     assert chamfer == pytest.approx(3.8 / 4, abs=0.01)
@@ -174,8 +181,13 @@ def test_a_ball_against_a_larger_one():
     # Wrong in the ring only, where white stands for red: two channels of three are off by 1.
     assert scores.psnr == pytest.approx(-10 * math.log10(2 / 3 * (1 - seen[0] / seen[1])), abs=0.1)
     assert scores.chamfer == pytest.approx(0.1, abs=0.0002) and scores.fscore == 0
+    assert scores.topology and scores.depth_error > 0.1 and 0 < scores.missed < 1 - seen[0] / seen[1]  # misses its rim
     assert scores.truth.shape == scores.ours.shape == (24, 3, 128, 128)
-    json.dumps(scores.numbers())
+    assert scores.true_clay.shape == scores.clay.shape == scores.lit.shape == (8, 3, 96, 96)
+    assert list(json.loads(json.dumps(scores.numbers()))) == [
+        *("iou", "psnr", "chamfer", "fscore", "fscore_fine", "normals", "depth_error", "missed"),
+        *("components", "genus", "true_components", "true_genus", "topology", "view_iou", "view_psnr"),
+    ]
 
 
 def test_the_truth_scores_full_marks_and_a_missing_mesh_none():
@@ -183,5 +195,8 @@ def test_the_truth_scores_full_marks_and_a_missing_mesh_none():
     best = evaluate(ball.render, ball.mesh(), ball)
     assert best.iou == 1 and best.psnr == BEST_PSNR and best.fscore == 1 and best.chamfer < 1e-5
     assert best == evaluate(ball.render, ball.mesh(), ball)  # the same seed, the same score
+    assert best.fscore_fine == 1 and best.normals > 1 - 1e-5 and best.depth_error < 0.001 and best.topology
     nothing = evaluate(ball.render, None, ball)
-    assert nothing.chamfer is None and nothing.fscore == 0
+    assert nothing.chamfer is None and nothing.genus is None and not nothing.topology
+    assert (nothing.fscore, nothing.fscore_fine, nothing.normals, nothing.components) == (0, 0, 0, 0)
+    assert (nothing.depth_error, nothing.missed) == (FAR, 1) and (nothing.clay == 1).all()

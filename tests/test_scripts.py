@@ -101,3 +101,24 @@ def test_a_mutant_is_found_however_the_source_is_laid_out_and_missed_by_name(mut
     ):
         with pytest.raises(ValueError, match=re.escape(said)):
             changed(function, old, "0")
+
+
+def test_held_out_goes_on_where_it_was_stopped(tmp_path):
+    """Assets that a folder holds are read, not made again; those of other settings are refused."""
+    figures = {"iou": 0.9, "psnr": 20.0, "chamfer": 0.1, "fscore": 0.8, "fscore_fine": 0.5, "normals": 0.7}
+    figures |= {"depth_error": 0.1, "missed": 0.0, "components": 1, "genus": None, "true_components": 1}
+    figures |= {"true_genus": 1, "topology": False, "seconds": 3.0}
+    for seed, better in ((0, {}), (1, {"iou": 0.7, "chamfer": None, "genus": 1, "topology": True})):
+        row = {"overrides": ["steps=9"], **figures, **better}
+        (tmp_path / f"a-blue-mug-{seed}.json").write_text(json.dumps(row))
+    command = ["scripts/held_out.py", "steps=9", "--prompts", "a blue mug", "--seeds", "0", "1", "--out", str(tmp_path)]
+    done = run(*command, "--json", str(tmp_path / "all.json"))
+    assert done.returncode == 0, done.stderr
+    assert "a blue mug, seed 1" in done.stdout and "genus 1 (1)" in done.stdout and "chamfer -" in done.stdout
+    report = json.loads((tmp_path / "all.json").read_text())
+    assert report["assets"] == 2 and set(report["prompts"]["a blue mug"]["seeds"]) == {"0", "1"}
+    assert report["mean"]["iou"] == 0.8 and report["mean"]["chamfer"] == 0.1 and report["mean"]["topology"] == 0.5
+    other = run(*["steps=8" if part == "steps=9" else part for part in command])
+    assert other.returncode != 0 and "give another --out" in other.stderr
+    seed = run("scripts/held_out.py", "seed=3")
+    assert seed.returncode == 2 and "--seeds" in seed.stderr

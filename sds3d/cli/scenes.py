@@ -33,7 +33,7 @@ from sds3d.runtime.ranges import shown
 if TYPE_CHECKING:
     from sds3d.live.watch import Watch
 
-SCORES = ("iou", "psnr", "chamfer", "fscore")
+SCORES = ("iou", "psnr", "chamfer", "fscore", "fscore_fine", "normals", "depth_error")  # with a mean over runs
 
 
 @dataclass(frozen=True)
@@ -228,10 +228,11 @@ def evaluate(
 ) -> None:
     """Evaluate runs: scenes against the toybox's true shapes, generators against held-out real images.
 
-    Scenes get IoU, PSNR, Chamfer distance, F-score and eval.png. Generators of digits or toys get FD-feat and its ratio
-    to the teacher's, KID-feat, class accuracy, precision, recall, copies and speed, each ± its standard deviation over
-    the seeds, with eval.json and eval.png. With fewer images than are held out (596 digits) they get only KID-feat,
-    class accuracy, copies and speed.
+    Scenes get IoU, PSNR, Chamfer distance, F-scores at 0.05 and 0.02, the mean cosine of the normals, the depth error,
+    the number of pieces and handles (genus), and eval.png, with the mesh in clay under a light. Generators of digits
+    or toys get FD-feat and its ratio to the teacher's, KID-feat, class accuracy, precision, recall, copies and speed,
+    each ± its standard deviation over the seeds, with eval.json and eval.png. With fewer images than are held out (596
+    digits) they get only KID-feat, class accuracy, copies and speed.
 
     [bold]Examples[/bold]
 
@@ -267,5 +268,13 @@ def evaluate(
 
 def _score_line(name: str, scores: dict[str, Any]) -> str:
     chamfer = "no mesh" if scores["chamfer"] is None else f"{scores['chamfer']:.4f}"
-    figures = f"IoU {scores['iou']:.3f}  PSNR {scores['psnr']:.2f} dB  Chamfer {chamfer}  F {scores['fscore']:.3f}"
-    return f"{name:40s}  {figures}"
+    text = (
+        f"IoU {scores['iou']:.3f}  PSNR {scores['psnr']:.2f} dB  Chamfer {chamfer}  F {scores['fscore']:.3f}  "
+        f"F at 0.02 {scores['fscore_fine']:.3f}  normals {scores['normals']:.3f}  "
+        f"depth error {scores['depth_error']:.3f}"
+    )
+    if "components" in scores:  # a mean has none
+        handles = "not closed" if scores["genus"] is None else f"genus {scores['genus']}"
+        truth = f"true {scores['true_components']}, genus {scores['true_genus']}"
+        text += f"  pieces {scores['components']}, {handles} ({truth})"
+    return f"{name:40s}  {text}"

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -87,8 +88,20 @@ def preview(render: Render, path: str | Path, views: int = 8, size: int = 128) -
     return contact_sheet([render(orbit(views))], path, size=size)
 
 
-def side_by_side(truth: Tensor, ours: Tensor, path: str | Path, columns: int = 8, size: int = 96) -> Path:
-    """Write the true views (B, 3, H, W) above ours, ``columns`` per row."""
+def side_by_side(
+    truth: Tensor,
+    ours: Tensor,
+    path: str | Path,
+    columns: int = 8,
+    size: int = 96,
+    below: Mapping[str, Tensor] = MappingProxyType({}),
+) -> Path:
+    """Write the true views (B, 3, H, W) above ours, ``columns`` per row.
+
+    Args:
+        below: label -> images (B, 3, H, W) of further rows.
+    """
     assert truth.shape == ours.shape, (truth.shape, ours.shape)
     rows = [part for pair in zip(truth.split(columns), ours.split(columns)) for part in pair]
-    return contact_sheet(rows, path, labels=["truth", "ours"] * (len(rows) // 2), size=size)
+    labels = ["truth", "ours"] * (len(rows) // 2)
+    return contact_sheet([*rows, *below.values()], path, labels=[*labels, *below], size=size)

@@ -25,6 +25,15 @@ LABELS = {  # figure -> its name on pages; others keep their own names
     "psnr": "PSNR, dB",
     "chamfer": "Chamfer",
     "fscore": "F-score at 0.05",
+    "fscore_fine": "F-score at 0.02",
+    "normals": "normals, mean cosine",
+    "depth_error": "depth error, scene units",
+    "missed": "fraction of the true pixels missed",
+    "components": "pieces",
+    "genus": "handles (genus)",
+    "true_components": "pieces of the truth",
+    "true_genus": "handles of the truth",
+    "topology": "closed, with the truth's pieces and handles",
 }
 MESH_LABELS = {  # the same for mesh.json, which compares the mesh with the scene that it was made from
     "version": "made by sds3d",

@@ -53,7 +53,7 @@ class Asset:
     """
 
     PAGE: ClassVar[report.PageFacts] = report.PageFacts(
-        pictures={"The true shape and ours": "eval.png"},
+        pictures={"The true shape and ours, without and under a light": "eval.png"},
         commands=(
             "sds3d export {run} --format glb,obj,ply",
             "sds3d render {run} --size 512 --what rgb,depth,normals",
@@ -294,9 +294,10 @@ class Asset:
         return self.path / (f"{stem}-{self.particle + 1}{dot}{suffix}" if self.particle else name)
 
     def evaluate(self) -> Scores:
-        """Compare with the toybox's object of the prompt, from 24 unseen views.
+        """Compare with the toybox's object of the prompt: views from 24 unseen cameras, and the mesh with its surface.
 
-        Writes eval.png, eval.json and the run's page.
+        Writes eval.png, eval.json and the run's page. The picture has the views, then the mesh under a light that the
+        scene's colours know nothing of: in clay beside the truth, and in its colours.
 
         Raises:
             ValueError: the prompt is not the toybox's.
@@ -315,7 +316,12 @@ class Asset:
             return out.rgb, out.opacity
 
         scores = truth.evaluate(render, mesh, toy)
-        sheet.side_by_side(scores.truth, scores.ours, self.file("eval.png"))
+        under_light = {
+            "truth, in clay under a light": scores.true_clay,
+            "our mesh, in clay under a light": scores.clay,
+            "our mesh, in its colours under the same light": scores.lit,
+        }
+        sheet.side_by_side(scores.truth, scores.ours, self.file("eval.png"), below=under_light)
         self.run.write_text(self.file("eval.json"), json.dumps(scores.numbers(), indent=1) + "\n")
         self.write_page()
         return scores
