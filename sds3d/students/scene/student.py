@@ -130,6 +130,9 @@ class SceneConfig:
     camera: CameraRanges = default(default_factory=CameraRanges)
     regularise: RegulariserConfig = default(default_factory=RegulariserConfig)
 
+    def __post_init__(self):
+        self.regularise.check(self.field.kind)
+
 
 class SceneStudent(nn.Module):
     """A hash-grid scene that draws stratified views of itself.
