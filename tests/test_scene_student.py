@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from sds3d import ops
 from sds3d.cameras import CameraRanges, orbit
+from sds3d.export.mesh import extract
+from sds3d.export.settings import MeshConfig
+from sds3d.export.source import Source
 from sds3d.runtime.ramp import Ramp
 from sds3d.students.representation import Shading
 from sds3d.students.scene.field import FieldConfig
@@ -102,6 +107,51 @@ def test_student_state_round_trip():
     assert student.render_view(VIEWS, 20, normals=True).normal.shape == (3, 3, 20, 20)
 
 
+def sdf(field: FieldConfig = replace(SMALL, kind="sdf", width=Ramp(0, 0.1, 0.02, 10)), **weights) -> SceneStudent:
+    regularise = RegulariserConfig(**{name: Ramp.constant(1.0) for name in weights})
+    config = SceneConfig(field, regularise=regularise, render=RenderConfig(views=2, resolution=12, samples=24))
+    return SceneStudent(config, seeded(), backend=BACKEND)
+
+
+def test_an_sdf_learns_and_its_state_keeps_the_width():
+    student, other = sdf(lambda_eikonal=1, lambda_smooth_normals=1), sdf()
+    for step in (0, 10):
+        loss = (
+            (student.draw(step, seeded(step)).images - torch.tensor([1.0, 0.0, 0.0]).view(1, 3, 1, 1)).square().mean()
+        )
+        kept = student.regularisers()
+        assert {"eikonal", "smooth_normals"} < set(kept)
+        (loss + kept["eikonal"] + kept["smooth_normals"]).backward()
+        assert all(p.grad.isfinite().all() for p in student.parameters())
+        with torch.no_grad():
+            for p in student.parameters():
+                p -= 0.1 * p.grad
+        student.after_step(step + 7, seeded())
+    other.load_state_dict(student.state_dict())
+    assert other.field.width.item() == pytest.approx(0.02)
+    assert torch.equal(student.render_view(VIEWS, normals=True).normal, other.render_view(VIEWS, normals=True).normal)
+    assert other.density(torch.zeros(1, 3)).item() == pytest.approx(1 / 0.02, rel=1e-3)
+
+
+def test_kinds_of_fields_do_not_share_states():
+    """A density's state is as it was before there were others; of an SDF it has a width more."""
+    assert set(sdf().state_dict()) - set(scene().state_dict()) == {"field.width"}
+
+
+def test_a_mesh_of_an_sdf_lies_at_its_silhouette():
+    """Rays that graze the surface gather the tail of its density: the silhouette is about two widths outside."""
+    student = sdf(replace(SMALL, kind="sdf", width=Ramp.constant(0.02)))
+
+    def view(cameras, size):
+        out = student.render_view(cameras, size)
+        return out.rgb, out.opacity
+
+    source = Source(student.density, student.colours, view, detail=student.detail)
+    skin = extract(source, MeshConfig(resolution=64))
+    radius = torch.as_tensor(skin.vertices).norm(dim=-1)
+    assert radius.min() > 0.5 and radius.max() < 0.5 + 2.5 * 0.02, (skin.level, radius.min(), radius.max())
+
+
 def test_a_checkpoint_renders_alike_in_both_cpu_backends():
     pytest.importorskip("numba")
     student, other = scene(), scene(ops.choose("cpu", "numba"))
@@ -174,6 +224,11 @@ def test_density_and_colours_for_the_mesh():
         lambda: OccupancyConfig(rim=0.0),
         lambda: FieldConfig(density_gain=0.0),
         lambda: FieldConfig(hidden=0),
+        lambda: FieldConfig(kind="mesh"),
+        lambda: FieldConfig(normals="smooth"),
+        lambda: FieldConfig(kind="sdf", distance_gain=0.0),
+        lambda: FieldConfig(kind="sdf", width=Ramp.constant(0.0)),
+        lambda: SceneConfig(regularise=RegulariserConfig(lambda_eikonal=Ramp.constant(1.0))),
         lambda: FieldConfig(blob_radius=0.0),
         lambda: scene(background="mauve"),
         lambda: scene(background="#12"),
@@ -184,6 +239,22 @@ def test_density_and_colours_for_the_mesh():
 def test_mistakes_are_told(build):
     with pytest.raises(ValueError, match="give one of|; give|as #ffffff"):
         build()
+
+
+@pytest.mark.parametrize(
+    ("kind", "setting"),
+    [
+        ("sdf", {"density_gain": 1.0}),
+        ("sdf", {"blob_strength": 5.0}),
+        ("density", {"distance_gain": 0.1}),
+        ("density", {"width": Ramp.constant(0.1)}),
+    ],
+)
+def test_settings_of_the_other_kind_are_refused(kind: str, setting: dict):
+    with pytest.raises(
+        ValueError, match=f"field.{next(iter(setting))} is for field.kind=.*and field.kind is {kind}; leave"
+    ):
+        FieldConfig(kind=kind, **setting)
 
 
 def test_a_scene_that_never_asks_for_its_samples_draws_the_same(monkeypatch):

@@ -167,6 +167,7 @@ class Config(RunConfig):
         super().__post_init__()
         if self.backend not in ops.BACKENDS:
             raise ValueError(f"backend is {self.backend!r}; {nearest(self.backend, ops.BACKENDS)}")
+        self.regularise.check(self.field.kind)
         if self.render.views % self.camera.ring:
             raise ValueError(
                 f"render.views is {self.render.views} and camera.ring {self.camera.ring}; give a multiple of the ring"

@@ -8,15 +8,20 @@ density and colour:
     density = softplus(gain o_0 + blob(x)),  colour = sigmoid(o_1..3)
     blob(x) = strength * (1 - |x| / radius)                     (Magic3D, arXiv 2211.10440, section 4)
 
-b2 starts at -W2 relu(b1), so that a new field is the blob in middle grey. Density has to change by tens while colour
-changes by ones; the gain lets both follow at Adam's step size. Points are world points in the box [-1, 1]^3 (see
-cameras.py); density is per scene unit of length.
+or, as an SDF, with the distance d(x) to the surface, negative inside, and a width b (VolSDF, arXiv 2106.12052, eq. 2):
+
+    -d(x) = gain o_0 + radius - |x|,  density = Laplace(-d) / b
+    Laplace(s) = exp(s / b) / 2 for s <= 0, else 1 - exp(-s / b) / 2
+
+b2 starts at -W2 relu(b1), so that a new field is the blob, or a ball, in middle grey. Density has to change by tens
+while colour changes by ones, and distance by tenths; the gain lets all follow at Adam's step size. Points are world
+points in the box [-1, 1]^3 (see cameras.py); density is per scene unit of length.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Annotated, Any, Literal
 
 import torch
@@ -27,27 +32,33 @@ from torch.autograd.function import once_differentiable
 
 from sds3d.ops import Backend, GridSpec
 from sds3d.runtime.ramp import Ramp
-from sds3d.runtime.ranges import Within
+from sds3d.runtime.ranges import Within, shown
 from sds3d.runtime.transfer import onto
 
 # Corners of a tetrahedron: sum_i k_i k_i^T = 4 I, so sum_i k_i f(x + h k_i) = 4 h grad f + O(h^3 for odd terms).
 _TETRAHEDRON = ((1.0, -1.0, -1.0), (-1.0, -1.0, 1.0), (-1.0, 1.0, -1.0), (1.0, 1.0, 1.0))
+_WIDTH = Ramp(0, 0.1, 0.02, 300)
+_ONLY = {"density_gain": "density", "blob_strength": "density", "distance_gain": "sdf", "width": "sdf"}
 LARGEST = 2**28  # parameters of a hash grid: 1 GiB, and gradients and Adam's moments take three times that again
 
 
 @dataclass(frozen=True)
 class FieldConfig:
-    """Sizes of the hash grid and the MLP, and the blob from which the density starts.
+    """Sizes of the hash grid and the MLP, what they say about the shape, and the blob or ball from which it starts.
 
     Args:
         levels, features, log2_table, base, finest: the hash grid (see ops.GridSpec).
         open_levels: number of open levels at each step; closed levels give zeros. None opens all levels always.
         hidden: width of the hidden layer.
-        density_gain: factor of the network's density output, > 0.
-        blob_strength: the blob's pre-activation at its centre.
-        blob_radius: distance, in scene units, at which the blob's pre-activation is 0 (density 0.69).
+        density_gain: for kind "density": factor of the network's density output, > 0.
+        blob_strength: for kind "density": the blob's pre-activation at its centre.
+        blob_radius: distance, in scene units, at which the blob's pre-activation is 0 (density 0.69), or the ball ends.
         normals: "analytic" takes the gradient at the point itself; "differences" takes differences half a finest cell
-            around it, as a smoother field would have them, in three times the time.
+            around it, in twice the time.
+        kind: "density", or "sdf": the signed distance to a surface, from which the density follows.
+        distance_gain: for kind "sdf": factor of the network's distance output, > 0, in scene units.
+        width: for kind "sdf", by step: the density falls from half its largest value, 1 / width, at the surface to a
+            fifth of that one width, in scene units, outside.
     """
 
     levels: Annotated[int, Within(1, 64)] = 12
@@ -61,6 +72,9 @@ class FieldConfig:
     blob_strength: Annotated[float, Within(-1e4, 1e4)] = 10.0
     blob_radius: Annotated[float, Within(1e-3, 1e3)] = 0.5
     normals: Literal["analytic", "differences"] = "analytic"
+    kind: Literal["density", "sdf"] = "density"
+    distance_gain: Annotated[float, Within(0, 1e6, above=True)] = 0.3
+    width: Annotated[Ramp, Within(1e-4, 10)] = _WIDTH
 
     def __post_init__(self):
         if self.hidden < 1:
@@ -73,6 +87,11 @@ class FieldConfig:
             raise ValueError(f"field.blob_radius is {self.blob_radius}; give a radius above 0, in scene units (0.5)")
         if self.normals not in ("analytic", "differences"):
             raise ValueError(f"field.normals is {self.normals!r}; give analytic or differences")
+        if not 0 < self.distance_gain < math.inf:
+            raise ValueError(f"field.distance_gain is {self.distance_gain}; give a factor above 0 (0.3)")
+        if not min(self.width.v0, self.width.v1) > 0:
+            raise ValueError(f"field.width is {self.width}; give widths above 0, in scene units (0.02)")
+        self._check_kind()
         numbers = self.grid().entries * self.features
         if numbers > LARGEST:
             raise ValueError(
@@ -80,38 +99,64 @@ class FieldConfig:
                 "lower field.levels, field.features or field.log2_table"
             )
 
+    def _check_kind(self) -> None:
+        if self.kind not in ("density", "sdf"):
+            raise ValueError(f"field.kind is {self.kind!r}; give density or sdf")
+        defaults = {f.name: f.default for f in fields(self)}
+        for name, kind in _ONLY.items():
+            if kind != self.kind and getattr(self, name) != defaults[name]:
+                raise ValueError(
+                    f"field.{name} is for field.kind={kind}, and field.kind is {self.kind}; leave field.{name} out "
+                    f"(its default is {shown(defaults[name])})"
+                )
+
     def grid(self) -> GridSpec:
         """Return the hash grid of these sizes."""
         return GridSpec(self.levels, self.features, self.log2_table, self.base, self.finest)
 
 
+def _laplace(inside: Tensor, width: Tensor) -> Tensor:
+    """Return the densities at depths ``inside`` (N,) below the surface, negative outside: a Laplace CDF over width."""
+    tail = 0.5 * torch.exp(-inside.abs() / width)
+    return torch.where(inside > 0, 1 - tail, tail) / width
+
+
 class _Head(Function):
-    """Density and colour of features (N, I) and blob (N,), with a hand-written backward: autograd takes 50 % longer."""
+    """Density and colour of features (N, I) and blob (N,), with a hand-written backward: autograd takes 50 % longer.
+
+    Args:
+        width: () of an SDF; None for a softplus.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, features: Tensor, blob: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor
+        ctx: Any, features: Tensor, blob: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, width: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         hidden = F.linear(features, w1, b1).relu_()
         out = F.linear(hidden, w2, b2)
-        sigma, rgb = F.softplus(out[:, 0] + blob), out[:, 1:].sigmoid()
-        ctx.save_for_backward(features, hidden, w1, w2, sigma, rgb)
+        logit, rgb = out[:, 0] + blob, out[:, 1:].sigmoid()
+        sigma = F.softplus(logit) if width is None else _laplace(logit, width)
+        ctx.save_for_backward(features, hidden, w1, w2, sigma, rgb, width)
         return sigma, rgb
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_sigma: Tensor, grad_rgb: Tensor) -> tuple[Tensor, ...]:
-        features, hidden, w1, w2, sigma, rgb = ctx.saved_tensors
+        features, hidden, w1, w2, sigma, rgb, width = ctx.saved_tensors
         grad = torch.empty(len(features), 4, dtype=features.dtype, device=features.device)
-        torch.mul(grad_sigma, -torch.expm1(-sigma), out=grad[:, 0])  # softplus' = sigmoid = 1 - exp(-softplus)
+        if width is None:
+            slope = -torch.expm1(-sigma)  # softplus' = sigmoid = 1 - exp(-softplus)
+        else:
+            slope = torch.minimum(sigma, 1 / width - sigma) / width  # (exp(-|s| / b) / 2 b) / b
+        torch.mul(grad_sigma, slope, out=grad[:, 0])
         torch.mul(grad_rgb, rgb * (1 - rgb), out=grad[:, 1:])
         grad_hidden = torch.ops.aten.threshold_backward(grad @ w2, hidden, 0)
         grad_w1, grad_w2 = grad_hidden.T @ features, grad.T @ hidden
-        return grad_hidden @ w1, grad[:, 0], grad_w1, grad_hidden.sum(0), grad_w2, grad.sum(0)
+        return grad_hidden @ w1, grad[:, 0], grad_w1, grad_hidden.sum(0), grad_w2, grad.sum(0), None
 
 
 class Field(nn.Module):
-    """Density and colour of a scene.
+    """Density and colour of a scene; with ``config.kind`` "sdf" the density is that of a signed distance.
 
     Args:
         config: sizes and the blob.
@@ -122,6 +167,7 @@ class Field(nn.Module):
     mask: Tensor  # (inputs,) in [0, 1]: how far each feature's level is open
     corners: Tensor  # (4, 3) of the tetrahedron
     gain: Tensor  # (4,) factors of the outputs
+    width: Tensor | None  # () of an SDF at the last step opened
 
     def __init__(self, config: FieldConfig, backend: Backend, rng: torch.Generator):
         super().__init__()
@@ -138,19 +184,25 @@ class Field(nn.Module):
         self.b2 = nn.Parameter(-(self.w2 @ self.b1.relu()).detach())
         self.register_buffer("mask", torch.ones(inputs))
         self.register_buffer("corners", torch.tensor(_TETRAHEDRON), persistent=False)  # (4, 3)
-        self.register_buffer("gain", torch.tensor([config.density_gain, 1.0, 1.0, 1.0]), persistent=False)
+        sdf = config.kind == "sdf"
+        gain, self._strength = (
+            (config.distance_gain, config.blob_radius) if sdf else (config.density_gain, config.blob_strength)
+        )
+        self.register_buffer("gain", torch.tensor([gain, 1.0, 1.0, 1.0]), persistent=False)
+        self.register_buffer("width", torch.tensor(config.width(0)) if sdf else None)
 
     def open(self, step: int) -> None:
-        """Open the first ``config.open_levels(step)`` levels; a fraction opens a level partly."""
+        """Open the first ``config.open_levels(step)`` levels; a fraction opens a level partly. Set an SDF's width."""
+        if self.width is not None:
+            self.width.fill_(self.config.width(step))
         if self.config.open_levels is None:
             return
         level = torch.arange(self.spec.levels, dtype=torch.float32).repeat_interleave(self.spec.features)
         self.mask.copy_(onto((self.config.open_levels(step) - level).clamp(0, 1), self.mask.device))
 
     def blob(self, points: Tensor) -> Tensor:
-        """Return the blob's pre-activation (N,) at points (N, 3)."""
-        c = self.config
-        return c.blob_strength - points.norm(dim=-1) * (c.blob_strength / c.blob_radius)
+        """Return the blob's pre-activation (N,) at points (N, 3); of an SDF, minus the distance to the ball."""
+        return self._strength - points.norm(dim=-1) * (self._strength / self.config.blob_radius)
 
     def _encode(self, points: Tensor) -> tuple[Tensor, Tensor]:
         """Return features (N, inputs) at points (N, 3), and the first layer's weight with closed levels set to 0."""
@@ -161,21 +213,23 @@ class Field(nn.Module):
         return self.w1 if self.config.open_levels is None else self.w1 * self.mask
 
     def logit(self, points: Tensor) -> Tensor:
-        """Return the density before the softplus, (N,), at points (N, 3) in the box."""
+        """Return the density before the softplus, or minus the signed distance, (N,), at points (N, 3) in the box."""
         features, w1 = self._encode(points)
         hidden = F.linear(features, w1, self.b1).relu_()
-        gain = self.config.density_gain
-        return F.linear(hidden, self.w2[:1] * gain, self.b2[:1] * gain).squeeze(-1) + self.blob(points)
+        return F.linear(hidden, self.w2[:1] * self.gain[:1, None], self.b2[:1] * self.gain[:1]).squeeze(-1) + self.blob(
+            points
+        )
 
     def density(self, points: Tensor) -> Tensor:
         """Return the density (N,), >= 0, per scene unit, at points (N, 3) in the box."""
-        return F.softplus(self.logit(points))
+        logit = self.logit(points)
+        return F.softplus(logit) if self.width is None else _laplace(logit, self.width)
 
     def forward(self, points: Tensor) -> tuple[Tensor, Tensor]:
         """Return density (N,), >= 0, and colour (N, 3) in [0, 1] at points (N, 3) in the box."""
         features, w1 = self._encode(points)
         w2, b2 = self.w2 * self.gain[:, None], self.b2 * self.gain
-        return _Head.apply(features, self.blob(points), w1, self.b1, w2, b2)
+        return _Head.apply(features, self.blob(points), w1, self.b1, w2, b2, self.width)
 
     def slope(self, points: Tensor) -> Tensor:
         """Return the gradient (N, 3) of ``logit`` in the points (N, 3), differentiable in the parameters.
@@ -187,9 +241,9 @@ class Field(nn.Module):
         with torch.no_grad():
             hidden = F.linear(self.backend.hash_encode(places, self.table, self.spec), w1, self.b1)
             active = (hidden > 0).to(w1.dtype)
-        incoming = active @ (w1 * (self.w2[0] * self.config.density_gain)[:, None])  # (N, inputs)
+        incoming = active @ (w1 * (self.w2[0] * self.gain[0])[:, None])  # (N, inputs)
         slope = self.backend.hash_slope(places, self.table, incoming, self.spec)
-        blob = F.normalize(points, dim=-1) * (self.config.blob_strength / self.config.blob_radius)
+        blob = F.normalize(points, dim=-1) * (self._strength / self.config.blob_radius)
         return slope * 0.5 - blob
 
     def normals(self, points: Tensor) -> Tensor:

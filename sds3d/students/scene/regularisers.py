@@ -8,6 +8,8 @@ pixels (see sds3d/distill/core.py), so with a lambda of 64 * 64 one ray of a 64 
     orientation       mean_r sum_i sg(w_i) max(0, n_i . d)^2                Ref-NeRF, arXiv 2112.03907, eq. 11
     total_variation   mean_i |a(x_i) - a(x_i + u)|, a = 1 - exp(-sigma step), at jittered neighbours
     distortion        mean_r sum_ij w_i w_j |t_i - t_j| + sum_i w_i^2 dt_i/3    Mip-NeRF 360, arXiv 2111.12077, eq. 15
+    eikonal           mean_i (|grad d(x_i)| - 1)^2, for an SDF d             IGR, arXiv 2002.10099, eq. 4
+    smooth_normals    mean_i |n(x_i) - n(x_i + u)|, at jittered neighbours of seen points
     margin            mean_r sum_i w_i max(0, (|x_i|_inf - 0.9) / 0.1)^2    keeps matter away from the faces of the box
 """
 
@@ -26,7 +28,7 @@ from sds3d.students.scene.field import Field
 from sds3d.students.scene.render import Trace
 
 _OFF = Ramp.constant(0.0)
-_NEIGHBOURS = 2048  # pairs of points at which total variation is measured
+_NEIGHBOURS = 2048  # pairs of points at which total variation and the smoothness of normals are measured
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,16 @@ class RegulariserConfig:
     lambda_total_variation: Annotated[Ramp, Within(0, 1e9)] = _OFF
     lambda_distortion: Annotated[Ramp, Within(0, 1e9)] = _OFF
     lambda_margin: Annotated[Ramp, Within(0, 1e9)] = field(default_factory=lambda: Ramp.constant(100.0))
+    lambda_eikonal: Annotated[Ramp, Within(0, 1e9)] = _OFF
+    lambda_smooth_normals: Annotated[Ramp, Within(0, 1e9)] = _OFF
+
+    def check(self, kind: str) -> None:
+        """Raise ValueError if a weight needs another kind of field."""
+        if kind != "sdf" and self.lambda_eikonal != _OFF:
+            raise ValueError(
+                f"regularise.lambda_eikonal is for field.kind=sdf, and field.kind is {kind}; give "
+                "field.kind=sdf, or leave it out"
+            )
 
     def ramps(self) -> dict[str, Ramp]:
         """Return the weights by the regularisers' names, without "lambda_"."""
@@ -101,12 +113,36 @@ def total_variation(field: Field, trace: Trace, rng: torch.Generator) -> Tensor:
     return (opaque[:_NEIGHBOURS] - opaque[_NEIGHBOURS:]).abs().mean()
 
 
+def eikonal(field: Field, trace: Trace, rng: torch.Generator) -> Tensor:
+    """Return how far the slope of an SDF is from 1, at samples and at as many points anywhere in the box."""
+    points = trace.samples.points
+    anywhere = onto(torch.rand(_NEIGHBOURS, 3, generator=rng), points.device) * 2 - 1
+    uniform = onto(torch.rand(_NEIGHBOURS, generator=rng, dtype=torch.float64), points.device)
+    if points.shape[0]:
+        anywhere = torch.cat([anywhere, points[(uniform * trace.samples.offsets[-1]).long()]])
+    return (field.slope(anywhere).norm(dim=-1) - 1).square().mean()
+
+
+def smooth_normals(field: Field, trace: Trace, rng: torch.Generator) -> Tensor:
+    """Return the mean difference of the normals of seen points, drawn by weight, and of neighbours within one finest
+    cell."""
+    points, total = trace.samples.points, trace.weights.detach().double().cumsum(0)
+    if not points.shape[0]:
+        return trace.opacity.sum()  # 0, with a graph
+    uniform = onto(torch.rand(_NEIGHBOURS, generator=rng, dtype=torch.float64), points.device)
+    chosen = torch.searchsorted(total, uniform * total[-1], right=True).clamp_(max=len(points) - 1)
+    shift = (onto(torch.rand(_NEIGHBOURS, 3, generator=rng), points.device) * 2 - 1) * (2 / field.spec.finest)
+    here = points[chosen]
+    normals = field.normals(torch.cat([here, (here + shift).clamp_(-1, 1)]))
+    return (normals[:_NEIGHBOURS] - normals[_NEIGHBOURS:]).norm(dim=-1).mean()
+
+
 def measure(names: set[str], field: Field, trace: Trace, rng: torch.Generator) -> dict[str, Tensor]:
     """Return the named regularisers, unweighted, by name.
 
     Args:
         names: fields of RegulariserConfig, without "lambda_".
-        rng: generator for the points of total_variation.
+        rng: generator for the points of total_variation, eikonal and smooth_normals.
     """
     terms = {
         "sparsity": lambda: sparsity(trace.opacity),
@@ -115,5 +151,7 @@ def measure(names: set[str], field: Field, trace: Trace, rng: torch.Generator) -
         "total_variation": lambda: total_variation(field, trace, rng),
         "distortion": lambda: distortion(trace),
         "margin": lambda: margin(trace),
+        "eikonal": lambda: eikonal(field, trace, rng),
+        "smooth_normals": lambda: smooth_normals(field, trace, rng),
     }
     return {name: term() for name, term in terms.items() if name in names}

@@ -133,6 +133,9 @@ class SceneConfig:
     domains: DomainConfig = default(default_factory=DomainConfig)
     regularise: RegulariserConfig = default(default_factory=RegulariserConfig)
 
+    def __post_init__(self):
+        self.regularise.check(self.field.kind)
+
 
 class SceneStudent(nn.Module):
     """A hash-grid scene that draws stratified views of itself.
