@@ -141,7 +141,7 @@ class _Head(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_sigma: Tensor, grad_rgb: Tensor) -> tuple[Tensor, ...]:
+    def backward(ctx: Any, grad_sigma: Tensor, grad_rgb: Tensor) -> tuple[Tensor | None, ...]:
         features, hidden, w1, w2, sigma, rgb, width = ctx.saved_tensors
         grad = torch.empty(len(features), 4, dtype=features.dtype, device=features.device)
         if width is None:
