@@ -110,7 +110,7 @@ def test_every_branch_has_the_word_of_the_domain_and_vectors_are_not_guided():
     gradients = {}
     for domain, weight in (("albedo", 1.0), ("normals", 1.0), ("normals", 3.0)):
         image = images.clone().requires_grad_()
-        result = objective(Draw(image, ["a red ball"] * 2, orbit(2), group, domain, weight), 0, seeded(1))
+        result = objective(Draw(image, ["a red ball"] * 2, orbit(2), group, domain=domain, weight=weight), 0, seeded(1))
         result.loss.backward()
         gradients[domain, weight] = image.grad
         q = result.query
