@@ -55,8 +55,16 @@ def check_teacher(config: Config, teacher: Teacher) -> None:
 
 
 def for_teacher(config: Config, teacher: Teacher) -> Config:
-    """Return the config without the domains that the teacher does not know."""
-    return dataclasses.replace(config, domains=config.domains.known(domains_of(teacher)))
+    """Return the config without the domains that the teacher does not know. Warns if there are any."""
+    known = config.domains.known(domains_of(teacher))
+    missing = [f.name for f in dataclasses.fields(known) if getattr(known, f.name) != getattr(config.domains, f.name)]
+    if missing:
+        warnings.warn(
+            f"the teacher {config.teacher.short_name} knows {', '.join(domains_of(teacher))} only: "
+            f"domains.{' and domains.'.join(missing)} have no effect, and these steps show colours",
+            stacklevel=3,
+        )
+    return dataclasses.replace(config, domains=known)
 
 
 def further_prompts(config: Config) -> list[tuple[str, str]]:
