@@ -209,7 +209,7 @@ def _points_on(corners: np.ndarray, points: int, rng: np.random.Generator) -> tu
     folded onto the triangle.
     """
     edges = corners[:, 1:] - corners[:, :1]  # (F, 2, 3)
-    area = np.linalg.norm(np.cross(edges[:, 0], edges[:, 1]), axis=1)
+    area = np.linalg.norm(_doubled(corners), axis=1)
     if not area.sum() > 0 or not math.isfinite(area.sum()):
         raise ValueError("a mesh without any area has no points to compare; export it again")
     summed = np.cumsum(area)

@@ -15,6 +15,7 @@ from sds3d.prompts import COLOURS, VIEW_WORDS, named_background, named_view, wor
 from sds3d.runs.memory_savings import Saving, of_pipeline
 from sds3d.runtime.device import pick_device
 from sds3d.runtime.distributed import Processes
+from sds3d.runtime.errors import stacklevel
 from sds3d.students.base import Particles
 from sds3d.students.representation import Scene
 from sds3d.students.scene.student import BACKGROUNDS, SceneConfig, SceneStudent
@@ -62,7 +63,7 @@ def for_teacher(config: Config, teacher: Teacher) -> Config:
         warnings.warn(
             f"the teacher {config.teacher.short_name} knows {', '.join(domains_of(teacher))} only: "
             f"domains.{' and domains.'.join(missing)} have no effect, and these steps show colours",
-            stacklevel=3,
+            stacklevel=stacklevel(),
         )
     return dataclasses.replace(config, domains=known)
 
