@@ -2,7 +2,7 @@
 
     python scripts/held_out.py --json benchmarks/held_out.json --sheet benchmarks/held_out.png
     python scripts/held_out.py --seeds 0 --out /tmp/words teacher.views=words
-    python scripts/held_out.py --truth --out /tmp/ceiling domains.normals=0.3 domains.positions=0.4
+    python scripts/held_out.py --truth --out /tmp/ceiling domains.normals=0.3 domains.depths=0.4
 
 No teacher was trained on these combinations of kind and colours (`sds3d.data.toybox.is_held_out`). With --out, the
 runs, figures and pictures stay in a folder, and the same command goes on where it was stopped. --truth puts the true

@@ -3,12 +3,13 @@
     colours      the object under the light of its world; no word
     albedo       its colours without light
     normals      (n + 1) / 2 for outward unit normals n, in camera axes: x right, y up, z towards the camera
-    positions    (p + 1) / 2 for the visible points p, in world coordinates, in the box [-1, 1]^3 (SweetDreamer,
-                 arXiv 2310.02596, section 3.1)
+    depths       (z + 1) / 2 for the height z of the visible points over the plane through the origin that faces the
+                 camera, in [-1, 1]: what is near is bright (MiDaS, arXiv 1907.01341, shows it so, too)
 
-A pixel of normals or positions is a mean over the pixel, in which the background counts as the vector 0: middle grey. A
-teacher may know several domains, each by its word: "a red mug, normals" (Wonder3D, arXiv 2310.15008, section 3.2). The
-word stays in the null prompt, so guidance does not leave the domain.
+A pixel is a mean over the pixel, and the background counts as 0: middle grey. (On black, the rim of a depth image has the
+largest gradients, and Adam steps by the largest: with true images a mug's F-score is 0.84, on grey 0.94.) A teacher may
+know several domains, each by its word: "a red mug, normals" (Wonder3D, arXiv 2310.15008, section 3.2). The word stays in
+the null prompt, so guidance does not leave the domain.
 """
 
 from __future__ import annotations
@@ -16,10 +17,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-WORDS = {"colours": "", "albedo": "albedo", "normals": "normals", "positions": "positions"}
-VECTORS = ("normals", "positions")  # domains whose pixels are vectors
+from sds3d.cameras import Cameras
+
+WORDS = {"colours": "", "albedo": "albedo", "normals": "normals", "depths": "depths"}
+SURFACE = ("normals", "depths")  # domains that show the surface and no colours
 
 
 def with_domain(prompts: Sequence[str], domain: str) -> list[str]:
@@ -54,11 +58,22 @@ def turned(normals: Tensor, rotations: Tensor) -> Tensor:
     return torch.einsum("bij,bihw->bjhw", rotations, normals)
 
 
-def picture(vectors: Tensor) -> Tensor:
-    """Return normals or positions in [-1, 1], of any shape, as pixels in [0, 1]."""
-    return (vectors + 1) / 2
+def heights(points: Tensor, cameras: Cameras) -> Tensor:
+    """Return the heights towards the camera (B, 1, H, W) of points (B, 3, H, W), clamped to [-1, 1].
+
+    Args:
+        points: in world coordinates, times the coverage; 0 on the background.
+        cameras: B cameras, which look at the origin.
+    """
+    towards = F.normalize(cameras.positions(), dim=-1)
+    return (torch.einsum("bi,bihw->bhw", towards, points)[:, None]).clamp(-1, 1)
 
 
-def vectors(picture: Tensor) -> Tensor:
-    """Return the normals or positions that pixels show: the inverse of `picture`."""
+def picture(values: Tensor) -> Tensor:
+    """Return normals (B, 3, H, W) or heights (B, 1, H, W), in [-1, 1], as pixels (B, 3, H, W) in [0, 1]."""
+    return ((values + 1) / 2).expand(-1, 3, -1, -1)
+
+
+def values(picture: Tensor) -> Tensor:
+    """Return the normals, or three times the heights, that pixels show: the inverse of `picture`."""
     return 2 * picture - 1

@@ -37,19 +37,19 @@ def ball_scene(**turns) -> SceneStudent:
 
 
 def test_each_domain_gets_its_part_of_any_few_steps():
-    turns = DomainConfig(normals=Ramp.constant(0.3), positions=Ramp(100, 0.0, 0.4, 200))
+    turns = DomainConfig(normals=Ramp.constant(0.3), depths=Ramp(100, 0.0, 0.4, 200))
     shown = [turns.at(step) for step in range(400)]
     for start in range(0, 100, 20):
-        assert abs(shown[start : start + 20].count("normals") - 6) <= 1 and "positions" not in shown[:100]
+        assert abs(shown[start : start + 20].count("normals") - 6) <= 1 and "depths" not in shown[:100]
         late = shown[300 + start : 320 + start]
-        assert abs(late.count("normals") - 6) <= 1 and abs(late.count("positions") - 8) <= 1
+        assert abs(late.count("normals") - 6) <= 1 and abs(late.count("depths") - 8) <= 1
     assert {DomainConfig("albedo", HALF).at(step) for step in range(9)} == {"albedo", "normals"}
 
 
 def test_domains_that_a_teacher_does_not_know_have_no_turn(tmp_path):
     turns = DomainConfig("albedo", HALF, Ramp.constant(0.4))
     assert turns.known(domains.WORDS) == turns
-    assert turns.known(("colours", "positions")) == DomainConfig("colours", positions=Ramp.constant(0.4))
+    assert turns.known(("colours", "depths")) == DomainConfig("colours", depths=Ramp.constant(0.4))
     layer = {"out": str(tmp_path), "steps": 2, "render": {"resolution": 16}, "domains": {"normals": 0.5}}
     with pytest.warns(UserWarning, match="BallTeacher knows colours only: domains.normals have no effect"):
         asset, steps = launch.start(configs.load("a red ball", layer), teacher=BallTeacher())
@@ -61,8 +61,8 @@ def test_domains_that_a_teacher_does_not_know_have_no_turn(tmp_path):
 @pytest.mark.parametrize(
     "settings, words",
     [
-        ({"normals": Ramp.constant(0.6), "positions": HALF}, "add up to 1.1 at step 0"),
-        ({"normals": Ramp(0, 0.1, 0.9, 50), "positions": HALF}, "add up to 1.4 at step 50"),
+        ({"normals": Ramp.constant(0.6), "depths": HALF}, "add up to 1.1 at step 0"),
+        ({"normals": Ramp(0, 0.1, 0.9, 50), "depths": HALF}, "add up to 1.4 at step 50"),
         ({"normals": Ramp.constant(1.5)}, "domains.normals"),
         ({"colours": "lit"}, "give colours or albedo"),
     ],
@@ -73,26 +73,30 @@ def test_turns_that_cannot_be_are_refused(settings, words):
 
 
 def test_a_scene_shows_the_surface_of_its_ball():
-    """Points that the pixels of "positions" show lie on the sphere of the pixels' normals."""
+    """Its depths and normals are those of a sphere."""
     scene, cameras = ball_scene(), orbit(3, elevation=35.0)
     views = scene.render_view(cameras, 32, normals=True)
     solid = (views.opacity > 0.999)[:, 0]
     assert solid.sum() > 200
-    points = domains.vectors(domain_image(views, cameras, "positions")).permute(0, 2, 3, 1)[solid]
+    heights = domains.values(domain_image(views, cameras, "depths")).permute(0, 2, 3, 1)[solid]
+    origins, directions = cameras.rays(32)
+    distance = views.depth.permute(0, 2, 3, 1)
+    points = (origins + directions * distance)[solid]
     assert points.norm(dim=-1).mean() == pytest.approx(0.46, abs=0.01)  # there tau = 400 (0.5 - r)^2 is ln 2
-    seen = domains.vectors(domain_image(views, cameras, "normals"))
+    seen = domains.values(domain_image(views, cameras, "normals"))
     world = torch.einsum("bij,bjhw->bihw", cameras.rotations(), seen).permute(0, 2, 3, 1)[solid]
     assert torch.cosine_similarity(world, points).min() > 0.98
     assert (seen.permute(0, 2, 3, 1)[solid][:, 2] > 0).all()  # in camera axes: towards the camera
+    assert torch.allclose(heights, 0.46 * seen.permute(0, 2, 3, 1)[solid][:, 2:].expand(-1, 3), atol=0.03)
     empty = (views.opacity == 0).expand(-1, 3, -1, -1)
-    for domain in domains.VECTORS:
+    for domain in domains.SURFACE:
         assert torch.allclose(domain_image(views, cameras, domain)[empty], torch.tensor(0.5))
     assert torch.equal(domain_image(views, cameras, "albedo"), views.rgb)
 
 
-@pytest.mark.parametrize("domain", domains.VECTORS)
+@pytest.mark.parametrize("domain", domains.SURFACE)
 def test_a_draw_of_vectors_moves_the_surface_and_not_the_colours(domain):
-    scene = ball_scene(**{domain: Ramp.constant(1.0)}, weight_positions=7.0, weight_normals=7.0)
+    scene = ball_scene(**{domain: Ramp.constant(1.0)}, weight_depths=7.0, weight_normals=7.0)
     before = seeded(3)
     draw = scene.draw(0, before)
     assert draw.domain == domain and draw.weight == 7 and draw.cameras is not None
@@ -104,9 +108,18 @@ def test_a_draw_of_vectors_moves_the_surface_and_not_the_colours(domain):
     assert again.domain == "colours" and torch.equal(again.cameras.azimuth, draw.cameras.azimuth)
 
 
+def test_images_of_the_surface_may_be_smaller():
+    settings = {"normals": HALF, "resolution": 8}
+    scene, rng = ball_scene(**settings), seeded()
+    drawn = [scene.draw(step, rng) for step in range(4)]
+    sides = {draw.domain: draw.images.shape[-1] for draw in drawn}
+    assert sides == {"normals": 8, "colours": 32}, sides
+    assert ball_scene(normals=HALF, resolution=99).draw(0, rng).images.shape[-1] == 32  # never larger than the others
+
+
 def test_every_branch_has_the_word_of_the_domain_and_vectors_are_not_guided():
     teacher = BallTeacher()
-    objective = ScoreObjective(teacher, SDS(5.0), TimestepSampler(0.5, 0.6), negative="ball blur", vector_scale=1.0)
+    objective = ScoreObjective(teacher, SDS(5.0), TimestepSampler(0.5, 0.6), negative="ball blur", surface_scale=1.0)
     images, group = torch.rand(2, 3, 16, 16, generator=seeded()), torch.zeros(2, dtype=torch.long)
     gradients = {}
     for domain, weight in (("albedo", 1.0), ("normals", 1.0), ("normals", 3.0)):
@@ -155,12 +168,12 @@ def test_the_true_teacher_answers_each_prompt_with_its_domain():
 
 
 @pytest.mark.slow
-def test_true_normals_and_positions_mend_the_surface(tmp_path):
+def test_true_normals_and_depths_mend_the_surface(tmp_path):
     """Colours alone leave a cube's surface pitted; the mean cosine of its rendered normals is the measure."""
     cosines = {}
     toy, cameras = toybox.parse("a red cube"), orbit(6, elevation=25.0)
     for part in (0.0, 0.3):
-        layer = {"out": str(tmp_path / str(part)), "domains": {"normals": part, "positions": part}}
+        layer = {"out": str(tmp_path / str(part)), "domains": {"normals": part, "depths": part}}
         asset, steps = launch.start(configs.load("a red cube", layer, {"steps": 120}), teacher=TrueTeacher())
         for _ in steps:
             pass

@@ -376,3 +376,19 @@ def test_a_training_can_begin_from_weights_that_know_fewer_words(tmp_path):
     assert torch.equal(after.ema.module["text"].words.weight, after.nets["text"].words.weight)
     with pytest.raises(ValueError, match="network of another size"):
         fit.Fit(FitConfig(steps=2, start="digits"), SmallToys())
+
+
+def test_a_teacher_keeps_images_of_the_sizes_that_it_was_trained_on(tmp_path):
+    """Coarse steps come first and then every second time; without them there is one size only."""
+    config = FitConfig(steps=9, coarse=4)
+    assert [step for step in range(9) if config.is_coarse(step)] == [0, 1, 2, 3, 5, 7]
+    assert not any(FitConfig(steps=9, coarse=0).is_coarse(step) for step in range(9))
+    for coarse, sizes, kept in ((2, (32, 64), 32), (0, (64,), 64)):
+        fit.Fit(FitConfig(steps=2, coarse=coarse), SmallToys()).save(tmp_path)
+        teacher = small.load(tmp_path / small.FILE)
+        assert teacher.sizes == sizes
+        for side, encoded in ((32, kept), (64, 64), (48, 64), (128, 64)):
+            images = torch.rand(2, 3, side, side, generator=torch.Generator().manual_seed(side))
+            x = teacher.encode(images)
+            assert x.shape == (2, 3, encoded, encoded)
+            assert encoded != side or torch.equal(x, 2 * images - 1)

@@ -180,18 +180,22 @@ def test_a_ball_has_the_depth_and_the_normals_of_a_sphere():
 
 
 def test_the_domains_show_one_object():
-    """Lit colours are the albedo times the shading of the normals; positions scale with the toy."""
+    """Lit colours are the albedo times the shading of the normals; depths are those of its surface."""
     toy, cameras = toybox.parse("a small red cube"), seen_from(30.0, 35.0)
     views = {domain: toy.render(cameras, 64, 1, domain) for domain in domains.WORDS}
     coverage = views["colours"][1]
     assert all(torch.equal(cover, coverage) for _, cover in views.values())
     inside = coverage[0, 0] == 1
-    colours, albedo, normals, positions = (views[domain][0][0, :, inside].T for domain in domains.WORDS)
+    colours, albedo, normals, depths = (views[domain][0][0, :, inside].T for domain in domains.WORDS)
     assert torch.allclose(albedo, torch.tensor(COLOURS["red"]).expand_as(albedo))
-    in_world = domains.vectors(normals) @ cameras.rotations()[0].T
+    in_world = domains.values(normals) @ cameras.rotations()[0].T
     assert torch.allclose(colours, albedo * shade(in_world)[:, None], atol=1e-5)
-    assert (domains.vectors(normals)[:, 2] > 0).all()  # what is seen faces the camera
-    assert domains.vectors(positions).abs().max() == pytest.approx(0.75 * 0.5, abs=3e-3)
+    assert (domains.values(normals)[:, 2] > 0).all()  # what is seen faces the camera
+    distance = toy.surface(cameras, 64)[0].permute(0, 2, 3, 1)
+    origins, directions = cameras.rays(64)
+    towards = cameras.positions()[0] / cameras.positions()[0].norm()
+    heights = ((origins + distance * directions) @ towards)[0][inside]
+    assert torch.allclose(domains.values(depths), heights[:, None].expand(-1, 3), atol=5e-3)
     grey = views["normals"][0][0, :, ~inside]
     assert (grey == 0.5).all() and (views["albedo"][0][0, :, ~inside] == 1).all()
 

@@ -132,7 +132,7 @@ def domain_images(
     """
     if domain == "normals":
         return domains.picture(domains.turned(layers[:, NORMAL], cameras.rotations()))
-    if domain == "positions":
-        return domains.picture(layers[:, POSITION])
+    if domain == "depths":
+        return domains.picture(domains.heights(layers[:, POSITION], cameras))
     rgb, coverage = paint(layers, main, second, lit=domain == "colours")
     return rgb + (1 - coverage) * background[:, :, None, None]

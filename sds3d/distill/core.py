@@ -166,7 +166,7 @@ class ScoreObjective:
         critic: see ``Query``.
         source_prompt: prompt of the source images, for methods that edit.
         noise_seed: seed of fixed noise.
-        vector_scale: see ``Query``.
+        surface_scale: see ``Query``.
 
     Raises:
         ValueError: weight or noise is unknown, the teacher cannot read a prompt, or something the method needs is
@@ -184,7 +184,7 @@ class ScoreObjective:
     critic: Critic | None = None
     source_prompt: str = ""
     noise_seed: int = 0
-    vector_scale: float = 1.0
+    surface_scale: float = 1.0
 
     def __post_init__(self):
         self.weight = self.method.WEIGHT if self.weight == "auto" else self.weight
@@ -260,7 +260,7 @@ class ScoreObjective:
             prompts=draw.prompts,
             cameras=draw.cameras,
             domain=draw.domain,
-            vector_scale=self.vector_scale,
+            surface_scale=self.surface_scale,
             negative=self.negative,
             uncond_camera=self.uncond_camera,
             step=step,

@@ -13,7 +13,7 @@ from sds3d.cameras import Cameras
 from sds3d.diffusion.guidance import Guidance, cfg, cfg_rescale, perp_neg
 from sds3d.diffusion.noise import Prediction, per_sample
 from sds3d.diffusion.samplers.ddim import ddim
-from sds3d.domains import VECTORS, with_domain
+from sds3d.domains import SURFACE, with_domain
 from sds3d.prompts import VIEW_WORDS, view_negatives, with_view
 from sds3d.runtime.transfer import onto
 from sds3d.teachers.base import Teacher
@@ -54,8 +54,8 @@ class Query:
         source: for methods that edit: the source images (B, C, H, W) and their prompt.
         rng: generator of noise that a method adds.
         domain: what the images show, a key of `sds3d.domains.WORDS`; every branch has its word.
-        vector_scale: guidance scale in the domains of vectors, normals and positions, in place of the method's: a
-            scale above 1 makes colours purer, and vectors wrong.
+        surface_scale: guidance scale in the domains of the surface, normals and depths, in place of the method's: a
+            scale above 1 makes colours purer, and surfaces wrong.
         teacher_images: number of images in each of the teacher's forwards so far.
     """
 
@@ -76,7 +76,7 @@ class Query:
     source: tuple[Tensor, str] | None = None
     rng: torch.Generator | None = None
     domain: str = "colours"
-    vector_scale: float = 1.0
+    surface_scale: float = 1.0
     teacher_images: list[int] = field(default_factory=list, repr=False)
     _answers: dict[str, Prediction] = field(default_factory=dict, repr=False)
 
@@ -123,7 +123,7 @@ class Query:
 
     def guided(self, scale: float) -> Tensor:
         """Return the teacher's guided eps at (x_t, t), (B, C, H, W). A negative prompt replaces the null prompt."""
-        scale = self.vector_scale if self.domain in VECTORS else scale
+        scale = self.surface_scale if self.domain in SURFACE else scale
         return self.guided_at(self.x_t, self.t, scale, base="negative" if self.negative else "uncond", cached=True)
 
     def guided_at(

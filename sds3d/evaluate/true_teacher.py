@@ -36,7 +36,7 @@ class TrueTeacher:
 
     def encode(self, images: Tensor) -> Tensor:
         """See `sds3d.teachers.base.Teacher.encode`."""
-        return encode_pixels(images, self.image_size)
+        return encode_pixels(images, self.image_size, sizes=range(4, 1025))
 
     def decode(self, x: Tensor) -> Tensor:
         """See `sds3d.teachers.base.Teacher.decode`."""
@@ -63,15 +63,16 @@ class TrueTeacher:
         if cameras is None:
             raise ValueError("the true teacher needs cameras; set teacher.views=camera")
         named = [prompt for prompt in prompts if domains.split_domain(prompt)[0]]
-        truth = torch.empty(len(named), 3, self.image_size, self.image_size)
+        side = x_t.shape[-1]
+        truth = torch.empty(len(named), 3, side, side)
         for prompt in dict.fromkeys(named):
             rows = torch.tensor([i for i, other in enumerate(named) if other == prompt])
-            truth[rows] = self._images(prompt, cameras[rows])
-        truth = encode_pixels(truth, self.image_size).repeat(len(prompts) // len(named), 1, 1, 1)
+            truth[rows] = self._images(prompt, cameras[rows], side)
+        truth = encode_pixels(truth, side).repeat(len(prompts) // len(named), 1, 1, 1)
         alpha, sigma = self.schedule.alpha_sigma(t)
         return Prediction(truth.to(x_t), x_t, alpha, sigma, "x0")
 
-    def _images(self, prompt: str, cameras: Cameras) -> Tensor:
+    def _images(self, prompt: str, cameras: Cameras, side: int) -> Tensor:
         """Return the true images (B, 3, H, W) of a prompt that may end with the word of a domain."""
         text, domain = domains.split_domain(prompt)
-        return toybox.parse(text).render(cameras.to("cpu"), self.image_size, domain=domain)[0]
+        return toybox.parse(text).render(cameras.to("cpu"), side, domain=domain)[0]

@@ -186,7 +186,7 @@ def build_objective(config: RunConfig, teacher: Teacher, critic: TrainedCritic |
         guidance=config.guidance,
         critic=critic,
         source_prompt=config.source.prompt,
-        vector_scale=kinds.of(config).vector_scale(config),
+        surface_scale=kinds.of(config).surface_scale(config),
         noise_seed=config.seed,
     )
 

@@ -81,7 +81,7 @@ class Kind:
         further_objectives: (score, config, student, processes) -> objectives beside the score, by name.
         source: how a user gives the source of an edit, as KEY=VALUE.
         has_source: (config) -> whether the config gives a source.
-        vector_scale: (config) -> the guidance scale in the domains of vectors, see `sds3d.distill.query.Query`.
+        surface_scale: (config) -> the guidance scale in the domains of the surface, see `sds3d.distill.query.Query`.
         gives: the needs of methods that this kind can meet: "pairs", "real".
         seen_by_cameras: whether the student is rendered from cameras.
         many_prompts: whether an empty prompt means all prompts that the teacher was trained on.
@@ -105,7 +105,7 @@ class Kind:
     )
     source: str = ""
     has_source: Callable[[Any], bool] = bool
-    vector_scale: Callable[[Any], float] = _unguided
+    surface_scale: Callable[[Any], float] = _unguided
     gives: frozenset[str] = frozenset()
     seen_by_cameras: bool = False
     many_prompts: bool = False
@@ -126,7 +126,7 @@ KINDS = {
         further_prompts=scene_parts.further_prompts,
         source="source.run=outputs/00001-...",
         has_source=lambda config: bool(config.source.run),
-        vector_scale=lambda config: config.domains.guidance,
+        surface_scale=lambda config: config.domains.guidance,
         seen_by_cameras=True,
     ),
     "image": Kind(

@@ -71,9 +71,10 @@ def domain_image(views: Views, cameras: Cameras, domain: str) -> Tensor:
     if domain == "normals":
         assert views.normal is not None, "the normals were not rendered"
         return domains.picture(domains.turned(views.normal, cameras.rotations()))
-    if domain == "positions":
+    if domain == "depths":
         origins, directions = (rays.permute(0, 3, 1, 2) for rays in cameras.rays(views.depth.shape[-1]))
-        return domains.picture(views.opacity * (origins + directions * views.depth))
+        points = views.opacity * (origins + directions * views.depth)
+        return domains.picture(domains.heights(points, cameras))
     return views.rgb
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Protocol, runtime_checkable
@@ -220,14 +221,19 @@ def views_per_set(teacher: Teacher) -> int:
     return teacher.views_per_set if isinstance(teacher, HasViewSets) else 1
 
 
-def encode_pixels(images: Tensor, image_size: int, channels: int = 3) -> Tensor:
+def encode_pixels(images: Tensor, image_size: int, channels: int = 3, sizes: Collection[int] = ()) -> Tensor:
     """Encode images (B, 3, H, W) in [0, 1] for a pixel teacher: (B, channels, image_size, image_size) in [-1, 1].
 
     Downsamples by area, upsamples bilinearly. One channel is the mean of the three. Differentiable.
+
+    Args:
+        sizes: further sides in pixels; square images of these sides keep their size.
     """
     if channels == 1:
         images = images.mean(1, keepdim=True)
     height, width = images.shape[-2:]
+    if height == width and height in sizes:
+        return 2 * images - 1
     if min(height, width) >= image_size and max(height, width) > image_size:
         images = F.interpolate(images, (image_size, image_size), mode="area")
     elif (height, width) != (image_size, image_size):

@@ -54,6 +54,7 @@ class SmallTeacher:
         fingerprint: fingerprint of the loaded file, "" without a file.
         prompts: examples of prompts that it was trained on.
         header: header of the loaded file.
+        sizes: sides in pixels of the square images that it denoises as they are; others are resized to its own side.
     """
 
     schedule = Schedule.cosine()
@@ -79,6 +80,7 @@ class SmallTeacher:
         self.fingerprint = ""
         self.prompts: tuple[str, ...] = ()
         self.header: dict[str, str] = {}
+        self.sizes: tuple[int, ...] = (self.image_size,)
 
     @property
     def domains(self) -> tuple[str, ...]:
@@ -115,7 +117,7 @@ class SmallTeacher:
 
     def encode(self, images: Tensor) -> Tensor:
         """See `sds3d.teachers.base.Teacher.encode`."""
-        return encode_pixels(images, self.image_size, self.shape[0])
+        return encode_pixels(images, self.image_size, self.shape[0], self.sizes)
 
     def decode(self, x: Tensor) -> Tensor:
         """See `sds3d.teachers.base.Teacher.decode`."""
@@ -227,17 +229,19 @@ def save(
     vocabulary: tuple[str, ...],
     prompts: Sequence[str] = (),
     extra_header: Mapping[str, str] = MappingProxyType({}),
+    sizes: Sequence[int] = (),
 ) -> None:
     """Write both networks as fp16 safetensors, with vocabulary, sizes and prompts in the header.
 
     Args:
         prompts: examples of prompts.
+        sizes: sides in pixels of the images that it was trained on; none is the network's own.
         extra_header: further entries of the header.
     """
     tensors = {f"unet.{k}": v for k, v in unet.state_dict().items()}
     tensors |= {f"text.{k}": v for k, v in text.state_dict().items()}
     header = {"vocabulary": json.dumps(vocabulary), "unet": json.dumps(asdict(unet.config))}
-    header |= {"prompts": json.dumps(prompts), **extra_header}
+    header |= {"prompts": json.dumps(prompts), "sizes": json.dumps([*sizes] or [unet.config.size]), **extra_header}
     tensors = {k: v.detach().half().cpu().contiguous() for k, v in tensors.items()}
     data = tensor_files.to_bytes(tensors, header)
     with replacing(path, (".safetensors",)) as part:
@@ -290,6 +294,9 @@ def load(
         unet, text = UNet(UNetConfig(**config)), TextEncoder(vocabulary, width=config["text"])
         for name, module in (("unet.", unet), ("text.", text)):
             module.load_state_dict({k.removeprefix(name): v for k, v in tensors.items() if k.startswith(name)})
+        trained_on = from_json(header.get("sizes", json.dumps([unet.config.size])))
+        if not all(isinstance(side, int) for side in trained_on):
+            raise ValueError("its header lists no sizes of images")
     except (LookupError, TypeError, AttributeError, RuntimeError, ValueError) as error:
         raise ValueError(f"{path} is damaged or no teacher of this project ({error}); restore or retrain it") from error
     for module in (unet, text):
@@ -297,5 +304,5 @@ def load(
         module.requires_grad_(False).eval().to(device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     teacher = SmallTeacher(unet, text, vocabulary, views, pick_dtype(device, dtype), compiled)
     teacher.fingerprint, teacher.header = _fingerprint(tensors, header), header
-    teacher.prompts = tuple(prompts)
+    teacher.prompts, teacher.sizes = tuple(prompts), tuple(trained_on)
     return teacher

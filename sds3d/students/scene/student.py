@@ -185,7 +185,7 @@ class SceneStudent(nn.Module):
         self._chunk = config.render.chunk or rays_at_a_time(
             self.device, config.render.samples, self.field.spec.width, config.field.hidden
         )
-        self._resolution, self._room = config.render.resolution_at(0), SampleBudget()
+        self._rooms: dict[int, SampleBudget] = {}  # pixels a side -> budget
         self._trace: Trace | None = None
         self._active: set[str] = set()
         self._noise = rng
@@ -202,9 +202,8 @@ class SceneStudent(nn.Module):
         self.background_name = self._choose_background(rng) if in_colours else self._default_background()
         shading = self._shading(step, cameras, rng) if in_colours else ALBEDO
         self._active, self._noise = self.config.regularise.active(step), rng
-        resolution = settings.resolution_at(step)
-        if resolution != self._resolution:
-            self._resolution, self._room = resolution, SampleBudget()  # the old budget is for images of another size
+        resolution = self.config.domains.resolution_at(domain, settings.resolution_at(step))
+        room = self._rooms.setdefault(resolution, SampleBudget())
         ask = self._asks()
         options = RenderOptions(
             2 / settings.samples,
@@ -212,7 +211,7 @@ class SceneStudent(nn.Module):
             domain == "normals" or "orientation" in self._active,
             settings.dark,
             self._chunk,
-            None if ask else self._room.rows(),
+            None if ask else room.rows(),
         )
         out = render(
             self.field, self.occupancy, cameras.to(self.device), resolution,
@@ -220,7 +219,7 @@ class SceneStudent(nn.Module):
         )  # fmt: skip
         self._trace = out.trace
         if not ask and out.trace is not None:  # a critic's draws have no trace
-            self._room.saw(out.trace.samples)
+            room.saw(out.trace.samples)
         group = torch.zeros(settings.views, dtype=torch.long)
         images = domain_image(out, cameras.to(self.device), domain)
         prompts, weight = self.prompts(cameras, self.background_name), self.config.domains.weight(domain)

@@ -108,7 +108,7 @@ class Fit:
         """Return the mean squared error of v at random t. Larger t are more likely: there caption and camera matter
         most."""
         b, clean, weight = len(batch.x), batch.x, torch.ones(())
-        if self.step < self.config.coarse:
+        if self.config.is_coarse(self.step):
             clean = F.avg_pool2d(clean, 2)
             if batch.part is not None:
                 weight = 1 + self.config.part * F.avg_pool2d(batch.part, 2)
@@ -179,7 +179,10 @@ class Fit:
         torch.save(state, data)
         with replacing(out / "state.pt") as part:
             part.write_bytes(data.getbuffer())
-        small.save(out / small.FILE, *_parts(self.ema.module), self.source.vocabulary, self.source.prompts)
+        small.save(
+            out / small.FILE, *_parts(self.ema.module), self.source.vocabulary, self.source.prompts,
+            sizes=self.config.sizes,
+        )  # fmt: skip
         with replacing(out / "fit.json") as part:
             part.write_text(json.dumps({"step": self.step, **asdict(self.config)}, indent=1))
 
@@ -299,7 +302,7 @@ def _train(out: Path, config: FitConfig, source: Source, resume: bool, device: t
         fit.load(out)
     draw_batch, start = source.batches(out, fit.rng), time.monotonic()
     while fit.step < config.steps:
-        fit.advance(draw_batch(config.batch * (2 if fit.step < config.coarse else 1)))
+        fit.advance(draw_batch(config.batch * (2 if config.is_coarse(fit.step) else 1)))
         recent = fit.losses[-200:]
         if fit.step % config.save_every == 0 or fit.step == config.steps:
             fit.save(out)

@@ -21,7 +21,8 @@ class FitConfig:
         steps: total number of steps; may be changed on resuming.
         batch: images in a step; a coarse step takes twice as many.
         coarse: number of first steps with images of half the side, which halves the time of a step. The meaning of
-            words and cameras is learnt in these steps, detail afterwards.
+            words and cameras is learnt in these steps, detail afterwards. If there are any, every second of the later
+            steps is coarse, too, so that the teacher keeps denoising both sizes. 0 trains on the whole size only.
         part: in the coarse steps of the toybox, extra weight of pixels that show the second colour. Handles and stems
             are small, and their colours are learnt last.
         start: weights to begin from: a packaged teacher's name or a file; "" begins at random. Words that they do not
@@ -59,6 +60,15 @@ class FitConfig:
         if data == "digits":
             return FitConfig(data, size=8, steps=DIGITS_STEPS, batch=128, coarse=0, decay=0.5, ema=0.999)
         return FitConfig(data, steps=20_000, coarse=0, decay=0.5)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Sides in pixels of the training images."""
+        return (self.size // 2, self.size) if self.coarse else (self.size,)
+
+    def is_coarse(self, step: int) -> bool:
+        """Return whether a step, counted from 0, shows images of half the side."""
+        return self.coarse > 0 and (step < self.coarse or step % 2 == 1)
 
     def rate(self, step: int) -> float:
         """Return the learning rate of a step."""

@@ -26,7 +26,7 @@ from sds3d.networks.unet import UNetConfig
 from sds3d.prompts import COLOURS, with_view
 
 NULL_FRACTION = 0.1  # of captions to drop, for guidance (Ho and Salimans, arXiv 2207.12598)
-DOMAIN_PARTS = {"colours": 0.4, "albedo": 0.1, "normals": 0.3, "positions": 0.2}  # of the toybox's images
+DOMAIN_PARTS = {"colours": 0.4, "albedo": 0.1, "normals": 0.3, "depths": 0.2}  # of the toybox's images
 GRID_PROMPTS = (  # prompts of the sample grid; none is held out
     "a red mug with a white handle",
     "a red rocket",
