@@ -292,7 +292,7 @@ def test_export_has_a_flag_for_each_setting_of_a_mesh():
 def test_eval_compares_with_the_toybox(call, made):
     code, out, err = call("eval", made)
     assert code == 0, err
-    assert out.startswith("a red ball ")
+    assert out.startswith("a red ball\n") and max(map(len, out.splitlines())) <= 80
     for name in ("IoU", "PSNR", "Chamfer", "F ", "F at 0.02", "normals", "depth error", "pieces", "(true 1, genus 0)"):
         assert name in out
     folder = Path(made)

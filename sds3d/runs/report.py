@@ -23,6 +23,7 @@ PAGE = "index.html"
 LABELS = {  # figure -> its name on pages; others keep their own names
     "iou": "silhouette IoU",
     "psnr": "PSNR, dB",
+    "psnr_albedo": "PSNR of the albedo, dB",
     "chamfer": "Chamfer",
     "fscore": "F-score at 0.05",
     "fscore_fine": "F-score at 0.02",
