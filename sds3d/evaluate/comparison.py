@@ -2,7 +2,8 @@
 
 Figures of a run, beside its pictures:
 
-    iou, psnr, chamfer, fscore   scenes: against the toybox's object, see evaluate/truth.py
+    iou, psnr, chamfer, fscore, fscore_fine, normals, depth_error, topology
+                                 scenes: against the toybox's object, see evaluate/truth.py and evaluate/shape.py
     psnr                         images: against the most similar of the object's true views, mean over the images
     colour                       distance of the mean foreground colour from that of the teacher's samples
     saturation                   mean saturation (max - min over RGB) of the foreground, minus that of the samples
@@ -49,7 +50,11 @@ COLUMNS = {
     "iou": page.Figure("IoU", 3, True),
     "psnr": page.Figure("PSNR, dB", 1, True),
     "chamfer": page.Figure("Chamfer", 4, False),
-    "fscore": page.Figure("F-score", 3, True),
+    "fscore": page.Figure("F at 0.05", 3, True),
+    "fscore_fine": page.Figure("F at 0.02", 3, True),
+    "normals": page.Figure("normals", 3, True),
+    "depth_error": page.Figure("depth error", 3, False),
+    "topology": page.Figure("topology", 2, True),
     "colour": page.Figure("colour off", 3, False),
     "saturation": page.Figure("saturation off", 3),
     "diversity": page.Figure("diversity", 3, True),
@@ -289,15 +294,15 @@ def _mean_distance(stacks: Tensor) -> float | None:
 
 def summary(entries: list[Entry]) -> dict[str, dict[str, float | None]]:
     """Return method -> figure -> its mean over the runs that have it."""
-    means: dict[str, dict[str, float | None]] = {}
+    found: dict[str, dict[str, float | None]] = {}
     for method in dict.fromkeys(entry.method for entry in entries):
         own = [entry for entry in entries if entry.method == method]
         rows = [entry.figures for entry in own]
         rows += [diversity([e for e in own if e.prompt == p]) for p in {e.prompt for e in own}]
         if any(entry.failure for entry in own):
             rows += [{"diverged": float(bool(entry.failure))} for entry in own]
-        means[method] = {name: _mean([row.get(name) for row in rows]) for name in COLUMNS}
-    return means
+        found[method] = {name: _mean([row.get(name) for row in rows]) for name in COLUMNS}
+    return found
 
 
 def _mean(values: list[float | None]) -> float | None:
@@ -305,12 +310,15 @@ def _mean(values: list[float | None]) -> float | None:
     return sum(known) / len(known) if known else None
 
 
+def means(entries: list[Entry]) -> list[page.Row]:
+    """Return the rows of the table of means, one for each method."""
+    return [page.Row(method, row, reference=bool(row["diverged"])) for method, row in summary(entries).items()]
+
+
 def _write(comparison: Comparison, out: Path, entries: list[Entry], samples: Mapping[str, Tensor]) -> None:
     """Write index.html and sheet.png."""
-    total = [
-        page.Row(method, figures, reference=bool(figures["diverged"])) for method, figures in summary(entries).items()
-    ]
-    sections = [page.Section(f"Mean over {len(comparison.prompts)} prompts and {len(comparison.seeds)} seeds", total)]
+    heading = f"Mean over {len(comparison.prompts)} prompts and {len(comparison.seeds)} seeds"
+    sections = [page.Section(heading, means(entries))]
     sample_figures = of_samples(comparison, samples)
     for prompt in comparison.prompts:
         rows = [page.Row("the teacher's own samples", sample_figures[prompt], samples[prompt], reference=True)]

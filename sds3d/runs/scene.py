@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 DOUBT_SIZE = 16  # pixels a side of the views that `Asset.doubt` renders
 EMPTY, FULL = 1e-3, 0.95  # an object covers more than EMPTY and less than FULL of these views
+COMPARED = ("iou", "psnr", "chamfer", "fscore", "fscore_fine", "normals", "depth_error", "topology")  # by sds3d compare
 EVAL_SIZE = 64  # pixels a side of the views that are scored
 ALBEDO_ROWS = "truth, without light", "ours, without light"  # labels in eval.png
 FORMATS = (*formats.FORMATS, ".mp4", ".png")
@@ -133,7 +134,7 @@ class Asset:
     def against_truth(self) -> dict[str, float | None]:
         """Compare with the toybox's object of the prompt; see `evaluate`. Raises ValueError if there is none."""
         scores = self.evaluate()
-        return {"iou": scores.iou, "psnr": scores.psnr, "chamfer": scores.chamfer, "fscore": scores.fscore}
+        return {name: None if (value := getattr(scores, name)) is None else float(value) for name in COMPARED}
 
     def render(
         self,
