@@ -332,7 +332,7 @@ def phone_pages(tmp_path) -> dict[str, tuple[Path, list[str]]]:
     entries = [gallery.Entry(title, "", f"outputs/0000{i}-a", words, known) for i, title in enumerate(titles)]
     shown = [*words, *(column.heading for key, column in report.COLUMNS.items() if key in known)]
     judged = FIGURES | {"topology": 0.5, "colour": 0.1, "asked": 10400.0, "memory": 950.0}
-    rows = [comparison.Row(name, judged, torch.rand(12, 3, 64, 64)) for name in ("sds", "diffinstruct")]
+    rows = [comparison.Row(name, judged, torch.full((12, 3, 64, 64), 0.5)) for name in ("sds", "diffinstruct")]
     sections = [comparison.Section("a red mug", rows)]
     return {
         "gallery": (gallery.write(tmp_path / "g.html", "Runs", entries, report.COLUMNS), shown),

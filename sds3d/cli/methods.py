@@ -125,9 +125,7 @@ def compare(
         if not (options.quiet or options.json):
             rate = clock.rate(len(entries), time.perf_counter() - begun)
             left = f"  {(total - len(entries)) / rate / 60:.0f} min left" if rate else ""
-            outcome = entry.failure or f"{entry.figures['seconds']:.0f} s"
-            run = f"{entry.method}, {entry.prompt!r}, seed {entry.seed}"
-            print(f"run {len(entries)}/{total}{left}  {run}: {outcome}", file=sys.stderr, flush=True)
+            print(f"run {len(entries)}/{total}{left}  {entry.line()}", file=sys.stderr, flush=True)
     if not (options.quiet or options.json):
         print(page.in_text(comparing.COLUMNS, comparing.means(entries)), file=sys.stderr)
     files = [str(options.out / name) for name in ("index.html", "sheet.png", "results.json")]

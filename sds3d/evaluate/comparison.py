@@ -43,7 +43,7 @@ from sds3d.runtime.device import pick_device
 from sds3d.runtime.errors import stacklevel
 from sds3d.runtime.files import from_json, read_text, replacing
 from sds3d.runtime.machine import machine
-from sds3d.teachers.base import Teacher, object_name
+from sds3d.teachers.base import Teacher, answerer, object_name
 from sds3d.train import Diverged
 
 COLUMNS = {
@@ -149,6 +149,11 @@ class Entry:
         """Prompt, method and seed, which identify the entry."""
         return self.prompt, self.method, self.seed
 
+    def line(self) -> str:
+        """Return which run it is and how it ended, in a line."""
+        outcome = self.failure or f"{self.figures['seconds']:.0f} s"
+        return f"{self.method}, {self.prompt!r}, seed {self.seed}: {outcome}"
+
 
 def compare(comparison: Comparison, out: Path) -> Iterator[Entry]:
     """Run a comparison. Writes ``out``/results.json after every run, index.html and sheet.png at the end.
@@ -197,7 +202,7 @@ def teacher_samples(comparison: Comparison, prompt: str) -> Tensor:
     from sds3d.teachers.drawing import sample
 
     config = comparison.config(prompt, comparison.methods[0], 0, Path())
-    teacher = build.build_teacher(config, comparison.teacher)
+    teacher = answerer(build.build_teacher(config, comparison.teacher), "colours")
     cameras = orbit(SAMPLES) if kinds.of(config).seen_by_cameras and teacher.views == "camera" else None
     return sample(teacher, [prompt] * SAMPLES, seed=1, guidance=2.0, cameras=cameras).cpu()
 
@@ -294,15 +299,15 @@ def _mean_distance(stacks: Tensor) -> float | None:
 
 def summary(entries: list[Entry]) -> dict[str, dict[str, float | None]]:
     """Return method -> figure -> its mean over the runs that have it."""
-    found: dict[str, dict[str, float | None]] = {}
+    by_method: dict[str, dict[str, float | None]] = {}
     for method in dict.fromkeys(entry.method for entry in entries):
         own = [entry for entry in entries if entry.method == method]
         rows = [entry.figures for entry in own]
         rows += [diversity([e for e in own if e.prompt == p]) for p in {e.prompt for e in own}]
         if any(entry.failure for entry in own):
             rows += [{"diverged": float(bool(entry.failure))} for entry in own]
-        found[method] = {name: _mean([row.get(name) for row in rows]) for name in COLUMNS}
-    return found
+        by_method[method] = {name: _mean([row.get(name) for row in rows]) for name in COLUMNS}
+    return by_method
 
 
 def _mean(values: list[float | None]) -> float | None:
