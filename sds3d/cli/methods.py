@@ -96,7 +96,6 @@ def compare(
     from sds3d.config import load as configs
     from sds3d.config.typed import convert
     from sds3d.evaluate import comparison as comparing
-    from sds3d.pages import comparison as page
     from sds3d.runs.progress import Clock
 
     arguments = prompts or []
@@ -127,7 +126,7 @@ def compare(
             left = f"  {(total - len(entries)) / rate / 60:.0f} min left" if rate else ""
             print(f"run {len(entries)}/{total}{left}  {entry.line()}", file=sys.stderr, flush=True)
     if not (options.quiet or options.json):
-        print(page.in_text(comparing.COLUMNS, comparing.means(entries)), file=sys.stderr)
+        print(comparing.in_text(entries), file=sys.stderr)
     files = [str(options.out / name) for name in ("index.html", "sheet.png", "results.json")]
     print_result({"files": files, "mean": comparing.summary(entries)}, files, options.json)
 

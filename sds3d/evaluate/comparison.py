@@ -320,6 +320,11 @@ def means(entries: list[Entry]) -> list[page.Row]:
     return [page.Row(method, row, reference=bool(row["diverged"])) for method, row in summary(entries).items()]
 
 
+def in_text(entries: list[Entry]) -> str:
+    """Return the table of means for a terminal."""
+    return page.in_text(COLUMNS, means(entries))
+
+
 def _write(comparison: Comparison, out: Path, entries: list[Entry], samples: Mapping[str, Tensor]) -> None:
     """Write index.html and sheet.png."""
     heading = f"Mean over {len(comparison.prompts)} prompts and {len(comparison.seeds)} seeds"
