@@ -107,14 +107,18 @@ def make_one(prompt: str, seed: int, overrides: list[str], folder: Path, teacher
     seconds = time.monotonic() - begun
     scores = asset.evaluate()
     picture = folder / f"{prompt.replace(' ', '-')}-{seed}.png"
-    contact_sheet(pictures(scores), picture, [f"{prompt}, seed {seed}: truth | ours", ""], size=TILE)
+    rows = pictures(scores)
+    labels = [f"{prompt}, seed {seed}: truth | ours", *[""] * (len(rows) - 1)]
+    contact_sheet(rows, picture, labels, size=TILE)
     return {**{k: v for k, v in scores.numbers().items() if not isinstance(v, list)}, "seconds": seconds}
 
 
 def pictures(scores: Scores) -> list[torch.Tensor]:
-    """Return two rows of true views beside ours: in colours, and in clay under a light."""
+    """Return rows of true views beside ours: in colours, without light if ours have none, in clay under a light."""
     shown, lit = list(SHOWN), list(LIT)
-    return [torch.cat([scores.truth[shown], scores.ours[shown]]), torch.cat([scores.true_clay[lit], scores.clay[lit]])]
+    albedo = [] if scores.albedo is None else [torch.cat([views[shown] for views in scores.albedo])]
+    coloured = torch.cat([scores.truth[shown], scores.ours[shown]])
+    return [coloured, *albedo, torch.cat([scores.true_clay[lit], scores.clay[lit]])]
 
 
 def stack(paths: Iterable[Path], path: Path) -> None:
@@ -136,7 +140,7 @@ def mean(rows: Iterable[Row]) -> Row:
     The mean of a figure that is true or false is the fraction of the rows where it is true.
     """
     rows = list(rows)
-    known = {key: [row[key] for row in rows if row[key] is not None] for key in rows[0] if key not in COUNTS}
+    known = {key: [row[key] for row in rows if row.get(key) is not None] for key in rows[0] if key not in COUNTS}
     return {key: round(sum(values) / len(values), 4) if values else None for key, values in known.items()}
 
 
@@ -166,6 +170,7 @@ def line(name: str, row: Row) -> str:
     shown = (
         "iou",
         "psnr",
+        "psnr_albedo",
         "chamfer",
         "fscore",
         "fscore_fine",
@@ -175,7 +180,7 @@ def line(name: str, row: Row) -> str:
         "topology",
         "seconds",
     )
-    figures = [f"{key} {'-' if row[key] is None else f'{float(row[key]):.4g}'}" for key in shown]
+    figures = [f"{key} {'-' if row.get(key) is None else f'{float(row[key]):.4g}'}" for key in shown]
     if "components" in row:
         figures.append("components {components} ({true_components})  genus {genus} ({true_genus})".format(**row))
     return f"{name:40s} {'  '.join(figures)}"

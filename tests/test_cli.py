@@ -292,7 +292,7 @@ def test_export_has_a_flag_for_each_setting_of_a_mesh():
 def test_eval_compares_with_the_toybox(call, made):
     code, out, err = call("eval", made)
     assert code == 0, err
-    assert out.startswith("a red ball ")
+    assert out.startswith("a red ball\n") and max(map(len, out.splitlines())) <= 80
     for name in ("IoU", "PSNR", "Chamfer", "F ", "F at 0.02", "normals", "depth error", "pieces", "(true 1, genus 0)"):
         assert name in out
     folder = Path(made)
@@ -456,7 +456,10 @@ def test_compare_writes_a_page(call, in_folder, ball_teacher):
     quick = ("steps=3", "image.size=8", "image.count=2", "-o", "c", "--seeds", "0,1", "--negative", "ball: [flat]")
     code, out, err = call("compare", "a ball", "a red ball", "--methods", "sds,csd", *quick)
     assert code == 0 and out.split() == ["c/index.html", "c/sheet.png", "c/results.json"], err
-    assert "run 8/8" in err and err.count("csd") == 4
+    *told, head = err[: err.index("PSNR, dB")].splitlines()
+    assert "run 8/8" in told[-1] and "\n".join(told).count("csd") == 4 and head.split() == ["sds", "csd"]
+    table = err[err.index(head) :].splitlines()
+    assert max(map(len, table)) <= 80 and any(line.startswith("colour off ") for line in table)
     assert sum("ball: [flat]" in prompts for prompts in ball_teacher.asked) == 12  # in each step of sds
     code, out, err = call("compare", "a ball", "a red ball", "--methods", "sds,csd", *quick, "--json")
     assert code == 0 and err == "" and set(json.loads(out)["mean"]) == {"sds", "csd"}

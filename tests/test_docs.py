@@ -59,6 +59,7 @@ def workspace(tmp_path_factory):
         (folder / "my-pictures" / f"{i}.txt").write_text(f"a {colour} card")
     (folder / "prompts.txt").write_text("a red mug\na blue mug\n")
     shutil.move(tiny_pipelines.build("sd", folder / "made"), folder / "FOLDER")
+    shutil.move(tiny_pipelines.build("if", folder / "made"), folder / "OTHER")
     (folder / "scripts").symlink_to(ROOT / "scripts")
     with contextlib.chdir(folder):
         sds3d.generate("a red mug", **pairs(SCENE))

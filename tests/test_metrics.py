@@ -185,7 +185,7 @@ def test_a_ball_against_a_larger_one():
     assert scores.truth.shape == scores.ours.shape == (24, 3, 128, 128)
     assert scores.true_clay.shape == scores.clay.shape == scores.lit.shape == (8, 3, 96, 96)
     assert list(json.loads(json.dumps(scores.numbers()))) == [
-        *("iou", "psnr", "chamfer", "fscore", "fscore_fine", "normals", "depth_error", "missed"),
+        *("iou", "psnr", "psnr_albedo", "chamfer", "fscore", "fscore_fine", "normals", "depth_error", "missed"),
         *("components", "genus", "true_components", "true_genus", "topology", "view_iou", "view_psnr"),
     ]
 

@@ -9,11 +9,13 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+import torch
 from conftest import CHROMIUM, chromium_program
 from PIL import Image
 
+from sds3d.evaluate import comparison as comparing
 from sds3d.media import chart
-from sds3d.pages import gallery
+from sds3d.pages import comparison, gallery
 from sds3d.runs import kinds, report
 from sds3d.runs.folder import Run
 from sds3d.runs.scene import Asset
@@ -316,6 +318,78 @@ def test_a_wide_gallery_scrolls_sideways_and_shows_that_it_does(browser, tmp_pat
         card.evaluate("c => c.scrollTo(c.scrollWidth, 1500)")
         box = last.bounding_box()
         assert 0 < box["x"] < 1300 and 0 < box["y"] < 300  # with its heading
+
+
+FIGURES = {"iou": 0.955, "psnr": 20.0, "chamfer": 0.02, "fscore": 0.92, "fscore_fine": 0.71, "normals": 0.86}
+FIGURES |= {"depth_error": 0.145, "topology": False}
+
+
+def phone_pages(tmp_path) -> dict[str, tuple[Path, list[str]]]:
+    """A gallery and a comparison with all figures, and their headings in order."""
+    words = {"method": "diffinstruct", "made": "scene", "date": "2026-11-23 20:22"}
+    known = FIGURES | {"step": 12000, "seconds": 1234.0, "memory": 950.0, "mesh faces": 41262, "mesh watertight": True}
+    titles = ["a small purple boat with a white sail on a yellow background", "a red mug"]
+    entries = [gallery.Entry(title, "", f"outputs/0000{i}-a", words, known) for i, title in enumerate(titles)]
+    shown = [*words, *(column.heading for key, column in report.COLUMNS.items() if key in known)]
+    judged = FIGURES | {"topology": 0.5, "colour": 0.1, "asked": 10400.0, "memory": 950.0}
+    rows = [comparison.Row(name, judged, torch.full((12, 3, 64, 64), 0.5)) for name in ("sds", "diffinstruct")]
+    sections = [comparison.Section("a red mug", rows)]
+    return {
+        "gallery": (gallery.write(tmp_path / "g.html", "Runs", entries, report.COLUMNS), shown),
+        "comparison": (
+            comparison.write(tmp_path / "c.html", "Methods", "note", comparing.COLUMNS, sections),
+            [column.heading for key, column in comparing.COLUMNS.items() if key in judged],
+        ),
+    }
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_all_figures_are_seen_on_a_phone_without_scrolling_sideways(browser_page, tmp_path, width):
+    browser_page.set_viewport_size({"width": width, "height": 844})
+    for name, (path, headings) in phone_pages(tmp_path).items():
+        browser_page.goto(path.as_uri())
+        cells = browser_page.locator("tbody tr").first.locator("td[data-label]")
+        assert [cell.get_attribute("data-label") for cell in cells.all()] == headings
+        assert {"F at 0.02", "normals", "depth error", "topology"} < set(headings), name
+        assert "0.71" in browser_page.inner_text("tbody") and "0.145" in browser_page.inner_text("tbody")
+        content = "e => getComputedStyle(e, '::before').content"
+        if width > 390:
+            assert {cell.evaluate(content) for cell in cells.all()} == {"none"}, name  # the head says it
+            continue
+        assert cells.last.evaluate(content) == f'"{headings[-1]}"', name
+        for box in (cell.bounding_box() for cell in cells.all()):
+            assert 0 <= box["x"] and box["x"] + box["width"] <= width and box["height"] < 50, (name, box)
+        for part in ("document.documentElement", "document.querySelector('.card')"):
+            assert browser_page.evaluate(f"{part}.scrollWidth - {part}.clientWidth") == 0, (name, part)
+
+
+def test_a_gallery_is_sorted_on_a_phone(browser_page, tmp_path):
+    browser_page.set_viewport_size({"width": 390, "height": 844})
+    columns = {"depth_error": report.COLUMNS["depth_error"]}
+    entries = [gallery.Entry(f"run {v}", "", "f", {}, {"depth_error": v}) for v in (0.1, 0.3, 0.2)]
+    browser_page.goto(gallery.write(tmp_path / "g.html", "T", entries, columns).as_uri())
+    browser_page.get_by_role("button", name="depth error").click()
+    assert [text.split("\n")[0] for text in browser_page.locator("td.name").all_inner_texts()] == [
+        "run 0.3", "run 0.2", "run 0.1",
+    ]  # fmt: skip
+
+
+def test_a_comparison_in_a_terminal_has_every_figure_and_80_columns():
+    names = ["sds", "nfsd", "csd", "vsd", "sdi", "ism", "bridge", "dds", "diffinstruct", "dmd", "dmd2"]
+    rows = [comparison.Row(name, FIGURES | {"normals": i / 20, "asked": 1e6}) for i, name in enumerate(names)]
+    rows.append(comparison.Row("diverged", {"normals": 1.0}, reference=True))
+    text = comparison.in_text(comparing.COLUMNS, rows)
+    assert max(map(len, text.splitlines())) <= 80
+    blocks = [block.splitlines() for block in text.split("\n\n")]
+    assert [name for block in blocks for name in block[0].split()] == [*names, "diverged"]
+    for block in blocks:
+        assert [line.split("  ")[0] for line in block[1:]] == [
+            *("IoU", "PSNR, dB", "Chamfer", "F at 0.05", "F at 0.02", "normals", "depth error", "topology"),
+            "teacher evaluations",
+        ]
+    normals = [word for block in blocks for line in block if line.startswith("normals") for word in line.split()[1:]]
+    expected = [f"{i / 20:.3f}" for i in range(11)] + ["1.000"]
+    assert normals == [*expected[:10], "0.500*", "1.000"]  # the best of those that did not diverge
 
 
 def test_mistakes_about_galleries_are_named(call, page_run, tmp_path):

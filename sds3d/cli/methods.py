@@ -78,12 +78,14 @@ def compare(
 ) -> None:
     """Compare methods on the same prompts, seeds, steps and teacher.
 
-    Writes index.html (one page with all pictures), sheet.png and results.json.
+    Writes index.html (one page with all pictures), sheet.png and results.json, and prints the means.
 
-    Figures: IoU, PSNR, Chamfer distance and F-score against the toybox's object (for images, the PSNR to its most
-    similar true view). Colour off: distance of the mean colour from that of the teacher's samples. Saturation off: mean
-    saturation minus that of the samples. Diversity: mean difference between seeds, also for pictures averaged to 8 x 8,
-    which removes noise. Seconds, teacher evaluations and peak memory of a run.
+    Figures against the toybox's object: IoU, PSNR, Chamfer distance, F-scores at 0.05 and 0.02, mean cosine of the
+    normals, depth error, and topology, the fraction of the meshes that are closed and have the true pieces and handles
+    (for images, the PSNR to its most similar true view). Colour off: distance of the mean colour from that of the
+    teacher's samples. Saturation off: mean saturation minus that of the samples. Diversity: mean difference between
+    seeds, also for pictures averaged to 8 x 8, which removes noise. Seconds, teacher evaluations and peak memory of a
+    run.
 
     [bold]Examples[/bold]
 
@@ -122,9 +124,9 @@ def compare(
         if not (options.quiet or options.json):
             rate = clock.rate(len(entries), time.perf_counter() - begun)
             left = f"  {(total - len(entries)) / rate / 60:.0f} min left" if rate else ""
-            outcome = entry.failure or f"{entry.figures['seconds']:.0f} s"
-            run = f"{entry.method}, {entry.prompt!r}, seed {entry.seed}"
-            print(f"run {len(entries)}/{total}{left}  {run}: {outcome}", file=sys.stderr, flush=True)
+            print(f"run {len(entries)}/{total}{left}  {entry.line()}", file=sys.stderr, flush=True)
+    if not (options.quiet or options.json):
+        print(comparing.in_text(entries), file=sys.stderr)
     files = [str(options.out / name) for name in ("index.html", "sheet.png", "results.json")]
     print_result({"files": files, "mean": comparing.summary(entries)}, files, options.json)
 

@@ -33,7 +33,18 @@ from sds3d.runtime.ranges import shown
 if TYPE_CHECKING:
     from sds3d.live.watch import Watch
 
-SCORES = ("iou", "psnr", "chamfer", "fscore", "fscore_fine", "normals", "depth_error")  # with a mean over runs
+MEANS = (
+    "iou",
+    "psnr",
+    "psnr_albedo",
+    "chamfer",
+    "fscore",
+    "fscore_fine",
+    "normals",
+    "depth_error",
+    "missed",
+    "topology",
+)
 
 
 @dataclass(frozen=True)
@@ -229,10 +240,11 @@ def evaluate(
     """Evaluate runs: scenes against the toybox's true shapes, generators against held-out real images.
 
     Scenes get IoU, PSNR, Chamfer distance, F-scores at 0.05 and 0.02, the mean cosine of the normals, the depth error,
-    the number of pieces and handles (genus), and eval.png, with the mesh in clay under a light. Generators of digits
-    or toys get FD-feat and its ratio to the teacher's, KID-feat, class accuracy, precision, recall, copies and speed,
-    each ± its standard deviation over the seeds, with eval.json and eval.png. With fewer images than are held out (596
-    digits) they get only KID-feat, class accuracy, copies and speed.
+    the number of pieces and handles (genus), and eval.png, with the mesh in clay under a light. The PSNR is that of lit
+    views; where the colours are albedo, the toybox's light falls on them, and they get a PSNR without it, too.
+    Generators of digits or toys get FD-feat and its ratio to the teacher's, KID-feat, class accuracy, precision,
+    recall, copies and speed, each ± its standard deviation over the seeds, with eval.json and eval.png. With fewer
+    images than are held out (596 digits) they get only KID-feat, class accuracy, copies and speed.
 
     [bold]Examples[/bold]
 
@@ -256,25 +268,34 @@ def evaluate(
         scores = asset.evaluate().numbers()
         rows.append({"run": str(asset.path), "prompt": asset.config.prompt, "particle": asset.particle, **scores})
         if not json:
-            print(_score_line(asset.config.prompt, scores))
+            print(score_lines(asset.config.prompt, scores))
     if json:
         print(dump(rows if len(rows) > 1 else rows[0]))
         return
     if len(rows) > 1:
-        figures = [[row[key] for row in rows if row[key] is not None] for key in SCORES]
+        figures = [[row[key] for row in rows if row[key] is not None] for key in MEANS]
         means = [sum(values) / len(values) if values else None for values in figures]
-        print(_score_line(f"mean of {len(rows)}", dict(zip(SCORES, means, strict=True))))
+        print(score_lines(f"mean of {len(rows)}", dict(zip(MEANS, means, strict=True))))
 
 
-def _score_line(name: str, scores: dict[str, Any]) -> str:
+def score_lines(name: str, scores: dict[str, Any]) -> str:
+    """Return the scores of a scene, or their means, in lines of at most 80 columns."""
+    albedo = "" if scores["psnr_albedo"] is None else f" (albedo {scores['psnr_albedo']:.2f} dB)"
     chamfer = "no mesh" if scores["chamfer"] is None else f"{scores['chamfer']:.4f}"
-    text = (
-        f"IoU {scores['iou']:.3f}  PSNR {scores['psnr']:.2f} dB  Chamfer {chamfer}  F {scores['fscore']:.3f}  "
-        f"F at 0.02 {scores['fscore_fine']:.3f}  normals {scores['normals']:.3f}  "
-        f"depth error {scores['depth_error']:.3f}"
-    )
-    if "components" in scores:  # a mean has none
+    if "components" in scores:
         handles = "not closed" if scores["genus"] is None else f"genus {scores['genus']}"
-        truth = f"true {scores['true_components']}, genus {scores['true_genus']}"
-        text += f"  pieces {scores['components']}, {handles} ({truth})"
-    return f"{name:40s}  {text}"
+        shape = (
+            f"pieces {scores['components']}, {handles} (true {scores['true_components']}, genus {scores['true_genus']})"
+        )
+    else:  # a mean
+        shape = f"as the truth's {100 * scores['topology']:.0f} %"
+    return "\n".join(
+        [
+            name,
+            f"  views     IoU {scores['iou']:.3f}  PSNR {scores['psnr']:.2f} dB{albedo}",
+            f"  surface   F {scores['fscore']:.3f}  F at 0.02 {scores['fscore_fine']:.3f}  "
+            f"normals {scores['normals']:.3f}  Chamfer {chamfer}",
+            f"  depth     depth error {scores['depth_error']:.3f}  missed {scores['missed']:.3f}",
+            f"  topology  {shape}",
+        ]
+    )

@@ -33,7 +33,9 @@ from sds3d.teachers.hf import loading
 
 PICKLE = "teacher.hf.allow_pickle"  # no file may set it: a pickle can run any program
 # Paths that a run reads, which are stored as absolute paths, and paths that it writes, which are only checked.
-INPUT_PATHS = ("teacher.name", "source.run", "image.start", "generator.prompts", "pairs.folder", "real")
+INPUT_PATHS = (
+    *("teacher.name", "teacher.normals.name", "source.run", "image.start", "generator.prompts", "pairs.folder", "real"),
+)
 OUTPUT_PATHS = ("out", "teacher.hf.cache")
 RENAMED = {  # old name of a setting, which is still accepted -> its new name
     "export.mesh_resolution": "export.mesh.resolution",

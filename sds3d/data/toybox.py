@@ -142,6 +142,10 @@ class Toy:
         background = background_colour(self.background).expand(len(cameras), 3)
         return domain_images(layers, main, second, background, domain, cameras), layers[:, COVERAGE]
 
+    def albedo(self, cameras: Cameras, resolution: int = 64) -> Tensor:
+        """Render the images (B, 3, H, W) of `render` without light."""
+        return self.render(cameras, resolution, domain="albedo")[0]
+
     def surface(self, cameras: Cameras, resolution: int = 64) -> tuple[Tensor, Tensor, Tensor]:
         """Return what the rays through the pixels' centres hit.
 

@@ -43,7 +43,7 @@ def normals(kind: Kind, points: Tensor, step: float = 2e-3) -> Tensor:
 
 
 def shade(normal: Tensor) -> Tensor:
-    """Return the brightness in [AMBIENT, 1] of unit normals, (N, 3) -> (N,)."""
+    """Return the brightness in [AMBIENT, 1] of unit normals, (..., 3) -> (...)."""
     return AMBIENT + (1 - AMBIENT) * (0.5 + 0.5 * normal @ normal.new_tensor(LIGHT))
 
 
@@ -116,6 +116,18 @@ def paint(layers: Tensor, main: Tensor, second: Tensor, lit: bool = True) -> tup
     slots = layers[:, LIT if lit else UNLIT]
     rgb = slots[:, :1] * main[:, :, None, None] + slots[:, 1:2] * second[:, :, None, None] + slots[:, 2:]
     return rgb, layers[:, COVERAGE]
+
+
+def relit(images: Tensor, coverage: Tensor, normals: Tensor, background: Tensor) -> Tensor:
+    """Return images (B, 3, H, W) without light, on a background (3,), under the toybox's light.
+
+    Args:
+        coverage: (B, 1, H, W).
+        normals: (B, 3, H, W) outward normals in world axes, of any length.
+    """
+    behind = (1 - coverage) * background[:, None, None]
+    unit = torch.nn.functional.normalize(normals, dim=1)
+    return (images - behind) * shade(unit.permute(0, 2, 3, 1))[:, None] + behind
 
 
 def domain_images(

@@ -28,7 +28,7 @@ from sds3d.distill.weights import weight
 from sds3d.runtime.ramp import Ramp
 from sds3d.runtime.transfer import onto
 from sds3d.students.base import Draw
-from sds3d.teachers.base import Teacher
+from sds3d.teachers.base import Teacher, answerer
 
 NOISES = ("fresh", "fixed")
 T_BINS = 5  # |g| is reported for this many equal intervals of t in [0, 1]
@@ -217,7 +217,7 @@ class ScoreObjective:
         Raises:
             NonFiniteGradient: g is not finite.
         """
-        x = draw.x(self.teacher.encode)
+        x = draw.x(answerer(self.teacher, draw.domain).encode)
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         t = self.time_of(draw, step, rng)
         noise_rng = rng if self.noise == "fresh" else torch.Generator().manual_seed(self.noise_seed)
@@ -230,7 +230,8 @@ class ScoreObjective:
         """Draw t (B,) for a draw's images."""
         group, processes = draw.group, draw.processes
         groups = torch.cat([group + i * (int(group.max()) + 1) for i in range(processes.world_size)])  # of all ranks
-        return processes.rows(self.time.draw(step, groups, rng, self.teacher.schedule))
+        schedule = answerer(self.teacher, draw.domain).schedule
+        return processes.rows(self.time.draw(step, groups, rng, schedule))
 
     def query(
         self,
@@ -243,14 +244,14 @@ class ScoreObjective:
     ) -> Query:
         """Return the query for clean x (B, C, H, W) noised with ``noise`` (B, C, H, W) at t (B,)."""
         assert len(draw.prompts) == len(x) == len(t), (len(draw.prompts), x.shape, t.shape)
-        x, t = x.detach(), t.to(x.dtype)
-        alpha, sigma = self.teacher.schedule.alpha_sigma(t)
+        x, t, teacher = x.detach(), t.to(x.dtype), answerer(self.teacher, draw.domain)
+        alpha, sigma = teacher.schedule.alpha_sigma(t)
         source = None
         if draw.source is not None:
             with torch.no_grad():
-                source = (self.teacher.encode(draw.source).to(x.dtype), self.source_prompt)
+                source = (teacher.encode(draw.source).to(x.dtype), self.source_prompt)
         return Query(
-            teacher=self.teacher,
+            teacher=teacher,
             x=x,
             x_t=noised(x, noise, alpha, sigma),
             noise=noise,

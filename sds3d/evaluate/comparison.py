@@ -2,7 +2,8 @@
 
 Figures of a run, beside its pictures:
 
-    iou, psnr, chamfer, fscore   scenes: against the toybox's object, see evaluate/truth.py
+    iou, psnr, chamfer, fscore, fscore_fine, normals, depth_error, topology
+                                 scenes: against the toybox's object, see evaluate/truth.py and evaluate/shape.py
     psnr                         images: against the most similar of the object's true views, mean over the images
     colour                       distance of the mean foreground colour from that of the teacher's samples
     saturation                   mean saturation (max - min over RGB) of the foreground, minus that of the samples
@@ -42,14 +43,18 @@ from sds3d.runtime.device import pick_device
 from sds3d.runtime.errors import stacklevel
 from sds3d.runtime.files import from_json, read_text, replacing
 from sds3d.runtime.machine import machine
-from sds3d.teachers.base import Teacher, object_name
+from sds3d.teachers.base import Teacher, answerer, object_name
 from sds3d.train import Diverged
 
 COLUMNS = {
     "iou": page.Figure("IoU", 3, True),
     "psnr": page.Figure("PSNR, dB", 1, True),
     "chamfer": page.Figure("Chamfer", 4, False),
-    "fscore": page.Figure("F-score", 3, True),
+    "fscore": page.Figure("F at 0.05", 3, True),
+    "fscore_fine": page.Figure("F at 0.02", 3, True),
+    "normals": page.Figure("normals", 3, True),
+    "depth_error": page.Figure("depth error", 3, False),
+    "topology": page.Figure("topology", 2, True),
     "colour": page.Figure("colour off", 3, False),
     "saturation": page.Figure("saturation off", 3),
     "diversity": page.Figure("diversity", 3, True),
@@ -144,6 +149,11 @@ class Entry:
         """Prompt, method and seed, which identify the entry."""
         return self.prompt, self.method, self.seed
 
+    def line(self) -> str:
+        """Return which run it is and how it ended, in a line."""
+        outcome = self.failure or f"{self.figures['seconds']:.0f} s"
+        return f"{self.method}, {self.prompt!r}, seed {self.seed}: {outcome}"
+
 
 def compare(comparison: Comparison, out: Path) -> Iterator[Entry]:
     """Run a comparison. Writes ``out``/results.json after every run, index.html and sheet.png at the end.
@@ -192,7 +202,7 @@ def teacher_samples(comparison: Comparison, prompt: str) -> Tensor:
     from sds3d.teachers.drawing import sample
 
     config = comparison.config(prompt, comparison.methods[0], 0, Path())
-    teacher = build.build_teacher(config, comparison.teacher)
+    teacher = answerer(build.build_teacher(config, comparison.teacher), "colours")
     cameras = orbit(SAMPLES) if kinds.of(config).seen_by_cameras and teacher.views == "camera" else None
     return sample(teacher, [prompt] * SAMPLES, seed=1, guidance=2.0, cameras=cameras).cpu()
 
@@ -289,15 +299,15 @@ def _mean_distance(stacks: Tensor) -> float | None:
 
 def summary(entries: list[Entry]) -> dict[str, dict[str, float | None]]:
     """Return method -> figure -> its mean over the runs that have it."""
-    means: dict[str, dict[str, float | None]] = {}
+    by_method: dict[str, dict[str, float | None]] = {}
     for method in dict.fromkeys(entry.method for entry in entries):
         own = [entry for entry in entries if entry.method == method]
         rows = [entry.figures for entry in own]
         rows += [diversity([e for e in own if e.prompt == p]) for p in {e.prompt for e in own}]
         if any(entry.failure for entry in own):
             rows += [{"diverged": float(bool(entry.failure))} for entry in own]
-        means[method] = {name: _mean([row.get(name) for row in rows]) for name in COLUMNS}
-    return means
+        by_method[method] = {name: _mean([row.get(name) for row in rows]) for name in COLUMNS}
+    return by_method
 
 
 def _mean(values: list[float | None]) -> float | None:
@@ -305,12 +315,20 @@ def _mean(values: list[float | None]) -> float | None:
     return sum(known) / len(known) if known else None
 
 
+def means(entries: list[Entry]) -> list[page.Row]:
+    """Return the rows of the table of means, one for each method."""
+    return [page.Row(method, row, reference=bool(row["diverged"])) for method, row in summary(entries).items()]
+
+
+def in_text(entries: list[Entry]) -> str:
+    """Return the table of means for a terminal."""
+    return page.in_text(COLUMNS, means(entries))
+
+
 def _write(comparison: Comparison, out: Path, entries: list[Entry], samples: Mapping[str, Tensor]) -> None:
     """Write index.html and sheet.png."""
-    total = [
-        page.Row(method, figures, reference=bool(figures["diverged"])) for method, figures in summary(entries).items()
-    ]
-    sections = [page.Section(f"Mean over {len(comparison.prompts)} prompts and {len(comparison.seeds)} seeds", total)]
+    heading = f"Mean over {len(comparison.prompts)} prompts and {len(comparison.seeds)} seeds"
+    sections = [page.Section(heading, means(entries))]
     sample_figures = of_samples(comparison, samples)
     for prompt in comparison.prompts:
         rows = [page.Row("the teacher's own samples", sample_figures[prompt], samples[prompt], reference=True)]

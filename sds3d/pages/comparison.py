@@ -26,7 +26,9 @@ td:first-child, th:first-child { text-align: left }
 td:last-child { text-align: left }
 img { height: 96px; display: block }
 b { color: var(--accent) }
+@media (max-width: 40rem) { thead { display: none } td:first-child { font-weight: 600 } }
 """
+WIDTH = 80  # columns of a terminal
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ def write(path: Path, title: str, note: str, columns: Mapping[str, Figure], sect
     """
     body = "\n".join(_table(section, columns) for section in sections)
     top = f'<h1>{html.escape(title)}</h1>\n<p class="soft">{html.escape(note)}</p>\n'
-    return web.write(path, title, top + body, STYLE)
+    return web.write(path, title, top + body, STYLE + web.STACKED)
 
 
 def contact_sheet(path: Path, sections: Sequence[Section]) -> Path:
@@ -94,6 +96,29 @@ def best(rows: Sequence[Row], name: str, column: Figure) -> str:
     return shown(max(values) if column.more else min(values), column)
 
 
+def in_text(columns: Mapping[str, Figure], rows: Sequence[Row]) -> str:
+    """Return a table for a terminal: a line for each figure, and a column for each row, its best value with a star.
+
+    Where the columns need more than WIDTH characters, further blocks of them come below.
+    """
+    used = {n: c for n, c in columns.items() if any(row.figures.get(n) is not None for row in rows)}
+    top = {name: best([row for row in rows if not row.reference], name, column) for name, column in used.items()}
+    cells = {}
+    for row in rows:
+        texts = {name: shown(row.figures.get(name), column) for name, column in used.items()}
+        cells[row.label] = {n: f"{text}{'*' if text and text == top[n] else ' '}" for n, text in texts.items()}
+    head = max((len(column.heading) for column in used.values()), default=0)
+    width = 2 + max((len(text) for label, own in cells.items() for text in (label + " ", *own.values())), default=0)
+    labels, many = list(cells), max(1, (WIDTH - head) // width)
+    blocks = []
+    for block in (labels[i : i + many] for i in range(0, len(labels), many)):
+        lines = [" " * head + "".join(f"{label} ".rjust(width) for label in block)]
+        for name, column in used.items():
+            lines.append(column.heading.ljust(head) + "".join(cells[label][name].rjust(width) for label in block))
+        blocks.append("\n".join(line.rstrip() for line in lines))
+    return "\n\n".join(blocks)
+
+
 def _table(section: Section, columns: Mapping[str, Figure]) -> str:
     used = {n: c for n, c in columns.items() if any(row.figures.get(n) is not None for row in section.rows)}
     candidates = [row for row in section.rows if not row.reference]
@@ -105,13 +130,15 @@ def _table(section: Section, columns: Mapping[str, Figure]) -> str:
         for name, column in used.items():
             text = shown(row.figures.get(name), column)
             bold = text and text == top[name] and not row.reference
-            cells.append(f"<td><b>{text}</b></td>" if bold else f"<td>{text}</td>")
+            label = html.escape(column.heading)
+            cells.append(
+                f'<td data-label="{label}"><b>{text}</b></td>' if bold else f'<td data-label="{label}">{text}</td>'
+            )
         cells.append(f"<td>{_picture(row)}</td>")
         lines.append(f"<tr>{''.join(cells)}</tr>")
     return (
-        f'<h2>{html.escape(section.heading)}</h2>\n<div class="card"><table><tr><th></th>{head}<th></th></tr>\n'
-        + "\n".join(lines)
-        + "\n</table></div>"
+        f'<h2>{html.escape(section.heading)}</h2>\n<div class="card"><table><thead><tr><th></th>{head}<th></th></tr>'
+        "</thead>\n<tbody>\n" + "\n".join(lines) + "\n</tbody></table></div>"
     )
 
 

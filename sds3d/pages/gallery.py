@@ -37,6 +37,13 @@ td img, td .none { display: block; width: 96px; height: 96px; border-radius: 6px
 td .none { background: var(--line) }
 .status { display: block; font-size: .82rem; color: var(--bad) }
 .folder { display: block; font-size: .82rem; color: var(--soft) }
+@media (max-width: 40rem) {
+  thead { display: block; position: sticky; top: 0; z-index: 1; background: var(--card) }
+  thead tr { display: flex; flex-wrap: wrap; gap: 0 .8rem; padding: .5rem .8rem; border-bottom: 1px solid var(--line) }
+  thead th { position: static; padding: 0; border: 0; font-size: .85rem }
+  tbody tr td.picture { grid-column: 1 }
+  tbody tr td.name { grid-column: 2; align-self: center }
+}
 """
 
 # The first click sorts text from A, numbers from the largest; a second click reverses. Empty values stay at the end.
@@ -104,7 +111,7 @@ def write(path: Path, title: str, entries: Sequence[Entry], columns: Mapping[str
         f'<h1>{html.escape(title)}</h1>\n<p class="soft">{count}; press a heading to sort</p>\n<div class="card">'
         f"<table><thead><tr><th></th>{''.join(heads)}</tr></thead>\n<tbody>\n{rows}\n</tbody></table></div>"
     )
-    return web.write(path, title, body, STYLE, SORT)
+    return web.write(path, title, body, STYLE + web.STACKED, SORT)
 
 
 def _head(text: str, kind: str = "") -> str:
@@ -126,16 +133,17 @@ def _row(entry: Entry, words: Sequence[str], columns: Mapping[str, Column]) -> s
     cells = [f'<td class="picture">{picture}</td>', _cell(entry.title, name, "name")]
     for word in words:
         text = html.escape(entry.words.get(word, ""))
-        cells.append(_cell(entry.words.get(word, ""), text))
+        cells.append(_cell(entry.words.get(word, ""), text, label=word))
     for key, column in columns.items():
         value = entry.figures.get(key)
         shown = "" if value is None else f"{value:,.{column.decimals}f}"
         if isinstance(value, bool):
             shown = "yes" if value else "no"
-        cells.append(_cell("" if value is None else repr(float(value)), shown, "number"))
+        cells.append(_cell("" if value is None else repr(float(value)), shown, "number", column.heading))
     return f"<tr>{''.join(cells)}</tr>"
 
 
-def _cell(value: str, shown: str, kind: str = "") -> str:
-    """A cell with its sort value (plain text) and its content (HTML)."""
-    return f'<td class="{kind}" data-value="{html.escape(value)}">{shown}</td>'
+def _cell(value: str, shown: str, kind: str = "", label: str = "") -> str:
+    """A cell with its sort value (plain text), its content (HTML), and its heading where there is no head."""
+    named = f' data-label="{html.escape(label)}"' if label else ""
+    return f'<td class="{kind}" data-value="{html.escape(value)}"{named}>{shown}</td>'

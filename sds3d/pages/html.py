@@ -31,6 +31,22 @@ code, pre { font: 13px/1.5 ui-monospace, monospace }
 pre { margin: 0; padding: 1rem; overflow: auto }
 """
 
+# A table whose figures would leave a narrow screen: there, a row is a block of two columns, and each figure says what
+# it is, by its attribute data-label.
+STACKED = """
+@media (max-width: 40rem) {
+  body { padding: 1rem .75rem }
+  table, tbody { display: block }
+  tbody tr { display: grid; grid-template-columns: 1fr 1fr; column-gap: 1.2rem; padding: .6rem .8rem;
+    border-bottom: 1px solid var(--line) }
+  tbody td:not([data-label]) { grid-column: 1 / -1; min-width: 0; overflow-x: auto }
+  tbody td, tbody td.number { display: flex; flex-wrap: wrap; justify-content: space-between; column-gap: .6rem;
+    padding: .1rem 0; border: 0; font-size: .9rem; white-space: normal; text-align: left }
+  tbody td[data-label]::before { content: attr(data-label); color: var(--soft) }
+  tbody td[data-label]:empty { display: none }
+}
+"""
+
 
 def data_uri(path: Path) -> str:
     """Return a file (.png, .jpg, .webp, .mp4) as a data URI."""

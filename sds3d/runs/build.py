@@ -23,7 +23,8 @@ from sds3d.runtime.device import pick_device
 from sds3d.runtime.distributed import Processes
 from sds3d.students.base import Student
 from sds3d.teachers.base import Teacher, TeacherConfig, object_name, require_teacher
-from sds3d.teachers.load import load_teacher
+from sds3d.teachers.by_domain import ByDomain
+from sds3d.teachers.load import load_by_domain, load_teacher
 from sds3d.train import Objective
 
 AnyConfig = TypeVar("AnyConfig", bound=RunConfig)
@@ -106,7 +107,8 @@ def build_teacher(config: RunConfig, teacher: Teacher | None = None) -> Teacher:
     kind = kinds.of(config)
     kind.check(config)
     if teacher is None:
-        teacher = load_teacher(config.teacher, config.device)
+        load = load_by_domain if kind.has_domains else load_teacher
+        teacher = load(config.teacher, config.device)
     kind.check_teacher(config, teacher)
     both = f"{config.prompt}, {config.negative}" if isinstance(config.method, Bridge) and config.negative else ""
     for name, prompt in (
@@ -149,6 +151,11 @@ def build_critic(config: RunConfig, teacher: Teacher, processes: Processes = Pro
     require_kind(config)
     if "critic" not in config.method.NEEDS:
         return None
+    if isinstance(teacher, ByDomain):
+        raise ValueError(
+            f"{type(config.method).__name__} trains a critic in the space and words of one teacher, and "
+            "teacher.normals lets a second one answer: take a method without a critic, or leave teacher.normals out"
+        )
     if not isinstance(teacher, Trainable):
         raise ValueError(
             f"{type(config.method).__name__} trains a critic that starts from the teacher's network, and "

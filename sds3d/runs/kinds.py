@@ -86,6 +86,7 @@ class Kind:
         seen_by_cameras: whether the student is rendered from cameras.
         many_prompts: whether an empty prompt means all prompts that the teacher was trained on.
         many_processes: whether several processes of torchrun can train one student.
+        has_domains: whether the student shows other domains than colours.
         opens_with_teacher: whether opening a run folder loads its teacher, which must then have a name.
     """
 
@@ -110,6 +111,7 @@ class Kind:
     seen_by_cameras: bool = False
     many_prompts: bool = False
     many_processes: bool = False
+    has_domains: bool = False
     opens_with_teacher: bool = False
 
 
@@ -128,6 +130,7 @@ KINDS = {
         has_source=lambda config: bool(config.source.run),
         surface_scale=lambda config: config.domains.guidance,
         seen_by_cameras=True,
+        has_domains=True,
     ),
     "image": Kind(
         config=PaintConfig,

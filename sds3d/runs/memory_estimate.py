@@ -34,7 +34,7 @@ from sds3d.students.scene.render import RenderOptions, render
 from sds3d.students.scene.sample_budget import CPU_BYTES, rays_within
 from sds3d.students.scene.student import RenderConfig
 from sds3d.teachers import small
-from sds3d.teachers.base import TeacherConfig
+from sds3d.teachers.base import NormalsConfig, TeacherConfig
 from sds3d.teachers.load import load_teacher
 from sds3d.teachers.small import SmallTeacher
 
@@ -137,7 +137,10 @@ def estimate(config: Config, machine: Machine) -> Estimate:
         ValueError: the teacher cannot be found, or is not for this method.
     """
     build.require_kind(config)
-    teacher, dtype = config.teacher, dtype_of(config.teacher, machine)
+    if config.teacher.normals.name:
+        raise ValueError("memory is estimated with one teacher: leave teacher.normals.name out, and add its weights")
+    teacher = dataclasses.replace(config.teacher, normals=NormalsConfig())
+    dtype = dtype_of(teacher, machine)
     # The settings on which the network's memory depends, and those on which the VAE's does: fewer keys for the caches.
     for_network, for_vae = teacher, teacher
     if is_pipeline(teacher):

@@ -37,7 +37,9 @@ if TYPE_CHECKING:
 
 DOUBT_SIZE = 16  # pixels a side of the views that `Asset.doubt` renders
 EMPTY, FULL = 1e-3, 0.95  # an object covers more than EMPTY and less than FULL of these views
+COMPARED = ("iou", "psnr", "chamfer", "fscore", "fscore_fine", "normals", "depth_error", "topology")  # by sds3d compare
 EVAL_SIZE = 64  # pixels a side of the views that are scored
+ALBEDO_ROWS = "truth, without light", "ours, without light"  # labels in eval.png
 FORMATS = (*formats.FORMATS, ".mp4", ".png")
 
 
@@ -110,6 +112,11 @@ class Asset:
         """The device and the kernels that render the scene, for display."""
         return f"{self.scene.device}, {self.scene.kernels}"
 
+    @property
+    def light_baked(self) -> bool:
+        """Whether the colours hold the light that the teacher drew: without shading, all that are no albedo do."""
+        return self.config.render.shading == "albedo" and self.config.domains.colours == "colours"
+
     def picture(self) -> Tensor:
         """Return four views for a progress picture, or one per particle, (B, 3, H, W) in [0, 1]."""
         cameras = orbit(4 if self.config.particles == 1 else 1, self.config.export.elevation)
@@ -127,7 +134,7 @@ class Asset:
     def against_truth(self) -> dict[str, float | None]:
         """Compare with the toybox's object of the prompt; see `evaluate`. Raises ValueError if there is none."""
         scores = self.evaluate()
-        return {"iou": scores.iou, "psnr": scores.psnr, "chamfer": scores.chamfer, "fscore": scores.fscore}
+        return {name: None if (value := getattr(scores, name)) is None else float(value) for name in COMPARED}
 
     def render(
         self,
@@ -164,8 +171,6 @@ class Asset:
         """
         require_own_process()
         config, settings = self.config, dataclasses.replace(self.config.export.mesh, **changed)
-        # Without shading, colours that are no albedo contain the light that the teacher drew.
-        lit = config.render.shading == "albedo" and config.domains.colours == "colours"
         card = {
             "prompt": config.prompt,
             "method": configs.name_of(config.method),
@@ -173,12 +178,12 @@ class Asset:
             "seed": config.seed,
             "particle": self.particle,
             "version": version("sds3d"),
-            "light_baked": lit,
+            "light_baked": self.light_baked,
         }
         pixels = min(config.export.size, Source.pixels)
         scene = self.scene
         source = Source(scene.density, scene.colours, self._on_white, scene.device, scene.detail, pixels)
-        return Export(source, settings, card, lit, tell, up, height)
+        return Export(source, settings, card, self.light_baked, tell, up, height)
 
     def _on_white(self, cameras: Cameras, size: int) -> tuple[Tensor, Tensor]:
         """Render images (B, 3, H, H) on white, and opacity (B, 1, H, H)."""
@@ -296,6 +301,9 @@ class Asset:
     def evaluate(self) -> Scores:
         """Compare with the toybox's object of the prompt: views from 24 unseen cameras, and the mesh with its surface.
 
+        Colours without light (see `light_baked`) are compared with the true albedo, and under the toybox's light with
+        its lit views.
+
         Writes eval.png, eval.json and the run's page. The picture has the views, then the mesh under a light that the
         scene's colours know nothing of: in clay beside the truth, and in its colours.
 
@@ -303,25 +311,35 @@ class Asset:
             ValueError: the prompt is not the toybox's.
         """
         from sds3d.data import toybox
+        from sds3d.data.tracing import relit
         from sds3d.evaluate import truth
 
         toy = toybox.parse(self.config.prompt)
+        behind = toy.background or "white"
         try:
             mesh = self.mesh()
         except ValueError:  # there is no surface, so the scores of the mesh are None
             mesh = None
 
-        def render(cameras: Cameras) -> tuple[Tensor, Tensor]:
-            out = self.scene.render_view(cameras, EVAL_SIZE, background=toy.background or "white")
+        def as_it_is(cameras: Cameras) -> tuple[Tensor, Tensor]:
+            out = self.scene.render_view(cameras, EVAL_SIZE, background=behind)
             return out.rgb, out.opacity
 
-        scores = truth.evaluate(render, mesh, toy)
-        under_light = {
+        def under_light(cameras: Cameras) -> tuple[Tensor, Tensor]:
+            out = self.scene.render_view(cameras, EVAL_SIZE, normals=True, background=behind)
+            assert out.normal is not None
+            background = toybox.background_colour(toy.background).to(out.rgb)
+            return relit(out.rgb, out.opacity, out.normal, background), out.opacity
+
+        baked = self.light_baked
+        scores = truth.evaluate(as_it_is if baked else under_light, mesh, toy, albedo=None if baked else as_it_is)
+        below = {} if scores.albedo is None else dict(zip(ALBEDO_ROWS, (views[:8] for views in scores.albedo)))
+        below |= {
             "truth, in clay under a light": scores.true_clay,
             "our mesh, in clay under a light": scores.clay,
             "our mesh, in its colours under the same light": scores.lit,
         }
-        sheet.side_by_side(scores.truth, scores.ours, self.file("eval.png"), below=under_light)
+        sheet.side_by_side(scores.truth, scores.ours, self.file("eval.png"), below=below)
         self.run.write_text(self.file("eval.json"), json.dumps(scores.numbers(), indent=1) + "\n")
         self.write_page()
         return scores

@@ -19,12 +19,21 @@ from sds3d.runtime.errors import stacklevel
 from sds3d.students.base import Particles
 from sds3d.students.representation import Scene
 from sds3d.students.scene.student import BACKGROUNDS, SceneConfig, SceneStudent
-from sds3d.teachers.base import HasVocabulary, Teacher, domains_of, views_per_set
+from sds3d.teachers.base import HasVocabulary, NormalsConfig, Teacher, answerer, domains_of, views_per_set
+from sds3d.teachers.by_domain import ByDomain
 from sds3d.teachers.hf import loading
 
 
 def check(config: Config) -> None:
-    """Raise ValueError if the prompt names a view. Warn if a pipeline's prompt has words that may name one."""
+    """Raise ValueError if the prompt names a view, or the teacher of normals has nothing to do.
+
+    Warn if a pipeline's prompt has words that may name a view.
+    """
+    if config.teacher.normals != NormalsConfig() and max(config.domains.normals.v0, config.domains.normals.v1) == 0:
+        raise ValueError(
+            "teacher.normals answers for images of normals, and no step shows them: give domains.normals=0.3, the "
+            "fraction of the steps that do, or leave teacher.normals out"
+        )
     if view := named_view(config.prompt):
         raise ValueError(f"the prompt says {view!r}, but a scene is seen from all sides; leave it out")
     views = [view for view in VIEW_WORDS if view in " ".join(words(config.prompt))]
@@ -39,18 +48,25 @@ def check(config: Config) -> None:
 def check_teacher(config: Config, teacher: Teacher) -> None:
     """Raise ValueError if a teacher cannot teach this scene.
 
-    It must know cameras or view words. A multi-view teacher needs rings of as many cameras as it judges at once.
+    It must know cameras or view words. A multi-view teacher needs rings of as many cameras as it judges at once. The
+    same holds for the teacher that answers for normals.
     """
+    _check_one(config, config.teacher.name, answerer(teacher, "colours"))
+    if (other := teacher.normals if isinstance(teacher, ByDomain) else teacher) is not answerer(teacher, "colours"):
+        _check_one(config, config.teacher.normals.name or type(other).__name__, other)
+
+
+def _check_one(config: Config, name: str, teacher: Teacher) -> None:
     known = teacher.vocabulary if isinstance(teacher, HasVocabulary) else None
     if teacher.views == "words" and known is not None and not {"front", "back", "view"} <= set(known):
         raise ValueError(
-            f"the teacher {config.teacher.name} knows neither cameras nor view words, which a scene needs; it can "
+            f"the teacher {name} knows neither cameras nor view words, which a scene needs; it can "
             "paint (sds3d paint) and teach a generator (sds3d distill)"
         )
     views = views_per_set(teacher)
     if teacher.views == "camera" and config.camera.ring % views:
         raise ValueError(
-            f"the teacher {config.teacher.name} judges {views} views of a scene at once: give "
+            f"the teacher {name} judges {views} views of a scene at once: give "
             f"camera.ring={views} and render.views={views}, or a multiple"
         )
 

@@ -62,6 +62,20 @@ class HFConfig:
 
 
 @dataclass(frozen=True)
+class NormalsConfig:
+    """The teacher of the steps that show a scene's normals (``domains.normals``), where ``teacher.name`` is not to be.
+
+    Args:
+        name: another teacher, as for ``teacher.name``, with the teacher's other settings. "" is the teacher itself.
+        words: words before the prompt in these steps, such as "normal map of". "" is the word "normals" after the
+            prompt for a teacher that knows it, and no word for one that does not.
+    """
+
+    name: str = ""
+    words: str = ""
+
+
+@dataclass(frozen=True)
 class TeacherConfig:
     """Settings of the teacher.
 
@@ -74,6 +88,7 @@ class TeacherConfig:
         compile: compile the network with torch.compile, which needs a C compiler. Starts slowly, then runs faster. On a
             GPU a packaged teacher runs as a CUDA graph.
         hf: settings of diffusers pipelines.
+        normals: another teacher, or other words, for normals.
     """
 
     name: str = "small"
@@ -81,6 +96,7 @@ class TeacherConfig:
     dtype: str = "auto"
     compile: bool = False
     hf: HFConfig = HFConfig()
+    normals: NormalsConfig = NormalsConfig()
 
     def __post_init__(self):
         if self.views not in VIEWS:
@@ -182,6 +198,18 @@ class HasDomains(Protocol):
 
 
 @runtime_checkable
+class HasAnswerers(Protocol):
+    """A teacher that lets others answer for some domains, see `sds3d.teachers.by_domain.ByDomain`.
+
+    The others have their own image size, space, schedule and way to get the viewpoint.
+    """
+
+    def answerer(self, domain: str) -> Teacher:
+        """Return the teacher that answers for a domain."""
+        ...
+
+
+@runtime_checkable
 class HasDevice(Protocol):
     """A teacher that names its device."""
 
@@ -214,6 +242,11 @@ def object_name(teacher: Teacher) -> str:
 def domains_of(teacher: Teacher) -> tuple[str, ...]:
     """Return the domains that a teacher knows; ("colours",) for most teachers."""
     return teacher.domains if isinstance(teacher, HasDomains) else ("colours",)
+
+
+def answerer(teacher: Teacher, domain: str) -> Teacher:
+    """Return the teacher that answers for a domain; most teachers answer for all that they know."""
+    return teacher.answerer(domain) if isinstance(teacher, HasAnswerers) else teacher
 
 
 def views_per_set(teacher: Teacher) -> int:

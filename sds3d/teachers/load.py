@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ import torch
 
 from sds3d.runtime.device import pick_device
 from sds3d.teachers import small
-from sds3d.teachers.base import OBJECT, PACKAGED, HFConfig, TeacherConfig
+from sds3d.teachers.base import OBJECT, PACKAGED, HFConfig, NormalsConfig, TeacherConfig
+from sds3d.teachers.by_domain import ByDomain
 from sds3d.teachers.hf import loading
 from sds3d.teachers.hf.generator import CARD, read
 from sds3d.teachers.hf.teacher import DiffusersTeacher
@@ -18,13 +20,38 @@ from sds3d.teachers.hf.teacher import DiffusersTeacher
 Loaded = small.SmallTeacher | DiffusersTeacher  # what `load_teacher` returns
 
 
-def load_teacher(settings: TeacherConfig, device: str = "auto") -> Loaded:
-    """Load a frozen teacher. A generator that still denoises can be a teacher as well.
+def load_by_domain(settings: TeacherConfig, device: str = "auto") -> Loaded | ByDomain:
+    """Load a frozen teacher with the one that answers for normals, if the settings name one or its words.
+
+    Settings of diffusers pipelines are for those of the two that are pipelines.
 
     Raises:
-        ValueError: there is no teacher of that name, its weights are damaged, or it is a generator that does not
-            denoise.
+        ValueError: see `load_teacher`.
     """
+    if settings.normals == NormalsConfig():
+        return load_teacher(settings, device)
+    names = [settings.name, *filter(None, [settings.normals.name])]
+    loaded = []
+    for name in names:
+        own = replace(settings, name=name, normals=NormalsConfig())
+        if not loading.is_pipeline(name) and any(map(loading.is_pipeline, names)):
+            own = replace(own, hf=HFConfig(), dtype="auto" if own.dtype == "float16" else own.dtype)
+        try:
+            loaded.append(load_teacher(own, device))
+        except ValueError as error:
+            raise ValueError(f"teacher.normals.name: {error}" if loaded else str(error)) from error
+    return ByDomain(*loaded, words=settings.normals.words)
+
+
+def load_teacher(settings: TeacherConfig, device: str = "auto") -> Loaded:
+    """Load one frozen teacher. A generator that still denoises can be a teacher as well.
+
+    Raises:
+        ValueError: there is no teacher of that name, its weights are damaged, it is a generator that does not denoise,
+            or the settings have a teacher for normals, which is for `load_by_domain`.
+    """
+    if settings.normals != NormalsConfig():
+        raise ValueError("teacher.normals is for the runs of scenes, which show normals: leave teacher.normals out")
     if settings.name.startswith(OBJECT):
         raise ValueError(
             f"the teacher was an object in Python ({settings.name.removeprefix(OBJECT)}), which cannot be loaded by a "
