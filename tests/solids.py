@@ -3,7 +3,7 @@
 import torch
 
 from sds3d import ops
-from sds3d.export.source import Source
+from sds3d.export.source import Seen, Source
 from sds3d.students.scene.occupancy import Occupancy, OccupancyConfig
 from sds3d.students.scene.render import RenderOptions, render
 
@@ -63,6 +63,12 @@ class AnalyticField:
     def __call__(self, points):
         return self.density(points), self.colour(points)
 
+    def normals(self, points):
+        """Differences over 0.01, of the density's logarithm: it has the same direction, and an edge is no noise."""
+        steps = 0.005 * torch.eye(3)
+        ends = [self.density(points + s).clamp_min(1e-30).log() - self.density(points - s).clamp_min(1e-30).log() for s in steps]
+        return -torch.nn.functional.normalize(torch.stack(ends, -1), dim=-1)
+
 
 def source(density, colour=None):
     """A scene to export."""
@@ -75,7 +81,12 @@ def source(density, colour=None):
         out = render(field, cells, cameras, size, torch.ones(3), RenderOptions(step))
         return out.rgb, out.opacity
 
-    return Source(density, colour, view)
+    @torch.no_grad()
+    def shape(cameras, size):
+        out = render(field, cells, cameras, size, torch.ones(3), RenderOptions(step, normals=True))
+        return Seen(out.rgb, out.opacity, out.depth, out.normal)
+
+    return Source(density, colour, view, shape)
 
 
 def checks(points):

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from sds3d.cameras import Cameras
@@ -40,6 +41,29 @@ def render(
         images.append(rgb.T.reshape(3, size, size))
         covers.append(covered.float().reshape(1, size, size))
     return torch.stack(images), torch.stack(covers)
+
+
+def surface(model: Model, cameras: Cameras, size: int) -> tuple[Tensor, Tensor]:
+    """Render the shape of a model in world coordinates, with one sample a pixel.
+
+    Returns:
+        distances from the camera (B, 1, size, size), scene units, and the vertices' normals between them, of length 1,
+        (B, 3, size, size); both are 0 where a view shows no face.
+    """
+    depths, normals = [], []
+    faces = torch.from_numpy(np.ascontiguousarray(model.faces, dtype=np.int64))
+    places = torch.from_numpy(model.vertices.astype(np.float32))
+    directions = torch.from_numpy(model.normals.astype(np.float32))
+    for eye, screen in zip(cameras.positions(), project(model.vertices, cameras, size)):
+        face, weights = nearest(screen, faces, size)
+        covered = face >= 0
+        corners, shares = faces[face[covered]], weights[covered][..., None]
+        depth, normal = torch.zeros(size * size, 1), torch.zeros(size * size, 3)
+        depth[covered] = ((shares * places[corners]).sum(1) - eye).norm(dim=-1, keepdim=True)
+        normal[covered] = F.normalize((shares * directions[corners]).sum(1), dim=-1)
+        depths.append(depth.T.reshape(1, size, size))
+        normals.append(normal.T.reshape(3, size, size))
+    return torch.stack(depths), torch.stack(normals)
 
 
 def silhouettes(vertices: np.ndarray, faces: np.ndarray, cameras: Cameras, size: int) -> Tensor:

@@ -45,6 +45,8 @@ MESH_LABELS = {  # the same for mesh.json, which compares the mesh with the scen
     "iou": "silhouettes beside the scene's, IoU",
     "psnr": "pictures beside the scene's, PSNR in dB",
     "psnr_covered": "the same without the background, dB",
+    "depth": "depths beside the scene's, mean difference in scene units",
+    "normals": "normals beside the scene's, mean cosine",
 }
 # Entries of mesh.json that the page leaves out: details of the extraction, and what the page shows elsewhere.
 INTERNAL = {"level", "level_iou", "scale", "up", "unit"}
