@@ -2,9 +2,11 @@
 
     python scripts/held_out.py --json benchmarks/held_out.json --sheet benchmarks/held_out.png
     python scripts/held_out.py --seeds 0 --out /tmp/words teacher.views=words
+    python scripts/held_out.py --truth --out /tmp/ceiling domains.normals=0.3 domains.positions=0.4
 
 No teacher was trained on these combinations of kind and colours (`sds3d.data.toybox.is_held_out`). With --out, the
-runs, figures and pictures stay in a folder, and the same command goes on where it was stopped.
+runs, figures and pictures stay in a folder, and the same command goes on where it was stopped. --truth puts the true
+images in the teacher's place: the ceiling of scene, recipe and export.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ import torch
 
 from sds3d.config import load as config
 from sds3d.data.toybox import HELD_OUT_PROMPTS
+from sds3d.evaluate.true_teacher import TrueTeacher
 from sds3d.evaluate.truth import Scores
 from sds3d.media.sheet import contact_sheet
 from sds3d.runs import launch
@@ -45,6 +48,7 @@ def main() -> None:
         "--sheet", type=Path, help="PNG of the first seed; each further one adds its number to the name"
     )
     parser.add_argument("--out", type=Path, help="keep everything in this folder, and do not make again what it has")
+    parser.add_argument("--truth", action="store_true", help="let the toybox's own images be the teacher")
     options = parser.parse_args()
     if "seed" in config.parse_overrides(options.overrides):
         parser.error("give --seeds 3 4 instead of seed=3")
@@ -52,7 +56,7 @@ def main() -> None:
         rows = make(options, options.out or Path(folder))
     for prompt, row in rows.items():
         print(line(f"{prompt}, mean", row))
-    print(line("mean", report(options.overrides, rows)["mean"]))
+    print(line("mean", report(arguments(options), rows)["mean"]))
 
 
 def make(options: argparse.Namespace, folder: Path) -> dict[str, Row]:
@@ -63,16 +67,17 @@ def make(options: argparse.Namespace, folder: Path) -> dict[str, Row]:
         for prompt in options.prompts:
             stored = folder / f"{prompt.replace(' ', '-')}-{seed}.json"
             if not stored.is_file():
-                row = make_one(prompt, seed, options.overrides, folder, stored.with_suffix(".png"))
-                stored.write_text(json.dumps({"overrides": options.overrides, **row}, indent=1) + "\n")
+                teacher = TrueTeacher() if options.truth else None
+                row = make_one(prompt, seed, options.overrides, folder, teacher)
+                stored.write_text(json.dumps({"overrides": arguments(options), **row}, indent=1) + "\n")
             row = json.loads(stored.read_text())
-            if (overrides := row.pop("overrides")) != options.overrides:
-                raise SystemExit(f"{stored} was made with {overrides}; give another --out for {options.overrides}")
+            if (overrides := row.pop("overrides")) != arguments(options):
+                raise SystemExit(f"{stored} was made with {overrides}; give another --out for {arguments(options)}")
             made[prompt, seed] = row
             print(line(f"{prompt}, seed {seed}", row), flush=True)
             rows = by_prompt(made)
             if options.json:
-                options.json.write_text(json.dumps(report(options.overrides, rows), indent=1) + "\n")
+                options.json.write_text(json.dumps(report(arguments(options), rows), indent=1) + "\n")
             if options.sheet:
                 name = options.sheet.name if seed == options.seeds[0] else f"{options.sheet.stem}-{seed}.png"
                 stack(
@@ -82,11 +87,16 @@ def make(options: argparse.Namespace, folder: Path) -> dict[str, Row]:
     return by_prompt(made)
 
 
-def make_one(prompt: str, seed: int, overrides: list[str], folder: Path, picture: Path) -> Row:
-    """Make one asset, write its picture, and return its figures."""
+def arguments(options: argparse.Namespace) -> list[str]:
+    """Return the arguments on which the figures depend."""
+    return ["--truth"] * options.truth + options.overrides
+
+
+def make_one(prompt: str, seed: int, overrides: list[str], folder: Path, teacher: TrueTeacher | None) -> Row:
+    """Make one asset, write its picture into the folder, and return its figures."""
     begun = time.monotonic()
     layer = config.parse_overrides(overrides)
-    asset, steps = launch.start(config.load(prompt, layer, {"out": str(folder), "seed": seed}))
+    asset, steps = launch.start(config.load(prompt, layer, {"out": str(folder), "seed": seed}), teacher)
     for _ in steps:
         pass
     try:
@@ -96,6 +106,7 @@ def make_one(prompt: str, seed: int, overrides: list[str], folder: Path, picture
         print(f"{prompt}: {error}")
     seconds = time.monotonic() - begun
     scores = asset.evaluate()
+    picture = folder / f"{prompt.replace(' ', '-')}-{seed}.png"
     contact_sheet(pictures(scores), picture, [f"{prompt}, seed {seed}: truth | ours", ""], size=TILE)
     return {**{k: v for k, v in scores.numbers().items() if not isinstance(v, list)}, "seconds": seconds}
 

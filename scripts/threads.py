@@ -36,11 +36,12 @@ def stepper(work: str, precision: str) -> Callable[[], object]:
     from sds3d.config.load import Config, DistillConfig
     from sds3d.runs import build
     from sds3d.teachers.training import fit, sources
+    from sds3d.teachers.training.settings import FitConfig
     from sds3d.train import train
 
     if work == "training":
         dtype = None if precision == "auto" else getattr(torch, precision)
-        training = fit.Fit(fit.FitConfig.usual("digits"), sources.build_source("digits", 8)[0], dtype=dtype)
+        training = fit.Fit(FitConfig.usual("digits"), sources.build_source("digits", 8)[0], dtype=dtype)
         batches = training.source.batches(Path(tempfile.mkdtemp()), training.rng)
         return lambda: training.advance(batches(training.config.batch))
     layer = {"teacher.dtype": precision, "steps": 10_000, "log.picture_every": 0}

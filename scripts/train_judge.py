@@ -28,7 +28,7 @@ from sds3d.prompts import COLOURS
 from sds3d.runtime.errors import Diverged
 from sds3d.runtime.files import replacing
 from sds3d.runtime.machine import machine
-from sds3d.teachers.training import fit
+from sds3d.teachers.training.settings import FitConfig
 
 NAMES = list(KINDS | STACKS)
 
@@ -105,7 +105,7 @@ def main() -> None:
     if options.data == "digits":
         train_digits()
     else:
-        for _ in renders.build(options.renders, fit.FitConfig().images):
+        for _ in renders.build(options.renders, FitConfig().images):
             pass
         train_toys(renders.Renders(options.renders))
     print(*(f"{key}: {value}" for key, value in machine(torch.device("cpu")).items()), sep="\n")

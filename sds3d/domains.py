@@ -33,6 +33,18 @@ def with_domain(prompts: Sequence[str], domain: str) -> list[str]:
     return [", ".join(filter(None, (prompt, word))) for prompt in prompts]
 
 
+def split_domain(prompt: str) -> tuple[str, str]:
+    """Return a prompt without its domain's word, and the domain: the inverse of `with_domain`.
+
+    Examples:
+        >>> split_domain("a red mug, normals"), split_domain("normals"), split_domain("a red mug, side view")
+        (('a red mug', 'normals'), ('', 'normals'), ('a red mug, side view', 'colours'))
+    """
+    text, _, last = prompt.rpartition(", ")
+    domain = next((name for name, word in WORDS.items() if word and word == last), "colours")
+    return (prompt, domain) if domain == "colours" else (text, domain)
+
+
 def turned(normals: Tensor, rotations: Tensor) -> Tensor:
     """Return normals (B, 3, H, W) in world axes as normals in camera axes.
 

@@ -49,7 +49,20 @@ ARROWS = {
     "runs": {"cameras", "config", "data", "diffusion", "distill", "evaluate.truth", "export", "media", "media.picture"}
     | {"ops", "pages", "prompts", "runtime", "students", "teachers", "teachers.base", "train"},
     "api": {"config", "runs", "teachers.base"},
-    "evaluate": {"api", "cameras", "config", "data", "distill", "evaluate.truth", "media", "networks", "pages", "runs"}
+    "evaluate": {
+        "api",
+        "cameras",
+        "config",
+        "data",
+        "diffusion",
+        "distill",
+        "domains",
+        "evaluate.truth",
+        "media",
+        "networks",
+        "pages",
+        "runs",
+    }
     | {"runtime", "teachers", "teachers.base", "teachers.drawing", "train"},
 }
 # They see the house from outside and may enter any room.

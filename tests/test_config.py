@@ -19,7 +19,7 @@ from sds3d.prompts import COLOURS
 from sds3d.runs.build import build_student, build_teacher
 from sds3d.runtime.device import pick_device
 from sds3d.runtime.ramp import Ramp
-from sds3d.teachers.training.fit import FitConfig
+from sds3d.teachers.training.settings import FitConfig
 
 
 def test_layers_lie_over_one_another_in_the_order_that_is_promised(tmp_path):

@@ -28,6 +28,7 @@ from sds3d.students.generator import GeneratorConfig
 from sds3d.teachers import small
 from sds3d.teachers.hf import generator as hf
 from sds3d.teachers.training import fit, sources
+from sds3d.teachers.training.settings import FitConfig
 
 SECRET = b"the secret of another folder" * 9
 DEEP = "[" * 100_000
@@ -211,7 +212,7 @@ def test_a_teacher_that_diverges_ends_with_1_and_keeps_its_last_state(call_packa
 
 @pytest.mark.slow
 def test_a_teacher_whose_weights_are_not_finite_is_not_saved(tmp_path):
-    config = fit.FitConfig(**DIGITS, steps=4, save_every=1)
+    config = FitConfig(**DIGITS, steps=4, save_every=1)
     steps = fit.train(tmp_path, config, sources.build_source("digits", 8)[0])
     next(steps)
     before = (tmp_path / "state.pt").read_bytes()
@@ -254,7 +255,7 @@ def test_a_full_disk_is_a_sentence_and_keeps_what_was_there(tmp_path, most):
 
 
 def test_every_bit_of_a_teachers_weights_counts(tmp_path):
-    config = fit.FitConfig(**DIGITS, steps=1)
+    config = FitConfig(**DIGITS, steps=1)
     fit.Fit(config, sources.build_source("digits", 8)[0]).save(tmp_path)
     file = tmp_path / small.FILE
     whole, draws = file.read_bytes(), random.Random(0)
@@ -272,7 +273,7 @@ def test_every_bit_of_a_teachers_weights_counts(tmp_path):
 @pytest.mark.slow
 def test_every_page_of_a_teachers_state_counts(tmp_path):
     """As of a run's checkpoint; torch.load reads what a disk made of it, and says nothing."""
-    config = fit.FitConfig(**DIGITS, steps=4, save_every=1)
+    config = FitConfig(**DIGITS, steps=4, save_every=1)
     steps = fit.train(tmp_path, config, sources.build_source("digits", 8)[0])
     next(steps)
     steps.close()

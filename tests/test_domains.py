@@ -51,7 +51,8 @@ def test_domains_that_a_teacher_does_not_know_have_no_turn(tmp_path):
     assert turns.known(domains.WORDS) == turns
     assert turns.known(("colours", "positions")) == DomainConfig("colours", positions=Ramp.constant(0.4))
     layer = {"out": str(tmp_path), "steps": 2, "render": {"resolution": 16}, "domains": {"normals": 0.5}}
-    asset, steps = launch.start(configs.load("a red ball", layer), teacher=BallTeacher())
+    with pytest.warns(UserWarning, match="BallTeacher knows colours only: domains.normals have no effect"):
+        asset, steps = launch.start(configs.load("a red ball", layer), teacher=BallTeacher())
     for step in steps:
         assert step.metrics["asked"] == 8
     assert configs.of_run(asset.run.config).domains.normals == Ramp.constant(0.0)
@@ -110,7 +111,7 @@ def test_every_branch_has_the_word_of_the_domain_and_vectors_are_not_guided():
     gradients = {}
     for domain, weight in (("albedo", 1.0), ("normals", 1.0), ("normals", 3.0)):
         image = images.clone().requires_grad_()
-        result = objective(Draw(image, ["a red ball"] * 2, orbit(2), group, domain, weight), 0, seeded(1))
+        result = objective(Draw(image, ["a red ball"] * 2, orbit(2), group, domain=domain, weight=weight), 0, seeded(1))
         result.loss.backward()
         gradients[domain, weight] = image.grad
         q = result.query

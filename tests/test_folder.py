@@ -16,6 +16,7 @@ from sds3d.teachers.base import TeacherConfig
 from sds3d.teachers.drawing import sample
 from sds3d.teachers.load import load_teacher
 from sds3d.teachers.training import fit, sources
+from sds3d.teachers.training.settings import FitConfig
 
 LONGEST = 18
 RED, BLUE = (200, 20, 30), (10, 40, 220)
@@ -329,7 +330,7 @@ def test_a_training_on_a_folder_resumes_bit_for_bit(call, walls, in_folder, monk
     monkeypatch.setattr(fit, "save_grid", lambda teacher, prompts, path: None)
     quick = ("size=32", "steps=4", "batch=2", "save_every=9")
     assert call("teacher", "train", "walls", "-o", "whole", *quick)[0] == 0
-    config = fit.FitConfig(str(walls), size=32, steps=4, batch=2, save_every=9, coarse=0, decay=0.5)
+    config = FitConfig(str(walls), size=32, steps=4, batch=2, save_every=9, coarse=0, decay=0.5)
     stopped = fit.train(in_folder / "parts", config, sources.build_source(str(walls), 32)[0])
     assert [next(stopped).step, next(stopped).step] == [1, 2]
     stopped.close()

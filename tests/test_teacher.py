@@ -15,6 +15,7 @@ from sds3d.networks.unet import UNet, UNetConfig, ray_features
 from sds3d.teachers import small
 from sds3d.teachers.drawing import sample
 from sds3d.teachers.training import fit, sources
+from sds3d.teachers.training.settings import FitConfig
 
 
 @pytest.fixture(scope="module")
@@ -254,7 +255,7 @@ class SmallToys(sources.Toybox):
 @pytest.mark.network
 def test_training_learns_and_resumes_bit_for_bit(tmp_path, monkeypatch):
     monkeypatch.setattr(fit, "save_grid", lambda teacher, prompts, path: None)
-    config = fit.FitConfig(steps=6, batch=2, coarse=3, images=20, save_every=3)
+    config = FitConfig(steps=6, batch=2, coarse=3, images=20, save_every=3)
     whole = list(fit.train(tmp_path / "whole", config, SmallToys()))
     stopped = fit.train(tmp_path / "parts", config, SmallToys())
     for row in stopped:
@@ -321,17 +322,17 @@ def test_coarse_steps_weigh_the_second_colour_more():
     for part in (0.0, 3.0):
         for coarse in (0, 1):
             losses[part, coarse] = (
-                fit.Fit(fit.FitConfig(steps=2, part=part, coarse=coarse), toybox_source).loss(batch).item()
+                fit.Fit(FitConfig(steps=2, part=part, coarse=coarse), toybox_source).loss(batch).item()
             )
     assert losses[0.0, 0] == losses[3.0, 0] and losses[3.0, 1] > losses[0.0, 1]
     nowhere = replace(batch, part=torch.zeros_like(batch.part))
-    assert fit.Fit(fit.FitConfig(steps=2, part=3.0, coarse=1), toybox_source).loss(nowhere).item() == losses[0.0, 1]
+    assert fit.Fit(FitConfig(steps=2, part=3.0, coarse=1), toybox_source).loss(nowhere).item() == losses[0.0, 1]
 
 
 @pytest.mark.parametrize("bad", [{"steps": 0}, {"decay": 0.0}, {"ema": 2.0}, {"lr": -1.0}, {"coarse": -3}])
 def test_impossible_trainings_are_refused(bad):
-    with pytest.raises(ValueError, match=f"{next(iter(bad))} is .*; give a number from"):
-        fit.FitConfig(**bad)
+    with pytest.raises(ValueError, match=f"{next(iter(bad))} is .*; give .* to "):
+        FitConfig(**bad)
 
 
 @pytest.mark.slow
@@ -345,3 +346,33 @@ def test_renders_are_made_again_where_the_shapes_or_the_seed_changed(tmp_path, m
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="cannot write .*file"):
         next(renders.build(tmp_path / "file", 2))
+
+
+class FewWords(SmallToys):
+    """Toys with a vocabulary of three words."""
+
+    vocabulary = ("a", "mug", "red")
+
+
+def test_a_training_can_begin_from_weights_that_know_fewer_words(tmp_path):
+    before = fit.Fit(FitConfig(steps=2), FewWords())
+    unet, text = before.nets["unet"], before.nets["text"]
+    small.save(tmp_path / "before.safetensors", unet, text, FewWords.vocabulary)
+    after = fit.Fit(FitConfig(steps=2, seed=1, start=str(tmp_path / "before.safetensors")), SmallToys())
+    fresh = fit.Fit(FitConfig(steps=2, seed=1), SmallToys())
+
+    def row(made: fit.Fit, word: str) -> torch.Tensor:
+        encoder = made.nets["text"]
+        return encoder.words.weight[encoder.index[word]]
+
+    for word in FewWords.vocabulary:
+        assert torch.allclose(row(after, word), row(before, word), atol=1e-3)  # the file holds half precision
+    assert torch.equal(row(after, "normals"), row(fresh, "normals"))
+    captions = ["a red mug", ""]
+    for ours, theirs in zip(*(made.nets["text"](made.nets["text"].tokens(captions)) for made in (after, before))):
+        assert torch.allclose(ours, theirs, atol=1e-2)
+    weights = dict(before.nets["unet"].named_parameters())
+    assert all(torch.allclose(w, weights[name], atol=1e-3) for name, w in after.nets["unet"].named_parameters())
+    assert torch.equal(after.ema.module["text"].words.weight, after.nets["text"].words.weight)
+    with pytest.raises(ValueError, match="network of another size"):
+        fit.Fit(FitConfig(steps=2, start="digits"), SmallToys())

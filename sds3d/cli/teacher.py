@@ -16,7 +16,7 @@ from sds3d.cli.shared import AllowPickle, DType, Overrides, Quiet, Teacher, fini
 
 if TYPE_CHECKING:
     from sds3d.teachers.base import TeacherConfig
-    from sds3d.teachers.training.fit import FitConfig
+    from sds3d.teachers.training.settings import FitConfig
 
 app = typer.Typer(no_args_is_help=True, help="Look at, check or train the teacher (the 2D diffusion model).")
 
@@ -172,7 +172,8 @@ def train_teacher(
 def _settings(data: str, out: Path, resume: bool, layer: dict[str, Any]) -> FitConfig:
     """The settings of a training. Raises ValueError if one is not allowed."""
     from sds3d.config.typed import build, merge, plain
-    from sds3d.teachers.training.fit import FitConfig, settings_of
+    from sds3d.teachers.training.fit import settings_of
+    from sds3d.teachers.training.settings import FitConfig
 
     if "data" in layer:
         raise ValueError(f"data is the first argument, {data}: name other data there, and leave data= out")

@@ -165,8 +165,8 @@ class ScoreObjective:
         guidance: see ``Query``.
         critic: see ``Query``.
         source_prompt: prompt of the source images, for methods that edit.
-        vector_scale: see ``Query``.
         noise_seed: seed of fixed noise.
+        vector_scale: see ``Query``.
 
     Raises:
         ValueError: weight or noise is unknown, the teacher cannot read a prompt, or something the method needs is
@@ -183,8 +183,8 @@ class ScoreObjective:
     guidance: Guidance = Guidance()
     critic: Critic | None = None
     source_prompt: str = ""
-    vector_scale: float = 1.0
     noise_seed: int = 0
+    vector_scale: float = 1.0
 
     def __post_init__(self):
         self.weight = self.method.WEIGHT if self.weight == "auto" else self.weight

@@ -46,9 +46,6 @@ class Query:
         t, alpha, sigma: (B,).
         prompts: B prompts, without the words of a view or a domain.
         cameras: B cameras, or None.
-        domain: what the images show, a key of `sds3d.domains.WORDS`; every branch has its word.
-        vector_scale: guidance scale in the domains of vectors, normals and positions, in place of the method's: a
-            scale above 1 makes colours purer, and vectors wrong.
         negative: the negative prompt, "" for none.
         uncond_camera: whether the branches "uncond" and "negative" get the camera (or the view words).
         step: step of the run, for settings that change with it.
@@ -56,6 +53,9 @@ class Query:
         critic: the critic, for methods that need one.
         source: for methods that edit: the source images (B, C, H, W) and their prompt.
         rng: generator of noise that a method adds.
+        domain: what the images show, a key of `sds3d.domains.WORDS`; every branch has its word.
+        vector_scale: guidance scale in the domains of vectors, normals and positions, in place of the method's: a
+            scale above 1 makes colours purer, and vectors wrong.
         teacher_images: number of images in each of the teacher's forwards so far.
     """
 
@@ -68,8 +68,6 @@ class Query:
     sigma: Tensor
     prompts: list[str]
     cameras: Cameras | None = None
-    domain: str = "colours"
-    vector_scale: float = 1.0
     negative: str = ""
     uncond_camera: bool = False
     step: int = 0
@@ -77,6 +75,8 @@ class Query:
     critic: Critic | None = None
     source: tuple[Tensor, str] | None = None
     rng: torch.Generator | None = None
+    domain: str = "colours"
+    vector_scale: float = 1.0
     teacher_images: list[int] = field(default_factory=list, repr=False)
     _answers: dict[str, Prediction] = field(default_factory=dict, repr=False)
 

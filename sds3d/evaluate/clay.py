@@ -10,7 +10,7 @@ A face that is seen from behind is dark.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -47,7 +47,10 @@ def lit(mesh: trimesh.Trimesh | None, cameras: Cameras, coloured: bool = False, 
     corners = np.asarray(mesh.vertices, dtype=np.float64)[faces]  # (F, 3, 3)
     normals = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
     normals /= np.linalg.norm(normals, axis=1, keepdims=True).clip(min=1e-30)
-    colours = np.asarray(mesh.visual.vertex_colors)[faces, :3] if coloured else 255 * np.array(CLAY)  # (F, 3, 3)
+    colours = 255 * np.array(CLAY)
+    if coloured:
+        visual: Any = mesh.visual  # trimesh's annotation says None
+        colours = np.asarray(visual.vertex_colors)[faces, :3]  # (F, 3, 3)
     unwelded = np.arange(3 * len(faces)).reshape(-1, 3)  # each face has vertices of its own
     views = []
     for i, rotation in enumerate(cameras.rotations().double().numpy()):

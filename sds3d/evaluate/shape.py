@@ -125,8 +125,8 @@ def surface_figures(
     to_ours, near_a = distances_to(a, q, rng)
     normals_a, normals_b = _normals(a), _normals(b)
     cosines = [(normals_a[i] * normals_b[j]).sum(1).mean() for i, j in ((on_a, near_b), (near_a, on_b))]
-    scores = (_fscore(to_true, to_ours, reach) for reach in (REACH, FINE))
-    return float(to_true.mean() + to_ours.mean()) / 2, *scores, float(sum(cosines)) / 2
+    coarse, fine = (_fscore(to_true, to_ours, reach) for reach in (REACH, FINE))
+    return float(to_true.mean() + to_ours.mean()) / 2, coarse, fine, float(sum(cosines)) / 2
 
 
 def _fscore(to_true: np.ndarray, to_ours: np.ndarray, reach: float) -> float:
@@ -209,7 +209,7 @@ def _points_on(corners: np.ndarray, points: int, rng: np.random.Generator) -> tu
     folded onto the triangle.
     """
     edges = corners[:, 1:] - corners[:, :1]  # (F, 2, 3)
-    area = np.linalg.norm(np.cross(edges[:, 0], edges[:, 1]), axis=1)
+    area = np.linalg.norm(_doubled(corners), axis=1)
     if not area.sum() > 0 or not math.isfinite(area.sum()):
         raise ValueError("a mesh without any area has no points to compare; export it again")
     summed = np.cumsum(area)

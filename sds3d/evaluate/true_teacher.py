@@ -62,7 +62,7 @@ class TrueTeacher:
         """
         if cameras is None:
             raise ValueError("the true teacher needs cameras; set teacher.views=camera")
-        named = [prompt for prompt in prompts if prompt not in domains.WORDS.values()]
+        named = [prompt for prompt in prompts if domains.split_domain(prompt)[0]]
         truth = torch.empty(len(named), 3, self.image_size, self.image_size)
         for prompt in dict.fromkeys(named):
             rows = torch.tensor([i for i, other in enumerate(named) if other == prompt])
@@ -73,7 +73,5 @@ class TrueTeacher:
 
     def _images(self, prompt: str, cameras: Cameras) -> Tensor:
         """Return the true images (B, 3, H, W) of a prompt that may end with the word of a domain."""
-        text, _, word = prompt.rpartition(", ")
-        domain = next((name for name, known in domains.WORDS.items() if known and known == word), "colours")
-        toy = toybox.parse(prompt if domain == "colours" else text)
-        return toy.render(cameras.to("cpu"), self.image_size, domain=domain)[0]
+        text, domain = domains.split_domain(prompt)
+        return toybox.parse(text).render(cameras.to("cpu"), self.image_size, domain=domain)[0]

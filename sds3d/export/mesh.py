@@ -4,12 +4,11 @@ Marching cubes runs on a bounded opacity instead of the density s,
 
     v = 1 - 2^(-max((s / level)^2, D / ln 2))  in [0, 1),   surface at v = 1/2,
 
-so the surface lies where s equals the level, or where D equals ln 2. D(x) is the second
-smallest of the optical depths from x to the outside along 98 directions (visibility.py). Where D is larger than ln 2,
-more than half the light is lost in every direction but at most one:
-no camera sees this part, and it counts as solid. So a soft scene, which is foam inside, becomes a solid body with one
-skin. Because v is bounded, linear interpolation between two corners puts the surface at a jump of the density. v is
-smoothed by the size of the smallest detail that the scene can represent.
+so the surface lies where s equals the level, or where D equals ln 2. D(x) is the second smallest of the optical depths
+from x to the outside along 98 directions (visibility.py). Where D is larger than ln 2, more than half the light is lost
+in every direction but at most one: no camera sees this part, and it counts as solid. So a soft scene, which is foam
+inside, becomes a solid body with one skin. Because v is bounded, linear interpolation between two corners puts the
+surface at a jump of the density. v is smoothed by the size of the smallest detail that the scene can represent.
 
 The level is chosen so that the mesh's silhouettes from 12 views agree best with the scene's rendered opacity (mean
 IoU). If several levels agree equally, as in a hard scene, the highest is chosen, since it excludes fog.

@@ -15,6 +15,7 @@ from sds3d.prompts import COLOURS, VIEW_WORDS, named_background, named_view, wor
 from sds3d.runs.memory_savings import Saving, of_pipeline
 from sds3d.runtime.device import pick_device
 from sds3d.runtime.distributed import Processes
+from sds3d.runtime.errors import stacklevel
 from sds3d.students.base import Particles
 from sds3d.students.representation import Scene
 from sds3d.students.scene.student import BACKGROUNDS, SceneConfig, SceneStudent
@@ -55,8 +56,16 @@ def check_teacher(config: Config, teacher: Teacher) -> None:
 
 
 def for_teacher(config: Config, teacher: Teacher) -> Config:
-    """Return the config without the domains that the teacher does not know."""
-    return dataclasses.replace(config, domains=config.domains.known(domains_of(teacher)))
+    """Return the config without the domains that the teacher does not know. Warns if there are any."""
+    known = config.domains.known(domains_of(teacher))
+    missing = [f.name for f in dataclasses.fields(known) if getattr(known, f.name) != getattr(config.domains, f.name)]
+    if missing:
+        warnings.warn(
+            f"the teacher {config.teacher.short_name} knows {', '.join(domains_of(teacher))} only: "
+            f"domains.{' and domains.'.join(missing)} have no effect, and these steps show colours",
+            stacklevel=stacklevel(),
+        )
+    return dataclasses.replace(config, domains=known)
 
 
 def further_prompts(config: Config) -> list[tuple[str, str]]:

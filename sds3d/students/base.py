@@ -25,24 +25,24 @@ class Draw:
         prompts: B prompts, without view words.
         cameras: B cameras, on the CPU, or None if the images have no cameras.
         group: (B,) long, on the CPU; images of one group are views of one scene and have the same t.
-        domain: what the images show, a key of `sds3d.domains.WORDS`.
-        weight: factor of the gradient on these images.
         particle: index of the particle that made them.
         source: images (B, 3, H, W) from before an edit, for methods that compare with them.
         encoded: whether the images are already x (B, C, h, w), in the space in which the teacher denoises.
         processes: the process group, if several processes train; the images are this process's rows of the batch.
+        domain: what the images show, a key of `sds3d.domains.WORDS`.
+        weight: factor of the gradient on these images.
     """
 
     images: Tensor  # (B, 3, H, W)
     prompts: list[str]
     cameras: Cameras | None
     group: Tensor  # (B,) long
-    domain: str = "colours"
-    weight: float = 1.0
     particle: int = 0
     source: Tensor | None = None  # (B, 3, H, W)
     encoded: bool = False
     processes: Processes = Processes()
+    domain: str = "colours"
+    weight: float = 1.0
 
     def x(self, encode: Callable[[Tensor], Tensor]) -> Tensor:
         """Return the images in the space in which a teacher denoises, (B, C, h, w), given the teacher's ``encode``."""

@@ -210,7 +210,7 @@ def object_name(teacher: Teacher) -> str:
     return f"{OBJECT}{type(teacher).__module__}.{type(teacher).__qualname__}"
 
 
-def domains_of(teacher: Teacher | None) -> tuple[str, ...]:
+def domains_of(teacher: Teacher) -> tuple[str, ...]:
     """Return the domains that a teacher knows; ("colours",) for most teachers."""
     return teacher.domains if isinstance(teacher, HasDomains) else ("colours",)
 

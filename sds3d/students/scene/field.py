@@ -141,7 +141,7 @@ class _Head(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_sigma: Tensor, grad_rgb: Tensor) -> tuple[Tensor, ...]:
+    def backward(ctx: Any, grad_sigma: Tensor, grad_rgb: Tensor) -> tuple[Tensor | None, ...]:
         features, hidden, w1, w2, sigma, rgb, width = ctx.saved_tensors
         grad = torch.empty(len(features), 4, dtype=features.dtype, device=features.device)
         if width is None:
@@ -216,9 +216,8 @@ class Field(nn.Module):
         """Return the density before the softplus, or minus the signed distance, (N,), at points (N, 3) in the box."""
         features, w1 = self._encode(points)
         hidden = F.linear(features, w1, self.b1).relu_()
-        return F.linear(hidden, self.w2[:1] * self.gain[:1, None], self.b2[:1] * self.gain[:1]).squeeze(-1) + self.blob(
-            points
-        )
+        gain = self.gain[:1]
+        return F.linear(hidden, self.w2[:1] * gain[:, None], self.b2[:1] * gain).squeeze(-1) + self.blob(points)
 
     def density(self, points: Tensor) -> Tensor:
         """Return the density (N,), >= 0, per scene unit, at points (N, 3) in the box."""

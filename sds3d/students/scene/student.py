@@ -224,7 +224,7 @@ class SceneStudent(nn.Module):
         group = torch.zeros(settings.views, dtype=torch.long)
         images = domain_image(out, cameras.to(self.device), domain)
         prompts, weight = self.prompts(cameras, self.background_name), self.config.domains.weight(domain)
-        return Draw(images, prompts, cameras, group, domain, weight)
+        return Draw(images, prompts, cameras, group, domain=domain, weight=weight)
 
     def regularisers(self) -> dict[str, Tensor]:
         """Return the last draw's regularisers whose weight is not 0, unweighted, and the mean opacity, detached."""

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import io
 import json
-import math
 import pickle
 import struct
 import time
@@ -15,7 +14,7 @@ from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -30,82 +29,12 @@ from sds3d.networks.unet import UNet
 from sds3d.runtime import tensor_files
 from sds3d.runtime.errors import Diverged
 from sds3d.runtime.files import from_json, lock, read_text, replacing, require_folder, sweep
-from sds3d.runtime.ranges import STEPS, Within
 from sds3d.runtime.torch_modes import stepwise_training
 from sds3d.teachers import small
 from sds3d.teachers.base import PACKAGED
 from sds3d.teachers.drawing import sample
+from sds3d.teachers.training.settings import FitConfig
 from sds3d.teachers.training.sources import Batch, Source
-
-DIGITS_STEPS = 5000  # of the packaged digits teacher; more steps do not lower the loss on held-out images
-
-
-@dataclass(frozen=True)
-class FitConfig:
-    """How to train.
-
-    Args:
-        data: "toybox", "digits", or a folder of pictures with captions.
-        size: side in pixels of a folder's pictures, 32 or 64.
-        steps: total number of steps; may be changed on resuming.
-        batch: images in a step; a coarse step takes twice as many.
-        coarse: number of first steps with images of half the side, which halves the time of a step. The meaning of
-            words and cameras is learnt in these steps, detail afterwards.
-        part: in the coarse steps of the toybox, extra weight of pixels that show the second colour. Handles and stems
-            are small, and their colours are learnt last.
-        start: weights to begin from: a packaged teacher's name or a file; "" begins at random. Words that they do not
-            know begin at random.
-        lr: learning rate after 200 steps of warm-up.
-        decay: fraction of the steps, the last ones, over which the learning rate falls linearly to 0.
-        images: number of renders of the toybox.
-        ema: decay of the running mean of the weights, which is what is saved.
-        seed: seed of all random numbers.
-        save_every: steps between checkpoints, each with a sample grid.
-    """
-
-    data: str = "toybox"
-    size: Annotated[int, Within(8, 64)] = 64
-    steps: Annotated[int, Within(1, STEPS)] = 16_000
-    batch: Annotated[int, Within(1, 65_536)] = 32
-    coarse: Annotated[int, Within(0, STEPS)] = 12_000
-    part: Annotated[float, Within(0, 1e6)] = 3.0
-    start: str = ""
-    lr: Annotated[float, Within(1e-9, 1)] = 1e-3
-    decay: Annotated[float, Within(1e-3, 1)] = 0.25
-    images: Annotated[int, Within(1, 10_000_000)] = 16_800
-    ema: Annotated[float, Within(0, 1)] = 0.998
-    seed: Annotated[int, Within(0, 2**62 - 1)] = 0
-    save_every: Annotated[int, Within(1, STEPS)] = 500
-
-    def __post_init__(self):
-        for name, low, high in (
-            ("steps", 1, math.inf),
-            ("batch", 1, math.inf),
-            ("coarse", 0, math.inf),
-            ("part", 0, math.inf),
-            ("lr", 1e-9, 1),
-            ("decay", 1e-3, 1),
-            ("images", 1, math.inf),
-            ("ema", 0, 1),
-            ("seed", 0, 2**62),
-            ("save_every", 1, math.inf),
-        ):
-            if not low <= getattr(self, name) <= high:
-                raise ValueError(f"{name} is {getattr(self, name)}; give a number from {low:g} to {high:g}")
-
-    @staticmethod
-    def usual(data: str) -> FitConfig:
-        """Return the default settings for a kind of data."""
-        if data == "toybox":
-            return FitConfig()
-        if data == "digits":
-            return FitConfig(data, size=8, steps=DIGITS_STEPS, batch=128, coarse=0, decay=0.5, ema=0.999)
-        return FitConfig(data, steps=20_000, coarse=0, decay=0.5)
-
-    def rate(self, step: int) -> float:
-        """Return the learning rate of a step."""
-        remaining = (self.steps - step) / (self.decay * self.steps)
-        return self.lr * min(1.0, (step + 1) / 200, remaining)
 
 
 @dataclass(frozen=True)
