@@ -65,9 +65,12 @@ class AnalyticField:
 
     def normals(self, points):
         """Differences over 0.01, of the density's logarithm: it has the same direction, and an edge is no noise."""
-        steps = 0.005 * torch.eye(3)
-        ends = [self.density(points + s).clamp_min(1e-30).log() - self.density(points - s).clamp_min(1e-30).log() for s in steps]
-        return -torch.nn.functional.normalize(torch.stack(ends, -1), dim=-1)
+
+        def logarithm(places):
+            return self.density(places).clamp_min(1e-30).log()
+
+        slopes = [logarithm(points + step) - logarithm(points - step) for step in 0.005 * torch.eye(3)]
+        return -torch.nn.functional.normalize(torch.stack(slopes, -1), dim=-1)
 
 
 def source(density, colour=None):

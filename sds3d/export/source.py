@@ -35,6 +35,11 @@ class Seen(NamedTuple):
     depth: Tensor | None = None
     normal: Tensor | None = None
 
+    def on_cpu(self) -> Seen:
+        """Return the same in float32 on the CPU."""
+        depth, normal = (None if image is None else image.float().cpu() for image in (self.depth, self.normal))
+        return Seen(self.rgb.float().cpu(), self.opacity.float().cpu(), depth, normal)
+
 
 @dataclass(frozen=True)
 class Source:

@@ -177,9 +177,7 @@ class Asset:
         }
         pixels = min(config.export.size, Source.pixels)
         scene = self.scene
-        source = Source(
-            scene.density, scene.colours, self._on_white, self._shape, scene.device, scene.detail, pixels
-        )
+        source = Source(scene.density, scene.colours, self._on_white, self._shape, scene.device, scene.detail, pixels)
         return Export(source, settings, card, lit, tell, up, height)
 
     def _on_white(self, cameras: Cameras, size: int) -> tuple[Tensor, Tensor]:
