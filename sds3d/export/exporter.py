@@ -18,6 +18,7 @@ from typing import Any
 
 from sds3d.cameras import Cameras
 from sds3d.export import formats, mesh, raster, scores, texture
+from sds3d.export.creases import with_creases
 from sds3d.export.model import Model, Placement, Stand, stand
 from sds3d.export.settings import MeshConfig
 from sds3d.export.source import Seen, Source, Tell, checking_views, silent
@@ -91,7 +92,10 @@ class Export:
         """
         suffix = path.suffix.lower()
         stands = stand(suffix, self.up, self.height)
-        model = self.model("vertex" if suffix in (".ply", ".stl") else self.settings.colours)
+        plain = suffix in (".ply", ".stl")
+        model = self.model("vertex" if plain else self.settings.colours)
+        if not plain:  # these two keep one closed surface, for programs that print or sculpt it
+            model = with_creases(model)
         place = Placement.standing(self.skin().vertices, stands)
         report = self.report(stands)
 
