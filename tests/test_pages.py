@@ -159,7 +159,7 @@ def test_a_mesh_is_told_once_and_in_words_and_a_scene_can_be_judged(browser_page
         "depths beside the scene's, mean difference in scene units": "0.01",
         "the same, mean over the worst patch": "0.05",
         "normals beside the scene's, mean cosine": "0.9",
-        "fraction of the pictures that shows faces from behind": "0.0",
+        "fraction of the pictures that shows faces from behind": "0",
         "my mesh.obj: silhouettes beside the scene's, IoU": "0.87",
     }
     assert f"sds3d eval {page_run} " in browser_page.inner_text("body")
