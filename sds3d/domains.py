@@ -6,10 +6,10 @@
     depths       (z + 1) / 2 for the height z of the visible points over the plane through the origin that faces the
                  camera, in [-1, 1]: what is near is bright (MiDaS, arXiv 1907.01341, shows it so, too)
 
-A pixel is a mean over the pixel, and the background counts as 0: middle grey. (On black, the rim of a depth image has the
-largest gradients, and Adam steps by the largest: with true images a mug's F-score is 0.84, on grey 0.94.) A teacher may
-know several domains, each by its word: "a red mug, normals" (Wonder3D, arXiv 2310.15008, section 3.2). The word stays in
-the null prompt, so guidance does not leave the domain.
+A pixel is a mean over the pixel, and the background counts as 0: middle grey. (On black, the rim of a depth image has
+the largest gradients, and Adam steps by the largest: with true images a mug's F-score is 0.84, on grey 0.94.) A teacher
+may know several domains, each by its word: "a red mug, normals" (Wonder3D, arXiv 2310.15008, section 3.2). The word
+stays in the null prompt, so guidance does not leave the domain.
 """
 
 from __future__ import annotations

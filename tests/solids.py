@@ -3,7 +3,7 @@
 import torch
 
 from sds3d import ops
-from sds3d.export.source import Source
+from sds3d.export.source import Seen, Source
 from sds3d.students.scene.occupancy import Occupancy, OccupancyConfig
 from sds3d.students.scene.render import RenderOptions, render
 
@@ -63,6 +63,15 @@ class AnalyticField:
     def __call__(self, points):
         return self.density(points), self.colour(points)
 
+    def normals(self, points):
+        """Differences over 0.01, of the density's logarithm: it has the same direction, and an edge is no noise."""
+
+        def logarithm(places):
+            return self.density(places).clamp_min(1e-30).log()
+
+        slopes = [logarithm(points + step) - logarithm(points - step) for step in 0.005 * torch.eye(3)]
+        return -torch.nn.functional.normalize(torch.stack(slopes, -1), dim=-1)
+
 
 def source(density, colour=None):
     """A scene to export."""
@@ -75,7 +84,12 @@ def source(density, colour=None):
         out = render(field, cells, cameras, size, torch.ones(3), RenderOptions(step))
         return out.rgb, out.opacity
 
-    return Source(density, colour, view)
+    @torch.no_grad()
+    def shape(cameras, size):
+        out = render(field, cells, cameras, size, torch.ones(3), RenderOptions(step, normals=True))
+        return Seen(out.rgb, out.opacity, out.depth, out.normal)
+
+    return Source(density, colour, view, shape)
 
 
 def checks(points):

@@ -5,6 +5,7 @@ import os
 import shutil
 import struct
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -89,6 +90,20 @@ def test_files_keep_axes_faces_and_colours(models, tmp_path, suffix, colours):
     np.testing.assert_allclose(rgb[v[:, 2] > 0.6].mean(0), RED, atol=0.03)
     np.testing.assert_allclose(rgb[v[:, 0] > 0.5].mean(0), [0.1, 0.7, 0.1], atol=0.03)
     np.testing.assert_allclose(rgb[v[:, 2] < -0.35].mean(0), BLUE, atol=0.03)
+
+
+@pytest.mark.parametrize("suffix", [".glb", ".obj", ".ply"])
+@pytest.mark.parametrize("colours", ["texture", "vertex"])
+def test_files_keep_normals(models, tmp_path, suffix, colours):
+    """Those that were written, which need not be what a reader would make of the faces."""
+    if colours == "texture" and suffix == ".ply":
+        pytest.skip("has no room for a texture")
+    model = models[colours]
+    turned = np.random.default_rng(0).normal(size=model.normals.shape)
+    turned /= np.linalg.norm(turned, axis=1, keepdims=True)
+    again = read(write(replace(model, normals=turned), tmp_path / f"mesh{suffix}")[0])
+    np.testing.assert_allclose(again.vertices[again.faces], model.vertices[model.faces], atol=1e-5)
+    np.testing.assert_allclose(again.normals[again.faces], turned[model.faces], atol=1e-5)
 
 
 def test_an_obj_names_its_two_neighbours(models, tmp_path):

@@ -140,6 +140,7 @@ def test_the_film_is_shown_at_most_twice_as_large_as_it_is(browser_page, page_ru
 @pytest.mark.slow
 def test_a_mesh_is_told_once_and_in_words_and_a_scene_can_be_judged(browser_page, page_run):
     found = {"iou": 0.91, "psnr": 24.6, "psnr_covered": 20.6}
+    found |= {"depth": 0.01, "dent": 0.05, "normals": 0.9, "behind": 0.0}
     other = found | {"iou": 0.87, "scale": 79.0, "origin": [0, 0, 0], "up": "z", "unit": "mm"}
     mesh = {"faces": 500, "watertight": True, "components": 2, "level": 5.5, "level_iou": 0.93, "scale": 0.79, **found}
     mesh |= {"up": "y", "unit": "m"}
@@ -157,6 +158,10 @@ def test_a_mesh_is_told_once_and_in_words_and_a_scene_can_be_judged(browser_page
         "silhouettes beside the scene's, IoU": "0.91",
         "pictures beside the scene's, PSNR in dB": "24.6",
         "the same without the background, dB": "20.6",
+        "depths beside the scene's, mean difference in scene units": "0.01",
+        "the same, mean over the worst patch": "0.05",
+        "normals beside the scene's, mean cosine": "0.9",
+        "fraction of the pictures that shows faces from behind": "0",
         "my mesh.obj: silhouettes beside the scene's, IoU": "0.87",
     }
     assert f"sds3d eval {page_run} " in browser_page.inner_text("body")

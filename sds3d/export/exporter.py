@@ -4,10 +4,7 @@ In a file the mesh stands on the ground, with the size and the up axis that prog
 (``model.STANDS``). A GLB is one metre high, with +y up and its front at +z, as in glTF and in ``cameras.py``. The
 report holds what undoes this: world = file / scale + origin, after rotating (x, y, z) to (x, z, -y) if up is z. After a
 file is written, and before it gets its final name, it is read back, rendered (raster.py) and compared with the scene's
-renders, from views that did not choose the surface:
-
-    IoU   of silhouettes (opacity above 1/2), mean over the views
-    PSNR  of the pictures on white, mean over the views; also over only the pixels that either of the two covers
+renders, from views that did not choose the surface (scores.py).
 """
 
 from __future__ import annotations
@@ -19,16 +16,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from sds3d.export import formats, mesh, raster, texture
+from sds3d.cameras import Cameras
+from sds3d.export import formats, mesh, raster, scores, texture
+from sds3d.export.creases import with_creases
 from sds3d.export.model import Model, Placement, Stand, stand
 from sds3d.export.settings import MeshConfig
-from sds3d.export.source import Source, Tell, checking_views, silent
-
-IOU, PSNR = 0.97, 22.0  # a file below either of them gets a warning
-BEST_PSNR = 60.0  # dB, the largest value; equal pictures have an infinite PSNR
+from sds3d.export.source import Seen, Source, Tell, checking_views, silent
 
 
 @dataclass
@@ -92,14 +85,17 @@ class Export:
         """Write one file atomically and check it; the suffix chooses the format.
 
         Returns:
-            the report, with the file's iou, psnr and psnr_covered (None for STL, which has no colours).
+            the report, with the file's scores (scores.py); STL has no colours, and None for their scores.
 
         Raises:
             ValueError: the scene is empty, the suffix is unknown, or the file cannot be written.
         """
         suffix = path.suffix.lower()
         stands = stand(suffix, self.up, self.height)
-        model = self.model("vertex" if suffix in (".ply", ".stl") else self.settings.colours)
+        plain = suffix in (".ply", ".stl")
+        model = self.model("vertex" if plain else self.settings.colours)
+        if not plain:  # these two keep one closed surface, for programs that print or sculpt it
+            model = with_creases(model)
         place = Placement.standing(self.skin().vertices, stands)
         report = self.report(stands)
 
@@ -126,35 +122,33 @@ class Export:
 
     def shortfalls(self) -> list[str]:
         """Return a sentence for every file that differs too much from its scene."""
-        return [
-            f"{path} differs from its scene: {_summary(path, report)}, where {IOU} and {PSNR:g} dB are usual; "
-            "a higher resolution may help"
-            for path, report in self.reports.items()
-            if report["iou"] < IOU or (report["psnr"] is not None and report["psnr"] < PSNR)
-        ]
+        beyond = {path: scores.beyond_bounds(report) for path, report in self.reports.items()}
+        advice = "a higher resolution may help, or a scene with a clearer surface"
+        return [f"{path} differs from its scene: {', '.join(what)}; {advice}" for path, what in beyond.items() if what]
 
     def whole(self) -> dict[str, Any]:
         """Return the card, the report of the first file, and the placement and the check's results of each file."""
         first = next(iter(self.reports.values()))
-        own = ("iou", "psnr", "psnr_covered", "scale", "origin", "up", "unit")
+        own = ("psnr_covered", *scores.WORDS, "scale", "origin", "up", "unit")
         checks = {p.name: {k: r[k] for k in own} for p, r in self.reports.items()}
         return {**self.card, "mesh": first, "files": checks}
 
     def _compare(self, model: Model, coloured: bool) -> dict[str, Any]:
-        """Return iou, psnr and psnr_covered of a model that was read back, compared with the scene."""
+        """Return the scores of a model that was read back, compared with the scene."""
         self.tell("check", 0.0)
         cameras = checking_views()
-        pictures, opacity = self._once("views", lambda: _on_cpu(self.source.view(cameras, self.source.pixels)))
+        seen = self._once("views", lambda: self._seen(cameras))
         self.tell("check", 0.7)
-        ours, coverage = raster.render(model, cameras, self.source.pixels)
+        rgb, coverage = raster.render(model, cameras, self.source.pixels)
+        shape = raster.surface(model, cameras, self.source.pixels)
         self.tell("check", 1.0)
-        a, b = coverage >= 0.5, opacity >= 0.5
-        both, either = (a & b).flatten(1).sum(1), (a | b).flatten(1).sum(1)
-        scores = {"iou": float((both / either.clamp(min=1)).mean()), "psnr": None, "psnr_covered": None}
-        if coloured:
-            scores["psnr"] = psnr(ours, pictures, torch.ones_like(a))
-            scores["psnr_covered"] = psnr(ours, pictures, a | b)
-        return scores
+        return scores.picture_scores(rgb if coloured else None, coverage, seen) | scores.shape_scores(shape, seen)
+
+    def _seen(self, cameras: Cameras) -> Seen:
+        """Render the scene for the check, on the CPU."""
+        shape, pixels = self.source.shape, self.source.pixels
+        seen = Seen(*self.source.view(cameras, pixels)) if shape is None else shape(cameras, pixels)
+        return seen.on_cpu()
 
     def _once(self, part: str, make: Callable[[], Any]) -> Any:
         if part not in self._made:
@@ -173,22 +167,11 @@ class Export:
             self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - begun - inner
 
 
-def psnr(ours: Tensor, true: Tensor, where: Tensor) -> float:
-    """Return the mean PSNR in dB of images (B, 3, H, W) in [0, 1] over the pixels of a mask (B, 1, H, W)."""
-    squared = ((ours.clamp(0, 1) - true).double() ** 2 * where).flatten(1).sum(1)
-    error = squared / (3 * where.flatten(1).sum(1)).clamp(min=1)
-    return float((-10 * torch.log10(error.clamp(min=10 ** (-BEST_PSNR / 10)))).mean())
-
-
 def _summary(path: Path, report: dict[str, Any]) -> str:
     """Return a file's report as one line."""
-    pieces, colours = report["components"], report["psnr"]
+    pieces = report["components"]
     return (
         f"{path.name}: {report['faces']} faces, level {report['level']:.3g}, "
         f"{'watertight' if report['watertight'] else 'not watertight'}, {pieces} piece{'s' * (pieces != 1)}, "
-        f"IoU {report['iou']:.3f}" + ("" if colours is None else f", PSNR {colours:.1f} dB")
+        f"{scores.in_words(report)}"
     )
-
-
-def _on_cpu(images: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    return images[0].float().cpu(), images[1].float().cpu()

@@ -75,9 +75,11 @@ def read(path: str | Path) -> Model:
     if path.suffix.lower() not in FORMATS or not path.is_file():
         raise ValueError(f"'{path}' is no mesh file; give an existing {', '.join(FORMATS)}")
     try:
-        mesh = trimesh.load_mesh(path, process=False)
+        # trimesh.load_mesh would give the mesh new normals
+        (mesh,) = trimesh.load_scene(path, process=False).geometry.values()
         if path.suffix.lower() == ".glb" and getattr(mesh.visual, "uv", None) is None:
-            mesh = trimesh.load_mesh(path, process=False, skip_materials=True)  # else trimesh drops vertex colours
+            scene = trimesh.load_scene(path, process=False, skip_materials=True)  # else trimesh drops vertex colours
+            (mesh,) = scene.geometry.values()
         model = _from_trimesh(mesh)
     except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
         raise ValueError(f"'{path}' is damaged ({error}); export it again") from error

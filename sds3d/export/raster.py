@@ -7,9 +7,11 @@ is linear on the screen and attributes are linear in space: a = sum_i w_i a_i / 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from sds3d.cameras import Cameras
@@ -17,6 +19,20 @@ from sds3d.export.model import Model
 
 PAIRS = 1 << 21  # pairs of a face and a pixel tested at once
 NEAR = 0.05  # scene units; faces with a corner closer to the camera are not drawn
+
+
+class Surface(NamedTuple):
+    """The shape that views of a model show.
+
+    Args:
+        distance: (B, 1, H, W) from the camera, scene units; 0 where a view shows no face.
+        normal: (B, 3, H, W) unit normals, between those of the vertices; 0 where a view shows no face.
+        behind: (B, 1, H, W) bool, whether the face that is seen points away from the camera, by its winding.
+    """
+
+    distance: Tensor
+    normal: Tensor
+    behind: Tensor
 
 
 def render(
@@ -40,6 +56,27 @@ def render(
         images.append(rgb.T.reshape(3, size, size))
         covers.append(covered.float().reshape(1, size, size))
     return torch.stack(images), torch.stack(covers)
+
+
+def surface(model: Model, cameras: Cameras, size: int) -> Surface:
+    """Render the shape of a model in world coordinates, with one sample a pixel."""
+    depths, normals, behind = [], [], []
+    faces = torch.from_numpy(np.ascontiguousarray(model.faces, dtype=np.int64))
+    places = torch.from_numpy(model.vertices.astype(np.float32))
+    directions = torch.from_numpy(model.normals.astype(np.float32))
+    for eye, screen in zip(cameras.positions(), project(model.vertices, cameras, size)):
+        face, weights = nearest(screen, faces, size)
+        covered = face >= 0
+        corners, weight = faces[face[covered]], weights[covered][..., None]
+        depth, normal = torch.zeros(size * size, 1), torch.zeros(size * size, 3)
+        depth[covered] = ((weight * places[corners]).sum(1) - eye).norm(dim=-1, keepdim=True)
+        normal[covered] = F.normalize((weight * directions[corners]).sum(1), dim=-1)
+        back = torch.zeros(size * size, 1, dtype=torch.bool)
+        a, b, c = screen[corners][..., :2].unbind(1)
+        back[covered] = _cross(b - a, c - a)[:, None] > 0  # rows go down: a front face turns clockwise
+        for images, image in ((depths, depth), (normals, normal), (behind, back)):
+            images.append(image.T.reshape(-1, size, size))
+    return Surface(*map(torch.stack, (depths, normals, behind)))
 
 
 def silhouettes(vertices: np.ndarray, faces: np.ndarray, cameras: Cameras, size: int) -> Tensor:

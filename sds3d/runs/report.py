@@ -46,6 +46,10 @@ MESH_LABELS = {  # the same for mesh.json, which compares the mesh with the scen
     "iou": "silhouettes beside the scene's, IoU",
     "psnr": "pictures beside the scene's, PSNR in dB",
     "psnr_covered": "the same without the background, dB",
+    "depth": "depths beside the scene's, mean difference in scene units",
+    "dent": "the same, mean over the worst patch",
+    "normals": "normals beside the scene's, mean cosine",
+    "behind": "fraction of the pictures that shows faces from behind",
 }
 # Entries of mesh.json that the page leaves out: details of the extraction, and what the page shows elsewhere.
 INTERNAL = {"level", "level_iou", "scale", "up", "unit"}

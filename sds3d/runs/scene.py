@@ -19,7 +19,7 @@ from sds3d.config.load import Config
 from sds3d.export import formats
 from sds3d.export.exporter import Export
 from sds3d.export.model import stand
-from sds3d.export.source import Source, Tell, silent
+from sds3d.export.source import Seen, Source, Tell, silent
 from sds3d.media import sheet, video
 from sds3d.runs import report, scene_parts
 from sds3d.runs.folder import Run
@@ -182,13 +182,18 @@ class Asset:
         }
         pixels = min(config.export.size, Source.pixels)
         scene = self.scene
-        source = Source(scene.density, scene.colours, self._on_white, scene.device, scene.detail, pixels)
+        source = Source(scene.density, scene.colours, self._on_white, self._shape, scene.device, scene.detail, pixels)
         return Export(source, settings, card, self.light_baked, tell, up, height)
 
     def _on_white(self, cameras: Cameras, size: int) -> tuple[Tensor, Tensor]:
         """Render images (B, 3, H, H) on white, and opacity (B, 1, H, H)."""
         out = self.scene.render_view(cameras, size, background="#ffffff")
         return out.rgb, out.opacity
+
+    def _shape(self, cameras: Cameras, size: int) -> Seen:
+        """Render images on white, opacity, depths and normals."""
+        out = self.scene.render_view(cameras, size, normals=True, background="#ffffff")
+        return Seen(out.rgb, out.opacity, out.depth, out.normal)
 
     def mesh(self, resolution: int | None = None) -> trimesh.Trimesh:
         """Extract the surface with vertex colours, in world coordinates: y up, front +z.
