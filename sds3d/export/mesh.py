@@ -36,6 +36,7 @@ THREADS = 2  # levels tried at the same time
 POWERS = 12  # levels tried: the largest density divided by 2, 4, 8 ...
 ALIKE = 0.001  # levels whose IoU differs by less count as equal: about one pixel a view
 BLUR = 0.7  # the least smoothing of v, in voxels: closes pinholes, keeps corners within a voxel
+FACES = 5_000  # the usual number of faces
 HASTE = (2, 4, 7)  # fast_simplification's agg: a low one pinches fewer thin parts, but may stop above the target
 TAUBIN = (0.5, -0.53)  # one round of smoothing: shrink, then expand slightly more (Taubin 1995)
 
@@ -228,7 +229,23 @@ def _smooth(vertices: np.ndarray, faces: np.ndarray, rounds: int) -> np.ndarray:
     return vertices.clip(-1, 1)
 
 
-def _thinned(vertices: np.ndarray, faces: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
+def _thinned(vertices: np.ndarray, faces: np.ndarray, most: int | None) -> tuple[np.ndarray, np.ndarray]:
+    """Reduce a mesh to at most ``most`` faces; None is ``FACES``, doubled until the surface stays closed."""
+    target = most or FACES
+    while True:
+        thin = _reduced(vertices, faces, target)
+        if most is not None or target >= len(faces) or _is_closed(thin[1]):
+            return thin
+        target *= 2
+
+
+def _is_closed(faces: np.ndarray) -> bool:
+    """Return whether every edge belongs to two faces (F, 3)."""
+    ends = np.sort(faces[:, [0, 1, 1, 2, 2, 0]].reshape(-1, 2), axis=1)
+    return bool((np.unique(ends @ [faces.max() + 1, 1], return_counts=True)[1] == 2).all())
+
+
+def _reduced(vertices: np.ndarray, faces: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
     """Reduce a mesh to at most ``most`` faces by collapsing edges of least error (Garland and Heckbert 1997)."""
     import fast_simplification
 

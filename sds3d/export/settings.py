@@ -21,7 +21,8 @@ class MeshConfig:
         keep: drop pieces below this fraction of the largest piece's area; 1 keeps only the largest, 0 keeps all.
         fill: close cracks, holes and gaps narrower than this, in scene units; widths below two voxels close nothing.
         smooth: rounds of Taubin smoothing, which does not shrink the surface.
-        faces: the largest number of triangles; the default changes no figure of the toybox's shapes by more than 0.001.
+        faces: the largest number of triangles. The default is 5,000, which changes no figure of the toybox's shapes by
+            more than 0.001, or twice as many, and so on, where with fewer the surface would not stay closed.
         colours: "texture" or "vertex". PLY can hold only "vertex", and STL has no colours.
         texture: texels a side, such as 1024 or 2048.
 
@@ -34,7 +35,7 @@ class MeshConfig:
     keep: Annotated[float, Within(0, 1)] = 0.05
     fill: Annotated[float, Within(0, 0.5)] = 0.05
     smooth: Annotated[int, Within(0, 100)] = 3
-    faces: Annotated[int, Within(100, 10_000_000)] = 5_000
+    faces: Annotated[int, Within(100, 10_000_000)] | None = None
     colours: str = "texture"
     texture: Annotated[int, Within(64, 4096)] = 1024
 
