@@ -20,8 +20,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sds3d.cameras import Cameras
-
 WORDS = {"colours": "", "albedo": "albedo", "normals": "normals", "depths": "depths"}
 SURFACE = ("normals", "depths")  # domains that show the surface and no colours
 
@@ -58,15 +56,15 @@ def turned(normals: Tensor, rotations: Tensor) -> Tensor:
     return torch.einsum("bij,bihw->bjhw", rotations, normals)
 
 
-def heights(points: Tensor, cameras: Cameras) -> Tensor:
+def heights(points: Tensor, eyes: Tensor) -> Tensor:
     """Return the heights towards the camera (B, 1, H, W) of points (B, 3, H, W), clamped to [-1, 1].
 
     Args:
         points: in world coordinates, times the coverage; 0 on the background.
-        cameras: B cameras, which look at the origin.
+        eyes: (B, 3) positions of the cameras, which look at the origin.
     """
-    towards = F.normalize(cameras.positions(), dim=-1)
-    return (torch.einsum("bi,bihw->bhw", towards, points)[:, None]).clamp(-1, 1)
+    towards = F.normalize(eyes, dim=-1)
+    return torch.einsum("bi,bihw->bhw", towards, points)[:, None].clamp(-1, 1)
 
 
 def picture(values: Tensor) -> Tensor:

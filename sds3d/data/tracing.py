@@ -145,6 +145,6 @@ def domain_images(
     if domain == "normals":
         return domains.picture(domains.turned(layers[:, NORMAL], cameras.rotations()))
     if domain == "depths":
-        return domains.picture(domains.heights(layers[:, POSITION], cameras))
+        return domains.picture(domains.heights(layers[:, POSITION], cameras.positions()))
     rgb, coverage = paint(layers, main, second, lit=domain == "colours")
     return rgb + (1 - coverage) * background[:, :, None, None]

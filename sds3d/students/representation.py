@@ -74,7 +74,7 @@ def domain_image(views: Views, cameras: Cameras, domain: str) -> Tensor:
     if domain == "depths":
         origins, directions = (rays.permute(0, 3, 1, 2) for rays in cameras.rays(views.depth.shape[-1]))
         points = views.opacity * (origins + directions * views.depth)
-        return domains.picture(domains.heights(points, cameras))
+        return domains.picture(domains.heights(points, cameras.positions()))
     return views.rgb
 
 
