@@ -24,7 +24,7 @@ import torch
 from sds3d.config import load as config
 from sds3d.data.toybox import HELD_OUT_PROMPTS
 from sds3d.evaluate.true_teacher import TrueTeacher
-from sds3d.evaluate.truth import Scores
+from sds3d.evaluate.truth import MEANS, Scores
 from sds3d.media.sheet import contact_sheet
 from sds3d.runs import launch
 from sds3d.runtime.device import pick_device
@@ -167,20 +167,7 @@ def report(overrides: list[str], rows: dict[str, Row]) -> dict[str, Any]:
 
 def line(name: str, row: Row) -> str:
     """Return the figures of a row as one line."""
-    shown = (
-        "iou",
-        "psnr",
-        "psnr_albedo",
-        "chamfer",
-        "fscore",
-        "fscore_fine",
-        "normals",
-        "depth_error",
-        "missed",
-        "topology",
-        "seconds",
-    )
-    figures = [f"{key} {'-' if row.get(key) is None else f'{float(row[key]):.4g}'}" for key in shown]
+    figures = [f"{key} {'-' if row.get(key) is None else f'{float(row[key]):.4g}'}" for key in (*MEANS, "seconds")]
     if "components" in row:
         figures.append("components {components} ({true_components})  genus {genus} ({true_genus})".format(**row))
     return f"{name:40s} {'  '.join(figures)}"

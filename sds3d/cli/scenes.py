@@ -33,19 +33,6 @@ from sds3d.runtime.ranges import shown
 if TYPE_CHECKING:
     from sds3d.live.watch import Watch
 
-MEANS = (
-    "iou",
-    "psnr",
-    "psnr_albedo",
-    "chamfer",
-    "fscore",
-    "fscore_fine",
-    "normals",
-    "depth_error",
-    "missed",
-    "topology",
-)
-
 
 @dataclass(frozen=True)
 class GenerateOptions(LiveOptions, RunOptions):
@@ -273,6 +260,8 @@ def evaluate(
         print(dump(rows if len(rows) > 1 else rows[0]))
         return
     if len(rows) > 1:
+        from sds3d.evaluate.truth import MEANS
+
         figures = [[row[key] for row in rows if row[key] is not None] for key in MEANS]
         means = [sum(values) / len(values) if values else None for values in figures]
         print(score_lines(f"mean of {len(rows)}", dict(zip(MEANS, means, strict=True))))

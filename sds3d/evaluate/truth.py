@@ -27,6 +27,18 @@ if TYPE_CHECKING:
     import trimesh
 
 VIEWS = 24
+MEANS = (
+    "iou",
+    "psnr",
+    "psnr_albedo",
+    "chamfer",
+    "fscore",
+    "fscore_fine",
+    "normals",
+    "depth_error",
+    "missed",
+    "topology",
+)  # figures of which a table gives the mean
 BEST_PSNR = 60.0  # dB; the PSNR of equal images would be infinite
 
 Render = Callable[[Cameras], tuple[Tensor, Tensor]]  # -> images (B, 3, H, W) and coverage (B, 1, H, W)

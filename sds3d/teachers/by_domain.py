@@ -22,6 +22,10 @@ class Delegate:
         self.schedule, self.image_size, self.shape = teacher.schedule, teacher.image_size, teacher.shape
         self.views, self.dtype = teacher.views, teacher.dtype
 
+    def worded(self, prompt: str) -> str:
+        """Return a prompt as the teacher gets it."""
+        return prompt
+
     def encode(self, images: Tensor) -> Tensor:
         """See `sds3d.teachers.base.Teacher.encode`."""
         return self.teacher.encode(images)
@@ -32,7 +36,7 @@ class Delegate:
 
     def check(self, prompt: str) -> None:
         """See `sds3d.teachers.base.Teacher.check`."""
-        self.teacher.check(prompt)
+        self.teacher.check(self.worded(prompt))
 
     def predict(
         self,
@@ -43,7 +47,7 @@ class Delegate:
         camera_mask: Tensor | None = None,
     ) -> Prediction:
         """See `sds3d.teachers.base.Teacher.predict`."""
-        return self.teacher.predict(x_t, t, prompts, cameras, camera_mask)
+        return self.teacher.predict(x_t, t, [self.worded(prompt) for prompt in prompts], cameras, camera_mask)
 
 
 class Worded(Delegate):
@@ -59,23 +63,8 @@ class Worded(Delegate):
         self.words = words
 
     def worded(self, prompt: str) -> str:
-        """Return a prompt as the teacher gets it."""
+        """See `Delegate.worded`."""
         return " ".join(filter(None, (self.words, split_domain(prompt)[0])))
-
-    def check(self, prompt: str) -> None:
-        """Raise ValueError if the teacher cannot read a prompt with these words."""
-        self.teacher.check(self.worded(prompt))
-
-    def predict(
-        self,
-        x_t: Tensor,
-        t: Tensor,
-        prompts: list[str],
-        cameras: Cameras | None = None,
-        camera_mask: Tensor | None = None,
-    ) -> Prediction:
-        """Return the teacher's prediction for the prompts with these words."""
-        return self.teacher.predict(x_t, t, [self.worded(prompt) for prompt in prompts], cameras, camera_mask)
 
 
 class ByDomain(Delegate):
