@@ -7,11 +7,11 @@ import torch
 from PIL import Image
 from solids import AnalyticField, solid
 
-from sds3d.cli.scenes import MEANS, score_lines
+from sds3d.cli.scenes import score_lines
 from sds3d.config import load as configs
 from sds3d.data import toybox
 from sds3d.data.tracing import NORMAL, normals, part_distances, relit, shade
-from sds3d.evaluate.truth import unseen_views
+from sds3d.evaluate.truth import MEANS, unseen_views
 from sds3d.prompts import COLOURS
 from sds3d.runs import scene, scene_parts
 from sds3d.runs.folder import Run

@@ -16,6 +16,7 @@ from PIL import Image
 from sds3d.evaluate import comparison as comparing
 from sds3d.media import chart
 from sds3d.pages import comparison, gallery
+from sds3d.pages import run as run_page
 from sds3d.runs import kinds, report
 from sds3d.runs.folder import Run
 from sds3d.runs.scene import Asset
@@ -366,6 +367,22 @@ def test_all_figures_are_seen_on_a_phone_without_scrolling_sideways(browser_page
             assert 0 <= box["x"] and box["x"] + box["width"] <= width and box["height"] < 50, (name, box)
         for part in ("document.documentElement", "document.querySelector('.card')"):
             assert browser_page.evaluate(f"{part}.scrollWidth - {part}.clientWidth") == 0, (name, part)
+
+
+def test_a_figure_of_a_run_stays_in_one_line_on_a_phone(browser_page, tmp_path):
+    """Beside a long name, too; a long path is broken, and nothing leaves the page."""
+    browser_page.set_viewport_size({"width": 390, "height": 844})
+    long = "depths beside the scene's, largest mean difference over a patch in scene units"
+    figures = {long: "0.01044", "the same without the background, dB": "-22.51"}
+    tables = {"Mesh": figures, "Scores": {"teacher": "/home/someone/" + "x" * 90}}
+    page = run_page.write(tmp_path / "r.html", run_page.RunPage("a red mug", "", tables=tables))
+    browser_page.goto(page.as_uri())
+    boxes = [cell.bounding_box() for cell in browser_page.locator(".facts td").all()]
+    lines = "e => { const r = document.createRange(); r.selectNodeContents(e); return r.getClientRects().length }"
+    counts = [cell.evaluate(lines) for cell in browser_page.locator(".facts td").all()]
+    assert counts[:2] == [1, 1] and counts[2] > 1, counts
+    assert all(0 <= box["x"] and box["x"] + box["width"] <= 390 for box in boxes), boxes
+    assert browser_page.evaluate("document.documentElement.scrollWidth") == 390
 
 
 def test_a_gallery_is_sorted_on_a_phone(browser_page, tmp_path):

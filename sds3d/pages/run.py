@@ -29,11 +29,11 @@ figcaption { padding: .5rem .9rem; color: var(--soft); font-size: .86rem; border
 .plots svg { display: block; width: 100%; height: auto; padding: .5rem }
 .tables { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 20rem), 1fr));
   align-items: start }
-.facts { border-collapse: collapse; width: 100% }
+.facts { border-collapse: collapse; width: 100%; table-layout: fixed } /* no name narrows the figures */
 .facts th, .facts td { padding: .32rem .9rem; text-align: left; border-bottom: 1px solid var(--line); font-size: .9rem;
   overflow-wrap: anywhere }
 .facts tr:last-child > * { border-bottom: 0 }
-.facts th { color: var(--soft); font-weight: 500 }
+.facts th { color: var(--soft); font-weight: 500; width: 60% }
 .facts td { text-align: right; font-variant-numeric: tabular-nums }
 h3 { font-size: .95rem; margin: 0; padding: .6rem .9rem; border-bottom: 1px solid var(--line) }
 summary { cursor: pointer; padding: .7rem 1rem }
