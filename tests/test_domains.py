@@ -1,5 +1,7 @@
 """Domains: the word of each, what a scene shows in each, whose turn it is, and the truth in the teacher's place."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import BallTeacher
@@ -134,6 +136,21 @@ def test_every_branch_has_the_word_of_the_domain_and_vectors_are_not_guided():
     branches = ["normals", "ball blur, normals", "a red ball, ball blur, normals", "a red ball, front view, normals"]
     assert teacher.asked[3][::2] == branches
     assert torch.allclose(gradients["normals", 3.0], 3 * gradients["normals", 1.0], atol=1e-4)
+
+
+def test_the_surface_may_have_its_own_range_of_t():
+    time = TimestepSampler(0.9, 1.0)
+    settings = DomainConfig(t_min=Ramp(0, 0.8, 0.2, 10))
+    sampler = settings.time(time)
+    assert sampler == TimestepSampler(Ramp(0, 0.8, 0.2, 10), 1.0) and DomainConfig().time(time) == time
+    objective = ScoreObjective(BallTeacher(), SDS(1.0), time, surface_time=replace(sampler, t_max=0.8))
+    images, group = torch.rand(64, 3, 16, 16, generator=seeded()), torch.arange(64)
+    for domain, low, high in (("normals", 0.2, 0.8), ("colours", 0.9, 1.0)):
+        draw = Draw(images, ["a red ball"] * 64, orbit(64), group, domain=domain)
+        t = objective.time_of(draw, 10, seeded())
+        assert low <= t.min() < low + 0.05 * (high - low) and high - 0.05 * (high - low) < t.max() <= high
+    with pytest.raises(ValueError, match="domains.t_min and domains.t_max"):
+        DomainConfig(t_max=Ramp.constant(0.5)).time(time)
 
 
 def test_an_edited_scene_shows_its_source_in_the_same_domain():

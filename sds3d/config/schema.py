@@ -168,6 +168,7 @@ class Config(RunConfig):
         if self.backend not in ops.BACKENDS:
             raise ValueError(f"backend is {self.backend!r}; {nearest(self.backend, ops.BACKENDS)}")
         self.regularise.check(self.field.kind)
+        self.domains.time(self.time)
         if self.render.views % self.camera.ring:
             raise ValueError(
                 f"render.views is {self.render.views} and camera.ring {self.camera.ring}; give a multiple of the ring"

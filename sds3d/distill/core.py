@@ -25,6 +25,7 @@ from sds3d.diffusion.noise import Prediction, noised, per_sample
 from sds3d.diffusion.timesteps import TimestepSampler
 from sds3d.distill.query import Critic, Query
 from sds3d.distill.weights import weight
+from sds3d.domains import SURFACE
 from sds3d.runtime.ramp import Ramp
 from sds3d.runtime.transfer import onto
 from sds3d.students.base import Draw
@@ -167,6 +168,7 @@ class ScoreObjective:
         source_prompt: prompt of the source images, for methods that edit.
         noise_seed: seed of fixed noise.
         surface_scale: see ``Query``.
+        surface_time: draws t in the domains of the surface; None is ``time``.
 
     Raises:
         ValueError: weight or noise is unknown, the teacher cannot read a prompt, or something the method needs is
@@ -185,6 +187,7 @@ class ScoreObjective:
     source_prompt: str = ""
     noise_seed: int = 0
     surface_scale: float = 1.0
+    surface_time: TimestepSampler | None = None
 
     def __post_init__(self):
         self.weight = self.method.WEIGHT if self.weight == "auto" else self.weight
@@ -231,7 +234,8 @@ class ScoreObjective:
         group, processes = draw.group, draw.processes
         groups = torch.cat([group + i * (int(group.max()) + 1) for i in range(processes.world_size)])  # of all ranks
         schedule = answerer(self.teacher, draw.domain).schedule
-        return processes.rows(self.time.draw(step, groups, rng, schedule))
+        time = self.surface_time if self.surface_time and draw.domain in SURFACE else self.time
+        return processes.rows(time.draw(step, groups, rng, schedule))
 
     def query(
         self,

@@ -194,6 +194,7 @@ def build_objective(config: RunConfig, teacher: Teacher, critic: TrainedCritic |
         critic=critic,
         source_prompt=config.source.prompt,
         surface_scale=kinds.of(config).surface_scale(config),
+        surface_time=kinds.of(config).surface_time(config),
         noise_seed=config.seed,
     )
 

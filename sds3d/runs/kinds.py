@@ -14,6 +14,7 @@ import torch
 
 from sds3d.config import load as configs
 from sds3d.config.schema import Config, DistillConfig, PaintConfig, RunConfig
+from sds3d.diffusion.timesteps import TimestepSampler
 from sds3d.distill.core import ScoreObjective
 from sds3d.distill.critics import TrainedCritic
 from sds3d.runs import generator_parts, image_parts, report, scene_parts
@@ -82,6 +83,7 @@ class Kind:
         source: how a user gives the source of an edit, as KEY=VALUE.
         has_source: (config) -> whether the config gives a source.
         surface_scale: (config) -> the guidance scale in the domains of the surface, see `sds3d.distill.query.Query`.
+        surface_time: (config) -> the sampler of t in these domains; None is that of all others.
         gives: the needs of methods that this kind can meet: "pairs", "real".
         seen_by_cameras: whether the student is rendered from cameras.
         many_prompts: whether an empty prompt means all prompts that the teacher was trained on.
@@ -107,6 +109,7 @@ class Kind:
     source: str = ""
     has_source: Callable[[Any], bool] = bool
     surface_scale: Callable[[Any], float] = _unguided
+    surface_time: Callable[[Any], TimestepSampler | None] = _nothing
     gives: frozenset[str] = frozenset()
     seen_by_cameras: bool = False
     many_prompts: bool = False
@@ -129,6 +132,7 @@ KINDS = {
         source="source.run=outputs/00001-...",
         has_source=lambda config: bool(config.source.run),
         surface_scale=lambda config: config.domains.guidance,
+        surface_time=lambda config: config.domains.time(config.time),
         seen_by_cameras=True,
         has_domains=True,
     ),

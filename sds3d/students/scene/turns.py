@@ -6,6 +6,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Annotated
 
+from sds3d.diffusion.timesteps import TimestepSampler
 from sds3d.runtime.ramp import Ramp
 from sds3d.runtime.ranges import Within
 from sds3d.runtime.validation import check
@@ -28,6 +29,8 @@ class DomainConfig:
             that is off by a tenth of the box changes its pixels by a twentieth, and Adam steps by the largest
             gradients.
         guidance: guidance scale in these steps, in place of the method's.
+        t_min, t_max: range of t in these steps, in place of that of ``time``, whose unit and kind they have; null is
+            that of ``time``.
         resolution: largest number of pixels a side of the images in these steps; 0 is that of the images in colours. 32
             takes a quarter of the time of 64 if the teacher was trained on images of that side, too.
 
@@ -46,6 +49,8 @@ class DomainConfig:
     weight_normals: Annotated[float, Within(0, 1e6)] = 1.0
     weight_depths: Annotated[float, Within(0, 1e6)] = 20.0
     guidance: Annotated[float, Within(0, 1000)] = 1.0
+    t_min: Annotated[Ramp, Within(0, 1e4)] | None = None
+    t_max: Annotated[Ramp, Within(0, 1e4)] | None = None
     resolution: Annotated[int, Within(0, 1024)] = 0
 
     def __post_init__(self):
@@ -80,6 +85,18 @@ class DomainConfig:
     def resolution_at(self, domain: str, in_colours: int) -> int:
         """Return the pixels a side of a step's images, given what it is for images in colours."""
         return in_colours if domain in COLOURS or not self.resolution else min(self.resolution, in_colours)
+
+    def time(self, time: TimestepSampler) -> TimestepSampler:
+        """Return the sampler of t in the steps that show the surface, given that of all others.
+
+        Raises:
+            ValueError: the range is empty at some step.
+        """
+        bounds = {"t_min": self.t_min, "t_max": self.t_max}
+        try:
+            return replace(time, **{name: bound for name, bound in bounds.items() if bound is not None})
+        except ValueError as error:
+            raise ValueError(f"domains.t_min and domains.t_max: {error}") from error
 
     def weight(self, domain: str) -> float:
         """Return the factor of the gradient on images of a domain."""
