@@ -5,7 +5,7 @@ Emission and absorption (NeRF, arXiv 2003.08934, eq. 3), with a plain background
     w_i = T_i (1 - exp(-sigma_i dt_i)),  opacity = sum_i w_i,  rgb = sum_i w_i c_i + (1 - opacity) b
     depth = sum_i w_i (t_i - lead_i) / opacity
 
-where t_i - lead_i is the mean distance at which light ends that ends in the segment t_i +- dt_i / 2 of constant density:
+where t_i - lead_i is the mean end of the light that ends in the segment t_i +- dt_i / 2 of constant density:
 
     lead = (coth(x / 2) / 2 - 1 / x) dt,  x = sigma dt;  0 in thin fog, dt / 2 in a solid
 
