@@ -53,6 +53,8 @@ class Ball(nn.Module):
     def after_step(self, step, rng):
         pass
 
+    surface_density = None
+
     def learn_backgrounds(self, backgrounds, /):
         self.backgrounds |= backgrounds
 

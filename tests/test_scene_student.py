@@ -138,7 +138,7 @@ def test_kinds_of_fields_do_not_share_states():
     assert set(sdf().state_dict()) - set(scene().state_dict()) == {"field.width"}
 
 
-def test_a_mesh_of_an_sdf_lies_at_its_silhouette():
+def test_a_mesh_of_an_sdf_lies_where_the_distance_is_zero():
     """Rays that graze the surface gather the tail of its density: the silhouette is about two widths outside."""
     student = sdf(replace(SMALL, kind="sdf", width=Ramp.constant(0.02)))
 
@@ -146,10 +146,12 @@ def test_a_mesh_of_an_sdf_lies_at_its_silhouette():
         out = student.render_view(cameras, size)
         return out.rgb, out.opacity
 
+    assert student.surface_density == pytest.approx(25.0) and scene().surface_density is None
     source = Source(student.density, student.colours, view, detail=student.detail)
-    skin = extract(source, MeshConfig(resolution=64))
-    radius = torch.as_tensor(skin.vertices).norm(dim=-1)
-    assert radius.min() > 0.5 and radius.max() < 0.5 + 2.5 * 0.02, (skin.level, radius.min(), radius.max())
+    for level, low, high in ((student.surface_density, 0.49, 0.503), (None, 0.5, 0.5 + 2.5 * 0.02)):
+        skin = extract(replace(source, level=level), MeshConfig(resolution=64))
+        radius = torch.as_tensor(skin.vertices).norm(dim=-1)
+        assert radius.min() > low and radius.max() < high, (skin.level, radius.min(), radius.max())
 
 
 def test_a_checkpoint_renders_alike_in_both_cpu_backends():

@@ -10,8 +10,10 @@ in every direction but at most one: no camera sees this part, and it counts as s
 inside, becomes a solid body with one skin. Because v is bounded, linear interpolation between two corners puts the
 surface at a jump of the density. v is smoothed by the size of the smallest detail that the scene can represent.
 
-The level is chosen so that the mesh's silhouettes from 12 views agree best with the scene's rendered opacity (mean
-IoU). If several levels agree equally, as in a hard scene, the highest is chosen, since it excludes fog.
+Where the scene has a surface of its own, as the zero of a signed distance, its density there is the level. (Its
+silhouettes are those of a larger body: light that grazes a flat side loses half of itself in the skin before it.)
+Otherwise the level is chosen so that the mesh's silhouettes from 12 views agree best with the scene's rendered opacity
+(mean IoU). If several levels agree equally, as in a hard scene, the highest is chosen, since it excludes fog.
 
 Meshes are in the world of ``cameras.py`` (y up, front +z).
 """
@@ -49,7 +51,7 @@ class Skin:
         vertices: (V, 3) float64.
         faces: (F, 3) int64, counter-clockwise seen from outside.
         level: the density at the surface.
-        level_iou: mean IoU of that level's silhouettes with the rendered ones; None if the user gave the level.
+        level_iou: mean IoU of that level's silhouettes with the rendered ones; None if the scene or the user gave it.
     """
 
     vertices: np.ndarray
@@ -69,7 +71,7 @@ def extract(source: Source, settings: MeshConfig = MeshConfig(), tell: Tell = si
     buried = buried_depth(density, 2 / settings.resolution)
     if not density.max() > 0:
         raise ValueError("no surface to mesh: the scene is empty, its density is 0 everywhere; try more steps")
-    level, iou = settings.level, None
+    level, iou = source.level if settings.level is None else settings.level, None
     if level is None:
         level, iou = _choose_level(source, density, buried, settings, tell)
     tell("surface", 0.0)

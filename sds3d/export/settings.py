@@ -17,7 +17,8 @@ class MeshConfig:
 
     Args:
         resolution: voxels along each side of the box.
-        level: density at the surface; by default the one whose silhouettes agree best with the scene's.
+        level: density at the surface; by default that of the scene's own surface (of field.kind=sdf), or the one whose
+            silhouettes agree best with the scene's.
         keep: drop pieces below this fraction of the largest piece's area; 1 keeps only the largest, 0 keeps all.
         fill: close cracks, holes and gaps narrower than this, in scene units; widths below two voxels close nothing.
         smooth: rounds of Taubin smoothing, which does not shrink the surface.

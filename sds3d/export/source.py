@@ -51,6 +51,7 @@ class Source:
         device: of the points that density and colour take.
         detail: size of the smallest feature that the scene can represent, in scene units; smaller features of a surface
             are noise.
+        level: density at the surface, if the scene knows it; else the export chooses it.
         pixels: side of the views that check a file; the views that choose the surface's level have two thirds of it.
     """
 
@@ -60,6 +61,7 @@ class Source:
     shape: Shape | None = None
     device: torch.device | str = "cpu"
     detail: float = 0.0
+    level: float | None = None
     pixels: int = 96
 
 

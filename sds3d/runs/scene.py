@@ -182,7 +182,16 @@ class Asset:
         }
         pixels = min(config.export.size, Source.pixels)
         scene = self.scene
-        source = Source(scene.density, scene.colours, self._on_white, self._shape, scene.device, scene.detail, pixels)
+        source = Source(
+            scene.density,
+            scene.colours,
+            self._on_white,
+            self._shape,
+            scene.device,
+            scene.detail,
+            scene.surface_density,
+            pixels,
+        )
         return Export(source, settings, card, self.light_baked, tell, up, height)
 
     def _on_white(self, cameras: Cameras, size: int) -> tuple[Tensor, Tensor]:

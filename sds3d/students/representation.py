@@ -107,6 +107,11 @@ class Scene(Student, Protocol):
         """Size of the smallest feature that the scene can represent, in scene units."""
         ...
 
+    @property
+    def surface_density(self) -> float | None:
+        """The density at the surface if the representation has a surface, as a signed distance; else None."""
+        ...
+
     def learn_backgrounds(self, backgrounds: Mapping[str, Tensor], /) -> None:
         """Add plain backgrounds, name -> RGB (3,) in [0, 1], to those that the scene knows."""
         ...

@@ -252,6 +252,12 @@ class SceneStudent(nn.Module):
         """The size of a cell of the finest level, in scene units."""
         return 2 / self.config.field.finest
 
+    @property
+    def surface_density(self) -> float | None:
+        """The density where the signed distance is 0; None for a field of kind "density"."""
+        width = self.field.width
+        return None if width is None else 0.5 / width.item()
+
     def learn_backgrounds(self, backgrounds: Mapping[str, Tensor], /) -> None:
         """Add plain backgrounds, name -> RGB (3,) in [0, 1], to those that this scene knows."""
         self.backgrounds |= backgrounds
