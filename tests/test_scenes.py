@@ -16,7 +16,7 @@ from sds3d.students.representation import Shading
 from sds3d.students.scene import regularisers
 from sds3d.students.scene.field import Field, FieldConfig, LearnedBackground
 from sds3d.students.scene.occupancy import Occupancy, OccupancyConfig
-from sds3d.students.scene.render import RenderOptions, Trace, lead, render
+from sds3d.students.scene.render import RenderOptions, Trace, crossings, lead, render
 from sds3d.students.scene.sample_budget import SampleBudget, rays_at_a_time
 
 BACKEND = ops.choose("cpu", "torch")
@@ -322,16 +322,13 @@ SDF = replace(SMALL, kind="sdf", width=Ramp(0, 0.1, 0.02, 100))
 
 
 def test_new_sdf_is_a_ball_of_the_width():
-    """Half the largest density at the surface, a Laplace tail outside, and the width that the step has."""
+    """Half the largest density at the surface, a tail outside, and the width that the step has."""
     field = Field(SDF, BACKEND, seeded())
     radii = torch.tensor([0.0, 0.4, 0.5, 0.6, 0.7])
     points = radii[:, None] * torch.tensor([[1.0, 0.0, 0.0]])
     for step, width in ((0, 0.1), (50, 0.06), (100, 0.02)):
         field.open(step)
-        laplace = [
-            1 - 0.5 * math.exp(-(0.5 - r) / width) if r < 0.5 else 0.5 * math.exp((0.5 - r) / width) for r in radii
-        ]
-        expected = torch.tensor(laplace) / width
+        expected = torch.tensor([1 / (1 + math.exp((r - 0.5) / width)) for r in radii.tolist()]) / width
         sigma, colour = field(points)
         torch.testing.assert_close(sigma, expected, rtol=1e-2, atol=1e-3)
         torch.testing.assert_close(field.density(points), sigma)
@@ -353,6 +350,52 @@ def test_a_ball_of_an_sdf_is_drawn_where_it_is():
     assert (out.normal - normal)[inner.expand(-1, 3, -1, -1)].abs().max() < 0.05
 
 
+class SignedBox(Solid):
+    """The SDF of a cube with half a side of 0.5."""
+
+    def __init__(self, width: float):
+        super().__init__(lambda p: p.abs().amax(-1) < 0.5, 1 / width)
+        self.width = torch.tensor(width)
+
+    def matter(self, points):
+        return 0.5 - points.abs().amax(-1), self(points)[1]
+
+
+@pytest.mark.parametrize("step", [0.02, 0.0625])
+@torch.no_grad()
+def test_sides_and_silhouettes_of_an_sdf_agree(step):
+    """From the front of a cube, rays graze its sides. They are half gone at the surface, and the front lies at it."""
+    cells, far = everywhere(), Cameras(*(torch.tensor([x]) for x in (0.0, 0.0, 30.0, 2.5)))
+    cells.ema.fill_(100.0)
+    for width in (0.01, 0.03):
+        depths, areas = [], []
+        for seed in range(8):
+            out = render(SignedBox(width), cells, far, 64, WHITE, RenderOptions(step=step), seeded(seed))
+            pixel = 2 * 30 * math.tan(math.radians(1.25)) / 64
+            areas.append((out.opacity.sum() * pixel**2).item())
+            depths.append(out.depth[..., 24:40, 24:40].mean().item() - 29.5)
+        area = (30 / 29.5) ** 2  # of the front side, in the plane through the middle
+        assert sum(areas) / 8 == pytest.approx(area, abs=0.4 * width), width
+        assert abs(sum(depths) / 8) < 0.003, (width, depths)
+
+
+def test_the_crossings_of_an_sdf_have_the_right_gradient():
+    samples = Samples(
+        torch.tensor([0, 0, 0, 1, 1]),
+        torch.zeros(5, 3),
+        torch.tensor([1.0, 1.1, 1.2, 0.5, 1.5]).double(),
+        torch.full((5,), 0.1).double(),
+        torch.tensor([0, 3, 5]),
+    )
+    inside = torch.tensor([-0.07, 0.01, 0.08, -0.02, 0.03]).double().requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: crossings(x, samples, torch.tensor(0.02).double()), inside)
+    sigma, ends = crossings(inside, samples, torch.tensor(1e-4).double())
+    # the second sample's step reaches the surface after 7 of 8 parts; after a gap it is met head-on
+    assert ends[1].item() == pytest.approx(1.0 + 0.1 * 7 / 8, abs=1e-3)
+    assert ends[4].item() == pytest.approx(1.47, abs=1e-3)
+    assert sigma[0] < 1e-6 and sigma[3] < 1e-6 and sigma[2].item() * 0.1 == pytest.approx(0.07 / 1e-4, rel=1e-3)
+
+
 def test_occupancy_of_an_sdf_follows_its_surface():
     field, grid = Field(SDF, BACKEND, seeded()), Occupancy(OccupancyConfig(grow=0), 1 / 16)
     fractions = []
@@ -361,7 +404,7 @@ def test_occupancy_of_an_sdf_follows_its_surface():
         for _ in range(20):
             grid.update(field, 0, seeded(step))
         fractions.append(grid.occupied_fraction())
-    reach = [0.5 + width * math.log(0.5 / width / grid.threshold) for width in (0.1, SDF.width(96))]
+    reach = [0.5 + width * math.log(1 / (width * grid.threshold) - 1) for width in (0.1, SDF.width(96))]
     for fraction, radius in zip(fractions, reach):
         assert fraction == pytest.approx(4 / 3 * math.pi * radius**3 / 8, rel=0.1)
 

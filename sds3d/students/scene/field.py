@@ -8,10 +8,12 @@ density and colour:
     density = softplus(gain o_0 + blob(x)),  colour = sigmoid(o_1..3)
     blob(x) = strength * (1 - |x| / radius)                     (Magic3D, arXiv 2211.10440, section 4)
 
-or, as an SDF, with the distance d(x) to the surface, negative inside, and a width b (VolSDF, arXiv 2106.12052, eq. 2):
+or, as an SDF, with the distance d(x) to the surface, negative inside, and a width b:
 
-    -d(x) = gain o_0 + radius - |x|,  density = Laplace(-d) / b
-    Laplace(s) = exp(s / b) / 2 for s <= 0, else 1 - exp(-s / b) / 2
+    -d(x) = gain o_0 + radius - |x|,  density = sigmoid(-d / b) / b
+
+This is the density that light meets which goes straight into the surface. A render takes less where light grazes it; see
+``render.py``.
 
 b2 starts at -W2 relu(b1), so that a new field is the blob, or a ball, in middle grey. Density has to change by tens
 while colour changes by ones, and distance by tenths; the gain lets all follow at Adam's step size. Points are world
@@ -58,7 +60,7 @@ class FieldConfig:
         kind: "density", or "sdf": the signed distance to a surface, from which the density follows.
         distance_gain: for kind "sdf": factor of the network's distance output, > 0, in scene units.
         width: for kind "sdf", by step: the density falls from half its largest value, 1 / width, at the surface to a
-            fifth of that one width, in scene units, outside.
+            quarter of that one width, in scene units, outside.
     """
 
     levels: Annotated[int, Within(1, 64)] = 12
@@ -115,40 +117,38 @@ class FieldConfig:
         return GridSpec(self.levels, self.features, self.log2_table, self.base, self.finest)
 
 
-def _laplace(inside: Tensor, width: Tensor) -> Tensor:
-    """Return the densities at depths ``inside`` (N,) below the surface, negative outside: a Laplace CDF over width."""
-    tail = 0.5 * torch.exp(-inside.abs() / width)
-    return torch.where(inside > 0, 1 - tail, tail) / width
+def _head_on(inside: Tensor, width: Tensor) -> Tensor:
+    """Return the densities at depths ``inside`` (N,) below the surface, negative outside: a logistic CDF over width."""
+    return torch.sigmoid(inside / width) / width
 
 
 class _Head(Function):
     """Density and colour of features (N, I) and blob (N,), with a hand-written backward: autograd takes 50 % longer.
 
-    Args:
-        width: () of an SDF; None for a softplus.
+    With ``sdf`` the first is the depth below the surface.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, features: Tensor, blob: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, width: Tensor | None
+        ctx: Any, features: Tensor, blob: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, sdf: bool
     ) -> tuple[Tensor, Tensor]:
         hidden = F.linear(features, w1, b1).relu_()
         out = F.linear(hidden, w2, b2)
         logit, rgb = out[:, 0] + blob, out[:, 1:].sigmoid()
-        sigma = F.softplus(logit) if width is None else _laplace(logit, width)
-        ctx.save_for_backward(features, hidden, w1, w2, sigma, rgb, width)
+        sigma = logit if sdf else F.softplus(logit)
+        ctx.sdf = sdf
+        ctx.save_for_backward(features, hidden, w1, w2, sigma, rgb)
         return sigma, rgb
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_sigma: Tensor, grad_rgb: Tensor) -> tuple[Tensor | None, ...]:
-        features, hidden, w1, w2, sigma, rgb, width = ctx.saved_tensors
+        features, hidden, w1, w2, sigma, rgb = ctx.saved_tensors
         grad = torch.empty(len(features), 4, dtype=features.dtype, device=features.device)
-        if width is None:
-            slope = -torch.expm1(-sigma)  # softplus' = sigmoid = 1 - exp(-softplus)
+        if ctx.sdf:
+            grad[:, 0] = grad_sigma
         else:
-            slope = torch.minimum(sigma, 1 / width - sigma) / width  # (exp(-|s| / b) / 2 b) / b
-        torch.mul(grad_sigma, slope, out=grad[:, 0])
+            torch.mul(grad_sigma, -torch.expm1(-sigma), out=grad[:, 0])  # softplus' = sigmoid = 1 - exp(-softplus)
         torch.mul(grad_rgb, rgb * (1 - rgb), out=grad[:, 1:])
         grad_hidden = torch.ops.aten.threshold_backward(grad @ w2, hidden, 0)
         grad_w1, grad_w2 = grad_hidden.T @ features, grad.T @ hidden
@@ -222,13 +222,18 @@ class Field(nn.Module):
     def density(self, points: Tensor) -> Tensor:
         """Return the density (N,), >= 0, per scene unit, at points (N, 3) in the box."""
         logit = self.logit(points)
-        return F.softplus(logit) if self.width is None else _laplace(logit, self.width)
+        return F.softplus(logit) if self.width is None else _head_on(logit, self.width)
 
     def forward(self, points: Tensor) -> tuple[Tensor, Tensor]:
         """Return density (N,), >= 0, and colour (N, 3) in [0, 1] at points (N, 3) in the box."""
+        sigma, colour = self.matter(points)
+        return (sigma if self.width is None else _head_on(sigma, self.width)), colour
+
+    def matter(self, points: Tensor) -> tuple[Tensor, Tensor]:
+        """Return density (N,), or, of an SDF, the depth below the surface, and colour (N, 3), at points (N, 3)."""
         features, w1 = self._encode(points)
         w2, b2 = self.w2 * self.gain[:, None], self.b2 * self.gain
-        return _Head.apply(features, self.blob(points), w1, self.b1, w2, b2, self.width)
+        return _Head.apply(features, self.blob(points), w1, self.b1, w2, b2, self.width is not None)
 
     def slope(self, points: Tensor) -> Tensor:
         """Return the gradient (N, 3) of ``logit`` in the points (N, 3), differentiable in the parameters.

@@ -11,6 +11,17 @@ where t_i - lead_i is the mean end of the light that ends in the segment t_i +- 
 
 Without it a solid would seem to lie half a step behind its surface.
 
+Of an SDF, sample i stands for the step before it, over which its depth s below the surface goes from s_(i-1) to s_i
+(NeuS, arXiv 2106.10689, eq. 13):
+
+    sigma dt = max(0, S(s_i / b) - S(s_(i-1) / b)),  S = softplus
+
+So light that goes straight in meets the density of the field, sigmoid(s / b) / b, and light that only grazes a side has
+lost half of itself if it touches s = 0. With the field's density everywhere it would have lost it long before, in the
+faint skin of the side, and a silhouette would lie several widths outside of the surface that frontal views show. The
+mean end of light that ends in the step is that of the transmittance 1 / (1 + exp(s / b)) for a linear s: where a step
+crosses the surface, it is at s = 0, however long the step is.
+
 Shading is as `sds3d.students.representation.Shading` has it.
 """
 
@@ -33,6 +44,9 @@ from sds3d.students.scene.field import Field
 from sds3d.students.scene.occupancy import Occupancy
 
 Background = Tensor | Callable[[Tensor], Tensor]  # (3,), (B, 3), or directions (R, 3) -> colours (R, 3)
+
+
+DEEP = 5.0  # depth below an SDF's surface, in widths, from which its density is constant
 
 
 @dataclass(frozen=True)
@@ -193,14 +207,19 @@ def _shade(
     Returns:
         (R, 5) colour, depth * opacity, opacity, or (R, 8) with normals; and the trace, if gradients are enabled.
     """
-    shading, sigma, values = options.shading, *field(samples.points)
+    shading = options.shading
+    if getattr(field, "width", None) is None:
+        sigma, values = field(samples.points)
+        ends = samples.t - lead(sigma, samples.dt)
+    else:
+        inside, values = field.matter(samples.points)
+        sigma, ends = crossings(inside, samples, field.width)
     normals = _normals(field, samples, sigma, options) if light is not None or options.normals else None
     if light is not None:
         assert normals is not None
         facing = (normals * light).sum(-1, keepdim=True).clamp_min(0)
         shade = shading.ambient + (1 - shading.ambient) * facing
         values = values * shade if shading.kind == "lambertian" else shade.expand(-1, 3)
-    ends = samples.t - lead(sigma, samples.dt)
     values = torch.cat([values, ends[:, None]] + ([] if normals is None else [normals]), -1)
     out = field.backend.composite(sigma, samples.dt, values, samples.offsets, options.dark)
     image = torch.cat([out.accumulated[:, :4], out.opacity[:, None], out.accumulated[:, 4:]], -1)
@@ -220,6 +239,29 @@ def lead(sigma: Tensor, dt: Tensor) -> Tensor:
     thick = x.clamp_min(0.1)  # the difference below loses its digits at a small x
     exact = 0.5 / torch.tanh(0.5 * thick) - 1 / thick
     return torch.where(x < 0.1, x * (1 / 12 - x.square() / 720), exact) * dt
+
+
+def crossings(inside: Tensor, samples: Samples, width: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the density of the step before each sample, (S,), and the mean end of the light that ends in it, (S,).
+
+    Where the step before is not in an occupied cell, the surface is taken to be met head-on.
+
+    Args:
+        inside: (S,) depths below an SDF's surface.
+        width: () of the SDF.
+    """
+    dt, t, ray = samples.dt, samples.t, samples.ray_index
+    follows = torch.zeros_like(ray, dtype=torch.bool)
+    follows[1:] = (ray[1:] == ray[:-1]) & (t[1:] - t[:-1] < 1.5 * dt[1:])
+    b = inside / width
+    a = torch.where(follows, torch.cat([b[:1], b[:-1]]), b - dt / width)
+    thickness = (F.softplus(b) - F.softplus(a)).clamp_min(0)
+    kept = torch.exp(-thickness)
+    met = 1 - thickness / (b - a).clamp_min(0.05)  # mean of 1 / (1 + e^x) over [a, b]
+    across = ((1 + torch.exp(a.clamp_max(DEEP))) * met - kept) / (1 - kept).clamp_min(1e-3)
+    within = 0.5 - lead(thickness, torch.ones_like(dt))
+    part = torch.where(a > DEEP, within, torch.where(thickness < 1e-3, 0.5, across.clamp(0, 1)))
+    return thickness / dt, t - (1 - part) * dt
 
 
 def _normals(field: Field, samples: Samples, sigma: Tensor, options: RenderOptions) -> Tensor:
