@@ -12,8 +12,8 @@ or, as an SDF, with the distance d(x) to the surface, negative inside, and a wid
 
     -d(x) = gain o_0 + radius - |x|,  density = sigmoid(-d / b) / b
 
-This is the density that light meets which goes straight into the surface. A render takes less where light grazes it; see
-``render.py``.
+This is the density that light meets which goes straight into the surface. A render takes less where light grazes it,
+see ``render.py``.
 
 b2 starts at -W2 relu(b1), so that a new field is the blob, or a ball, in middle grey. Density has to change by tens
 while colour changes by ones, and distance by tenths; the gain lets all follow at Adam's step size. Points are world
