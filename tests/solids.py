@@ -57,6 +57,8 @@ def halves(right=RED, left=BLUE):
 class AnalyticField:
     """What `render` asks of a field."""
 
+    width = None
+
     def __init__(self, density, colour):
         self.density, self.colour, self.backend = density, colour, ops.choose(torch.device("cpu"))
 

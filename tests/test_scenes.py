@@ -34,7 +34,7 @@ def seeded(seed: int = 0) -> torch.Generator:
 class Solid:
     """A field of constant density inside a shape, red where x > 0 and blue elsewhere."""
 
-    backend = BACKEND
+    backend, width = BACKEND, None
 
     def __init__(self, inside, sigma: float):
         self.inside, self.sigma = inside, sigma

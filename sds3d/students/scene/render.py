@@ -208,7 +208,7 @@ def _shade(
         (R, 5) colour, depth * opacity, opacity, or (R, 8) with normals; and the trace, if gradients are enabled.
     """
     shading = options.shading
-    if getattr(field, "width", None) is None:
+    if field.width is None:
         sigma, values = field(samples.points)
         ends = samples.t - lead(sigma, samples.dt)
     else:
