@@ -10,6 +10,7 @@ from scipy.spatial import cKDTree
 from solids import ball, block, less, ring, solid, source, tube, union
 
 from sds3d.cameras import orbit
+from sds3d.data import toybox
 from sds3d.evaluate.shape import surface_points
 from sds3d.export import raster
 from sds3d.export.mesh import ALIKE, extract, normals
@@ -222,18 +223,37 @@ def test_narrow_holes_can_be_filled():
 
 @pytest.mark.slow
 def test_cracks_are_closed_and_wider_gaps_are_not():
-    """A block in two halves, 0.035 apart, which is a crack, or 0.15, which is a gap; cells are 0.021."""
+    """A block with a cut from above, almost to its bottom: 0.035 wide, which is a crack, or 0.15; cells are 0.021."""
 
+    def volume(gap: float, **settings) -> float:
+        cut = block((-0.45, -0.4, -gap / 2), (0.45, 1, gap / 2))
+        found = source(solid(less(block((-0.5,) * 3, (0.5,) * 3), cut), edge=0.001))
+        skin = extract(dataclasses.replace(found, detail=0.0), MeshConfig(level=150.0, resolution=96, **settings))
+        a, b, c = (skin.vertices[skin.faces[:, i]] for i in range(3))
+        return float((a * np.cross(b, c)).sum() / 6)
+
+    for gap, wide in ((0.035, {}), (0.15, {"fill": 0.2})):
+        lost = 0.9 * 0.9 * gap
+        assert volume(gap, **wide) == pytest.approx(1, abs=0.3 * lost)
+        assert volume(gap, fill=0.0) < 1 - 0.5 * lost
+    assert volume(0.15) == pytest.approx(1 - 0.9 * 0.9 * 0.15, abs=0.03)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "prompt, pieces, handles", [("a red mug", 1, 1), ("a grey robot", 3, 0), ("a red teapot", 1, 1)]
+)
+def test_openings_stay_open_however_wide_the_filling(prompt, pieces, handles):
+    """The space between a robot's arms and its body is 0.05 wide, a mug's handle could hold a filling of 0.3."""
     import trimesh
 
-    def pieces(gap: float, **settings) -> int:
-        field = less(block((-0.5,) * 3, (0.5,) * 3), block((-1, -1, -gap / 2), (1, 1, gap / 2)))
-        found = source(solid(field, edge=0.001))
-        skin = extract(dataclasses.replace(found, detail=0.0), MeshConfig(level=150.0, resolution=96, **settings))
-        return trimesh.Trimesh(skin.vertices, skin.faces, process=False).body_count
-
-    assert (pieces(0.035), pieces(0.035, fill=0.0)) == (1, 2)
-    assert (pieces(0.15), pieces(0.15, fill=0.2)) == (2, 1)
+    toy = toybox.parse(prompt)
+    found = source(lambda points: 300 * torch.sigmoid(-toy.sdf(points) / 0.002))
+    for fill in (0.05, 0.3):
+        skin = extract(found, MeshConfig(resolution=96, fill=fill))
+        bodies = trimesh.Trimesh(skin.vertices, skin.faces, process=False).split(only_watertight=False)
+        assert len(bodies) == pieces, (fill, len(bodies))
+        assert sum(1 - body.euler_number // 2 for body in bodies) == handles, fill
 
 
 def test_views_that_judge_had_no_part_in_the_choice():

@@ -8,7 +8,8 @@ so the surface lies where s equals the level, or where D equals ln 2. D(x) is th
 from x to the outside along 98 directions (visibility.py). Where D is larger than ln 2, more than half the light is lost
 in every direction but at most one: no camera sees this part, and it counts as solid. So a soft scene, which is foam
 inside, becomes a solid body with one skin. Because v is bounded, linear interpolation between two corners puts the
-surface at a jump of the density. v is smoothed by the size of the smallest detail that the scene can represent.
+surface at a jump of the density. Cracks are closed (grey closing of v), but not where light passes right through the
+scene: a mug's handle stays open. v is smoothed by the size of the smallest detail that the scene can represent.
 
 Where the scene has a surface of its own, as the zero of a signed distance, its density there is the level. (Its
 silhouettes are those of a larger body: light that grazes a flat side loses half of itself in the skin before it.)
@@ -31,7 +32,7 @@ from sds3d.cameras import Cameras
 from sds3d.export import raster
 from sds3d.export.settings import MeshConfig
 from sds3d.export.source import CHUNK, Source, Tell, choosing_views, silent
-from sds3d.export.visibility import HALF, buried_depth
+from sds3d.export.visibility import HALF, Sight, sight
 
 CHOICE_RESOLUTION = 128  # the largest number of voxels a side of the meshes that choose the level
 THREADS = 2  # levels tried at the same time
@@ -68,14 +69,14 @@ def extract(source: Source, settings: MeshConfig = MeshConfig(), tell: Tell = si
         ValueError: the scene is empty, or nothing is as dense as the level. The message says how dense it is.
     """
     density = _sample_lattice(source, settings.resolution, tell)
-    buried = buried_depth(density, 2 / settings.resolution)
+    seen = sight(density, 2 / settings.resolution)
     if not density.max() > 0:
         raise ValueError("no surface to mesh: the scene is empty, its density is 0 everywhere; try more steps")
     level, iou = source.level if settings.level is None else settings.level, None
     if level is None:
-        level, iou = _choose_level(source, density, buried, settings, tell)
+        level, iou = _choose_level(source, density, seen, settings, tell)
     tell("surface", 0.0)
-    vertices, faces = _march(density, buried, level, settings, source.detail)
+    vertices, faces = _march(density, seen, level, settings, source.detail)
     vertices, faces = _smooth(vertices, faces, settings.smooth), faces
     tell("surface", 0.5)
     vertices, faces = _thinned(vertices, faces, settings.faces)
@@ -110,7 +111,7 @@ def _sample_lattice(source: Source, resolution: int, tell: Tell) -> np.ndarray:
 
 
 def _choose_level(
-    source: Source, density: np.ndarray, buried: np.ndarray, settings: MeshConfig, tell: Tell
+    source: Source, density: np.ndarray, seen: Sight, settings: MeshConfig, tell: Tell
 ) -> tuple[float, float]:
     """Return the level whose silhouettes agree best with the rendered opacity, and their mean IoU."""
     tell("level", 0.0)
@@ -125,7 +126,7 @@ def _choose_level(
     step = -(-settings.resolution // CHOICE_RESOLUTION)
     if settings.resolution % step:
         step = 1
-    coarse = density[::step, ::step, ::step], buried[::step, ::step, ::step]
+    coarse = density[::step, ::step, ::step], seen.strided(step)
     tried: dict[float, float] = {}
 
     def agreement(power: float) -> float:
@@ -175,17 +176,17 @@ def _blurred(opacity: np.ndarray, width: float) -> np.ndarray:
 
 
 def _march(
-    density: np.ndarray, buried: np.ndarray, level: float, settings: MeshConfig, detail: float
+    density: np.ndarray, seen: Sight, level: float, settings: MeshConfig, detail: float
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return vertices (V, 3) in world coordinates and faces (F, 3) of the pieces to keep."""
     from scipy.ndimage import grey_closing
     from skimage.measure import marching_cubes
 
     voxel = 2 / (len(density) - 1)
-    opacity = 1 - np.exp2(-np.maximum((density / np.float32(level)) ** 2, buried / np.float32(HALF)))
+    opacity = 1 - np.exp2(-np.maximum((density / np.float32(level)) ** 2, seen.buried / np.float32(HALF)))
     reach = int(settings.fill / voxel / 2)  # voxels from either side
     if reach:
-        opacity = grey_closing(opacity, size=(2 * reach + 1,) * 3)
+        opacity = np.where(seen.crossed, opacity, grey_closing(opacity, size=(2 * reach + 1,) * 3))
     opacity = _blurred(opacity, max(BLUR, detail / voxel))
     opacity[[0, -1]] = opacity[:, [0, -1]] = opacity[:, :, [0, -1]] = 0  # closes the surface at the box
     if not opacity.max() > 0.5:

@@ -20,7 +20,8 @@ class MeshConfig:
         level: density at the surface; by default that of the scene's own surface (of field.kind=sdf), or the one whose
             silhouettes agree best with the scene's.
         keep: drop pieces below this fraction of the largest piece's area; 1 keeps only the largest, 0 keeps all.
-        fill: close cracks, holes and gaps narrower than this, in scene units; widths below two voxels close nothing.
+        fill: close cracks and pits narrower than this, in scene units, but no opening through which one can see from
+            several sides. Widths below two voxels close nothing.
         smooth: rounds of Taubin smoothing, which does not shrink the surface.
         faces: the largest number of triangles. The default is 5,000, which changes no figure of the toybox's shapes by
             more than 0.001, or twice as many, and so on, where with fewer the surface would not stay closed.

@@ -10,26 +10,51 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import NamedTuple
 
 import numpy as np
 
 REACH = 2  # the largest entry of a direction
+CROSSING = (
+    3  # lines of 49 that pass a corner of a gap; a hole of a tenth of a cube's side has 1, a mug's handle up to 17
+)
 HALF = math.log(2)  # the optical depth that half the light passes
 
 
-def buried_depth(density: np.ndarray, voxel: float) -> np.ndarray:
-    """Return the second smallest optical depth from each corner to the outside, (R, R, R) float32.
+class Sight(NamedTuple):
+    """What cameras can see of the corners of a lattice.
+
+    Args:
+        buried: (R, R, R) float32, the second smallest optical depth from each corner to the outside.
+        crossed: (R, R, R) bool, whether more than half the light passes along `CROSSING` lines through the corner, from
+            one side of the scene to the other: the corner belongs to an opening, and to no crack.
+    """
+
+    buried: np.ndarray
+    crossed: np.ndarray
+
+    def strided(self, step: int) -> Sight:
+        """Return the same at every ``step``-th corner along each axis."""
+        return Sight(*(values[::step, ::step, ::step] for values in self))
+
+
+def sight(density: np.ndarray, voxel: float) -> Sight:
+    """Return what cameras can see of a density.
 
     Args:
         density: (R, R, R) per scene unit, at corners that are ``voxel`` scene units apart.
     """
-    least, second, depth = np.full_like(density, np.inf), np.full_like(density, np.inf), np.empty_like(density)
+    least, second = np.full_like(density, np.inf), np.full_like(density, np.inf)
+    depth, line, lines = np.empty_like(density), np.empty_like(density), np.zeros(density.shape, np.uint8)
     for one in directions():
+        line.fill(0)
         for direction in (one, tuple(-d for d in one)):
             _depth(density, direction, voxel, depth)
+            line += depth
             np.minimum(second, np.maximum(least, depth), out=second)  # a lucky path through foam is no opening
             np.minimum(least, depth, out=least)
-    return second
+        lines += line < HALF
+    return Sight(second, lines >= CROSSING)
 
 
 def directions() -> list[tuple[int, ...]]:
