@@ -239,6 +239,15 @@ def test_cracks_are_closed_and_wider_gaps_are_not():
     assert volume(0.15) == pytest.approx(1 - 0.9 * 0.9 * 0.15, abs=0.03)
 
 
+def test_a_gap_that_parts_two_bodies_is_no_crack():
+    """Two halves of a block, 0.045 apart, stay two however large the filling: one can look through."""
+    import trimesh
+
+    field = less(block((-0.5,) * 3, (0.5,) * 3), block((-1, -1, -0.0225), (1, 1, 0.0225)))
+    skin = extract(source(solid(field, edge=0.001)), MeshConfig(level=150.0, resolution=96, fill=0.2))
+    assert trimesh.Trimesh(skin.vertices, skin.faces, process=False).body_count == 2
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "prompt, pieces, handles", [("a red mug", 1, 1), ("a grey robot", 3, 0), ("a red teapot", 1, 1)]

@@ -357,7 +357,7 @@ class SignedBox(Solid):
         super().__init__(lambda p: p.abs().amax(-1) < 0.5, 1 / width)
         self.width = torch.tensor(width)
 
-    def matter(self, points):
+    def raw(self, points):
         return 0.5 - points.abs().amax(-1), self(points)[1]
 
 
@@ -377,6 +377,47 @@ def test_sides_and_silhouettes_of_an_sdf_agree(step):
         area = (30 / 29.5) ** 2  # of the front side, in the plane through the middle
         assert sum(areas) / 8 == pytest.approx(area, abs=0.4 * width), width
         assert abs(sum(depths) / 8) < 0.003, (width, depths)
+
+
+@pytest.mark.parametrize("kind", ["density", "sdf"])
+def test_rows_to_spare_change_no_gradient(kind):
+    """A GPU's render allocates more rows than there are samples, with dt = 0."""
+    settings = {"width": Ramp.constant(0.03)} if kind == "sdf" else {}
+    grads = []
+    for spare in (None, 0, 100):
+        field = Field(replace(SMALL, kind=kind, **settings), BACKEND, seeded())
+        one = Cameras(*(x[:1] for x in (VIEWS.azimuth, VIEWS.elevation, VIEWS.distance, VIEWS.fov)))
+        whole = render(field, everywhere(), one, 12, WHITE, RenderOptions(step=0.05))
+        assert whole.trace is not None
+        capacity = None if spare is None else len(whole.trace.sigma) + spare
+        out = render(field, everywhere(), one, 12, WHITE, RenderOptions(step=0.05, capacity=capacity))
+        (out.depth.sum() + out.rgb.square().sum() + out.opacity.sum()).backward()
+        grads.append([p.grad for p in field.parameters()])
+    for other in grads[1:]:
+        for ours, theirs in zip(grads[0], other, strict=True):
+            torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=1e-4)
+
+
+@pytest.mark.parametrize("slope", [0.005, 0.1, 0.5, 1.0, 1.5])
+@pytest.mark.parametrize("width", [0.002, 0.01, 0.1, 1.0, 10.0])
+def test_the_crossings_of_an_sdf_against_an_integral(width, slope):
+    """The end of the light in a step where the depth below the surface grows evenly, from many places of its begin."""
+    for dt in (0.005, 0.0625, 0.25):
+        begin = torch.linspace(-0.3, 0.3, 61).double() * max(1.0, width)
+        fine = torch.linspace(0, 1, 20_001).double()
+        passed = 1 / (1 + torch.exp((begin[:, None] + slope * dt * fine) / width))
+        passed = passed / passed[:, :1]
+        lost = 1 - passed[:, -1]
+        mean = (torch.trapezoid(passed, fine) - passed[:, -1]) / lost * dt  # behind the begin of the step
+        pairs = torch.stack([begin, begin + slope * dt], -1).reshape(-1).float()
+        rays = torch.arange(len(begin)).repeat_interleave(2)
+        t = torch.tensor([1.0, 1.0 + dt]).repeat(len(begin))
+        offsets = torch.arange(0, 2 * len(begin) + 1, 2)
+        samples = Samples(rays, torch.zeros(len(t), 3), t, torch.full_like(t, dt), offsets)
+        sigma, ends = crossings(pairs, samples, torch.tensor(width))
+        seen = lost > 0.02
+        torch.testing.assert_close((1 - torch.exp(-sigma * dt))[1::2].double(), lost, atol=1e-4, rtol=1e-3)
+        assert ((ends[1::2] - 1).double() - mean)[seen].abs().max() < 0.02 * dt if seen.any() else True, (dt, width)
 
 
 def test_the_crossings_of_an_sdf_have_the_right_gradient():

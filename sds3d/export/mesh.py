@@ -9,11 +9,12 @@ from x to the outside along 98 directions (visibility.py). Where D is larger tha
 in every direction but at most one: no camera sees this part, and it counts as solid. So a soft scene, which is foam
 inside, becomes a solid body with one skin. Because v is bounded, linear interpolation between two corners puts the
 surface at a jump of the density. Cracks are closed (grey closing of v), but not where light passes right through the
-scene: a mug's handle stays open. v is smoothed by the size of the smallest detail that the scene can represent.
+scene along several lines: a mug's handle stays open.
 
-Where the scene has a surface of its own, as the zero of a signed distance, its density there is the level. (Its
-silhouettes are those of a larger body: light that grazes a flat side loses half of itself in the skin before it.)
-Otherwise the level is chosen so that the mesh's silhouettes from 12 views agree best with the scene's rendered opacity
+v is smoothed by the size of the smallest detail that the scene can represent.
+
+Where the scene has a surface of its own, as the zero of a signed distance, its density there is the level. Otherwise
+the level is chosen so that the mesh's silhouettes from 12 views agree best with the scene's rendered opacity
 (mean IoU). If several levels agree equally, as in a hard scene, the highest is chosen, since it excludes fog.
 
 Meshes are in the world of ``cameras.py`` (y up, front +z).

@@ -15,9 +15,10 @@ from typing import NamedTuple
 import numpy as np
 
 REACH = 2  # the largest entry of a direction
-CROSSING = (
-    3  # lines of 49 that pass a corner of a gap; a hole of a tenth of a cube's side has 1, a mug's handle up to 17
-)
+# A corner belongs to an opening if light passes through the scene along this many of the 49 lines through it. In the
+# handle of the toybox's mug these are up to 17, in a gap that parts two bodies 8, in a bore as wide as a tenth of its
+# length 1.
+CROSSING = 3
 HALF = math.log(2)  # the optical depth that half the light passes
 
 
@@ -27,7 +28,7 @@ class Sight(NamedTuple):
     Args:
         buried: (R, R, R) float32, the second smallest optical depth from each corner to the outside.
         crossed: (R, R, R) bool, whether more than half the light passes along `CROSSING` lines through the corner, from
-            one side of the scene to the other: the corner belongs to an opening, and to no crack.
+            one side of the scene to the other.
     """
 
     buried: np.ndarray

@@ -117,7 +117,7 @@ class FieldConfig:
         return GridSpec(self.levels, self.features, self.log2_table, self.base, self.finest)
 
 
-def _head_on(inside: Tensor, width: Tensor) -> Tensor:
+def _logistic(inside: Tensor, width: Tensor) -> Tensor:
     """Return the densities at depths ``inside`` (N,) below the surface, negative outside: a logistic CDF over width."""
     return torch.sigmoid(inside / width) / width
 
@@ -222,15 +222,15 @@ class Field(nn.Module):
     def density(self, points: Tensor) -> Tensor:
         """Return the density (N,), >= 0, per scene unit, at points (N, 3) in the box."""
         logit = self.logit(points)
-        return F.softplus(logit) if self.width is None else _head_on(logit, self.width)
+        return F.softplus(logit) if self.width is None else _logistic(logit, self.width)
 
     def forward(self, points: Tensor) -> tuple[Tensor, Tensor]:
         """Return density (N,), >= 0, and colour (N, 3) in [0, 1] at points (N, 3) in the box."""
-        sigma, colour = self.matter(points)
-        return (sigma if self.width is None else _head_on(sigma, self.width)), colour
+        sigma, colour = self.raw(points)
+        return (sigma if self.width is None else _logistic(sigma, self.width)), colour
 
-    def matter(self, points: Tensor) -> tuple[Tensor, Tensor]:
-        """Return density (N,), or, of an SDF, the depth below the surface, and colour (N, 3), at points (N, 3)."""
+    def raw(self, points: Tensor) -> tuple[Tensor, Tensor]:
+        """Return density (N,), or, of an SDF, the depth below the surface (N,), and colour (N, 3) at points (N, 3)."""
         features, w1 = self._encode(points)
         w2, b2 = self.w2 * self.gain[:, None], self.b2 * self.gain
         return _Head.apply(features, self.blob(points), w1, self.b1, w2, b2, self.width is not None)

@@ -46,7 +46,8 @@ from sds3d.students.scene.occupancy import Occupancy
 Background = Tensor | Callable[[Tensor], Tensor]  # (3,), (B, 3), or directions (R, 3) -> colours (R, 3)
 
 
-DEEP = 5.0  # depth below an SDF's surface, in widths, from which its density is constant
+DEEP = 4.0  # depth below an SDF's surface, in widths, from which its density is constant
+LITTLE = 0.2  # change of depth over a step, in widths, below which the density is constant
 
 
 @dataclass(frozen=True)
@@ -212,7 +213,7 @@ def _shade(
         sigma, values = field(samples.points)
         ends = samples.t - lead(sigma, samples.dt)
     else:
-        inside, values = field.matter(samples.points)
+        inside, values = field.raw(samples.points)
         sigma, ends = crossings(inside, samples, field.width)
     normals = _normals(field, samples, sigma, options) if light is not None or options.normals else None
     if light is not None:
@@ -250,18 +251,23 @@ def crossings(inside: Tensor, samples: Samples, width: Tensor) -> tuple[Tensor, 
         inside: (S,) depths below an SDF's surface.
         width: () of the SDF.
     """
-    dt, t, ray = samples.dt, samples.t, samples.ray_index
-    follows = torch.zeros_like(ray, dtype=torch.bool)
-    follows[1:] = (ray[1:] == ray[:-1]) & (t[1:] - t[:-1] < 1.5 * dt[1:])
+    t, ray = samples.t, samples.ray_index
+    real = samples.dt > 0  # false for the rows that a render with a capacity leaves over
+    dt = torch.where(real, samples.dt, 1.0)
+    follows = torch.zeros_like(real)
+    follows[1:] = real[1:] & (ray[1:] == ray[:-1]) & (t[1:] - t[:-1] < 1.5 * dt[1:])
     b = inside / width
     a = torch.where(follows, torch.cat([b[:1], b[:-1]]), b - dt / width)
-    thickness = (F.softplus(b) - F.softplus(a)).clamp_min(0)
+    thickness = (F.softplus(b) - F.softplus(a)).clamp_min(0)  # optical, of the whole step
     kept = torch.exp(-thickness)
-    met = 1 - thickness / (b - a).clamp_min(0.05)  # mean of 1 / (1 + e^x) over [a, b]
-    across = ((1 + torch.exp(a.clamp_max(DEEP))) * met - kept) / (1 - kept).clamp_min(1e-3)
-    within = 0.5 - lead(thickness, torch.ones_like(dt))
-    part = torch.where(a > DEEP, within, torch.where(thickness < 1e-3, 0.5, across.clamp(0, 1)))
-    return thickness / dt, t - (1 - part) * dt
+    # The fraction of the step at which light ends: (mean transmittance - kept) / (1 - kept), where the transmittance
+    # from the step's begin is (1 + e^a) / (1 + e^x) for an x from a to b. Where the density is nearly constant over the
+    # step, this loses its digits, and the formula of a constant density is right.
+    mean = (1 + torch.exp(a.clamp_max(DEEP))) * (1 - thickness / (b - a).clamp_min(LITTLE))
+    crossing = ((mean - kept) / (1 - kept).clamp_min(1e-3)).clamp(0, 1)
+    even = (a > DEEP) | (b - a < LITTLE) | (thickness < 1e-3)
+    ends = torch.where(even, 0.5 - lead(thickness, torch.ones_like(dt)), crossing)
+    return thickness / dt, t - (1 - ends) * dt
 
 
 def _normals(field: Field, samples: Samples, sigma: Tensor, options: RenderOptions) -> Tensor:

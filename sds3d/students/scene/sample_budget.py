@@ -31,7 +31,7 @@ def rays_at_a_time(device: torch.device, samples: int, inputs: int, hidden: int)
 
 def rays_within(memory: int, samples: int, inputs: int, hidden: int) -> int:
     """Return how many rays fit into ``memory`` bytes; the other arguments are as for ``rays_at_a_time``."""
-    sample = 4 * (3 * (inputs + hidden) + 50)  # bytes of values, gradients and intermediate values, in float32
+    sample = 4 * (3 * (inputs + hidden) + 65)  # bytes of values, gradients and intermediate values, in float32
     return max(4096, memory // (samples * sample))
 
 

@@ -96,7 +96,9 @@ class DomainConfig:
         try:
             return replace(time, **{name: bound for name, bound in bounds.items() if bound is not None})
         except ValueError as error:
-            raise ValueError(f"domains.t_min and domains.t_max: {error}") from error
+            raise ValueError(
+                f"domains.t_min and domains.t_max, or those of time where they are not given: {error}"
+            ) from error
 
     def weight(self, domain: str) -> float:
         """Return the factor of the gradient on images of a domain."""
