@@ -39,7 +39,7 @@ from sds3d.runtime.transfer import onto
 
 # Corners of a tetrahedron: sum_i k_i k_i^T = 4 I, so sum_i k_i f(x + h k_i) = 4 h grad f + O(h^3 for odd terms).
 _TETRAHEDRON = ((1.0, -1.0, -1.0), (-1.0, -1.0, 1.0), (-1.0, 1.0, -1.0), (1.0, 1.0, 1.0))
-_WIDTH = Ramp(0, 0.1, 0.02, 300)
+_WIDTH = Ramp(0, 0.1, 0.01, 300)
 _ONLY = {"density_gain": "density", "blob_strength": "density", "distance_gain": "sdf", "width": "sdf"}
 LARGEST = 2**28  # parameters of a hash grid: 1 GiB, and gradients and Adam's moments take three times that again
 
