@@ -314,7 +314,9 @@ def test_two_ctrl_c_leave_one_line_and_whole_files(tmp_path, seconds):
             time.sleep(0.02)
         _, err = process.communicate(timeout=PATIENCE)
     assert "Traceback" not in err and process.returncode in (130, -signal.SIGINT), err
-    assert [line for line in err.splitlines() if line and "once more" not in line][-1:] in (["stopped"], []), err
+    last = [line for line in err.splitlines() if line and "once more" not in line][-1:]
+    # signals that come before the first of them is handled, as in one long step, are one signal
+    assert last in (["stopped"], []) or last[0].startswith("stopped after step"), err
     for run in (tmp_path / "outputs").glob("*-*") if (tmp_path / "outputs").is_dir() else ():
         from sds3d.runs.folder import Run
 
