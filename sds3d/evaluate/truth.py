@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import trimesh
 
 VIEWS = 24
-MEANS = (
+MEANS = (  # figures of which a table gives the mean
     "iou",
     "psnr",
     "psnr_albedo",
@@ -38,7 +38,7 @@ MEANS = (
     "depth_error",
     "missed",
     "topology",
-)  # figures of which a table gives the mean
+)
 BEST_PSNR = 60.0  # dB; the PSNR of equal images would be infinite
 
 Render = Callable[[Cameras], tuple[Tensor, Tensor]]  # -> images (B, 3, H, W) and coverage (B, 1, H, W)

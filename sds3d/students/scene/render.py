@@ -45,9 +45,10 @@ from sds3d.students.scene.occupancy import Occupancy
 
 Background = Tensor | Callable[[Tensor], Tensor]  # (3,), (B, 3), or directions (R, 3) -> colours (R, 3)
 
-
-DEEP = 4.0  # depth below an SDF's surface, in widths, from which its density is constant
-LITTLE = 0.2  # change of depth over a step, in widths, below which the density is constant
+# The density of an SDF counts as constant over a step that begins deeper than DEEP below the surface, or over which the
+# depth changes by less than LITTLE; both in widths.
+DEEP = 4.0
+LITTLE = 0.2
 
 
 @dataclass(frozen=True)
@@ -261,8 +262,8 @@ def crossings(inside: Tensor, samples: Samples, width: Tensor) -> tuple[Tensor, 
     thickness = (F.softplus(b) - F.softplus(a)).clamp_min(0)  # optical, of the whole step
     kept = torch.exp(-thickness)
     # The fraction of the step at which light ends: (mean transmittance - kept) / (1 - kept), where the transmittance
-    # from the step's begin is (1 + e^a) / (1 + e^x) for an x from a to b. Where the density is nearly constant over the
-    # step, this loses its digits, and the formula of a constant density is right.
+    # since its start is (1 + e^a) / (1 + e^x) for an x from a to b. Where the density is nearly constant over
+    # the step, this loses its digits, and the formula of a constant density is right.
     mean = (1 + torch.exp(a.clamp_max(DEEP))) * (1 - thickness / (b - a).clamp_min(LITTLE))
     crossing = ((mean - kept) / (1 - kept).clamp_min(1e-3)).clamp(0, 1)
     even = (a > DEEP) | (b - a < LITTLE) | (thickness < 1e-3)
