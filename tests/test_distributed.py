@@ -115,6 +115,24 @@ def test_shares_are_the_rows_of_the_whole():
         Processes(0, 3).local_batch(7)
 
 
+def test_processes_leave_their_group_before_the_interpreter_ends(tmp_path):
+    """Else a thread that frees the tensor of a last exchange aborts the process, now and then."""
+    program = tmp_path / "leave.py"
+    program.write_text(
+        "import atexit, torch, torch.distributed as dist\n"
+        "atexit.register(lambda: print('left' if not dist.is_initialized() else 'still there', flush=True))\n"
+        "from sds3d.runtime.distributed import join\n"
+        "join()\n"
+        "for _ in range(300):\n"
+        "    dist.all_reduce(torch.ones(10000), async_op=True)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    two = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(program)]
+    done = subprocess.run(two, capture_output=True, text=True, env=environment, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("left") == 2, done.stdout
+
+
 if __name__ == "__main__":  # one of two processes, which `found` starts
     for path in map(Path, sys.argv[1:]):
         distil(path, path.name.split()[0], shares.join())

@@ -11,6 +11,7 @@ the block runs, and averages the gradients itself.
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -172,7 +173,7 @@ def _part(value: Any, like: Tensor) -> Any:
 def join(sharded: bool = False) -> Processes:
     """Join the process group that torchrun's environment variables describe, once, and return it.
 
-    Without torchrun this process is the only one.
+    Without torchrun this process is the only one. The group is left when the process exits.
 
     Args:
         sharded: see `Processes`; ignored for a single process.
@@ -183,6 +184,14 @@ def join(sharded: bool = False) -> Processes:
     if not dist.is_initialized():
         both = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(both, timeout=timedelta(hours=6))
+        atexit.register(_leave)
     if int(os.environ["LOCAL_RANK"]) < torch.cuda.device_count():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     return Processes(dist.get_rank(), count, sharded)
+
+
+def _leave() -> None:
+    """Leave the process group while the interpreter still runs: later, gloo's threads abort the process if they free
+    the tensor of a last exchange."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
