@@ -298,10 +298,11 @@ class TwoSquares:
 
 
 def test_a_batch_mixes_the_domains_and_their_words_outlast_the_null_caption():
-    draw = sources.RenderBatches(TwoSquares(), torch.Generator().manual_seed(0))
+    parts = sources.Toybox(colours=0.4).parts
+    draw = sources.RenderBatches(TwoSquares(), torch.Generator().manual_seed(0), parts)
     batch, grey = draw(400), torch.zeros(3)
     words = [caption.rpartition(", ")[2] for caption in batch.captions]
-    for domain, share in sources.DOMAIN_PARTS.items():
+    for domain, share in parts.items():
         of = torch.tensor([word == domain for word in words])
         if domain == "colours":
             assert "" in batch.captions  # the null caption of the ordinary images
@@ -329,6 +330,26 @@ def test_coarse_steps_weigh_the_second_colour_more():
     assert fit.Fit(FitConfig(steps=2, part=3.0, coarse=1), toybox_source).loss(nowhere).item() == losses[0.0, 1]
 
 
+def test_a_teacher_of_colours_alone_learns_no_words_of_other_domains():
+    alone, all_of_them = sources.Toybox(colours=1.0), sources.Toybox()
+    assert alone.parts["colours"] == 1 and sum(alone.parts.values()) == 1
+    assert set(all_of_them.vocabulary) - set(alone.vocabulary) == {"albedo", "normals", "depths"}
+    assert sum(all_of_them.parts.values()) == pytest.approx(1)
+
+
+def test_images_of_depths_weigh_more():
+    depths, normals = (
+        sources.RenderBatches(TwoSquares(), torch.Generator().manual_seed(0), {domain: 1.0})(2)
+        for domain in ("depths", "normals")
+    )
+    assert depths.weight.tolist() == [sources.DEPTHS_WEIGHT] * 2 and normals.weight.tolist() == [1.0] * 2
+
+    def loss(batch):
+        return fit.Fit(FitConfig(steps=2, coarse=0), SmallToys()).loss(batch).item()
+
+    assert loss(depths) == pytest.approx(sources.DEPTHS_WEIGHT * loss(replace(depths, weight=None)), rel=1e-5)
+
+
 @pytest.mark.parametrize("bad", [{"steps": 0}, {"decay": 0.0}, {"ema": 2.0}, {"lr": -1.0}, {"coarse": -3}])
 def test_impossible_trainings_are_refused(bad):
     with pytest.raises(ValueError, match=f"{next(iter(bad))} is .*; give .* to "):
@@ -351,13 +372,15 @@ def test_renders_are_made_again_where_the_shapes_or_the_seed_changed(tmp_path, m
 class FewWords(SmallToys):
     """Toys with a vocabulary of three words."""
 
-    vocabulary = ("a", "mug", "red")
+    def __init__(self):
+        super().__init__()
+        self.vocabulary = ("a", "mug", "red")
 
 
 def test_a_training_can_begin_from_weights_that_know_fewer_words(tmp_path):
     before = fit.Fit(FitConfig(steps=2), FewWords())
     unet, text = before.nets["unet"], before.nets["text"]
-    small.save(tmp_path / "before.safetensors", unet, text, FewWords.vocabulary)
+    small.save(tmp_path / "before.safetensors", unet, text, FewWords().vocabulary)
     after = fit.Fit(FitConfig(steps=2, seed=1, start=str(tmp_path / "before.safetensors")), SmallToys())
     fresh = fit.Fit(FitConfig(steps=2, seed=1), SmallToys())
 
@@ -365,7 +388,7 @@ def test_a_training_can_begin_from_weights_that_know_fewer_words(tmp_path):
         encoder = made.nets["text"]
         return encoder.words.weight[encoder.index[word]]
 
-    for word in FewWords.vocabulary:
+    for word in FewWords().vocabulary:
         assert torch.allclose(row(after, word), row(before, word), atol=1e-3)  # the file holds half precision
     assert torch.equal(row(after, "normals"), row(fresh, "normals"))
     captions = ["a red mug", ""]

@@ -148,7 +148,7 @@ def train_teacher(
     out = out or Path("outputs") / f"{folder.name}-teacher"
     data = data if data in ("toybox", "digits") else str(folder)  # an absolute path, so that --resume recognises it
     settings = _settings(data, out, resume, parse_overrides(overrides or []))
-    source, skipped = sources.build_source(settings.data, settings.size)
+    source, skipped = sources.build_source(settings.data, settings.size, settings.colours)
     if skipped:
         print(*(f"skipped: {line}" for line in skipped), f"{len(skipped)} skipped", sep="\n", file=sys.stderr)
     fit.require(out, settings, source)  # before the work

@@ -112,6 +112,8 @@ class Fit:
             clean = F.avg_pool2d(clean, 2)
             if batch.part is not None:
                 weight = 1 + self.config.part * F.avg_pool2d(batch.part, 2)
+        if batch.weight is not None:
+            weight = weight * batch.weight.view(-1, 1, 1, 1)
         strata = (torch.arange(b) + torch.rand(b, generator=self.rng)) / b
         t = strata[torch.randperm(b, generator=self.rng)] ** (1 / 3)
         eps = torch.randn(clean.shape, generator=self.rng)

@@ -27,6 +27,8 @@ class FitConfig:
             are small, and their colours are learnt last.
         start: weights to begin from: a packaged teacher's name or a file; "" begins at random. Words that they do not
             know begin at random.
+        colours: fraction of the toybox's images that are in colours. Of the others nine in ten show the surface
+            (normals and depths), and one in ten albedo. 1 trains a teacher of colours alone.
         lr: learning rate after 200 steps of warm-up.
         decay: fraction of the steps, the last ones, over which the learning rate falls linearly to 0.
         images: number of renders of the toybox.
@@ -42,6 +44,7 @@ class FitConfig:
     coarse: Annotated[int, Within(0, STEPS)] = 12_000
     part: Annotated[float, Within(0, 1e6)] = 3.0
     start: str = ""
+    colours: Annotated[float, Within(0, 1)] = 0.3
     lr: Annotated[float, Within(1e-9, 1)] = 1e-3
     decay: Annotated[float, Within(1e-3, 1)] = 0.25
     images: Annotated[int, Within(1, 10_000_000)] = 16_800

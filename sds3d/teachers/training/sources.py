@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from types import MappingProxyType
 from typing import Protocol
 
 import torch
@@ -26,7 +25,8 @@ from sds3d.networks.unet import UNetConfig
 from sds3d.prompts import COLOURS, with_view
 
 NULL_FRACTION = 0.1  # of captions to drop, for guidance (Ho and Salimans, arXiv 2207.12598)
-DOMAIN_PARTS = {"colours": 0.4, "albedo": 0.1, "normals": 0.3, "depths": 0.2}  # of the toybox's images
+OTHER_PARTS = {"albedo": 0.1, "normals": 0.45, "depths": 0.45}  # of the toybox's images that are not in colours
+DEPTHS_WEIGHT = 6.0  # in the loss: an image of depths has a third of the contrast of others, and errors count squared
 GRID_PROMPTS = (  # prompts of the sample grid; none is held out
     "a red mug with a white handle",
     "a red rocket",
@@ -55,6 +55,7 @@ class Batch:
         part: (B, 1, S, S), 1 where the second colour shows, else 0; None if unknown.
         cameras: B cameras, or None if the images have none.
         camera_mask: (B,) bool, whether the network gets the camera.
+        weight: (B,) of each image in the loss; None is 1.
     """
 
     x: Tensor
@@ -62,6 +63,7 @@ class Batch:
     part: Tensor | None = None
     cameras: Cameras | None = None
     camera_mask: Tensor | None = None
+    weight: Tensor | None = None
 
 
 class Source(Protocol):
@@ -95,9 +97,18 @@ class Source(Protocol):
 
 
 class Toybox:
-    """Renders of procedural toys, with their cameras; see `sds3d.data.toybox`."""
+    """Renders of procedural toys, with their cameras; see `sds3d.data.toybox`.
 
-    vocabulary, network = tuple(sorted({*VOCABULARY, *filter(None, domains.WORDS.values())})), UNetConfig()
+    Args:
+        colours: see `FitConfig`.
+    """
+
+    network = UNetConfig()
+
+    def __init__(self, colours: float = 0.3):
+        self.parts = {"colours": colours} | {name: part * (1 - colours) for name, part in OTHER_PARTS.items()}
+        shown = [word for name, word in domains.WORDS.items() if word and self.parts[name] > 0]
+        self.vocabulary = tuple(sorted({*VOCABULARY, *shown}))
 
     @property
     def prompts(self) -> tuple[str, ...]:
@@ -114,7 +125,7 @@ class Toybox:
 
     def batches(self, out: Path, rng: torch.Generator) -> Callable[[int], Batch]:
         """See `Source.batches`."""
-        return RenderBatches(renders.Renders(out / "renders"), rng)
+        return RenderBatches(renders.Renders(out / "renders"), rng, self.parts)
 
 
 @cache
@@ -191,9 +202,7 @@ class RenderBatches:
         parts: domain -> its part of the images, of sum 1.
     """
 
-    def __init__(
-        self, store: renders.Renders, rng: torch.Generator, parts: Mapping[str, float] = MappingProxyType(DOMAIN_PARTS)
-    ):
+    def __init__(self, store: renders.Renders, rng: torch.Generator, parts: Mapping[str, float]):
         self.store, self.rng, self.parts = store, rng, parts
         self.captions, self.plain_captions = CaptionDraw(rng), CaptionDraw(rng, 0, 0)
 
@@ -226,21 +235,23 @@ class RenderBatches:
         captions = [domains.with_domain([text], domain)[0] for text, domain in zip(captions, chosen, strict=True)]
         in_colours = torch.tensor([domain in ("colours", "albedo") for domain in chosen])
         part = (layers[:, 1:2] > 0).float() * in_colours[:, None, None, None]
-        return Batch(images * 2 - 1, captions, part, cameras, camera_mask)
+        weight = torch.tensor([DEPTHS_WEIGHT if domain == "depths" else 1.0 for domain in chosen])
+        return Batch(images * 2 - 1, captions, part, cameras, camera_mask, weight)
 
 
-def build_source(data: str, size: int = 64) -> tuple[Source, list[str]]:
+def build_source(data: str, size: int = 64, colours: float = 0.3) -> tuple[Source, list[str]]:
     """Return a source and the list of skipped pictures.
 
     Args:
         data: "toybox", "digits", or a folder of captioned pictures.
         size: side in pixels of a folder's pictures, 32 or 64.
+        colours: fraction of the toybox's images that are in colours, see `FitConfig`.
 
     Raises:
         ValueError: there is no such folder, nothing in it can be used, or there is no network for this size.
     """
     if data == "toybox":
-        return Toybox(), []
+        return Toybox(colours), []
     if data == "digits":
         return Captioned(digits.pictures()), []
     if size not in NETWORKS:
