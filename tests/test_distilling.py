@@ -10,7 +10,8 @@ import torch
 
 import sds3d
 from sds3d.config import load as configs
-from sds3d.config.load import DistillConfig, load, recipes_folder
+from sds3d.config.load import DistillConfig, load
+from sds3d.config.recipes import recipes_folder
 from sds3d.distill.core import Method
 from sds3d.distill.score import METHODS
 from sds3d.distill.score.diffinstruct import DiffInstruct

@@ -12,6 +12,7 @@ import torch
 import sds3d
 from sds3d import ops
 from sds3d.config import load as configs
+from sds3d.config import recipes
 from sds3d.config.schema import Config
 from sds3d.runs.memory_advice import advise
 from sds3d.runs.memory_estimate import Machine, dtype_of, estimate, image_size
@@ -66,7 +67,7 @@ def examine() -> dict[str, Any]:
         "thread pools": threads.pool(),
         "backends": {name: _backend(device, name) for name in ops.BACKENDS},
         "teachers": {name: _teacher(name) for name in PACKAGED},
-        "recipes": sorted({path.stem for path in configs.recipes_folder().rglob("*.yaml")}),
+        "recipes": sorted({path.stem for path in recipes.recipes_folder().rglob("*.yaml")}),
     }
     report["problems"] = _problems(report)
     return report
@@ -180,5 +181,5 @@ def _problems(report: dict[str, Any]) -> list[str]:
         if text.startswith("no: ")
     ]
     if not report["recipes"]:
-        problems.append(f"there are no recipes in {configs.recipes_folder()}; install sds3d again")
+        problems.append(f"there are no recipes in {recipes.recipes_folder()}; install sds3d again")
     return problems

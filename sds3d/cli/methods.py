@@ -140,7 +140,7 @@ def methods(json: Json = False) -> None:
     """
     from dataclasses import fields
 
-    from sds3d.config.load import recipe
+    from sds3d.config.recipes import recipe
     from sds3d.config.typed import plain
     from sds3d.distill.score import METHODS
 

@@ -21,7 +21,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from sds3d.config import plain_yaml
+from sds3d.config import plain_yaml, recipes
 from sds3d.config.schema import Config, DistillConfig, PaintConfig, RunConfig
 from sds3d.config.typed import build, convert, keys, merge, nearest, plain, require_maps
 from sds3d.distill.core import Method
@@ -63,14 +63,16 @@ def load(
     Raises:
         ValueError: a key is unknown, a value has a wrong type or range, or the file is missing, no YAML, or unsafe.
     """
-    settings = _read_file(Path(file), kind) if file is not None else {}
+    settings = recipes.read_file(Path(file), kind) if file is not None else {}
     if _at(settings, PICKLE):
         raise ValueError(f"{file} sets {PICKLE}, and a pickle can run any program; take the line out, {_FLAG}")
     return _from_layers(prompt, [settings, *layers], kind)
 
 
-def _from_layers(prompt: str | None, layers: list[Mapping[str, Any]], kind: type[RunConfig] | None) -> Any:
-    """Build a config from layers."""
+def _from_layers(
+    prompt: str | None, layers: list[Mapping[str, Any]], kind: type[RunConfig] | None, with_recipe: bool = True
+) -> Any:
+    """Build a config from layers, which lie over the recipe of their method, or else over the defaults alone."""
     settings: dict[str, Any] = {}
     for layer in (_renamed(_nested(_without_omegaconf(layer))) for layer in layers):
         merged = merge(settings, layer)
@@ -100,7 +102,8 @@ def _from_layers(prompt: str | None, layers: list[Mapping[str, Any]], kind: type
             defaults["optim"]["lr"][group] = [part, ramp.v0, ramp.v1, "${steps}"]
     teacher = settings.get("teacher")
     pipeline = isinstance(teacher, Mapping) and loading.is_pipeline(str(teacher.get("name") or ""))
-    return _typed(_resolved(merge(merge(defaults, recipe(name, kind, pipeline)), settings)), name, kind)
+    usual = recipes.fitting(recipes.recipe(name, kind, pipeline), settings) if with_recipe else {}
+    return _typed(_resolved(merge(merge(defaults, usual), settings)), name, kind)
 
 
 def default_method(kind: type[RunConfig]) -> str:
@@ -195,55 +198,13 @@ def refuse_twice(flags: Mapping[str, Any], overrides: Mapping[str, Any]) -> None
             raise ValueError(f"{key} is given twice, as {shown(first)} and as {key}={shown(second)}; give one of them")
 
 
-def recipe(name: str, kind: type[RunConfig] = Config, pipeline: bool = False) -> dict[str, Any]:
-    """Return the settings of a method's recipe, which ships with the package; empty if it has none.
-
-    Images take the settings that they have from a scene's recipe, and keep their own learning rates. Generators have
-    recipes in the folder distill; scenes and images with a diffusers pipeline have recipes in the folder pipelines.
-    """
-    folder = PIPELINES if pipeline else recipes_folder()
-    own = (recipes_folder() / "distill" if kind is DistillConfig else folder) / f"{name}.yaml"
-    values = read_yaml(own) if own.is_file() else {}
-    if kind is not DistillConfig and (values or pipeline):  # what the recipes of scenes have in common
-        values = merge(read_yaml(folder / "scene.yaml"), values)
-    return {k: v for k, v in values.items() if k in _SHARED} if kind is PaintConfig else values
-
-
-def recipes_folder() -> Path:
-    """Return the folder of the recipes: inside an installed package, or configs/ beside the package in a clone."""
-    package = Path(__file__).parents[1]
-    return package / "configs" if (package / "configs").is_dir() else package.parent / "configs"
-
-
-PIPELINES = recipes_folder() / "pipelines"
-
-_SHARED = {f.name for f in dataclasses.fields(RunConfig)} - {"optim", "steps", "log"}
-
-
-def _read_file(file: Path, kind: type[RunConfig] | None) -> dict[str, Any]:
-    """The settings of a YAML file, or of the recipe of that name for a single model; only scenes take all of one."""
-    shipped = PIPELINES / f"{file}.yaml"
-    if file.exists() or not shipped.is_file():
-        return read_yaml(file)
-    values = read_yaml(shipped)
-    return values if kind in (None, Config) else {k: v for k, v in values.items() if k in _SHARED}
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """Read a YAML mapping without resolving references. Raises ValueError if the file is missing or no mapping."""
-    values = plain_yaml.read_file(path)
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} holds no settings; give lines such as steps: 800")
-    return {str(k): v for k, v in values.items()}
-
-
 def of_run(path: Path) -> Any:
     """Read a run's config.yaml. Pickles must be allowed again by the user. Raises ValueError that names the file."""
     try:
-        values = _renamed(_nested(read_yaml(path)), warn=False)  # nobody can change how an old run was written
+        values = _renamed(_nested(recipes.read_yaml(path)), warn=False)  # nobody can change how an old run was written
         if _at(values, PICKLE) is not None:
             values = merge(values, _nested({PICKLE: False}))
-        return _from_layers(None, [values], None)
+        return _from_layers(None, [values], None, with_recipe=False)  # it holds all settings that there were then
     except ValueError as error:
         raise ValueError(f"{path} cannot be used; was it edited, or made by another version? {error}") from error
 

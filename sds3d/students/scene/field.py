@@ -40,7 +40,7 @@ from sds3d.runtime.transfer import onto
 # Corners of a tetrahedron: sum_i k_i k_i^T = 4 I, so sum_i k_i f(x + h k_i) = 4 h grad f + O(h^3 for odd terms).
 _TETRAHEDRON = ((1.0, -1.0, -1.0), (-1.0, -1.0, 1.0), (-1.0, 1.0, -1.0), (1.0, 1.0, 1.0))
 _WIDTH = Ramp(0, 0.1, 0.01, 300)
-_ONLY = {"density_gain": "density", "blob_strength": "density", "distance_gain": "sdf", "width": "sdf"}
+ONLY_FOR = {"density_gain": "density", "blob_strength": "density", "distance_gain": "sdf", "width": "sdf"}
 LARGEST = 2**28  # parameters of a hash grid: 1 GiB, and gradients and Adam's moments take three times that again
 
 
@@ -105,7 +105,7 @@ class FieldConfig:
         if self.kind not in ("density", "sdf"):
             raise ValueError(f"field.kind is {self.kind!r}; give density or sdf")
         defaults = {f.name: f.default for f in fields(self)}
-        for name, kind in _ONLY.items():
+        for name, kind in ONLY_FOR.items():
             if kind != self.kind and getattr(self, name) != defaults[name]:
                 raise ValueError(
                     f"field.{name} is for field.kind={kind}, and field.kind is {self.kind}; leave field.{name} out "

@@ -28,6 +28,7 @@ from sds3d.students.scene.field import Field
 from sds3d.students.scene.render import Trace
 
 _OFF = Ramp.constant(0.0)
+ONLY_FOR = {"lambda_eikonal": "sdf"}  # kind of field that a weight needs
 _NEIGHBOURS = 2048  # pairs of points at which total variation and the smoothness of normals are measured
 
 
@@ -46,11 +47,12 @@ class RegulariserConfig:
 
     def check(self, kind: str) -> None:
         """Raise ValueError if a weight needs another kind of field."""
-        if kind != "sdf" and self.lambda_eikonal != _OFF:
-            raise ValueError(
-                f"regularise.lambda_eikonal is for field.kind=sdf, and field.kind is {kind}; give "
-                "field.kind=sdf, or leave it out"
-            )
+        for name, only in ONLY_FOR.items():
+            if kind != only and getattr(self, name) != _OFF:
+                raise ValueError(
+                    f"regularise.{name} is for field.kind={only}, and field.kind is {kind}; give field.kind={only}, "
+                    "or leave it out"
+                )
 
     def ramps(self) -> dict[str, Ramp]:
         """Return the weights by the regularisers' names, without "lambda_"."""
