@@ -72,8 +72,8 @@ BUGS = {  # file under sds3d/ -> function or class -> an expression or statement
             ("cond - spoilt", "spoilt - cond"),
             ("q.step < self.second", "q.step > self.second"),
             (
-                "q.guided_at(q.x_t, q.t, scale_of(self.scale, q.step), cached=True) - q.noise",
-                "q.guided_at(q.x_t, q.t, scale_of(self.scale, q.step), cached=True) + q.noise",
+                "q.guided_at(q.x_t, q.t, q.scale(scale_of(self.scale, q.step)), cached=True) - q.noise",
+                "q.guided_at(q.x_t, q.t, q.scale(scale_of(self.scale, q.step)), cached=True) + q.noise",
             ),
         ),
     },

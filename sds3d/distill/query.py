@@ -121,9 +121,13 @@ class Query:
             batch = self.teacher.predict(torch.cat([x_t] * count), torch.cat([t] * count), prompts, cameras, mask)
         return tuple(batch[i * size : (i + 1) * size] for i in range(count))
 
+    def scale(self, scale: float) -> float:
+        """Return the guidance scale in this domain, given the method's: the surface has its own."""
+        return self.surface_scale if self.domain in SURFACE else scale
+
     def guided(self, scale: float) -> Tensor:
         """Return the teacher's guided eps at (x_t, t), (B, C, H, W). A negative prompt replaces the null prompt."""
-        scale = self.surface_scale if self.domain in SURFACE else scale
+        scale = self.scale(scale)
         return self.guided_at(self.x_t, self.t, scale, base="negative" if self.negative else "uncond", cached=True)
 
     def guided_at(

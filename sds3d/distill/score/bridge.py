@@ -34,6 +34,6 @@ class Bridge(ScoreMethod):
 
     def __call__(self, q: Query) -> Tensor:  # (B, C, H, W), eps units
         if q.step < self.second:
-            return q.guided_at(q.x_t, q.t, scale_of(self.scale, q.step), cached=True) - q.noise
+            return q.guided_at(q.x_t, q.t, q.scale(scale_of(self.scale, q.step)), cached=True) - q.noise
         cond, spoilt = q.eps("cond", "spoilt")
         return self.strength * (cond - spoilt)

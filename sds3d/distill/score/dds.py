@@ -35,7 +35,7 @@ class DDS(ScoreMethod):
     def __call__(self, q: Query) -> Tensor:  # (B, C, H, W), eps units
         if q.source is None:
             raise ValueError("DDS compares with a source image, and this draw has none")
-        scale, (source, prompt) = scale_of(self.scale, q.step), q.source
+        scale, (source, prompt) = q.scale(scale_of(self.scale, q.step)), q.source
         source_t = noised(source, q.noise, q.alpha, q.sigma)
         base = "negative" if q.negative else "uncond"
         return q.guided(scale) - q.guided_at(source_t, q.t, scale, base, prompt)

@@ -38,4 +38,4 @@ class NFSD(ScoreMethod):
     def __call__(self, q: Query) -> Tensor:  # (B, C, H, W), eps units
         cond, uncond, negative = q.eps("cond", "uncond", "negative")
         low = per_sample(q.sigma < self.switch * q.alpha, q.x)
-        return uncond - torch.where(low, 0.0, negative) + scale_of(self.scale, q.step) * (cond - uncond)
+        return uncond - torch.where(low, 0.0, negative) + q.scale(scale_of(self.scale, q.step)) * (cond - uncond)
