@@ -123,8 +123,8 @@ def test_processes_leave_their_group_before_the_interpreter_ends(tmp_path):
         "atexit.register(lambda: print('left' if not dist.is_initialized() else 'still there', flush=True))\n"
         "from sds3d.runtime.distributed import join\n"
         "join()\n"
-        "for _ in range(300):\n"
-        "    dist.all_reduce(torch.ones(10000), async_op=True)\n"
+        "work = [dist.all_reduce(torch.ones(10000), async_op=True) for _ in range(300)]\n"
+        "work[-2].wait()\n"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     two = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(program)]

@@ -7,9 +7,12 @@ import math
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+
+from sds3d.evaluate.true_teacher import TrueTeacher
 
 ROOT = Path(__file__).parents[1]
 
@@ -50,13 +53,17 @@ def test_gpu_report_is_right_on_a_cpu(tmp_path):
     assert "the times mean nothing" in text and "hash_encode table gradient" in text
 
 
-@pytest.fixture(scope="module")
-def mutants():
-    """scripts/mutants.py, as a module."""
-    spec = importlib.util.spec_from_file_location("mutants", ROOT / "scripts" / "mutants.py")
+def as_module(name: str):
+    """A script, as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def mutants():
+    return as_module("mutants")
 
 
 def test_every_mutant_changes_something_that_stands_there(mutants):
@@ -123,3 +130,17 @@ def test_held_out_goes_on_where_it_was_stopped(tmp_path):
     assert other.returncode != 0 and "give another --out" in other.stderr
     seed = run("scripts/held_out.py", "seed=3")
     assert seed.returncode == 2 and "--seeds" in seed.stderr
+
+
+def test_the_accuracy_on_the_surface_is_that_of_a_known_teacher():
+    """The true images in the teacher's place are exact; a teacher whose depths are 0.1 too near is 0.1 off."""
+    module = as_module("surface_accuracy")
+
+    class Near(TrueTeacher):
+        def predict(self, x_t, t, prompts, cameras=None, camera_mask=None):
+            found = super().predict(x_t, t, prompts, cameras, camera_mask)
+            return replace(found, output=found.output + 0.1) if "depths" in prompts[0] else found
+
+    angle, error, mean = module.errors(TrueTeacher(), 0.9, 32, 1)
+    assert angle < 0.5 and error < 1e-3 and abs(mean) < 1e-3
+    assert module.errors(Near(), 0.9, 32, 1)[1:] == pytest.approx((0.1, 0.1), abs=1e-3)
