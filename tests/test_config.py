@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from sds3d.config import load as configs
-from sds3d.config.load import Config, changed, load, of_run, parse_overrides, recipes_folder, to_yaml
+from sds3d.config import recipes
+from sds3d.config.load import Config, changed, load, of_run, parse_overrides, to_yaml
+from sds3d.config.recipes import recipes_folder
 from sds3d.config.typed import build, keys, merge, nearest, plain
 from sds3d.distill.score import METHODS
 from sds3d.distill.weights import WEIGHTS
@@ -19,6 +21,9 @@ from sds3d.prompts import COLOURS
 from sds3d.runs.build import build_student, build_teacher
 from sds3d.runtime.device import pick_device
 from sds3d.runtime.ramp import Ramp
+from sds3d.students.scene.field import FieldConfig
+from sds3d.students.scene.regularisers import RegulariserConfig
+from sds3d.students.scene.turns import DomainConfig
 from sds3d.teachers.training.settings import FitConfig
 
 
@@ -32,7 +37,7 @@ def test_layers_lie_over_one_another_in_the_order_that_is_promised(tmp_path):
 
 
 def test_the_recipe_is_under_what_the_user_says_and_over_the_defaults():
-    raw = configs.recipe("sds")
+    raw = recipes.recipe("sds")
     assert raw["method"]["name"] == "sds"
     config = load("a ball")
     assert config.method == METHODS["sds"](**{**plain(METHODS["sds"]()), **config_fields(raw)})
@@ -44,17 +49,17 @@ def config_fields(raw):
     return {k: Ramp.parse(v) for k, v in raw["method"].items() if k != "name"}
 
 
-@pytest.mark.parametrize("folder", [recipes_folder(), configs.PIPELINES], ids=["packaged", "pipelines"])
+@pytest.mark.parametrize("folder", [recipes_folder(), recipes.PIPELINES], ids=["packaged", "pipelines"])
 def test_no_recipe_of_a_method_repeats_what_all_have_in_common(folder):
     def leaves(values, above=""):
         for key, value in values.items():
             yield from leaves(value, f"{above}{key}.") if isinstance(value, dict) else [(above + key, str(value))]
 
-    common = set(leaves(configs.read_yaml(folder / "scene.yaml")))
+    common = set(leaves(recipes.read_yaml(folder / "scene.yaml")))
     paths = [path for path in folder.glob("*.yaml") if path.stem in METHODS]
     assert len(paths) >= 3
     for path in paths:
-        repeated = common & set(leaves(configs.read_yaml(path)))
+        repeated = common & set(leaves(recipes.read_yaml(path)))
         assert not repeated, f"{path}: {sorted(repeated)}"
 
 
@@ -63,7 +68,7 @@ def test_no_recipe_of_a_method_repeats_what_all_have_in_common(folder):
 )
 def test_every_recipe_loads_is_short_and_says_something(path):
     assert len(path.read_text().splitlines()) <= 30
-    assert configs.recipe(path.stem)
+    assert recipes.recipe(path.stem)
     config = load("a ball", {"method": path.stem})
     assert METHODS[path.stem] is type(config.method)
 
@@ -79,7 +84,7 @@ PUBLISHED = {  # method or model -> method's scale, last pixels, W, largest t at
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_a_diffusers_pipeline_has_recipes_of_its_own(name):
-    path = configs.PIPELINES / f"{name}.yaml"
+    path = recipes.PIPELINES / f"{name}.yaml"
     assert len(path.read_text().splitlines()) <= 30 and "not yet measured" in " ".join(path.read_text().split("\n# "))
     given = {"method": name, "teacher.name": "somebody/model"} if name in METHODS else {}
     config = load("a corgi", given, file=None if given else name)
@@ -278,7 +283,7 @@ def test_devices_and_teachers_that_are_not_here(tmp_path):
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="device 'cuda' is not usable here"):
             pick_device("cuda")
-    with pytest.raises(ValueError, match="teacher 'smal' is neither packaged .small, toybox, digits., a file"):
+    with pytest.raises(ValueError, match="teacher 'smal' is neither packaged .small, toybox, surface, digits., a file"):
         build_teacher(load("a ball", {"teacher.name": "smal"}))
 
 
@@ -318,9 +323,30 @@ def test_prompts_of_a_scene_name_unusual_backgrounds():
     assert student.prompts(cameras, "#102030") == ["a ball"] * 2
 
 
+def test_another_kind_of_field_than_the_recipe_s_needs_no_other_setting():
+    usual, density = load("a red mug"), load("a red mug", {"field.kind": "density"})
+    assert (usual.field.kind, density.field.kind) == ("sdf", "density")
+    assert usual.regularise.lambda_eikonal.v0 > 0 == density.regularise.lambda_eikonal.v0
+    assert density.field == FieldConfig() and density.domains == usual.domains
+    with pytest.raises(ValueError, match="field.width is for field.kind=sdf"):
+        load("a red mug", {"field": {"kind": "density", "width": 0.05}})
+
+
+def test_the_recipe_s_range_of_t_on_surfaces_is_in_its_own_unit():
+    assert load("a red mug").domains.t_max == Ramp.constant(1.0)
+    ratio = load("a red mug", {"time": {"unit": "ratio", "t_min": 0.5, "t_max": 20}})
+    assert ratio.domains.t_min is ratio.domains.t_max is None and ratio.domains.normals.v0 > 0
+
+
+def test_a_stored_config_that_lacks_settings_gets_the_defaults_and_not_the_recipe(tmp_path):
+    (tmp_path / "config.yaml").write_text("prompt: a red mug\nsteps: 30\nmethod: {name: sds}\n")
+    old = of_run(tmp_path / "config.yaml")
+    assert old.field == FieldConfig() and old.domains == DomainConfig() and old.regularise == RegulariserConfig()
+
+
 def test_a_background_in_the_prompt_is_the_scene_s():
     student = build_student(load("a red ball on a black background", {"render.resolution": 8, "backend": "torch"}))
-    draw = student.draw(0, torch.Generator().manual_seed(0))
+    draw = student.draw(1, torch.Generator().manual_seed(0))  # step 0 shows normals
     assert draw.prompts == ["a red ball on a black background"] * 4
     corner = draw.images[0, :, 0, 0].tolist()
     assert corner == pytest.approx(COLOURS["black"], abs=0.02)

@@ -14,7 +14,7 @@ from sds3d.diffusion.timesteps import TimestepSampler
 from sds3d.distill.core import ScoreObjective
 from sds3d.distill.score.sds import SDS
 from sds3d.evaluate.true_teacher import TrueTeacher
-from sds3d.runs import launch
+from sds3d.runs import build, launch
 from sds3d.runtime.ramp import Ramp
 from sds3d.students.base import Draw
 from sds3d.students.edited_scene import EditedScene
@@ -158,6 +158,24 @@ def test_an_edited_scene_shows_its_source_in_the_same_domain():
     draw = edited.draw(0, seeded(2))
     assert draw.domain == "normals" and draw.source is not None
     assert (draw.source - draw.images).abs().mean() < 0.01  # the same ball; one render is jittered
+
+
+def test_the_packaged_teacher_lets_another_answer_for_what_it_has_no_words_for():
+    packaged = small.load()
+    assert packaged.domains == tuple(domains.WORDS) and packaged.answerer("colours") is packaged
+    surface = packaged.answerer("normals")
+    assert surface is packaged.answerer("depths") is packaged.answerer("albedo") is not packaged
+    assert surface.fingerprint == small.load(small.packaged("surface")).fingerprint
+    assert surface.views == packaged.views and surface.sizes == packaged.sizes == (64,)
+    assert {*surface.vocabulary} - {*packaged.vocabulary} == {"albedo", "normals", "depths"}
+    assert small.load(views="words").answerer("normals").views == "words"
+
+
+def test_a_critic_starts_from_the_teacher_that_knows_all_that_the_scene_shows():
+    teacher = small.load()
+    for share, start in ((0.0, teacher), (0.2, teacher.answerer("depths"))):
+        config = configs.load("a red mug", {"method": "vsd", "domains": {"normals": share, "depths": share}})
+        assert build.build_critic(config, teacher).teacher is start
 
 
 def test_a_teacher_knows_the_domains_of_its_words():

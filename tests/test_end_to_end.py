@@ -24,11 +24,15 @@ def test_a_held_out_prompt_becomes_a_mesh(rocket):
 
 
 def test_it_looks_like_the_truth(rocket):
-    """Seeds 0, 1 and 2 reached IoU 0.9680, 0.9682 and 0.9674, PSNR 18.37, 18.53 and 18.29 dB, Chamfer 0.0137, 0.0127
-    and 0.0140, F-score 0.987, 0.989 and 0.989. The bounds are seed 0's less three standard deviations between them (of
-    IoU, which lie within 0.001, five)."""
+    """Seeds 0, 1 and 2 reached IoU 0.9643, 0.9632 and 0.9687, PSNR 19.11, 18.17 and 18.41 dB, Chamfer 0.0081, 0.0091
+    and 0.0099, F-score 0.9875, 0.9870 and 0.9857, at 0.02 0.926, 0.908 and 0.891, normals 0.943, 0.936 and 0.932, depth
+    errors 0.0105, 0.0120 and 0.0123. The bounds are seed 0's less three standard deviations between them. (A density
+    that was judged on colours only reached IoU 0.968, PSNR 18.4 and Chamfer 0.0135.)"""
     scores = rocket.evaluate()
-    assert scores.iou >= 0.966, scores.numbers()
-    assert scores.psnr >= 18.0, scores.numbers()
-    assert scores.chamfer <= 0.0158, scores.numbers()
-    assert scores.fscore >= 0.982, scores.numbers()
+    assert scores.iou >= 0.955, scores.numbers()
+    assert scores.psnr >= 17.6, scores.numbers()
+    assert scores.chamfer <= 0.0108, scores.numbers()
+    assert scores.fscore >= 0.9848, scores.numbers()
+    assert scores.fscore_fine >= 0.873, scores.numbers()
+    assert scores.normals >= 0.926, scores.numbers()
+    assert scores.depth_error <= 0.0134, scores.numbers()

@@ -387,8 +387,9 @@ def test_a_scene_and_an_image_are_told_apart_by_their_config():
 def test_a_method_makes_the_scene_whose_views_the_oracle_knows(name, iou, in_folder):
     """The oracle is an exact mixture of 72 true views of a mug with their cameras; nobody tells it the shape.
 
-    Seeds 0, 1 and 2 reached 0.906, 0.893 and 0.889 with SDS, 0.814, 0.801 and 0.812 with SDI. The bounds are what seed
-    0 reached less three and two standard deviations between them.
+    The field is a density: in so few steps a signed distance, whose skin must shrink first, reaches 0.873, 0.870 and
+    0.863 with SDS. With a density seeds 0, 1 and 2 reached 0.906, 0.893 and 0.889 with SDS, 0.814, 0.801 and 0.812 with
+    SDI. The bounds are what seed 0 reached less three and two standard deviations between them.
     """
     toy = toybox.parse("a red mug with a white handle")
     cameras = cam.cat([cam.orbit(24, elevation=elevation) for elevation in (0, 20, 40)])
@@ -397,7 +398,7 @@ def test_a_method_makes_the_scene_whose_views_the_oracle_knows(name, iou, in_fol
     config = configs.load(
         "a mug",
         {"method": name, "method.scale": 1.0, "steps": 100, "render.resolution": 24, "render.samples": 24},
-        {"camera.elevation": [0, 40]},
+        {"camera.elevation": [0, 40], "field.kind": "density"},
         {"time.t_min": [0, 0.8, 0.05, 100], "time.t_max": [0, 0.98, 0.3, 100], "weight": "x0"},
     )
     asset, steps = launch.start(config, teacher)

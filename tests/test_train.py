@@ -11,7 +11,7 @@ from sds3d.cameras import orbit
 from sds3d.config import load as configs
 from sds3d.config.load import Config, DistillConfig, PaintConfig
 from sds3d.distill.core import NonFiniteGradient
-from sds3d.runs import build
+from sds3d.runs import build, kinds
 from sds3d.runs.folder import Run
 from sds3d.runtime.distributed import Processes
 from sds3d.runtime.ramp import Ramp
@@ -191,6 +191,7 @@ def test_what_is_not_finite_stops_the_run_before_it_reaches_the_parameters(tmp_p
 def scene(*overrides: str) -> tuple:
     """A tiny scene, its objective and its plan, with a teacher that sees a ball."""
     config = configs.load("a ball", configs.parse_overrides([*TINY, *overrides]))
+    config = kinds.of(config).for_teacher(config, BallTeacher())
     objective = build.build_objective(config, BallTeacher())
     return build.build_student(config), {"sds": objective}, config.plan()
 

@@ -64,8 +64,8 @@ Quiet = Annotated[bool, Option("--quiet", "-q", callback=_silence_warnings, help
 Json = Annotated[bool, Option("--json", callback=_silence_warnings, help="no progress; print one JSON object")]
 
 TEACHERS = (
-    "a packaged teacher (small or toybox, digits), a file of weights, the folder of a training, or a diffusers "
-    "pipeline (its folder, or its id on the hub)"
+    "a packaged teacher (small or toybox, surface, digits), a file of weights, the folder of a training, or a "
+    "diffusers pipeline (its folder, or its id on the hub)"
 )
 Teacher = Annotated[str, Option(help=TEACHERS)]
 DType = Annotated[str, Option(help="dtype of the network: auto, float32, bfloat16, or for a pipeline float16")]

@@ -3,7 +3,8 @@
 VSD, Diff-Instruct and DMD compare the teacher with it. It starts from the teacher's weights, as a LoRA on them or as a
 full copy, and is trained with the denoising loss on the student's detached images at all t (ProlificDreamer, arXiv
 2305.16213). If the teacher gets the view only in words, the critic gets the exact camera as well, through a small
-network whose output is zero at first. The critic therefore always starts equal to the teacher.
+network whose output is zero at first. The critic therefore starts equal to its teacher. Where a scene shows normals or
+depths, this is the teacher that answers for them: it knows colours, too, if not quite as the one that is asked.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from sds3d.runs import kinds
 from sds3d.runtime.device import pick_device
 from sds3d.runtime.distributed import Processes
 from sds3d.students.base import Student
-from sds3d.teachers.base import Teacher, TeacherConfig, object_name, require_teacher
+from sds3d.teachers.base import Teacher, TeacherConfig, answerer, domains_of, object_name, require_teacher
 from sds3d.teachers.by_domain import ByDomain
 from sds3d.teachers.load import load_by_domain, load_teacher
 from sds3d.train import Objective
@@ -141,6 +141,8 @@ def build_student(config: RunConfig, teacher: Teacher | None = None, processes: 
 def build_critic(config: RunConfig, teacher: Teacher, processes: Processes = Processes()) -> TrainedCritic | None:
     """Build a critic that starts from the teacher, with a discriminator where the method needs one.
 
+    Where a scene shows its surface, it starts from the teacher that answers for this, which knows colours, too.
+
     Returns:
         The critic; None where the method needs none.
 
@@ -155,6 +157,13 @@ def build_critic(config: RunConfig, teacher: Teacher, processes: Processes = Pro
         raise ValueError(
             f"{type(config.method).__name__} trains a critic in the space and words of one teacher, and "
             "teacher.normals lets a second one answer: take a method without a critic, or leave teacher.normals out"
+        )
+    shown = kinds.of(config).shown(config)
+    teacher = answerer(teacher, shown[-1])
+    if unknown := [name for name in shown if name not in domains_of(teacher)]:
+        raise ValueError(
+            f"{type(config.method).__name__} trains a critic that starts from the teacher of {shown[-1]}, which does "
+            f"not know {', '.join(unknown)}: take a method without a critic, or give domains.{shown[-1]}=0"
         )
     if not isinstance(teacher, Trainable):
         raise ValueError(

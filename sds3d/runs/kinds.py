@@ -61,6 +61,10 @@ def _no_objectives(
     return {}
 
 
+def _colours(config: Any) -> tuple[str, ...]:
+    return ("colours",)
+
+
 @dataclass(frozen=True)
 class Kind:
     """The record of one kind of run. Each function takes a config of the class ``config``.
@@ -84,11 +88,12 @@ class Kind:
         has_source: (config) -> whether the config gives a source.
         surface_scale: (config) -> the guidance scale in the domains of the surface, see `sds3d.distill.query.Query`.
         surface_time: (config) -> the sampler of t in these domains; None is that of all others.
+        shown: (config) -> the domains that at least one step shows.
         gives: the needs of methods that this kind can meet: "pairs", "real".
         seen_by_cameras: whether the student is rendered from cameras.
         many_prompts: whether an empty prompt means all prompts that the teacher was trained on.
         many_processes: whether several processes of torchrun can train one student.
-        has_domains: whether the student shows other domains than colours.
+        has_domains: whether the student can show other domains than colours.
         opens_with_teacher: whether opening a run folder loads its teacher, which must then have a name.
     """
 
@@ -109,6 +114,7 @@ class Kind:
     source: str = ""
     has_source: Callable[[Any], bool] = bool
     surface_scale: Callable[[Any], float] = _unguided
+    shown: Callable[[Any], tuple[str, ...]] = _colours
     surface_time: Callable[[Any], TimestepSampler | None] = _nothing
     gives: frozenset[str] = frozenset()
     seen_by_cameras: bool = False
@@ -132,6 +138,7 @@ KINDS = {
         source="source.run=outputs/00001-...",
         has_source=lambda config: bool(config.source.run),
         surface_scale=lambda config: config.domains.guidance,
+        shown=lambda config: config.domains.shown(),
         surface_time=lambda config: config.domains.time(config.time),
         seen_by_cameras=True,
         has_domains=True,

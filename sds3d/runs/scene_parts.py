@@ -10,6 +10,8 @@ import torch
 
 from sds3d import ops
 from sds3d.cameras import Cameras
+from sds3d.config.load import name_of, plain
+from sds3d.config.recipes import recipe
 from sds3d.config.schema import Config
 from sds3d.prompts import COLOURS, VIEW_WORDS, named_background, named_view, words
 from sds3d.runs.memory_savings import Saving, of_pipeline
@@ -72,9 +74,15 @@ def _check_one(config: Config, name: str, teacher: Teacher) -> None:
 
 
 def for_teacher(config: Config, teacher: Teacher) -> Config:
-    """Return the config without the domains that the teacher does not know. Warns if there are any."""
+    """Return the config without the domains that the teacher does not know.
+
+    Warns about those that the user asked for. Those of the recipe are for the packaged teacher, and another one may
+    know colours only.
+    """
     known = config.domains.known(domains_of(teacher))
-    missing = [f.name for f in dataclasses.fields(known) if getattr(known, f.name) != getattr(config.domains, f.name)]
+    usual = recipe(name_of(config.method), pipeline=loading.is_pipeline(config.teacher.name)).get("domains", {})
+    changed = [f.name for f in dataclasses.fields(known) if getattr(known, f.name) != getattr(config.domains, f.name)]
+    missing = [name for name in changed if plain(getattr(config.domains, name)) != usual.get(name)]
     if missing:
         warnings.warn(
             f"the teacher {config.teacher.short_name} knows {', '.join(domains_of(teacher))} only: "

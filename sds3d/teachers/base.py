@@ -15,7 +15,7 @@ from sds3d.cameras import Cameras
 from sds3d.diffusion.noise import Prediction, Schedule
 from sds3d.runtime.ranges import Within
 
-PACKAGED = ("small", "toybox", "digits")  # "toybox" is another name of "small"
+PACKAGED = ("small", "toybox", "surface", "digits")  # "toybox" is another name of "small"
 VIEWS = ("camera", "words")  # how a teacher gets the viewpoint of an image
 OBJECT = "python:"  # begins teacher.name if the teacher is an object, which cannot be loaded by a name
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -199,7 +199,9 @@ class HasDomains(Protocol):
 
 @runtime_checkable
 class HasAnswerers(Protocol):
-    """A teacher that lets others answer for some domains, see `sds3d.teachers.by_domain.ByDomain`.
+    """A teacher that lets others answer for some domains, as the packaged one does for normals, depths and albedo.
+
+    See also `sds3d.teachers.by_domain.ByDomain`.
 
     The others have their own image size, space, schedule and way to get the viewpoint.
     """

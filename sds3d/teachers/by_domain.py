@@ -11,7 +11,7 @@ from torch import Tensor
 from sds3d.cameras import Cameras
 from sds3d.diffusion.noise import Prediction
 from sds3d.domains import split_domain
-from sds3d.teachers.base import Teacher, domains_of
+from sds3d.teachers.base import Teacher, answerer, domains_of
 
 
 class Delegate:
@@ -82,21 +82,21 @@ class ByDomain(Delegate):
 
     Examples:
         >>> from sds3d.teachers import small
-        >>> teacher = ByDomain(small.load(), words="normals of")
-        >>> teacher.domains
-        ('colours', 'normals')
+        >>> teacher = ByDomain(small.load(), normals=small.load(views="words"))
+        >>> teacher.answerer("colours").views, teacher.answerer("normals").views
+        ('camera', 'words')
     """
 
     def __init__(self, teacher: Teacher, normals: Teacher | None = None, words: str = ""):
         super().__init__(teacher)
         self.normals = teacher if normals is None else normals
-        plain = words or "normals" not in domains_of(self.normals)
-        self._normals = Worded(self.normals, words) if plain else self.normals
+        own, plain = answerer(self.normals, "normals"), words or "normals" not in domains_of(self.normals)
+        self._normals = Worded(own, words) if plain else own
         self.domains = tuple(dict.fromkeys((*domains_of(teacher), "normals")))
 
     def answerer(self, domain: str) -> Teacher:
         """See `sds3d.teachers.base.HasAnswerers`."""
-        return self._normals if domain == "normals" else self.teacher
+        return self._normals if domain == "normals" else answerer(self.teacher, domain)
 
     def check(self, prompt: str) -> None:
         """Raise ValueError if one of the two cannot read a prompt."""

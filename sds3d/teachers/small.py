@@ -2,7 +2,9 @@
 
 They predict v on a cosine schedule. "small" (or "toybox") draws toys at 64 x 64 pixels. Its weights serve two modes:
 the network gets the exact camera (``views="camera"``, as multi-view teachers do) or view words only
-(``views="words"``, as ordinary 2D teachers do). "digits" draws handwritten digits at 8 x 8 pixels, without a camera.
+(``views="words"``, as ordinary 2D teachers do). "surface" has the same form and draws toys in all domains (see
+`sds3d.domains`); it answers for those that "small" has no words for. "digits" draws handwritten digits at 8 x 8 pixels,
+without a camera.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import json
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, cast
@@ -55,6 +58,7 @@ class SmallTeacher:
         prompts: examples of prompts that it was trained on.
         header: header of the loaded file.
         sizes: sides in pixels of the square images that it denoises as they are; others are resized to its own side.
+        other_domains: weight file of the teacher that answers for the domains that this one has no words for, or None.
     """
 
     schedule = Schedule.cosine()
@@ -81,11 +85,27 @@ class SmallTeacher:
         self.prompts: tuple[str, ...] = ()
         self.header: dict[str, str] = {}
         self.sizes: tuple[int, ...] = (self.image_size,)
+        self.other_domains: Path | None = None
 
     @property
     def domains(self) -> tuple[str, ...]:
-        """See `sds3d.teachers.base.HasDomains`: the domains whose words are in the vocabulary."""
-        return tuple(name for name, word in WORDS.items() if not word or word in self.vocabulary)
+        """See `sds3d.teachers.base.HasDomains`: the domains that this teacher or its other one has words for."""
+        known = {*self.vocabulary, *(self._other.vocabulary if self._other else ())}
+        return tuple(name for name, word in WORDS.items() if not word or word in known)
+
+    def answerer(self, domain: str) -> SmallTeacher:
+        """See `sds3d.teachers.base.HasAnswerers`."""
+        own = not WORDS[domain] or WORDS[domain] in self.vocabulary
+        return self if own or self._other is None else self._other
+
+    @cached_property
+    def _other(self) -> SmallTeacher | None:
+        """The teacher of `other_domains`, loaded when it is first asked."""
+        if self.other_domains is None:
+            return None
+        with torch.inference_mode(False):  # a critic may train on a copy of its weights
+            compiled = self._predict_unet is not self.unet
+            return load(self.other_domains, self.views, self.device, self.dtype, compiled)
 
     @property
     def device(self) -> torch.device:
@@ -266,6 +286,8 @@ def load(
 ) -> SmallTeacher:
     """Load a teacher that `save` wrote; the packaged "small" one without a path.
 
+    For normals, depths and albedo "small" lets the packaged "surface" answer.
+
     Args:
         path: weight file.
         dtype: see ``pick_dtype``.
@@ -305,4 +327,6 @@ def load(
     teacher = SmallTeacher(unet, text, vocabulary, views, pick_dtype(device, dtype), compiled)
     teacher.fingerprint, teacher.header = _fingerprint(tensors, header), header
     teacher.prompts, teacher.sizes = tuple(prompts), tuple(trained_on)
+    if path == packaged("small"):
+        teacher.other_domains = packaged("surface")
     return teacher

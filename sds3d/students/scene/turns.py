@@ -32,7 +32,7 @@ class DomainConfig:
         t_min, t_max: range of t in these steps, in place of that of ``time``, whose unit and kind they have; null is
             that of ``time``.
         resolution: largest number of pixels a side of the images in these steps; 0 is that of the images in colours. 32
-            takes a quarter of the time of 64 if the teacher was trained on images of that side, too.
+            pixels take a quarter of the time of 64. A teacher that does not know this size enlarges the images.
 
     Raises:
         ValueError: a setting is out of range, or the fractions add up to more than 1.
@@ -62,13 +62,18 @@ class DomainConfig:
             total = sum(ramp(step) for ramp in ramps.values())
             if total > 1 + 1e-9:
                 raise ValueError(
-                    f"domains.{' and domains.'.join(ramps)} add up to {total:g} at step {step:g}; give at most 1"
+                    f"domains.{' and domains.'.join(ramps)} add up to {total:g} at step {step:g}; give at most 1 in "
+                    "all (the recipe of the packaged teacher has 0.2 of each; 0 turns a domain off)"
                 )
 
     def known(self, domains: Collection[str]) -> DomainConfig:
         """Return these settings without the domains that a teacher does not know; their steps show colours."""
         missing = {name: _NEVER for name in self._ramps() if name not in domains}
         return replace(self, colours=self.colours if self.colours in domains else "colours", **missing)
+
+    def shown(self) -> tuple[str, ...]:
+        """Return the domains that at least one step shows, the colours' first."""
+        return (self.colours, *(name for name, ramp in self._ramps().items() if max(ramp.v0, ramp.v1) > 0))
 
     def at(self, step: int) -> str:
         """Return the domain of a step, counted from 0.
