@@ -12,6 +12,9 @@ from sds3d.config import load as configs
 from sds3d.data import toybox
 from sds3d.diffusion.timesteps import TimestepSampler
 from sds3d.distill.core import ScoreObjective
+from sds3d.distill.score.bridge import Bridge
+from sds3d.distill.score.dds import DDS
+from sds3d.distill.score.nfsd import NFSD
 from sds3d.distill.score.sds import SDS
 from sds3d.evaluate.true_teacher import TrueTeacher
 from sds3d.runs import build, launch
@@ -136,6 +139,34 @@ def test_every_branch_has_the_word_of_the_domain_and_vectors_are_not_guided():
     branches = ["normals", "ball blur, normals", "a red ball, ball blur, normals", "a red ball, front view, normals"]
     assert teacher.asked[3][::2] == branches
     assert torch.allclose(gradients["normals", 3.0], 3 * gradients["normals", 1.0], atol=1e-4)
+
+
+@pytest.mark.network
+@pytest.mark.parametrize("domain", ["colours", *domains.SURFACE])
+def test_an_edit_without_a_change_has_no_gradient_in_any_domain(domain):
+    """So both terms of the difference have the same guidance scale."""
+    objective = ScoreObjective(small.load(), DDS(5.0), TimestepSampler(0.5, 0.6), source_prompt="a red mug")
+    images = torch.rand(2, 3, 64, 64, generator=seeded())
+    draw = Draw(images, ["a red mug"] * 2, orbit(2), torch.zeros(2, dtype=torch.long), source=images, domain=domain)
+    query = objective.query(draw, draw.x(objective.teacher.encode), torch.full((2,), 0.5), torch.randn(2, 3, 64, 64))
+    assert objective.gradient(query).abs().max() < 1e-6
+
+
+@pytest.mark.network
+@pytest.mark.parametrize(
+    ("method", "against"),
+    [(SDS(5.0), "noise"), (Bridge(5.0, second=9), "noise"), (NFSD(5.0), "negative")],
+    ids=["sds", "bridge", "nfsd"],
+)
+def test_methods_take_the_surface_s_guidance_scale_on_surfaces(method, against):
+    """At scale 1 the null prompt has no weight; NFSD asks for it, and its share cancels."""
+    time = TimestepSampler(0.5, 0.6)
+    objective = ScoreObjective(small.load(), method, time, negative="low quality", surface_scale=1.0)
+    x, noise = (torch.randn(2, 3, 64, 64, generator=seeded(seed)) for seed in (0, 1))
+    draw = Draw(x, ["a red mug"] * 2, orbit(2), torch.zeros(2, dtype=torch.long), encoded=True, domain="normals")
+    query = objective.query(draw, x, torch.full((2,), 0.9), noise)
+    expected = query.eps("cond")[0] - (query.noise if against == "noise" else query.eps("negative")[0])
+    assert torch.allclose(method(query), expected, atol=1e-4)
 
 
 def test_the_surface_may_have_its_own_range_of_t():
