@@ -177,17 +177,15 @@ def compare(comparison: Comparison, out: Path) -> Iterator[Entry]:
             stacklevel=stacklevel(),
         )
     keys = [(p, m, s) for p in comparison.prompts for m in comparison.methods for s in comparison.seeds]
-    for key in keys:
-        if key not in done:
-            launch.check(comparison.config(*key, out / "runs"), comparison.teacher)
+    missing = [key for key in keys if key not in done]
+    wanted = {key: launch.check(comparison.config(*key, out / "runs"), comparison.teacher) for key in missing}
     samples = {p: teacher_samples(comparison, p) for p in comparison.prompts}
     unfinished = _unfinished(out, done)
     for key in keys:
         if key not in done:
-            config = comparison.config(*key, out / "runs")
             try:
-                folder = next((path for path, its_config in unfinished.items() if its_config == config), None)
-                result, figures, pictures = _carry_out(comparison, config, samples[key[0]], folder)
+                folder = next((path for path, its_config in unfinished.items() if its_config == wanted[key]), None)
+                result, figures, pictures = _carry_out(comparison, wanted[key], samples[key[0]], folder)
                 run = result.path.relative_to(out).as_posix()
                 done[key] = Entry(*key, comparison.student, run, figures, pictures)
             except (Diverged, NonFiniteGradient) as error:

@@ -32,11 +32,16 @@ from sds3d.train import Step, make_optimiser, train
 
 
 @training()
-def check(config: RunConfig, teacher: Teacher | None = None) -> None:
-    """Build the parts of a run without starting it. Raises ValueError if it could not run."""
+def check(config: RunConfig, teacher: Teacher | None = None) -> RunConfig:
+    """Build the parts of a run without starting it. Raises ValueError if it could not run.
+
+    Returns:
+        The config that the run's config.yaml would hold: without what the teacher cannot do.
+    """
     parts = _Parts(build.with_teacher(config, teacher), teacher=teacher)
     parts.begin_from_source()
     make_optimiser(parts.student, config.optim)
+    return parts.config
 
 
 @overload
