@@ -25,7 +25,7 @@ from sds3d.diffusion.samplers.ddim import ddim
 from sds3d.distill.critics import CriticConfig, TrainedCritic
 from sds3d.distill.query import Query
 from sds3d.prompts import VIEW_WORDS, with_view
-from sds3d.runs import build
+from sds3d.runs import build, kinds
 from sds3d.teachers.base import HFConfig, TeacherConfig
 from sds3d.teachers.drawing import sample
 from sds3d.teachers.hf.prompt_embedder import _related_prompts
@@ -448,6 +448,7 @@ def test_three_steps_of_a_scene(name, method, load):
         "a red mug", layer, {"critic.rank": 2, "critic.kind": "lora" if name in ("sd", "sd3") else "copy"}
     )
     teacher = load(name, dtype=TEST_DTYPE)
+    told = kinds.of(told).for_teacher(told, teacher)  # as launch does: it knows colours only
     before, critic, student = weights(teacher), build.build_critic(told, teacher), build.build_student(told, teacher)
     started = [p.clone() for group in make_optimiser(student, told.optim).param_groups for p in group["params"]]
     learnt = [p.clone() for p in critic.parameters()] if critic else []
