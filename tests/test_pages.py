@@ -100,9 +100,15 @@ def test_the_model_is_seen_from_its_front_in_its_colours_and_turns(browser_page,
 
 
 def wait_for_film(video):
-    # The page's policy forbids eval, which page.wait_for_function needs when it asks a second time.
-    loaded = "v => v.readyState >= 2 || new Promise(done => v.addEventListener('loadeddata', done, {once: true}))"
-    video.evaluate(loaded)
+    # The page's policy forbids eval, which page.wait_for_function needs when it asks a second time. A busy machine may
+    # drop the decoder, and then the film never comes: ask again, and fail rather than wait for ever.
+    loaded = """v => v.readyState >= 2 || new Promise(done => {
+        v.addEventListener('loadeddata', () => done(true), {once: true})
+        setTimeout(() => done(false), 20000)
+    })"""
+    if not video.evaluate(loaded):
+        video.evaluate("v => v.load()")
+        assert video.evaluate(loaded), "the film was not loaded in 40 s"
 
 
 @pytest.mark.slow
